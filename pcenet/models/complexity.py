@@ -1,0 +1,115 @@
+"""What a network costs: parameters and multiply-adds, in all and active."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pcenet.nn import PCELayer, Router, Routing
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """Cost of one image.
+
+    Attributes:
+        parameters: all of them.
+        active_parameters: those that one patch meets on its way: of E experts, k.
+        multiply_adds: active ones, of convolutions, linear layers, experts and routers.
+        router_multiply_adds: the routers' part of them.
+        routed_multiply_adds: the experts' part of them.
+    """
+
+    parameters: int
+    active_parameters: int
+    multiply_adds: int
+    router_multiply_adds: int
+    routed_multiply_adds: int
+
+    @property
+    def router_share(self) -> float:
+        """The routers' part of the multiply-adds, 0 to 1."""
+        return self.router_multiply_adds / self.multiply_adds if self.multiply_adds else 0.0
+
+    @property
+    def routed_share(self) -> float:
+        """The experts' part of the multiply-adds, 0 to 1."""
+        return self.routed_multiply_adds / self.multiply_adds if self.multiply_adds else 0.0
+
+
+def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> Complexity:
+    """Count the parameters and active multiply-adds of a network, with or without PCE layers.
+
+    Nothing is counted as dropped; a patch that sticks out of the map counts whole, since it is computed whole; what the
+    router computes once per grid counts once. Normalisation, activation and pooling are not counted.
+
+    Args:
+        model: any network; it is run once on zeros, in evaluation mode, and left as it was.
+        input_size: (C, H, W) of one image.
+    """
+    counts = {"dense": 0, "router": 0, "experts": 0}
+
+    def count_dense(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        # Each weight is used once per output position of a convolution, once per row of a linear layer; a transposed
+        # convolution uses it once per input position.
+        positions = args[0] if isinstance(module, nn.ConvTranspose2d) else output
+        channels = positions.shape[-1] if isinstance(module, nn.Linear) else positions.shape[1]
+        counts["dense"] += weight.numel() * positions.numel() // channels
+
+    def counter_of(layer: PCELayer) -> Callable[[nn.Module, tuple[Tensor, ...], Routing], None]:
+        def count(_router: nn.Module, args: tuple[Tensor, ...], routing: Routing) -> None:
+            counts["router"] += _router_multiply_adds(layer.router, args[0], routing)
+            counts["experts"] += _expert_multiply_adds(layer, routing)
+
+        return count
+
+    inactive = 0
+    was_training = {module: module.training for module in model.modules()}
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                stack.callback(module.register_forward_hook(count_dense).remove)
+            elif isinstance(module, PCELayer):
+                stack.callback(module.router.register_forward_hook(counter_of(module)).remove)
+                one_expert = sum(p[0].numel() for p in module.experts.parameters())
+                inactive += one_expert * (module.router.num_experts - module.router.top_k)
+        reference = next(model.parameters())
+        image = torch.zeros(1, *input_size, device=reference.device, dtype=reference.dtype)
+        try:
+            with torch.no_grad():
+                model.eval()(image)
+        finally:
+            for module, training in was_training.items():
+                module.training = training
+    parameters = sum(p.numel() for p in model.parameters())
+    return Complexity(
+        parameters=parameters,
+        active_parameters=parameters - inactive,
+        multiply_adds=sum(counts.values()),
+        router_multiply_adds=counts["router"],
+        routed_multiply_adds=counts["experts"],
+    )
+
+
+def _expert_multiply_adds(layer: PCELayer, routing: Routing) -> int:
+    per_cell = layer.experts.conv1.weight[0].numel() + layer.experts.conv2.weight[0].numel()
+    return routing.choice.numel() * layer.extractor.patch_size**2 * per_cell
+
+
+def _router_multiply_adds(router: Router, x: Tensor, routing: Routing) -> int:
+    hidden = router.hidden.out_channels
+    batch, rows, columns = routing.grid
+    side, bands = router.patch_size, router.num_bands
+    if router.gate_input == "pixels":
+        content = batch * x.shape[1] * x.shape[2] * x.shape[3] * hidden
+        position = (rows + columns) * side * 4 * bands * hidden
+    else:
+        content = routing.grid.patches * side**2 * x.shape[1] * hidden
+        position = rows * columns * side**2 * 8 * bands * hidden
+    return content + position + routing.logits.numel() * hidden

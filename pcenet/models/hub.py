@@ -1,0 +1,143 @@
+"""A network as a folder: `model.safetensors` and `config.json`, in timm's own format, never a pickle.
+
+`timm.create_model("local-dir:FOLDER")` reads such a folder as well.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import timm
+from huggingface_hub import ModelHubMixin, snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+_PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
+
+
+class SavableModel(
+    nn.Module,
+    ModelHubMixin,
+    library_name="pcenet",
+    tags=["mixture-of-experts"],
+    license="apache-2.0",
+):
+    """A network of this package: huggingface_hub's ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
+
+    Attributes:
+        model_args: the arguments that make the network again, the number of classes aside.
+        num_classes: classes of the classifier.
+        class_names: their names, once known.
+        pretrained_cfg: timm's record of architecture and preprocessing.
+    """
+
+    model_args: dict[str, Any]
+    num_classes: int
+    class_names: list[str] | None = None
+    pretrained_cfg: dict[str, Any]
+
+    def config(self) -> dict[str, Any]:
+        """Everything but the weights: architecture, arguments, classes, preprocessing. No time and no path in it."""
+        pretrained_cfg = getattr(self, "pretrained_cfg", {})
+        config: dict[str, Any] = {
+            "architecture": pretrained_cfg.get("architecture"),
+            "num_classes": self.num_classes,
+            "pretrained_cfg": {key: pretrained_cfg[key] for key in _PREPROCESSING if key in pretrained_cfg},
+            "model_args": self.model_args,
+        }
+        if self.class_names is not None:
+            config["label_names"] = list(self.class_names)
+        return config
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, save_directory / WEIGHTS, metadata={"format": "pt"})
+        (save_directory / CONFIG).write_text(json.dumps(self.config(), indent=2) + "\n")
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        config: dict[str, Any] | None = None,
+        **model_kwargs: Any,
+    ) -> Self:
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    model_id,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                    allow_patterns=[WEIGHTS, CONFIG],
+                )
+            )
+        # The mixin passes the configuration's own entries along with the caller's.
+        overrides = {key: value for key, value in model_kwargs.items() if key not in (config or {})}
+        model = load_model(folder, **overrides)
+        if not isinstance(model, cls):
+            raise ValueError(f"{folder} holds a {type(model).__name__}, not a {cls.__name__}")
+        return model
+
+
+def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
+    """Load a network that ``save_pretrained`` wrote, in evaluation mode.
+
+    Args:
+        folder: holds ``model.safetensors`` and ``config.json``.
+        overrides: arguments of the network that replace the saved ones, such as ``dispatch="static"``.
+
+    Raises:
+        ValueError: if a file is missing or broken, or the weights do not fit the configuration; names both.
+    """
+    folder = Path(folder)
+    config_path, weights_path = folder / CONFIG, folder / WEIGHTS
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no {path.name}; give a folder written by save_pretrained")
+    try:
+        config = json.loads(config_path.read_text())
+        architecture = config["architecture"]
+        arguments = {**config["model_args"], "num_classes": config["num_classes"], **overrides}
+        preprocessing = dict(config["pretrained_cfg"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{config_path} is no configuration of a PCE network: {error!r}") from error
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise ValueError(f"{config_path}: architecture {architecture!r} is not a registered network")
+    model = timm.create_model(architecture, pretrained_cfg_overlay=preprocessing, **arguments)
+    if not isinstance(model, SavableModel):
+        raise ValueError(f"{config_path}: architecture {architecture!r} is not a network of this package")
+    _load_weights(model, weights_path)
+    model.class_names = config.get("label_names")
+    return model.eval()
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or a broken one: {error}") from error
+    expected = model.state_dict()
+    misfit = f"{path} does not fit {path.with_name(CONFIG)}"
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights:
+            raise ValueError(f"{misfit}: tensor {name} is missing")
+        if name not in expected:
+            raise ValueError(f"{misfit}: tensor {name} is not part of the network")
+        found, wanted = tuple(weights[name].shape), tuple(expected[name].shape)
+        if found != wanted:
+            raise ValueError(f"{misfit}: tensor {name} has shape {found}, expected {wanted}")
+    model.load_state_dict(weights)

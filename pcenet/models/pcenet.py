@@ -1,0 +1,427 @@
+"""The PCE networks for classification and their dense twins, registered with timm.
+
+A network is a stem, stages of residual blocks and a head. The body of a block is a PCE layer in a routed stage and a
+plain double convolution in a dense one; a twin is the same network with every stage dense.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    calculate_drop_path_rates,
+    create_conv2d,
+    register_notrace_module,
+)
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from pcenet.models.hub import SavableModel
+from pcenet.models.stages import Stage, make_stages
+from pcenet.nn import PCELayer
+from pcenet.nn.experts import Norm, StackedNorm, double_conv
+
+# A PCE layer's control flow depends on shapes and counts: symbolic tracing takes it as one node.
+register_notrace_module(PCELayer)
+
+# What a network sets itself for each of its layers; everything else of PCELayer is an option of the network.
+_SET_BY_NETWORK = {"in_channels", "out_channels", "patch_size", "hidden_channels", "dropout", "norm", "shortcut"}
+_LAYER_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(PCELayer).parameters.items()
+    if name not in _SET_BY_NETWORK
+}
+
+
+class ConvNormAct(nn.Sequential):
+    """``Conv -> BatchNorm -> GELU``; strides pad at the bottom and right, so that odd maps are halved upwards."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
+        padding = "same" if stride > 1 else kernel_size // 2
+        super().__init__(
+            create_conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.GELU(),
+        )
+
+
+class ResidualBlock(nn.Module):
+    """``x + drop_path(body(x))``, nothing after the sum: where a patch was dropped the signal passes unchanged."""
+
+    def __init__(self, body: nn.Module, drop_path: float) -> None:
+        super().__init__()
+        self.body = body
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to the same shape."""
+        return x + self.drop_path(self.body(x))
+
+
+class PCENet(SavableModel):
+    """A convolutional network whose stages are routed by PCE layers, with timm's usual contract.
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: classes; 0 leaves the classifier out.
+        global_pool: timm's pooling type; ``""`` leaves pooling out.
+        strides: pixels of the image per pixel of each stage's map; the first one is the stem's.
+        depths: blocks per stage.
+        widths: channels per stage.
+        patch_sizes: patch side per stage in pixels of its map, None for a dense stage; see `make_stages` for the rule.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
+        dropout: inside the blocks, between their convolutions.
+        norm: normalisation inside the blocks, ``"batch"`` or ``"group"``.
+        device, dtype: of the parameters.
+        layer_options: further arguments of every `PCELayer`: ``num_experts``, ``top_k``, ``border``, ``gate`` ...
+
+    Raises:
+        TypeError: for an option that `PCELayer` does not have.
+        ValueError: where stages or options break their rules.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        *,
+        strides: Sequence[int] = (4, 8, 16, 32),
+        depths: Sequence[int] = (2, 2, 2, 2),
+        widths: Sequence[int] = (32, 64, 128, 256),
+        patch_sizes: Sequence[int | None] = (14, 7, 2, None),
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        dropout: float = 0.0,
+        norm: Norm = "batch",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **layer_options: Any,
+    ) -> None:
+        super().__init__()
+        stages = make_stages(strides, depths, widths, patch_sizes)
+        options = _resolve_layer_options(layer_options, stages)
+        self.model_args = {
+            "in_chans": in_chans,
+            "global_pool": global_pool,
+            "strides": list(strides),
+            "depths": list(depths),
+            "widths": list(widths),
+            "patch_sizes": list(patch_sizes),
+            "drop_rate": drop_rate,
+            "drop_path_rate": drop_path_rate,
+            "dropout": dropout,
+            "norm": norm,
+            **options,
+        }
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.grad_checkpointing = False
+        self.stem = _make_stem(in_chans, stages[0])
+        self.feature_info: list[dict[str, Any]] = []
+        self.stages = nn.Sequential()
+        rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        before = stages[0]
+        for index, stage in enumerate(stages):
+            self.stages.append(_make_stage(before, stage, rates[: stage.depth], dropout, norm, options))
+            self.feature_info.append({"num_chs": stage.width, "reduction": stage.stride, "module": f"stages.{index}"})
+            rates, before = rates[stage.depth :], stage
+        self.num_features = stages[-1].width
+        self.norm: nn.Module = nn.Sequential(nn.BatchNorm2d(self.num_features), nn.GELU())
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.to(device=device, dtype=dtype)
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of the pooled features, which the classifier reads."""
+        return self.head.num_features
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The stacked normalisations: their parameters are matrices ``[E, C]``, and yet no weights to decay."""
+        return {
+            f"{module_name}.{name}"
+            for module_name, module in self.named_modules()
+            if isinstance(module, StackedNorm)
+            for name, _ in module.named_parameters()
+        }
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's grouping of parameters by depth: by stage if coarse, else by block."""
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^norm", (99999,))]}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training: activations inside the stages are computed again in the backward pass."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier for another number of classes, 0 for none; ``global_pool=None`` keeps the pooling."""
+        self.num_classes = num_classes
+        self.class_names = None
+        self.head.reset(num_classes, global_pool, in_features=self.num_features)
+
+    def _forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(stage, x)
+        return stage(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features and those of chosen stages.
+
+        Args:
+            x: images ``[B, C, H, W]``.
+            indices: stages to take; an int takes that many of the last ones, None all.
+            norm: apply the final normalisation to the last stage's features.
+            stop_early: do not run stages after the last one taken.
+            output_fmt: ``"NCHW"``.
+            intermediates_only: return the list alone.
+
+        Raises:
+            ValueError: for another ``output_fmt``.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW'")
+        take, last_taken = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        end = last_taken if stop_early else last
+        intermediates: list[Tensor] = []
+        x = self.stem(x)
+        for index, stage in enumerate(self.stages[: end + 1]):
+            x = self._forward_stage(stage, x)
+            if index in take:
+                intermediates.append(self.norm(x) if norm and index == last else x)
+        if intermediates_only:
+            return intermediates
+        return (self.norm(x) if end == last else x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Cut off what the features of the given stages do not need; returns the stages' indices."""
+        take, last_taken = feature_take_indices(len(self.stages), indices)
+        shortened = last_taken < len(self.stages) - 1
+        self.stages = self.stages[: last_taken + 1]
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if shortened:
+            self.num_features = self.feature_info[last_taken]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` to the last stage's normalised features ``[B, num_features, h, w]``."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = self._forward_stage(stage, x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features to logits ``[B, num_classes]``, or to the pooled features before the classifier."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` to logits ``[B, num_classes]``."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _resolve_layer_options(given: dict[str, Any], stages: list[Stage]) -> dict[str, Any]:
+    """All options of the PCE layers, none for a dense network."""
+    unknown = sorted(given.keys() - _LAYER_DEFAULTS.keys())
+    if unknown:
+        raise TypeError(f"PCENet got unexpected arguments {unknown}; a layer's options are {sorted(_LAYER_DEFAULTS)}")
+    if all(stage.patch_size is None for stage in stages):
+        if given:
+            raise ValueError(f"{', '.join(sorted(given))}: no effect on a dense network; leave out, or route a stage")
+        return {}
+    return {**_LAYER_DEFAULTS, **given}
+
+
+def _make_stem(in_chans: int, stage: Stage) -> nn.Sequential:
+    """3x3 convolutions, one for each halving of the image and at least one."""
+    halvings = stage.stride.bit_length() - 1
+    steps = [2] * halvings or [1]
+    widths = [in_chans] + [stage.width] * len(steps)
+    return nn.Sequential(
+        *(
+            ConvNormAct(before, after, 3, stride)
+            for (before, after), stride in zip(pairwise(widths), steps, strict=True)
+        )
+    )
+
+
+def _make_stage(
+    before: Stage, stage: Stage, drop_path_rates: Sequence[Any], dropout: float, norm: Norm, options: dict[str, Any]
+) -> nn.Sequential:
+    blocks = nn.Sequential()
+    if (before.stride, before.width) != (stage.stride, stage.width):
+        step = stage.stride // before.stride
+        blocks.append(ConvNormAct(before.width, stage.width, step, step))
+    for rate in drop_path_rates:
+        if stage.patch_size is None:
+            body: nn.Module = double_conv(stage.width, stage.width, dropout=dropout, norm=norm)
+        else:
+            body = PCELayer(
+                stage.width,
+                stage.width,
+                patch_size=stage.patch_size,
+                dropout=dropout,
+                norm=norm,
+                shortcut=False,
+                **options,
+            )
+        blocks.append(ResidualBlock(body, rate))
+    return blocks
+
+
+def _cfg(side: int, pool: int, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, side, side),
+        "pool_size": (pool, pool),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.0.0",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+_NANO_CFG = _cfg(32, 8, num_classes=10, crop_pct=1.0)
+_LARGE_CFG = _cfg(224, 7)
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{kind}_{size}{suffix}": cfg
+        for size, cfg in (("nano", _NANO_CFG), ("tiny", _LARGE_CFG), ("small", _LARGE_CFG))
+        for kind, suffix in (("pce", ""), ("pce", "_spec"), ("dense", ""))
+    }
+)
+
+# Patches cover 16, 8, 8 px of a 32 px image; 56, 56, 32 px of a 224 px one, where a patch of one pixel at stride 32
+# would have no content to route by, so that the last stage is dense.
+_NANO = {"strides": (1, 2, 4), "depths": (1, 1, 1), "widths": (24, 48, 96), "patch_sizes": (16, 4, 2)}
+_TINY = {
+    "strides": (4, 8, 16, 32),
+    "depths": (2, 2, 3, 2),
+    "widths": (32, 64, 128, 256),
+    "patch_sizes": (14, 7, 2, None),
+}
+_SMALL = {
+    "strides": (4, 8, 16, 32),
+    "depths": (2, 2, 8, 2),
+    "widths": (48, 96, 192, 384),
+    "patch_sizes": (14, 7, 2, None),
+}
+# The specification to the letter: a patch is an island, scaled by its probability.
+_SPEC = {"border": "zero", "gate": "prob", "top_k": 1}
+
+
+def _create(variant: str, pretrained: bool, arguments: dict[str, Any], given: dict[str, Any]) -> PCENet:
+    levels = len(arguments["strides"])
+    return build_model_with_cfg(
+        PCENet,
+        variant,
+        pretrained,
+        feature_cfg={"out_indices": tuple(range(levels)), "flatten_sequential": True},
+        **{**arguments, **given},
+    )
+
+
+def _dense(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {**arguments, "patch_sizes": (None,) * len(arguments["strides"])}
+
+
+@register_model
+def pce_nano(pretrained: bool = False, **kwargs: Any) -> PCENet:
+    """PCE for 32 px images, about 35 M multiply-adds."""
+    return _create("pce_nano", pretrained, _NANO, kwargs)
+
+
+@register_model
+def pce_nano_spec(pretrained: bool = False, **kwargs: Any) -> PCENet:
+    """`pce_nano` to the letter of the specification: isolated patches, gate = probability."""
+    return _create("pce_nano_spec", pretrained, {**_NANO, **_SPEC}, kwargs)
+
+
+@register_model
+def dense_nano(pretrained: bool = False, **kwargs: Any) -> PCENet:
+    """The dense twin of `pce_nano`."""
+    return _create("dense_nano", pretrained, _dense(_NANO), kwargs)
+
+
+@register_model
+def pce_tiny(pretrained: bool = False, **kwargs: Any) -> PCENet:
+    """PCE for 224 px images, about 0.6 G multiply-adds."""
+    return _create("pce_tiny", pretrained, _TINY, kwargs)
+
+
+@register_model
+def pce_tiny_spec(pretrained: bool = False, **kwargs: Any) -> PCENet:
+    """`pce_tiny` to the letter of the specification."""
+    return _create("pce_tiny_spec", pretrained, {**_TINY, **_SPEC}, kwargs)
+
+
+@register_model
+def dense_tiny(pretrained: bool = False, **kwargs: Any) -> PCENet:
+    """The dense twin of `pce_tiny`."""
+    return _create("dense_tiny", pretrained, _dense(_TINY), kwargs)
+
+
+@register_model
+def pce_small(pretrained: bool = False, **kwargs: Any) -> PCENet:
+    """PCE for 224 px images, about 2 G multiply-adds."""
+    return _create("pce_small", pretrained, _SMALL, kwargs)
+
+
+@register_model
+def pce_small_spec(pretrained: bool = False, **kwargs: Any) -> PCENet:
+    """`pce_small` to the letter of the specification."""
+    return _create("pce_small_spec", pretrained, {**_SMALL, **_SPEC}, kwargs)
+
+
+@register_model
+def dense_small(pretrained: bool = False, **kwargs: Any) -> PCENet:
+    """The dense twin of `pce_small`."""
+    return _create("dense_small", pretrained, _dense(_SMALL), kwargs)
+
+
+def list_models() -> list[str]:
+    """Names of the networks that this package registers, PCE networks and twins."""
+    return timm.list_models(module=__name__.rpartition(".")[2])
+
+
+def twin_of(name: str) -> str | None:
+    """Name of the dense twin of a registered PCE network; None for a dense network."""
+    if not name.startswith("pce_"):
+        return None
+    return name.replace("pce_", "dense_", 1).removesuffix("_spec")

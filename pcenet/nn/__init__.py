@@ -1,0 +1,35 @@
+"""The idea itself: patches, routing, experts, dispatch, losses, and the layer made of them. Imports torch alone."""
+
+from pcenet.nn.experts import ConvExperts
+from pcenet.nn.fourier import fourier_features
+from pcenet.nn.layer import PCELayer
+from pcenet.nn.losses import (
+    aux_loss,
+    load_balance_loss,
+    load_balance_loss_from_logits,
+    z_loss,
+    z_loss_from_logits,
+)
+from pcenet.nn.patches import Grid, PatchExtractor
+from pcenet.nn.recording import record_routing
+from pcenet.nn.routing import Router, Routing, route
+from pcenet.nn.statistics import RoutingStatistics, RoutingSummary
+
+__all__ = [
+    "ConvExperts",
+    "Grid",
+    "PCELayer",
+    "PatchExtractor",
+    "Router",
+    "Routing",
+    "RoutingStatistics",
+    "RoutingSummary",
+    "aux_loss",
+    "fourier_features",
+    "load_balance_loss",
+    "load_balance_loss_from_logits",
+    "record_routing",
+    "route",
+    "z_loss",
+    "z_loss_from_logits",
+]

@@ -1,0 +1,270 @@
+"""E double-convolution blocks with their weights stacked on a leading axis.
+
+Stacking gives every parameter a gradient in every step, zeros for an idle expert, so that distributed training never
+waits for one. Axes: E experts, T slots (patches in the order in which experts take them), C channels, S patch side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, Self, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcenet.nn.routing import check_choice
+
+Norm = Literal["batch", "group"]
+
+
+NORM_EPS = 1e-5
+NORM_MOMENTUM = 0.1
+
+
+def group_count(channels: int) -> int:
+    """Groups of ``norm="group"``: ``gcd(channels, 8)``."""
+    return math.gcd(channels, 8)
+
+
+def double_conv(
+    in_channels: int,
+    out_channels: int,
+    *,
+    hidden_channels: int | None = None,
+    dropout: float = 0.0,
+    norm: Norm = "batch",
+) -> nn.Sequential:
+    """One expert as ordinary modules, and the dense twin of a whole layer: ``Conv3x3 -> Norm -> GELU -> Dropout ->
+    Conv3x3 -> Norm`` with padding 1. The arguments are those of `ConvExperts`."""
+    hidden_channels = out_channels if hidden_channels is None else hidden_channels
+
+    def normalisation(channels: int) -> nn.Module:
+        if norm == "batch":
+            return nn.BatchNorm2d(channels, NORM_EPS, NORM_MOMENTUM)
+        return nn.GroupNorm(group_count(channels), channels, NORM_EPS)
+
+    return nn.Sequential(
+        nn.Conv2d(in_channels, hidden_channels, 3, padding=1, bias=False),
+        normalisation(hidden_channels),
+        nn.GELU(),
+        nn.Dropout(dropout),
+        nn.Conv2d(hidden_channels, out_channels, 3, padding=1, bias=False),
+        normalisation(out_channels),
+    )
+
+
+class StackedConv2d(nn.Module):
+    """The weights of E convolutions 3x3 without bias, ``[E, C_out, C_in, 3, 3]``, each initialised like `nn.Conv2d`."""
+
+    def __init__(self, num_experts: int, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_channels, in_channels, 3, 3))
+        for expert_weight in self.weight.detach().unbind(0):
+            nn.init.kaiming_uniform_(expert_weight, a=math.sqrt(5))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `.to(memory_format=torch.channels_last)` is refused by a tensor of five axes; experts and output channels
+        # taken together are an ordinary convolution's weight, and every slice gets the format that it would have alone.
+        def apply_to_slices(tensor: Tensor) -> Tensor:
+            return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+
+        return super()._apply(apply_to_slices, recurse)
+
+
+class StackedNorm(nn.Module):
+    """E normalisations, batch or group, with parameters and statistics ``[E, C]``.
+
+    Batch statistics are those of the expert's own patches. An expert with fewer than 2 values per channel uses its
+    running statistics and leaves them (design, section 2, "Few patches").
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_experts: int, channels: int, kind: Norm) -> None:
+        super().__init__()
+        self.kind = kind
+        self.groups = group_count(channels)
+        self.weight = nn.Parameter(torch.ones(num_experts, channels))
+        self.bias = nn.Parameter(torch.zeros(num_experts, channels))
+        if kind == "batch":
+            self.register_buffer("running_mean", torch.zeros(num_experts, channels))
+            self.register_buffer("running_var", torch.ones(num_experts, channels))
+
+    def forward_experts(self, batches: list[Tensor], experts: list[int]) -> list[Tensor]:
+        """Normalise each expert's own batch ``[n_e, C, S, S]``, all cells real."""
+        weights, biases = self.weight.unbind(0), self.bias.unbind(0)
+        if self.kind == "group":
+            return [
+                F.group_norm(x, self.groups, weights[e].to(x.dtype), biases[e].to(x.dtype), NORM_EPS)
+                for x, e in zip(batches, experts, strict=True)
+            ]
+        return [
+            F.batch_norm(
+                x,
+                self.running_mean[e],
+                self.running_var[e],
+                weights[e],
+                biases[e],
+                training=self.training and x.numel() // x.shape[1] >= 2,
+                momentum=NORM_MOMENTUM,
+                eps=NORM_EPS,
+            )
+            for x, e in zip(batches, experts, strict=True)
+        ]
+
+    def forward_slots(self, x: Tensor, expert: Tensor, real: Tensor) -> Tensor:
+        """Normalise slots of several experts at once, without a shape that depends on the routing.
+
+        Args:
+            x: ``[T, C, S, S]``.
+            expert: ``[T]`` int64, the expert of each slot.
+            real: ``[T, 1, S, S]`` bool, False for cells that are padding; they enter no statistics.
+        """
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        values, mask = x.to(dtype), real.to(dtype)
+        if self.kind == "group":
+            normalised = self._group_normalised(values, mask)
+        else:
+            mean, variance = self._batch_moments(values, mask, expert) if self.training else self._running_moments()
+            scale = torch.rsqrt(variance + NORM_EPS)
+            normalised = (values - _per_slot(mean, expert)) * _per_slot(scale, expert)
+        return (normalised * _per_slot(self.weight, expert) + _per_slot(self.bias, expert)).to(x.dtype)
+
+    def _group_normalised(self, values: Tensor, mask: Tensor) -> Tensor:
+        grouped: Tensor = values.unflatten(1, (self.groups, -1))
+        weight = mask.unsqueeze(1)
+        count = (weight.sum((2, 3, 4), keepdim=True) * grouped.shape[2]).clamp(min=1)
+        centred = grouped - (grouped * weight).sum((2, 3, 4), keepdim=True) / count
+        variance = (centred.square() * weight).sum((2, 3, 4), keepdim=True) / count
+        return (centred * torch.rsqrt(variance + NORM_EPS)).flatten(1, 2)
+
+    def _running_moments(self) -> tuple[Tensor, Tensor]:
+        return self.running_mean, self.running_var
+
+    def _batch_moments(self, values: Tensor, mask: Tensor, expert: Tensor) -> tuple[Tensor, Tensor]:
+        def expert_sum(per_slot: Tensor) -> Tensor:
+            return per_slot.new_zeros(len(self.weight), per_slot.shape[1]).index_add(0, expert, per_slot)
+
+        count = expert_sum(mask.sum((2, 3)))
+        mean = expert_sum((values * mask).sum((2, 3))) / count.clamp(min=1)
+        centred = (values - _per_slot(mean, expert)) * mask
+        variance = expert_sum(centred.square().sum((2, 3))) / count.clamp(min=1)
+        enough = count >= 2
+        with torch.no_grad():
+            unbiased = variance * count / (count - 1).clamp(min=1)
+            for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
+                running.copy_(torch.where(enough, running.lerp(batch.to(running.dtype), NORM_MOMENTUM), running))
+        return torch.where(enough, mean, self.running_mean), torch.where(enough, variance, self.running_var)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of the module\'s settings."""
+        return f"num_experts={len(self.weight)}, channels={self.weight.shape[1]}, kind={self.kind!r}"
+
+
+def _per_slot(per_expert: Tensor, expert: Tensor) -> Tensor:
+    """``[E, C]`` to ``[T, C, 1, 1]``."""
+    return per_expert.index_select(0, expert)[:, :, None, None]
+
+
+class ConvExperts(nn.Module):
+    """E experts ``Conv3x3 -> Norm -> GELU -> Dropout -> Conv3x3 -> Norm``, no skip inside, no bias (design, section 1).
+
+    The module holds the weights; `pcenet.nn.dispatch` runs each expert on its patches.
+
+    Args:
+        in_channels: channels of a patch.
+        out_channels: channels of the output.
+        num_experts: E.
+        hidden_channels: channels between the convolutions; None: ``out_channels``.
+        dropout: probability of dropping an activation between GELU and the second convolution.
+        norm: ``"batch"`` (own statistics per expert) or ``"group"`` (``gcd(channels, 8)`` groups, per patch).
+
+    Raises:
+        ValueError: where an argument breaks its rule.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_experts: int,
+        *,
+        hidden_channels: int | None = None,
+        dropout: float = 0.0,
+        norm: Norm = "batch",
+    ) -> None:
+        super().__init__()
+        hidden_channels = out_channels if hidden_channels is None else hidden_channels
+        for name, value in (
+            ("in_channels", in_channels),
+            ("out_channels", out_channels),
+            ("num_experts", num_experts),
+            ("hidden_channels", hidden_channels),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} must lie in [0, 1)")
+        check_choice("norm", norm, get_args(Norm))
+        self.num_experts = num_experts
+        self.dropout = dropout
+        self.conv1 = StackedConv2d(num_experts, in_channels, hidden_channels)
+        self.norm1 = StackedNorm(num_experts, hidden_channels, norm)
+        self.conv2 = StackedConv2d(num_experts, hidden_channels, out_channels)
+        self.norm2 = StackedNorm(num_experts, out_channels, norm)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """What lies between the first normalisation and the second convolution: GELU and dropout."""
+        return F.dropout(F.gelu(x), self.dropout, self.training)
+
+    def to_sequential(self, expert: int) -> nn.Sequential:
+        """A copy of one expert as ordinary modules, both convolutions with padding 1 whatever the layer's border is."""
+        self._check_expert(expert)
+        _, hidden_channels, in_channels, _, _ = self.conv1.weight.shape
+        out_channels = self.conv2.weight.shape[1]
+        block = double_conv(
+            in_channels, out_channels, hidden_channels=hidden_channels, dropout=self.dropout, norm=self.norm1.kind
+        )
+        block.to(self.conv1.weight.device, self.conv1.weight.dtype).train(self.training)
+        with torch.no_grad():
+            for ours, theirs in self._paired_tensors(expert, block):
+                theirs.copy_(ours)
+        return block
+
+    def from_sequential(self, expert: int, block: nn.Sequential) -> None:
+        """Take the weights and statistics of a block laid out as `to_sequential` makes it into one expert.
+
+        Raises:
+            ValueError: if there is no such expert, or a tensor of the block is missing or has another shape.
+        """
+        self._check_expert(expert)
+        pairs = self._paired_tensors(expert, block)
+        for ours, theirs in pairs:
+            if ours.shape != theirs.shape:
+                raise ValueError(
+                    f"block does not fit expert {expert}: found a tensor of shape {tuple(theirs.shape)} where "
+                    f"{tuple(ours.shape)} is expected; build the block like to_sequential({expert})"
+                )
+        with torch.no_grad():
+            for ours, theirs in pairs:
+                ours.copy_(theirs)
+
+    def _paired_tensors(self, expert: int, block: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
+        """(our slice, the block's tensor), in a fixed order."""
+        theirs = {name: t for name, t in block.state_dict().items() if not name.endswith("num_batches_tracked")}
+        ours: dict[str, Tensor] = {}
+        for index, module in (("0", self.conv1), ("1", self.norm1), ("4", self.conv2), ("5", self.norm2)):
+            ours |= {f"{index}.{name}": tensor[expert] for name, tensor in module.state_dict().items()}
+        if ours.keys() != theirs.keys():
+            raise ValueError(
+                f"block does not fit expert {expert}: it has the tensors {sorted(theirs)} where {sorted(ours)} are "
+                f"expected; build the block like to_sequential({expert})"
+            )
+        return [(tensor, theirs[name]) for name, tensor in ours.items()]
+
+    def _check_expert(self, expert: int) -> None:
+        if not 0 <= expert < self.num_experts:
+            raise ValueError(f"expert={expert} must lie between 0 and {self.num_experts - 1}")

@@ -1,0 +1,141 @@
+"""The PCE layer: extract -> route -> dispatch -> combine -> merge."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from torch import Tensor, nn
+
+from pcenet.nn.dispatch import Border, Dispatch, run_experts
+from pcenet.nn.experts import ConvExperts, Norm
+from pcenet.nn.patches import PatchExtractor
+from pcenet.nn.routing import Gate, GateInput, Priority, Router, Routing, check_choice
+
+
+class PCELayer(nn.Module):
+    """A double convolution whose weights are chosen patch by patch; a drop-in module for any convolutional network.
+
+    The map is cut into patches; the router picks ``top_k`` of the experts for each, from its content and its position;
+    each expert convolves its own patches, at the multiply-adds of one dense block; the outputs are weighted and put
+    back in place, and the shortcut is added: ``y = shortcut(x) + merge(g_i * f_e(x_i))``.
+
+    Args:
+        in_channels: channels of the input map.
+        out_channels: channels of the output map.
+        patch_size: S, patch side in pixels of the map. Any H and W will do: the map is padded and cropped.
+        num_experts: E.
+        hidden_channels: channels inside an expert; None: ``out_channels``.
+        top_k: k, experts per patch.
+        capacity_factor: in training, an expert serves ``ceil(capacity_factor * N * k / E)`` patches at most, the others
+            are dropped and carried by the shortcut; None drops nothing.
+        eval_capacity_factor: the same at evaluation; None, the default, makes predictions independent of their batch.
+        priority: who is dropped first: ``"gate"`` the lowest gate value, ``"order"`` the last come.
+        border: what a convolution sees beyond its patch's edge: ``"zero"`` zeros, ``"halo"`` the neighbours' pixels in
+            the first convolution, ``"exchange"`` the neighbours in both.
+        gate: ``"prob"`` scales an expert's output by its probability, ``"straight_through"`` by 1 (normalised over the
+            chosen for k > 1) with the probability's gradient.
+        gate_input: what the router's perceptron sees: ``"pixels"`` or the ``"flat"`` patch, see `Router`.
+        num_bands: K, bands of the position features (8K channels).
+        router_hidden: width of the router's perceptron; None: see `Router`.
+        dropout: inside the experts.
+        norm: normalisation inside the experts, ``"batch"`` or ``"group"``.
+        shortcut: add the input to the output, through a 1x1 convolution where the widths differ.
+        dispatch: ``"sorted"`` (true sparsity, the default) or ``"static"`` (no data-dependent shapes, for compiling and
+            exporting); equal in outputs and gradients.
+
+    Raises:
+        ValueError: where an argument breaks its rule, naming it; for an input that is no ``[B, in_channels, H, W]``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        patch_size: int,
+        num_experts: int = 4,
+        hidden_channels: int | None = None,
+        top_k: int = 1,
+        capacity_factor: float | None = 1.25,
+        eval_capacity_factor: float | None = None,
+        priority: Priority = "gate",
+        border: Border = "halo",
+        gate: Gate = "prob",
+        gate_input: GateInput = "pixels",
+        num_bands: int = 4,
+        router_hidden: int | None = None,
+        dropout: float = 0.0,
+        norm: Norm = "batch",
+        shortcut: bool = True,
+        dispatch: Dispatch = "sorted",
+    ) -> None:
+        super().__init__()
+        check_choice("border", border, get_args(Border))
+        check_choice("dispatch", dispatch, get_args(Dispatch))
+        if border == "exchange" and top_k > 1:
+            raise ValueError(
+                f"top_k={top_k} does not go with border='exchange': a pixel's activation would belong to several "
+                "experts; take top_k=1, or border='halo'"
+            )
+        self.in_channels = in_channels
+        self.border: Border = border
+        self.dispatch: Dispatch = dispatch
+        self.experts = ConvExperts(
+            in_channels,
+            out_channels,
+            num_experts,
+            hidden_channels=hidden_channels,
+            dropout=dropout,
+            norm=norm,
+        )
+        self.extractor = PatchExtractor(patch_size, num_bands)
+        self.router = Router(
+            in_channels,
+            patch_size,
+            num_experts,
+            hidden=router_hidden,
+            top_k=top_k,
+            capacity_factor=capacity_factor,
+            eval_capacity_factor=eval_capacity_factor,
+            priority=priority,
+            gate=gate,
+            gate_input=gate_input,
+            num_bands=num_bands,
+        )
+        self.shortcut: nn.Module | None
+        if not shortcut:
+            self.shortcut = None
+        elif in_channels == out_channels:
+            self.shortcut = nn.Identity()
+        else:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, in_channels, H, W]`` to ``[B, out_channels, H, W]``."""
+        return self.forward_with_routing(x)[0]
+
+    def forward_with_routing(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """The output and the `Routing` that led to it."""
+        if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} must be a map [B, {self.in_channels}, H, W] with no empty axis"
+            )
+        routing = self.router(x)
+        return self.forward_given_routing(x, routing), routing
+
+    def forward_given_routing(self, x: Tensor, routing: Routing) -> Tensor:
+        """The output under a given routing, for interventions and for comparing implementations."""
+        patches = run_experts(
+            x,
+            routing,
+            self.experts,
+            patch_size=self.extractor.patch_size,
+            border=self.border,
+            dispatch=self.dispatch,
+        )
+        out = self.extractor.merge(patches, routing.grid, (x.shape[2], x.shape[3]))
+        return out if self.shortcut is None else self.shortcut(x) + out
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of the module\'s settings."""
+        return f"border={self.border!r}, dispatch={self.dispatch!r}"

@@ -1,0 +1,69 @@
+"""Auxiliary losses: scalars that keep a router sound, from its logits before any dropping (design, section 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pcenet.nn.routing import Routing, expert_load
+
+
+def z_loss_from_logits(logits: Tensor, squared: bool = True) -> Tensor:
+    """``mean_i (logsumexp_j l_ij)^2`` of logits ``[N, E]`` (ST-MoE, Zoph et al., 2022, equation 5).
+
+    Args:
+        logits: ``[N, E]``.
+        squared: False leaves the square out, the formula as the specification wrote it. That loss is unbounded below:
+            a constant added to every logit changes no routing and lowers it for ever.
+    """
+    log_partition = logits.logsumexp(dim=1)
+    return (log_partition.square() if squared else log_partition).mean()
+
+
+def load_balance_loss_from_logits(logits: Tensor, choice: Tensor) -> Tensor:
+    """``E * sum_e mean(p_e) * mean(a_e) / k`` (Switch Transformer, Fedus et al., 2021, equation 4).
+
+    1 for a uniform router, E for a collapsed one with k = 1. The assignment a carries no gradient.
+
+    Args:
+        logits: ``[N, E]``; p is their softmax.
+        choice: ``[N, k]`` int64, the experts chosen, before any dropping.
+    """
+    num_experts = logits.shape[1]
+    return _load_balance(logits.softmax(dim=1), expert_load(choice, num_experts), choice.numel())
+
+
+def z_loss(routing: Routing, squared: bool = True) -> Tensor:
+    """`z_loss_from_logits` of a routing."""
+    return z_loss_from_logits(routing.logits, squared)
+
+
+def load_balance_loss(routing: Routing) -> Tensor:
+    """`load_balance_loss_from_logits` of a routing."""
+    return _load_balance(routing.probs, routing.load, routing.choice.numel())
+
+
+def _load_balance(probs: Tensor, load: Tensor, num_choices: int) -> Tensor:
+    return len(load) * (probs.mean(dim=0) * (load / num_choices).to(probs.dtype)).sum()
+
+
+def aux_loss(records: Mapping[str, Sequence[Routing]], balance: float = 0.01, z: float = 0.001) -> Tensor:
+    """What a training loop adds to its task loss: ``sum over layers of (balance * load balance + z * z-loss)``.
+
+    Args:
+        records: layer name to the Routings of that layer, as `record_routing` gives them; where a layer ran several
+            times its mean is taken.
+        balance: weight of the load balance loss.
+        z: weight of the z-loss.
+
+    Returns:
+        A scalar; 0 for no records, so that one training loop serves PCE networks and dense ones.
+    """
+    total = torch.zeros(())
+    for routings in records.values():
+        for routing in routings:
+            loss = balance * load_balance_loss(routing) + z * z_loss(routing)
+            total = loss / len(routings) + total.to(loss.device)
+    return total

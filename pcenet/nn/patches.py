@@ -1,0 +1,124 @@
+"""Feature map <-> patches.
+
+Axes: B images, C channels, H x W the map, h x w its grid of patches, S the patch side, N = B*h*w patches. Patches are
+numbered row by row within an image, image by image.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcenet.nn.fourier import position_map
+
+
+class Grid(NamedTuple):
+    """How the patches of a batch lie: ``batch`` images of ``rows`` x ``columns`` patches each."""
+
+    batch: int
+    rows: int
+    columns: int
+
+    @property
+    def patches(self) -> int:
+        """N, the number of patches in the batch."""
+        return self.batch * self.rows * self.columns
+
+
+def grid_of(x: Tensor, patch_size: int) -> Grid:
+    """The grid of patches that covers the map x ``[B, C, H, W]``; the last row and column may be partly padding."""
+    batch, _, height, width = x.shape
+    return Grid(batch, -(-height // patch_size), -(-width // patch_size))
+
+
+def patch_windows(x: Tensor, patch_size: int, margin: int = 0) -> Tensor:
+    """Every patch of a map together with ``margin`` pixels of its surroundings, as an overlapping view.
+
+    The map is padded with zeros by the margin on all sides and, at the bottom and right, up to a multiple of S; beyond
+    that nothing is copied.
+
+    Args:
+        x: ``[B, C, H, W]``.
+        patch_size: S.
+        margin: m, pixels of the neighbours on each side.
+
+    Returns:
+        ``[B, h, w, C, S + 2m, S + 2m]``, a view of the padded map.
+    """
+    grid = grid_of(x, patch_size)
+    below = grid.rows * patch_size - x.shape[2]
+    right = grid.columns * patch_size - x.shape[3]
+    if margin or below or right:
+        x = F.pad(x, (margin, margin + right, margin, margin + below))
+    side = patch_size + 2 * margin
+    return x.unfold(2, side, patch_size).unfold(3, side, patch_size).permute(0, 2, 3, 1, 4, 5)
+
+
+def split_map(x: Tensor, patch_size: int) -> tuple[Tensor, Grid]:
+    """Cut a map ``[B, C, H, W]`` into patches ``[N, C, S, S]``, zeros where they stick out; channels-last."""
+    windows = patch_windows(x, patch_size)
+    pixels_last = windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, patch_size, patch_size, x.shape[1])
+    return pixels_last.permute(0, 3, 1, 2), grid_of(x, patch_size)
+
+
+def merge_patches(patches: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
+    """Put patches ``[N, C, S, S]`` back in place and crop to ``size`` = (H, W): ``[B, C, H, W]``, channels-last."""
+    _, channels, side, _ = patches.shape
+    batch, rows, columns = grid
+    cells = patches.permute(0, 2, 3, 1).reshape(batch, rows, columns, side, side, channels)
+    pixels_last = cells.transpose(2, 3).reshape(batch, rows * side, columns * side, channels)
+    return pixels_last.permute(0, 3, 1, 2)[:, :, : size[0], : size[1]]
+
+
+class PatchExtractor(nn.Module):
+    """Cut a map into patches and append Fourier features of position as channels (design, section 1).
+
+    Two kinds of position are encoded: the absolute one of the patch in the image and the relative one of each pixel in
+    its patch, two axes each, ``num_bands`` pairs of sine and cosine. The module has no parameters.
+
+    Args:
+        patch_size: S, patch side and stride in pixels of the map.
+        num_bands: K; 0 appends nothing.
+
+    Raises:
+        ValueError: if ``patch_size`` is not positive or ``num_bands`` is negative.
+    """
+
+    def __init__(self, patch_size: int, num_bands: int = 4) -> None:
+        super().__init__()
+        if patch_size < 1:
+            raise ValueError(f"patch_size={patch_size} must be at least 1 pixel")
+        if num_bands < 0:
+            raise ValueError(f"num_bands={num_bands} must not be negative; 0 turns the position features off")
+        self.patch_size = patch_size
+        self.num_bands = num_bands
+
+    @property
+    def position_channels(self) -> int:
+        """Channels that the enriched patch has beyond the map's: 8K."""
+        return 8 * self.num_bands
+
+    def split(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """Content alone: ``[B, C, H, W]`` to (patches ``[N, C, S, S]``, grid)."""
+        return split_map(x, self.patch_size)
+
+    def merge(self, patches: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
+        """The inverse of `split`: patches ``[N, C, S, S]`` to the map ``[B, C, H, W]`` of ``size`` = (H, W)."""
+        return merge_patches(patches, Grid(*grid), size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Enriched patches ``[B*P, C + 8K, S, S]`` of a map ``[B, C, H, W]``."""
+        patches, grid = self.split(x)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        positions = position_map(
+            grid.rows, grid.columns, self.patch_size, self.num_bands, dtype=precise, device=x.device
+        )
+        position_patches, _ = self.split(positions.to(x.dtype))
+        return torch.cat((patches, position_patches.repeat(grid.batch, 1, 1, 1)), dim=1)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of the module\'s settings."""
+        return f"patch_size={self.patch_size}, num_bands={self.num_bands}"

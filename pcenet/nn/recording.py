@@ -1,0 +1,44 @@
+"""Observing the routing of whole networks from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from pcenet.nn.layer import PCELayer
+from pcenet.nn.routing import Routing
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
+    """Collect every `Routing` that the network's PCE layers make, through forward hooks on their routers.
+
+    >>> import torch
+    >>> from pcenet.nn import PCELayer, record_routing
+    >>> layer = PCELayer(8, 8, patch_size=4)
+    >>> with record_routing(nn.Sequential(layer)) as records:
+    ...     y = nn.Sequential(layer)(torch.zeros(2, 8, 16, 16))
+    >>> list(records), records["0"][0].grid
+    (['0'], Grid(batch=2, rows=4, columns=4))
+
+    Recorders may be nested and the network may be any that contains PCE layers; without one nothing is collected and
+    nothing costs anything. The records keep the autograd graph alive for as long as they are held.
+
+    Yields:
+        Layer name (as in ``model.named_modules()``, ``""`` for the model itself) to its Routings in the order of the
+        forward passes. Empty for a network without PCE layers; a layer that did not run has no entry.
+    """
+    records: dict[str, list[Routing]] = {}
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, PCELayer):
+
+                def collect(_module: nn.Module, _args: Any, routing: Routing, name: str = name) -> None:
+                    records.setdefault(name, []).append(routing)
+
+                handle = module.router.register_forward_hook(collect)
+                stack.callback(handle.remove)
+        yield records

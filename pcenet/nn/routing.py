@@ -1,0 +1,328 @@
+"""Which expert serves which patch: the record, the selection rules and the router.
+
+Axes: N patches in the batch, E experts, k experts per patch (choices).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcenet.nn.fourier import axis_features, position_map
+from pcenet.nn.patches import Grid, grid_of
+
+Priority = Literal["gate", "order"]
+Gate = Literal["prob", "straight_through"]
+GateInput = Literal["pixels", "flat"]
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Who goes where: the one currency between router, dispatch, losses, statistics and pictures.
+
+    Patches are numbered row by row within an image, image by image. The fields have fixed shapes; what depends on the
+    data (`patch`, `expert`, `weight`) is derived on demand.
+
+    Attributes:
+        logits: ``[N, E]``, float32 or float64.
+        probs: ``[N, E]``, their softmax.
+        choice: ``[N, k]`` int64, the chosen experts, best first.
+        choice_weight: ``[N, k]``, the factor of each chosen expert's output (differentiable).
+        kept: ``[N, k]`` bool, False where the choice was dropped for lack of capacity.
+        load: ``[E]`` int64, choices per expert before dropping.
+        capacity: the most choices that an expert serves, or None where nothing is dropped.
+        grid: how the N patches lie, (images, rows, columns).
+    """
+
+    logits: Tensor
+    probs: Tensor
+    choice: Tensor
+    choice_weight: Tensor
+    kept: Tensor
+    load: Tensor
+    capacity: int | None
+    grid: Grid
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.logits.shape[1]
+
+    @property
+    def top_k(self) -> int:
+        """k."""
+        return self.choice.shape[1]
+
+    @cached_property
+    def kept_load(self) -> Tensor:
+        """``[E]`` int64, choices per expert after dropping."""
+        return expert_load(self.choice, self.num_experts, self.kept)
+
+    @cached_property
+    def pair_order(self) -> Tensor:
+        """``[N * k]`` int64: the pairs (patch, choice), numbered patch * k + choice, sorted by expert, the dropped ones
+        last. The order within an expert is that of the patches."""
+        key = torch.where(self.kept, self.choice, self.num_experts).flatten()
+        return torch.argsort(key, stable=True)
+
+    @cached_property
+    def _kept_pairs(self) -> Tensor:
+        return self.pair_order[: int(self.kept.sum())]
+
+    @property
+    def patch(self) -> Tensor:
+        """``[R]`` int64: the patch of each kept pair, pairs sorted by expert."""
+        return self._kept_pairs // self.top_k
+
+    @property
+    def expert(self) -> Tensor:
+        """``[R]`` int64: the expert of each kept pair, ascending."""
+        return self.choice.flatten()[self._kept_pairs]
+
+    @property
+    def weight(self) -> Tensor:
+        """``[R]``: the factor of each kept pair's output."""
+        return self.choice_weight.flatten()[self._kept_pairs]
+
+
+def expert_load(choice: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
+    """Choices per expert, ``[E]`` int64, without a transfer to the host.
+
+    Args:
+        choice: ``[N, k]`` int64.
+        num_experts: E.
+        kept: ``[N, k]`` bool; where given, only these choices are counted.
+    """
+    ones = torch.ones_like(choice) if kept is None else kept.to(choice.dtype)
+    return ones.new_zeros(num_experts).scatter_add_(0, choice.flatten(), ones.flatten())
+
+
+def expert_capacity(capacity_factor: float, num_patches: int, num_experts: int, top_k: int = 1) -> int:
+    """``ceil(capacity_factor * N * k / E)`` (design, section 1): the choices that one expert serves at most."""
+    return math.ceil(capacity_factor * num_patches * top_k / num_experts)
+
+
+def select_within_capacity(choice: Tensor, gate: Tensor, capacity: int, priority: Priority = "gate") -> Tensor:
+    """Which choices are served when an expert takes ``capacity`` of them at most.
+
+    Args:
+        choice: ``[N, k]`` int64, the chosen experts.
+        gate: ``[N, k]``, their gate values.
+        capacity: choices per expert.
+        priority: ``"gate"`` drops the lowest gate values first, of equal ones the patch that came last;
+            ``"order"`` drops the patches that came last, whichever of their choices it is.
+
+    Returns:
+        ``[N, k]`` bool.
+    """
+    flat = choice.flatten()
+    if priority == "gate":
+        by_gate = torch.argsort(gate.detach().flatten(), descending=True, stable=True)
+        order = by_gate[torch.argsort(flat[by_gate], stable=True)]
+    else:
+        order = torch.argsort(flat, stable=True)
+    sorted_choice = flat[order]
+    first_of_expert = torch.searchsorted(sorted_choice, sorted_choice)
+    rank = torch.arange(flat.numel(), device=flat.device) - first_of_expert
+    return torch.empty_like(flat, dtype=torch.bool).scatter_(0, order, rank < capacity).view_as(choice)
+
+
+def gate_weights(chosen_probs: Tensor, gate: Gate) -> Tensor:
+    """The factor of each chosen expert's output (design, section 2).
+
+    Args:
+        chosen_probs: ``[N, k]``, the probabilities of the chosen experts.
+        gate: ``"prob"`` is the probability itself; ``"straight_through"`` has the value ``p_i / sum_j p_j`` over the
+            chosen (1 for k = 1) and the gradient of ``p_i``.
+    """
+    if gate == "prob":
+        return chosen_probs
+    value = chosen_probs.detach()
+    return (chosen_probs - value) + value / value.sum(dim=1, keepdim=True)
+
+
+def route(
+    logits: Tensor,
+    grid: Grid,
+    *,
+    top_k: int = 1,
+    capacity_factor: float | None = None,
+    priority: Priority = "gate",
+    gate: Gate = "prob",
+) -> Routing:
+    """Top-k routing of patches by their logits, for the router below or one of your own.
+
+    Args:
+        logits: ``[N, E]``, at least float32.
+        grid: how the patches lie; ``grid.patches`` is N.
+        top_k: k, experts per patch.
+        capacity_factor: see `expert_capacity`; None drops nothing.
+        priority: see `select_within_capacity`.
+        gate: see `gate_weights`.
+    """
+    num_patches, num_experts = logits.shape
+    probs = logits.softmax(dim=1)
+    # Chosen by logit: the order is that of the probabilities, without the ties that a saturated softmax makes.
+    choice = logits.detach().topk(top_k, dim=1).indices
+    chosen_probs = probs.gather(1, choice)
+    if capacity_factor is None:
+        capacity = None
+        kept = torch.ones_like(choice, dtype=torch.bool)
+    else:
+        capacity = expert_capacity(capacity_factor, num_patches, num_experts, top_k)
+        kept = select_within_capacity(choice, chosen_probs, capacity, priority)
+    return Routing(
+        logits=logits,
+        probs=probs,
+        choice=choice,
+        choice_weight=gate_weights(chosen_probs, gate),
+        kept=kept,
+        load=expert_load(choice, num_experts),
+        capacity=capacity,
+        grid=grid,
+    )
+
+
+class Router(nn.Module):
+    """Looks at each patch and at where it lies, and picks its experts (design, section 1).
+
+    A two-layer perceptron ``W2 gelu(W1 x + b1) + b2`` on the enriched patch, content and Fourier features of position.
+    It runs in float32 at least, autocast off: routing is a comparison of logits, and what bfloat16 rounds away (8 bits
+    of mantissa) would send patches to other experts from step to step.
+
+    The enriched tensor is never built. W1 is split into its part for the content and its part for the position; the
+    latter gives the same hidden pre-activation for every image and is computed once per grid.
+
+    Args:
+        in_channels: C, channels of the map.
+        patch_size: S.
+        num_experts: E.
+        hidden: width of the perceptron; None: half of C, at least 16 and at most 64, which keeps the router near 3 % of
+            the expert's multiply-adds.
+        top_k: k, experts per patch.
+        capacity_factor: in training, see `expert_capacity`; None drops nothing.
+        eval_capacity_factor: the same at evaluation; the default None makes a prediction independent of its batch.
+        priority: who is dropped first, see `select_within_capacity`.
+        gate: see `gate_weights`.
+        gate_input: ``"pixels"``: the perceptron's hidden layer is applied to every enriched pixel and averaged over the
+            patch's real pixels; ``"flat"``: to the whole enriched patch, flattened.
+        num_bands: K, bands of the position features.
+
+    Raises:
+        ValueError: where an argument breaks its rule.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        num_experts: int,
+        *,
+        hidden: int | None = None,
+        top_k: int = 1,
+        capacity_factor: float | None = 1.25,
+        eval_capacity_factor: float | None = None,
+        priority: Priority = "gate",
+        gate: Gate = "prob",
+        gate_input: GateInput = "pixels",
+        num_bands: int = 4,
+    ) -> None:
+        super().__init__()
+        check_choice("priority", priority, get_args(Priority))
+        check_choice("gate", gate, get_args(Gate))
+        check_choice("gate_input", gate_input, get_args(GateInput))
+        if num_experts < 1:
+            raise ValueError(f"num_experts={num_experts} must be at least 1")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
+        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
+            if factor is not None and not (factor > 0 and math.isfinite(factor)):
+                raise ValueError(f"{name}={factor} must be a positive number, or None to drop nothing")
+        if hidden is not None and hidden < 1:
+            raise ValueError(f"router_hidden={hidden} must be at least 1, or None for a width made from in_channels")
+        hidden = min(64, max(16, in_channels // 2)) if hidden is None else hidden
+        self.in_channels = in_channels
+        self.patch_size = patch_size
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.priority = priority
+        self.gate = gate
+        self.gate_input = gate_input
+        self.num_bands = num_bands
+        # One convolution over the enriched map: a perceptron on each pixel, or on each flattened patch.
+        kernel = patch_size if gate_input == "flat" else 1
+        self.hidden = nn.Conv2d(in_channels + 8 * num_bands, hidden, kernel, stride=kernel)
+        self.logits = nn.Linear(hidden, num_experts)
+
+    def compute_logits(self, x: Tensor) -> Tensor:
+        """The logits ``[N, E]`` of a map ``[B, C, H, W]``, differentiable, in float32 at least."""
+        grid = grid_of(x, self.patch_size)
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.hidden.weight.dtype), torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.hidden.weight.to(dtype)
+            content_weight, position_weight = weight[:, : self.in_channels], weight[:, self.in_channels :]
+            pool = self._from_pixels if self.gate_input == "pixels" else self._from_flat
+            pooled = pool(x.to(dtype), content_weight, position_weight, grid)
+            pixels_last = pooled.permute(0, 2, 3, 1).reshape(grid.patches, -1)
+            return F.linear(pixels_last, self.logits.weight.to(dtype), self.logits.bias.to(dtype))
+
+    def _from_pixels(self, x: Tensor, content_weight: Tensor, position_weight: Tensor, grid: Grid) -> Tensor:
+        height, width = x.shape[2:]
+        # Position is a sum of a term of the row and one of the column, so a line of features per axis is enough.
+        absolute_row, absolute_column, relative_row, relative_column = position_weight[:, :, 0, 0].chunk(4, dim=1)
+        lines = []
+        for cells, size, absolute, relative in (
+            (grid.rows, height, absolute_row, relative_row),
+            (grid.columns, width, absolute_column, relative_column),
+        ):
+            features = axis_features(cells, self.patch_size, self.num_bands, dtype=x.dtype, device=x.device)
+            line = F.linear(features[0], absolute) + F.linear(features[1], relative)
+            lines.append(line[:size])
+        row, column = lines
+        position = (row[:, None] + column[None]).permute(2, 0, 1)
+        activation = F.gelu(F.conv2d(x, content_weight, self._bias(x)) + position)
+        # With ceil_mode a window that leaves the map is averaged over the pixels it has: padding never counts.
+        return F.avg_pool2d(activation, self.patch_size, ceil_mode=True, count_include_pad=False)
+
+    def _from_flat(self, x: Tensor, content_weight: Tensor, position_weight: Tensor, grid: Grid) -> Tensor:
+        side = self.patch_size
+        padded = F.pad(x, (0, grid.columns * side - x.shape[3], 0, grid.rows * side - x.shape[2]))
+        positions = position_map(grid.rows, grid.columns, side, self.num_bands, dtype=x.dtype, device=x.device)
+        position = F.conv2d(positions, position_weight, stride=side)
+        return F.gelu(F.conv2d(padded, content_weight, self._bias(x), stride=side) + position)
+
+    def _bias(self, x: Tensor) -> Tensor:
+        assert self.hidden.bias is not None
+        return self.hidden.bias.to(x.dtype)
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route the patches of a map ``[B, C, H, W]``."""
+        return route(
+            self.compute_logits(x),
+            grid_of(x, self.patch_size),
+            top_k=self.top_k,
+            capacity_factor=self.capacity_factor if self.training else self.eval_capacity_factor,
+            priority=self.priority,
+            gate=self.gate,
+        )
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of the module\'s settings."""
+        return (
+            f"patch_size={self.patch_size}, num_experts={self.num_experts}, top_k={self.top_k}, "
+            f"gate={self.gate!r}, gate_input={self.gate_input!r}"
+        )
+
+
+def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise a ValueError that names the argument unless its value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
