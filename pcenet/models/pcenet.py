@@ -19,6 +19,7 @@ from timm.layers import (
     DropPath,
     calculate_drop_path_rates,
     create_conv2d,
+    get_device_dtype,
     register_notrace_module,
 )
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
@@ -176,7 +177,7 @@ class PCENet(SavableModel):
         """A fresh classifier for another number of classes, 0 for none; ``global_pool=None`` keeps the pooling."""
         self.num_classes = num_classes
         self.class_names = None
-        self.head.reset(num_classes, global_pool, in_features=self.num_features)
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
 
     def _forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():

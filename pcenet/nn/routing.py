@@ -6,6 +6,7 @@ Axes: N patches in the batch, E experts, k experts per patch (choices).
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -266,7 +267,8 @@ class Router(nn.Module):
         """The logits ``[N, E]`` of a map ``[B, C, H, W]``, differentiable, in float32 at least."""
         grid = grid_of(x, self.patch_size)
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.hidden.weight.dtype), torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             weight = self.hidden.weight.to(dtype)
             content_weight, position_weight = weight[:, : self.in_channels], weight[:, self.in_channels :]
             pool = self._from_pixels if self.gate_input == "pixels" else self._from_flat

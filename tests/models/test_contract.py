@@ -1,0 +1,243 @@
+"""timm's contract over every registered network, and the twins."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+
+from timm.models import group_parameters
+from timm.optim import param_groups_weight_decay
+
+import pcenet
+from pcenet.models import PCENet, list_models, twin_of
+from pcenet.nn import PCELayer, record_routing
+
+NAMES = ["dense_nano", "dense_small", "dense_tiny"] + [
+    f"pce_{size}{suffix}" for size in ("nano", "small", "tiny") for suffix in ("", "_spec")
+]
+NANO = ["dense_nano", "pce_nano", "pce_nano_spec"]
+
+
+def create(name: str, **kwargs: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs)
+
+
+def images(name: str, batch: int = 2, side: int | None = None) -> torch.Tensor:
+    side = side or (32 if "nano" in name else 64)
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_registry_holds_the_networks():
+    assert sorted(list_models()) == sorted(NAMES)
+    assert set(NAMES) <= set(timm.list_models())
+
+
+def test_twins():
+    assert {name: twin_of(name) for name in NAMES} == {
+        "dense_nano": None,
+        "dense_small": None,
+        "dense_tiny": None,
+        "pce_nano": "dense_nano",
+        "pce_nano_spec": "dense_nano",
+        "pce_small": "dense_small",
+        "pce_small_spec": "dense_small",
+        "pce_tiny": "dense_tiny",
+        "pce_tiny_spec": "dense_tiny",
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_and_determinism(name):
+    model = create(name, num_classes=7).eval()
+    assert isinstance(model, PCENet)
+    x = images(name)
+    with torch.no_grad():
+        features = model.forward_features(x)
+        logits = model(x)
+        assert features.shape[:2] == (2, model.num_features)
+        assert torch.equal(model.forward_head(features), logits)
+        assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+        assert torch.equal(model(x), logits)
+        assert torch.equal(copy.deepcopy(model)(x), logits)
+    assert logits.shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_initial_weights_depend_on_the_seed_alone(name):
+    first, second = create(name), create(name)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_gets_a_gradient_and_every_used_expert_a_nonzero_one(name):
+    model = create(name, num_classes=3).train()
+    with record_routing(model) as records:
+        model(images(name)).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, PCELayer)}
+    assert records.keys() == layers.keys()
+    for layer_name, layer in layers.items():
+        served = records[layer_name][0].kept_load > 0
+        gradient = layer.experts.conv1.weight.grad.flatten(1).abs().sum(1)
+        assert torch.equal(gradient > 0, served), layer_name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_of_every_level(name):
+    model = create(name, features_only=True).eval()
+    x = images(name)
+    outputs = model(x)
+    assert len(outputs) == len(model.feature_info) >= 3
+    assert model.feature_info.reduction() == ([1, 2, 4] if "nano" in name else [4, 8, 16, 32])
+    for output, channels, reduction in zip(
+        outputs, model.feature_info.channels(), model.feature_info.reduction(), strict=True
+    ):
+        assert output.shape == (2, channels, x.shape[2] // reduction, x.shape[3] // reduction)
+
+
+@pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize("feature_cls", ["getter", "hook", "fx", "dict"])
+def test_feature_classes_agree(name, feature_cls):
+    x = images(name)
+    expected = create(name, features_only=True, out_indices=(0, 2)).eval()(x)
+    found = create(name, features_only=True, out_indices=(0, 2), feature_cls=feature_cls).eval()(x)
+    for one, other in zip(expected, found.values() if isinstance(found, dict) else found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_intermediates():
+    model = create("pce_nano").eval()
+    x = images("pce_nano", side=30)
+    with torch.no_grad():
+        final, levels = model.forward_intermediates(x)
+        assert [tuple(level.shape[1:]) for level in levels] == [(24, 30, 30), (48, 15, 15), (96, 8, 8)]
+        assert torch.equal(final, model.forward_features(x))
+        assert torch.equal(model.norm(levels[-1]), final)
+        only = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
+        assert len(only) == 1
+        assert torch.equal(only[0], levels[1])
+        with pytest.raises(ValueError, match="output_fmt='NLC'"):
+            model.forward_intermediates(x, output_fmt="NLC")
+
+
+def test_pruned_network_ends_at_the_level():
+    model = create("pce_nano").eval()
+    x = images("pce_nano")
+    level = model.forward_intermediates(x, intermediates_only=True)[1]
+    assert model.prune_intermediate_layers([1], prune_norm=True) == [1]
+    assert torch.equal(model(x), level)
+    assert model.num_features == 48
+    model.reset_classifier(5, "avg")
+    assert model(x).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_classifier_and_pooling_options(name):
+    x = images(name)
+    assert create(name, num_classes=0).eval()(x).shape == (2, 96)
+    assert create(name, num_classes=0, global_pool="").eval()(x).shape == (2, 96, 8, 8)
+    assert create(name, in_chans=1).eval()(x[:, :1]).shape == (2, 10)
+    model = create(name, global_pool="max").eval()
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert torch.equal(pooled, model.forward_features(x).amax((2, 3)))
+    model.class_names = list("abcdefghij")
+    model.reset_classifier(4)
+    assert torch.equal(model.forward_head(model.forward_features(x), pre_logits=True), pooled)
+    assert model.get_classifier().weight.shape == (4, 96)
+    assert model.class_names is None
+    model.reset_classifier(4, "catavgmax")
+    assert model.head_hidden_size == 192
+    assert model(x).shape == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["pce_nano", "dense_nano"])
+def test_drop_rates_act_in_training_alone(name):
+    x = images(name)
+    plain = create(name).eval()(x)
+    model = create(name, drop_rate=0.5, drop_path_rate=0.5)
+    assert [block.drop_path.drop_prob for block in _blocks(model)[1:]] == [0.25, 0.5]
+    assert isinstance(_blocks(model)[0].drop_path, torch.nn.Identity)
+    assert torch.equal(model.eval()(x), plain)
+    assert not torch.equal(model.train()(x), model.train()(x))
+
+
+def _blocks(model: PCENet) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "drop_path")]
+
+
+@pytest.mark.parametrize("name", ["pce_nano", "dense_nano"])
+def test_gradient_checkpointing_changes_nothing(name):
+    gradients = []
+    for enable in (False, True):
+        model = create(name).train()
+        model.set_grad_checkpointing(enable)
+        model(images(name)).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_parameter_groups(name):
+    model = create(name)
+    names = {n for n, _ in model.named_parameters()}
+    no_decay = model.no_weight_decay()
+    assert no_decay <= names
+    assert no_decay == {n for n in names if ".experts.norm" in n}
+    undecayed, decayed = param_groups_weight_decay(model, 0.05, no_weight_decay_list=no_decay)
+    shapes = {p.ndim for p in decayed["params"]}
+    assert decayed["weight_decay"] == 0.05
+    assert undecayed["weight_decay"] == 0
+    assert shapes <= {2, 4, 5}
+    assert sum(p.ndim == 2 for p in decayed["params"]) == (1 if name.startswith("dense") else 4)  # head, 3 routers
+    for coarse, count in ((True, 5), (False, 3 + 2 + 2 + 1 - 1)):
+        groups = group_parameters(model, model.group_matcher(coarse=coarse))
+        assert len(groups) == count, coarse
+        assert sorted(sum(groups.values(), [])) == sorted(names)
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_bfloat16_and_other_devices(name):
+    model = create(name, dtype=torch.bfloat16).eval()
+    assert model(images(name).bfloat16()).dtype == torch.bfloat16
+    shapes = create(name, device="meta").train()
+    assert all(t.is_meta for t in shapes.state_dict().values())
+    assert shapes(images(name).to("meta")).shape == (2, 10)
+
+
+def test_layer_options_reach_every_layer():
+    model = create("pce_nano", num_experts=3, border="exchange", gate="straight_through", norm="group", dropout=0.1)
+    layers = [m for m in model.modules() if isinstance(m, PCELayer)]
+    assert [layer.extractor.patch_size for layer in layers] == [16, 4, 2]
+    for layer in layers:
+        assert (layer.router.num_experts, layer.border, layer.router.gate) == (3, "exchange", "straight_through")
+        assert (layer.experts.norm1.kind, layer.experts.dropout, layer.shortcut) == ("group", 0.1, None)
+
+
+def test_the_specification_to_the_letter():
+    for layer in (m for m in create("pce_nano_spec").modules() if isinstance(m, PCELayer)):
+        router = layer.router
+        assert (layer.border, router.gate, router.top_k) == ("zero", "prob", 1)
+        assert (router.priority, router.capacity_factor, router.eval_capacity_factor) == ("gate", 1.25, None)
+
+
+def test_wrong_options_are_named():
+    with pytest.raises(TypeError, match="experts"):
+        create("pce_nano", experts=3)
+    with pytest.raises(TypeError, match="experts"):
+        create("dense_nano", experts=3)
+    with pytest.raises(ValueError, match="num_experts: no effect on a dense network"):
+        create("dense_nano", num_experts=3)
+    with pytest.raises(ValueError, match="top_k=2 does not go with border='exchange'"):
+        create("pce_nano", border="exchange", top_k=2)
+
+
+def test_package_exports():
+    assert pcenet.PCELayer is PCELayer
+    assert set(pcenet.__all__) <= set(dir(pcenet))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        pcenet.nothing  # noqa: B018

@@ -1,0 +1,122 @@
+"""A network as a folder."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from pcenet.models import PCENet, load_model
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = timm.create_model("pce_nano", num_classes=3, num_experts=2, border="exchange", drop_rate=0.1).eval()
+    model.class_names = ["leaf", "pavement", "sky"]
+    with torch.no_grad():  # statistics that are not those of a new network
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor += 0.1 * torch.rand_like(tensor)
+    return model
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_round_trip(model, folder):
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    x = torch.randn(2, 3, 40, 36)
+    for loaded in (PCENet.from_pretrained(folder), load_model(folder)):
+        assert not loaded.training
+        assert loaded.class_names == ["leaf", "pavement", "sky"]
+        assert loaded.model_args == model.model_args
+        assert loaded.pretrained_cfg["mean"] == [0.485, 0.456, 0.406]
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_timm_loads_it_too(model, folder):
+    x = torch.randn(2, 3, 32, 32)
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_overrides(model, folder):
+    x = torch.randn(2, 3, 32, 32)
+    loaded = PCENet.from_pretrained(folder, dispatch="static")
+    assert loaded.model_args["dispatch"] == "static"
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_the_same_network_gives_the_same_bytes(model, folder, tmp_path):
+    model.to(memory_format=torch.channels_last).save_pretrained(tmp_path / "again")
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    assert str(tmp_path) not in (folder / "config.json").read_text() + (folder / "README.md").read_text()
+
+
+def test_saved_defaults_survive_a_change_of_defaults(folder):
+    arguments = json.loads((folder / "config.json").read_text())["model_args"]
+    assert arguments["gate_input"] == "pixels"
+    assert arguments["patch_sizes"] == [16, 4, 2]
+
+
+def test_loading_needs_no_training_code(folder):
+    code = (
+        f"import sys, pcenet; m = pcenet.load_model({str(folder)!r}); "
+        "assert not {'lightning', 'torchmetrics', 'matplotlib', 'jsonargparse'} & set(sys.modules); print(m.class_names)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "['leaf', 'pavement', 'sky']\n"
+
+
+def _drop(weights):
+    del weights["norm.0.weight"]
+
+
+def _add(weights):
+    weights["extra"] = torch.zeros(1)
+
+
+def _reshape(weights):
+    weights["head.fc.weight"] = torch.zeros(4, 96)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_drop, "tensor norm.0.weight is missing"),
+        (_add, "tensor extra is not part of the network"),
+        (_reshape, r"tensor head.fc.weight has shape \(4, 96\), expected \(3, 96\)"),
+    ],
+)
+def test_weights_that_do_not_fit(folder, change, message):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def test_broken_folders(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        load_model(tmp_path)
+    (folder / "model.safetensors").write_bytes(b"no tensors here")
+    with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file"):
+        load_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architecture": "resnet18", "model_args": {}}))
+    with pytest.raises(ValueError, match="'resnet18' is not a network of this package"):
+        load_model(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "architecture": "os.system"}))
+    with pytest.raises(ValueError, match="'os.system' is not a registered network"):
+        load_model(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is no configuration of a PCE network"):
+        load_model(folder)

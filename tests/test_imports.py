@@ -1,0 +1,71 @@
+"""What an import loads, and who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pcenet
+
+PACKAGE = Path(pcenet.__file__).parent
+HEAVY = {"matplotlib", "gradio", "onnx", "lightning", "torchmetrics", "jsonargparse", "sklearn"}
+# Each part may import those before it.
+ORDER = ["nn", "models", "data", "training", "analysis"]
+
+
+def loaded_by(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_the_layer_alone_loads_torch_alone():
+    loaded = loaded_by("import pcenet.nn")
+    assert "torch" in loaded
+    assert not (HEAVY | {"timm", "torchvision", "huggingface_hub", "pcenet.models"}) & loaded
+
+
+def test_the_package_loads_nothing():
+    assert not (HEAVY | {"torch", "timm"}) & loaded_by("import pcenet")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pcenet, timm",
+        "import timm, pcenet",
+        "import pcenet\nfrom timm.models import create_model\nimport timm",
+        "import pcenet.nn, timm",
+        # Looking for timm without importing it must not use the registration up.
+        "import pcenet, importlib.util\nassert importlib.util.find_spec('timm')\nimport timm",
+    ],
+)
+def test_networks_are_registered_whichever_comes_first(code):
+    loaded = loaded_by(f"{code}\ntimm.create_model('pce_nano', num_classes=10)")
+    assert not HEAVY & loaded
+
+
+def test_imports_point_up_only():
+    for path in PACKAGE.rglob("*.py"):
+        relative = path.relative_to(PACKAGE)
+        part = relative.parts[0] if len(relative.parts) > 1 else None
+        if part not in ORDER:
+            continue
+        allowed = ORDER[: ORDER.index(part) + 1]
+        for name in _imported(path):
+            if name.startswith("pcenet."):
+                assert name.split(".")[1] in allowed, f"{relative} imports {name}"
+
+
+def _imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "pcenet" else {node.module}
+    return names
