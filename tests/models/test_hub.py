@@ -70,7 +70,8 @@ def test_saved_defaults_survive_a_change_of_defaults(folder):
 def test_loading_needs_no_training_code(folder):
     code = (
         f"import sys, pcenet; m = pcenet.load_model({str(folder)!r}); "
-        "assert not {'lightning', 'torchmetrics', 'matplotlib', 'jsonargparse'} & set(sys.modules); print(m.class_names)"
+        "assert not {'lightning', 'torchmetrics', 'matplotlib', 'jsonargparse'} & set(sys.modules); "
+        "print(m.class_names)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "['leaf', 'pavement', 'sky']\n"
@@ -115,7 +116,7 @@ def test_broken_folders(folder, tmp_path):
     with pytest.raises(ValueError, match="'resnet18' is not a network of this package"):
         load_model(folder)
     (folder / "config.json").write_text(json.dumps({**config, "architecture": "os.system"}))
-    with pytest.raises(ValueError, match="'os.system' is not a registered network"):
+    with pytest.raises(ValueError, match=r"'os\.system' is not a registered network"):
         load_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is no configuration of a PCE network"):
