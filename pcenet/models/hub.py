@@ -112,8 +112,10 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
         config = json.loads(config_path.read_text())
         architecture = config["architecture"]
         arguments = {**config["model_args"], "num_classes": config["num_classes"], **overrides}
-        preprocessing = dict(config["pretrained_cfg"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        preprocessing = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()
+        }
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{config_path} is no configuration of a PCE network: {error!r}") from error
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise ValueError(f"{config_path}: architecture {architecture!r} is not a registered network")

@@ -59,7 +59,7 @@ class RoutingStatistics:
         counts: list[int] = self._load.tolist()
         total = sum(counts)
         load = tuple(count / total for count in counts)
-        entropy = -sum(share * math.log(share) for share in load if share)
+        entropy = sum(share * math.log(1 / share) for share in load if share)
         return RoutingSummary(
             load=load,
             entropy=entropy / math.log(len(load)) if len(load) > 1 else 1.0,

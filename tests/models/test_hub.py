@@ -37,7 +37,7 @@ def test_round_trip(model, folder):
         assert not loaded.training
         assert loaded.class_names == ["leaf", "pavement", "sky"]
         assert loaded.model_args == model.model_args
-        assert loaded.pretrained_cfg["mean"] == [0.485, 0.456, 0.406]
+        assert loaded.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
         assert torch.equal(loaded(x), model(x))
 
 

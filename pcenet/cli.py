@@ -1,0 +1,254 @@
+"""The command line: ``pcenet train | eval | models``.
+
+Nothing heavy is imported before a command runs, so that help and mistakes in the options cost no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from pcenet import __version__
+from pcenet.training.config import EvalConfig, TrainConfig, choices_of, nearest, options_of
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+C = TypeVar("C", TrainConfig, EvalConfig)
+
+TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "tensorboard", "torchmetrics", "yaml")
+KINDS = {"int": "a whole number", "float": "a number"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments after the program's name; by default those of the process.
+
+    Returns:
+        The exit code: 0; 2 after an error that the user can mend, printed as one line; 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    show_warnings()
+    try:
+        dispatch(arguments)
+    except KeyboardInterrupt:
+        return fail("interrupted; --resume auto continues a training run", code=130)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.partition(".")[0] not in TRAIN_EXTRA:
+            raise
+        return fail(f"{error}; install what this command needs: pip install 'pcenet[train]'")
+    except OSError as error:
+        known = error.filename and error.strerror
+        return fail(f"{error.filename}: {error.strerror}" if known else str(error))
+    except ValueError as error:
+        return fail(str(error))
+    except SystemExit as error:  # argparse leaves this way after --help and --version
+        return error.code if isinstance(error.code, int) else 0
+    return 0
+
+
+def fail(message: str, code: int = 2) -> int:
+    """Print one line on stderr; return the exit code."""
+    print(f"pcenet: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def show_warnings() -> None:
+    """Print the package's warnings as lines on stderr."""
+    logger = logging.getLogger("pcenet")
+    if not any(isinstance(handler, WarningLines) for handler in logger.handlers):
+        logger.addHandler(WarningLines(logging.WARNING))
+
+
+class WarningLines(logging.Handler):
+    """Writes to whatever stderr is at the time, so that lines appear above a progress bar, not inside it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        print(f"pcenet: warning: {record.getMessage()}", file=sys.stderr)
+
+
+def dispatch(arguments: list[str]) -> None:
+    """Run the command that the first argument names."""
+    if arguments and arguments[0] in COMMANDS:
+        COMMANDS[arguments[0]](arguments[1:])
+        return
+    parser = argparse.ArgumentParser(
+        prog="pcenet",
+        usage="pcenet [-h] [--version] COMMAND ...",
+        description="Convolutional networks whose patches are filtered by the expert chosen for them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="commands:\n"
+        + "".join(f"  {name:8}{run.__doc__}\n" for name, run in COMMANDS.items())
+        + "\n`pcenet COMMAND --help` explains a command's options.",
+    )
+    parser.add_argument("--version", action="version", version=f"pcenet {__version__}")
+    if not arguments:
+        parser.print_help()
+        raise ValueError(f"no command given; give one of {', '.join(COMMANDS)}")
+    word = arguments[0]
+    if word in ("-h", "--help", "--version"):
+        parser.parse_args([word])
+    known = ("--help", "--version") if word.startswith("-") else tuple(COMMANDS)
+    kind = "option" if word.startswith("-") else "command"
+    raise ValueError(f"unknown {kind} {word!r}; did you mean {nearest(word, known)!r}?")
+
+
+def parse(command: str, config_class: type[C], arguments: list[str]) -> C:
+    """Options, and YAML given with ``--config``, as a config; of two values for one option the later wins.
+
+    Options are spelt with hyphens (``--batch-size``); underscores are understood too.
+
+    Args:
+        command: its name.
+        config_class: a dataclass whose annotations carry an `Option`.
+        arguments: what follows the command.
+
+    Raises:
+        ValueError: for an unknown option or a value that does not fit; names the nearest one that exists.
+    """
+    parser = config_parser(command, config_class)
+    known = ["--config", "--help", *(option_name(name) for name in options_of(config_class))]
+    spellings = {name: name for name in known} | {"-h": "-h", "--print-config": "--print_config"}
+    try:
+        values = parser.parse_args([respell(word, spellings) for word in arguments]).as_dict()
+    except argparse.ArgumentError as error:
+        raise ValueError(explain(str(error), config_class)) from error
+    values.pop("config")
+    return config_class(**values)
+
+
+def config_parser(command: str, config_class: type[C]) -> ArgumentParser:
+    """A parser with ``--config``, ``--print_config`` and an option, or argument, for each field."""
+    from jsonargparse import ArgumentParser
+
+    about = COMMANDS[command].__doc__
+    parser = ArgumentParser(prog=f"pcenet {command}", description=about, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with options, such as a run's config.yaml.")
+    defaults = {field.name: field.default for field in fields(config_class)}
+    for name, (kind, option) in options_of(config_class).items():
+        choices = choices_of(kind)
+        settings: dict[str, Any] = {"type": str if choices else kind, "help": option.help}
+        if choices:  # the config itself checks them, and suggests the nearest
+            settings["metavar"] = "{" + ",".join(choices) + "}"
+        if option.positional:
+            parser.add_argument(name, **settings)
+        else:
+            parser.add_argument(option_name(name), default=defaults[name], **settings)
+    return parser
+
+
+def option_name(field: str) -> str:
+    """A field's name as an option: ``batch_size`` is ``--batch-size``."""
+    return "--" + field.replace("_", "-")
+
+
+def respell(word: str, spellings: dict[str, str]) -> str:
+    """An option in the parser's spelling; other words as they are.
+
+    Raises:
+        ValueError: for an option that does not exist.
+    """
+    if not re.match("--?[A-Za-z]", word):
+        return word
+    name, equals, value = word.partition("=")
+    known = name.replace("_", "-")
+    if known not in spellings:
+        raise ValueError(f"unknown option {name}; did you mean {nearest(known, spellings)}?")
+    return spellings[known] + equals + value
+
+
+def explain(message: str, config_class: type[C]) -> str:
+    """jsonargparse's message in the user's terms, with the option nearest to an unknown one."""
+    options = options_of(config_class)
+    if unknown := re.match(r"Option '(.*)' is not accepted", message):
+        word = unknown[1]
+        return f"unknown option {word!r} in the --config file; did you mean {nearest(word, options)!r}?"
+    wrong = re.match(r'Parser key "(\w+)":.*value: (.*)$', message, re.DOTALL)
+    if wrong and wrong[1] in options:
+        name, value = wrong.groups()
+        kind = next((text for kind, text in KINDS.items() if kind in str(options[name][0])), "a text")
+        return f"{name} must be {kind}, got {value!r}"
+    return message.replace('Parser key "config"', "--config")
+
+
+def run_train(arguments: list[str]) -> None:
+    """train a network on images"""
+    config = parse("train", TrainConfig, arguments)
+    from pcenet.training.run import train
+
+    train(config)
+
+
+def run_eval(arguments: list[str]) -> None:
+    """measure a trained network: accuracy, confusion matrix, calibration, router health"""
+    config = parse("eval", EvalConfig, arguments)
+    from pcenet.training.evaluate import evaluate
+
+    evaluate(config)
+
+
+def run_models(arguments: list[str]) -> None:
+    """list the networks with their cost and their dense twins"""
+    parser = OneLineParser(prog="pcenet models", description=run_models.__doc__, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    spellings = {name: name for name in ("-h", "--help", "--json")}
+    options = parser.parse_args([respell(word, spellings) for word in arguments])
+    rows = catalogue()
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+    from rich.table import Table
+
+    from pcenet.training.tables import console
+
+    table = Table("name", "input", "parameters", "active", "multiply-adds", "router", "routed", "twin")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            f"{row['input_size']} px",
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['active_parameters'] / 1e6:.2f} M",
+            f"{row['multiply_adds'] / 1e6:.1f} M",
+            f"{row['router_share']:.1%}",
+            f"{row['routed_share']:.1%}",
+            row["twin"] or "",
+        )
+    console().print(table)
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """Cost of every network at its own input size, and its dense twin's name (None for a dense network)."""
+    import timm
+
+    from pcenet.models import list_models, twin_of
+    from pcenet.training.measures import cost_of, image_side
+
+    rows = []
+    for name in list_models():
+        model = timm.create_model(name)
+        rows.append({"name": name, "input_size": image_side(model), "twin": twin_of(name)} | cost_of(model))
+    return rows
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Raises where argparse would print its usage and leave."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a ``ValueError`` with argparse's message."""
+        raise ValueError(message)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": run_train,
+    "eval": run_eval,
+    "models": run_models,
+}

@@ -1,0 +1,222 @@
+"""Lightning callbacks: averaged weights, throughput, router health, the history of a run, checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint, RichProgressBar, WeightAveraging
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from typing_extensions import override
+
+from pcenet.training.folder import RunFolder, write_text
+from pcenet.training.measures import health_of
+from pcenet.training.task import ClassificationTask
+
+log = logging.getLogger(__name__)
+
+
+def average(averaged: Tensor, current: Tensor, count: Tensor | int, decay: float) -> Tensor:
+    """One update of an exponential moving average; integers, such as counters, are taken over.
+
+    Args:
+        averaged: the average so far.
+        current: what enters it.
+        count: updates so far, n. The decay is ``min(decay, (1 + n) / (10 + n))``, so that a short run does
+            not end on its initial weights.
+        decay: the average's weight in the long run.
+    """
+    if not averaged.is_floating_point():
+        return current
+    n = int(count)
+    return torch.lerp(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+
+def moving_average(decay: float) -> WeightAveraging:
+    """Lightning's weight averaging, with `average` for parameters and buffers, after every step.
+
+    Validation and the checkpoints' ``state_dict`` use the averaged weights.
+    """
+    return WeightAveraging(avg_fn=partial(average, decay=decay))
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint under a temporary name in the same folder and renames it when it is complete."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write the file, flush it to the disk, rename it."""
+        temporary = f"{path}.tmp"
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+class Throughput(Callback):
+    """Logs images per second, loading included, and the seconds of the training part of each epoch."""
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.images = 0
+        self.start = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.images += len(batch[0])
+        if trainer.is_last_batch:  # validation comes next and does not count
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize(pl_module.device)
+            self.seconds = time.perf_counter() - self.start
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log("train/epoch_seconds", self.seconds)
+        pl_module.log("train/images_per_second", self.images / self.seconds)
+
+
+class RouterHealth(Callback):
+    """Logs load, entropy, max/min load, drop rate and dead experts of each PCE layer, once per epoch.
+
+    Attributes:
+        health: layer name to the figures of the last epoch; kept in checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self.health: dict[str, dict[str, Any]] = {}
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ClassificationTask)
+        for name, statistics in pl_module.routing.items():
+            summary = statistics.compute()
+            statistics.reset()
+            self.warn_of_dead(name, summary.dead, trainer.current_epoch + 1, pl_module.config.balance)
+            self.health[name] = health_of(summary)
+            values = {
+                "entropy": summary.entropy,
+                "max_min": summary.max_min,
+                "drop_rate": summary.drop_rate,
+                "dead": float(len(summary.dead)),
+            }
+            values |= {f"load_{expert}": share for expert, share in enumerate(summary.load)}
+            pl_module.log_dict({f"router/{name}/{key}": value for key, value in values.items()})
+
+    def warn_of_dead(self, name: str, dead: tuple[int, ...], epoch: int, balance: float) -> None:
+        """Say which experts of a layer got no patch, unless the epoch before said the same."""
+        known = self.health[name]["dead"] if name in self.health else []
+        if dead and list(dead) != known:
+            experts = f"expert{'s' * (len(dead) > 1)} {', '.join(map(str, dead))}"
+            advice = f"raise --balance (now {balance:g})"
+            log.warning("epoch %d: %s of layer %s got no patch; %s", epoch, experts, name, advice)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"health": self.health}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.health = state_dict["health"]
+
+
+class History(Callback):
+    """One row of figures per epoch: printed, written to ``logs/metrics.csv``, and kept in checkpoints.
+
+    Keeping the rows in the checkpoint makes the file of a resumed run whole: every epoch once, none lost.
+
+    Args:
+        path: the CSV file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, float]] = []
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        kinds = ("train/", "val/", "router/")
+        values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(kinds)}
+        row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **values}
+        self.rows.append(row)
+        self._write()
+        print(epoch_line(row, trainer.max_epochs or 0), flush=True)
+
+    def _write(self) -> None:
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = state_dict["rows"]
+
+
+def epoch_line(row: dict[str, float], epochs: int) -> str:
+    """What a user reads while training runs."""
+    parts = (
+        f"epoch {row['epoch']:.0f}/{epochs}",
+        f"loss {row['train/loss']:.4f} (task {row['train/task_loss']:.4f}, "
+        f"balance {row['train/balance_loss']:.4f}, z {row['train/z_loss']:.4f})",
+        f"train {row['train/top1']:.2%}",
+        f"val {row['val/top1']:.2%}",
+        f"lr {row['train/lr']:.2e}",
+        f"{row['train/images_per_second']:.0f} images/s",
+        f"{row['train/epoch_seconds']:.1f} s",
+    )
+    return "  ".join(parts)
+
+
+class Checkpoints(Checkpoint):
+    """Keeps the state after the last epoch (``last.ckpt``) and after the one with the best validation top-1.
+
+    Lightning's ModelCheckpoint stores absolute paths and forgets its best score when the folder was moved.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.best = -1.0
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        top1 = float(trainer.callback_metrics["val/top1"])
+        if top1 > self.best:
+            self.best = top1
+            trainer.save_checkpoint(self.folder.best)
+        trainer.save_checkpoint(self.folder.last)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+
+class TrainingBar(RichProgressBar):
+    """Lightning's bar without the logger's version number."""
+
+    @override
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        return dict(items)

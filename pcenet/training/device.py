@@ -1,0 +1,83 @@
+"""Where and how to compute: device, precision, threads, and the record of the environment."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+import pcenet
+from pcenet.training.config import Device, Precision
+
+PACKAGES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow", "safetensors")
+
+
+def resolve_device(name: Device) -> torch.device:
+    """``"auto"`` is a CUDA GPU where there is one.
+
+    Raises:
+        ValueError: for ``"cuda"`` where torch sees no GPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda': torch sees no CUDA GPU; use --device cpu")
+    return torch.device(name)
+
+
+def resolve_precision(name: Precision, device: torch.device) -> Precision:
+    """``"auto"`` is ``"bf16"`` where the hardware computes with bfloat16 natively, else ``"fp32"``."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
+        native = any(capabilities.get(key, False) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bf16" if native else "fp32"
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """The autocast context of a resolved precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch use this many threads; None leaves its choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def processor_name() -> str:
+    """The processor's name as the system reports it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def environment(device: torch.device, precision: str) -> dict[str, Any]:
+    """Versions and hardware, for ``environment.json`` and beside measured figures."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "missing"
+    return {
+        "pcenet": pcenet.__version__,
+        "python": sys.version.split()[0],
+        "versions": versions,
+        "system": platform.platform(),
+        "processor": processor_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+    }

@@ -1,0 +1,69 @@
+"""What a network asks for, what it costs and how its routers fare, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import timm.data
+from torch import nn
+
+from pcenet.models import complexity
+from pcenet.nn import RoutingSummary
+
+TOP_K = 5
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on one split.
+
+    Attributes:
+        images: how many images.
+        loss: mean cross-entropy, without label smoothing.
+        top1: share of the images whose class has the highest logit.
+        top5: share whose class is among the five highest; None for fewer than five classes.
+        calibration_error: expected calibration error, 15 bins, L1 (Guo et al., 2017).
+        per_class: class name to its number of images and its accuracy (None without images).
+        confusion: ``confusion[i][j]`` images of class i predicted as class j, in the order of `per_class`.
+        router: layer name to its health on these images; empty for dense networks.
+    """
+
+    images: int
+    loss: float
+    top1: float
+    top5: float | None
+    calibration_error: float
+    per_class: dict[str, dict[str, Any]]
+    confusion: list[list[int]]
+    router: dict[str, dict[str, Any]]
+
+
+def image_side(model: nn.Module) -> int:
+    """Side in pixels of the images that a timm model is made for."""
+    return int(preprocessing(model)["input_size"][-1])
+
+
+def preprocessing(model: nn.Module) -> dict[str, Any]:
+    """Input size, mean and standard deviation that a timm model's ``pretrained_cfg`` asks for."""
+    resolved: dict[str, Any] = timm.data.resolve_model_data_config(model)
+    return resolved
+
+
+def cost_of(model: nn.Module) -> dict[str, Any]:
+    """What one image of the model's own size costs: `pcenet.models.Complexity` as JSON can hold it."""
+    side = image_side(model)
+    cost = complexity(model, (3, side, side))
+    return asdict(cost) | {"router_share": cost.router_share, "routed_share": cost.routed_share}
+
+
+def health_of(summary: RoutingSummary) -> dict[str, Any]:
+    """Router health as JSON can hold it: an infinite ``max_min`` (an expert without patches) becomes None."""
+    return {
+        "load": list(summary.load),
+        "entropy": summary.entropy,
+        "max_min": None if summary.dead else summary.max_min,
+        "drop_rate": summary.drop_rate,
+        "dead": list(summary.dead),
+    }

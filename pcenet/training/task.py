@@ -1,0 +1,115 @@
+"""The LightningModule that trains a classifier, its schedule and its parameter groups."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from pcenet.nn import RoutingStatistics, aux_loss, record_routing
+from pcenet.training.config import TrainConfig
+from pcenet.training.measures import TOP_K
+
+
+def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int) -> float:
+    """Share of the peak learning rate at ``step`` (0 is the first): a linear rise, then a cosine to zero.
+
+    Step ``warmup_steps - 1`` is the first at the peak; step ``total_steps`` would be the first at zero.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: biases, one-dimensional parameters and what ``no_weight_decay()`` lists do not decay.
+
+    Experts are stacked, so a norm's scale has two dimensions ``[E, C]`` there: dimensions alone do not tell.
+    """
+    listed: Collection[str] = getattr(model, "no_weight_decay", tuple)()
+    groups: list[dict[str, Any]] = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=listed)
+    return groups
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The random seed of one training step: dropout in step t depends on (seed, t) alone."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+
+
+class ClassificationTask(L.LightningModule):
+    """Trains a classifier with cross-entropy and, where it has PCE layers, their auxiliary losses.
+
+    Args:
+        model: images ``[B, 3, H, W]`` to logits ``[B, num_classes]``.
+        config: the options.
+        steps_per_epoch: batches in one pass over the training images.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, steps_per_epoch: int) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.steps_per_epoch = steps_per_epoch
+        self.routing: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]``, float32."""
+        logits: Tensor = self.model(images.to(memory_format=torch.channels_last))
+        return logits.float()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Task loss plus auxiliary losses; `routing` counts, without a transfer to the host."""
+        images, labels = batch
+        torch.manual_seed(step_seed(self.config.seed, self.global_step))
+        with record_routing(self.model) as records:
+            logits = self(images)
+        task = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        balance = aux_loss(records, balance=1.0, z=0.0)
+        z = aux_loss(records, balance=0.0, z=1.0)
+        loss: Tensor = task + self.config.balance * balance + self.config.z * z
+        for name, routings in records.items():
+            for routing in routings:
+                self.routing[name].update(routing)
+        losses = {"loss": loss, "task_loss": task, "balance_loss": balance, "z_loss": z}
+        values = losses | {"top1": (logits.argmax(1) == labels).float().mean()}
+        self.log_dict(
+            {f"train/{k}": v for k, v in values.items()}, on_step=False, on_epoch=True, batch_size=len(labels)
+        )
+        self.log_dict({f"step/{k}": v for k, v in losses.items()})
+        self.log("loss", loss, prog_bar=True, logger=False)
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=True, on_epoch=False)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Unsmoothed cross-entropy, top-1 and, from five classes on, top-5, with the averaged weights."""
+        images, labels = batch
+        logits = self(images)
+        classes = logits.shape[1]
+        accuracy = partial(multiclass_accuracy, logits, labels, num_classes=classes, average="micro")
+        values = {"val/loss": F.cross_entropy(logits, labels), "val/top1": accuracy(top_k=1)}
+        if classes >= TOP_K:
+            values["val/top5"] = accuracy(top_k=TOP_K)
+        self.log_dict(values, batch_size=len(labels))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, its learning rate a pure function of the step."""
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, self.config.weight_decay), lr=self.config.lr)
+        schedule = partial(
+            learning_rate_factor,
+            total_steps=self.config.epochs * self.steps_per_epoch,
+            warmup_steps=round(self.config.warmup_epochs * self.steps_per_epoch),
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

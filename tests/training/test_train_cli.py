@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from pcenet.cli import main
+from pcenet.training.config import TrainConfig
+from pcenet.training.task import ClassificationTask
+
+Start = Callable[..., TrainConfig]
+
+WRONG = [
+    ("trian", "unknown command 'trian'; did you mean 'train'?"),
+    ("--hepl", "unknown option '--hepl'; did you mean '--help'?"),
+    ("", "no command given; give one of train, eval, models"),
+    ("train --bath-size 3", "unknown option --bath-size; did you mean --batch-size?"),
+    ("train --epcohs=3", "unknown option --epcohs; did you mean --epochs?"),
+    ("train -x", "unknown option -x; did you mean"),
+    ("train stray", "unrecognized arguments: stray"),
+    ("train --lr", "argument --lr: expected one argument"),
+    ("train --epochs many", "epochs must be a whole number, got 'many'"),
+    ("train --input-size big", "input_size must be a whole number, got 'big'"),
+    ("train --lr fast", "lr must be a number, got 'fast'"),
+    ("train --epochs 0", "epochs must be at least 1, got 0"),
+    ("train --seed -1", "seed must be at least 0, got -1"),
+    ("train --precision fb16", "did you mean 'bf16'?"),
+    ("train --augment crpo", "did you mean 'crop'?"),
+    ("train --config nowhere.yaml", "--config: File does not exist: "),
+    ("train --config typo.yaml", "unknown option 'epcohs' in the --config file; did you mean 'epochs'?"),
+    ("train --config value.yaml", "batch_size must be a whole number, got 'x'"),
+    ("train --config broken.yaml", "Problems parsing config"),
+    ("train --config list.yaml", "Unexpected config"),
+    ("train --model pce_nan --epochs 1", "model 'pce_nan' is unknown; did you mean 'pce_nano'?"),
+    ("train --data nowhere --epochs 1", "data source 'nowhere' does not exist"),
+    ("train --resume nowhere.ckpt", "there is no checkpoint nowhere.ckpt"),
+    ("eval", "the following arguments are required: run"),
+    ("eval nowhere", "nowhere is no run folder or model folder"),
+    ("eval unfinished", "training has not finished there"),
+    ("eval . --split tset", "split 'tset' is not one of train, val, test; did you mean 'test'?"),
+    ("models --jsno", "unknown option --jsno; did you mean --json?"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), WRONG, ids=[line or "nothing" for line, _ in WRONG])
+def test_a_mistake_is_one_line_and_exit_2(
+    line: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "typo.yaml": "epcohs: 3\n",
+        "value.yaml": "batch_size: x\n",
+        "broken.yaml": "a: [\n",
+        "list.yaml": "- 1\n",
+        "unfinished/config.yaml": "model: pce_nano\n",
+    }
+    (tmp_path / "unfinished").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pcenet: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(files)
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_program_itself_exits_with_2_and_one_line() -> None:
+    process = run_python("-m", "pcenet", "train", "--batchsize", "3")
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert process.stderr == "pcenet: error: unknown option --batchsize; did you mean --batch-size?\n"
+
+
+def test_help_and_mistakes_load_no_torch() -> None:
+    process = run_python(
+        "-c",
+        "import sys; from pcenet.cli import main\n"
+        "assert [main(['--help']), main(['train', '--help']), main(['train', '--epcohs'])] == [0, 0, 2]\n"
+        "assert not {'torch', 'timm', 'lightning'} & set(sys.modules)",
+    )
+    assert process.returncode == 0, process.stderr
+    for option in ("--batch-size", "--print_config", "--resume"):
+        assert option in process.stdout
+
+
+@pytest.mark.parametrize("spelling", [["--batch-size", "7"], ["--batch_size", "7"], ["--batch-size=7"]])
+def test_options_take_hyphens_and_underscores(spelling: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *spelling, "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["batch_size"] == 7
+
+
+def test_printed_config_can_be_loaded_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--lr", "1e-5", "--data", "some dir/x: y", "--threads", "2", "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    assert TrainConfig(**yaml.safe_load(printed)) == TrainConfig(lr=1e-5, data="some dir/x: y", threads=2)
+    (tmp_path / "run.yaml").write_text(printed)
+    config = ["--config", str(tmp_path / "run.yaml")]
+    assert main(["train", *config, "--print_config"]) == 0
+    assert capsys.readouterr().out == printed
+    assert main(["train", *config, "--lr", "2", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["lr"] == 2
+
+
+def arguments_of(config: TrainConfig) -> list[str]:
+    changed = {k: v for k, v in asdict(config).items() if v != getattr(TrainConfig(), k)}
+    return [word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_train_then_eval_then_train_from_its_own_config(
+    start: Start, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = start("a", epochs=1)
+    assert main(["train", *arguments_of(config)]) == 0
+    output = capsys.readouterr().out
+    assert "epoch 1/1" in output
+    assert "24 training and 12 validation images, 3 classes" in output
+    again = ["train", "--config", str(config.folder / "config.yaml"), "--out", str(tmp_path / "b")]
+    assert main(again) == 0
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+    capsys.readouterr()
+
+    common = ["--batch-size", "8", "--workers", "0", "--precision", "fp32", "--device", "cpu"]
+    assert main(["eval", str(config.folder), *common]) == 0
+    assert "n/a (fewer than 5 classes)" in capsys.readouterr().out
+    result = json.loads((config.folder / "eval-pictures-val.json").read_text())
+    metrics = json.loads((config.folder / "metrics.json").read_text())
+    assert result["model"] == "pce_nano"
+    assert {name: result[name] for name in metrics["val"]} == metrics["val"]
+    assert sum(map(sum, result["confusion"])) == result["images"] == 12
+
+    out = tmp_path / "elsewhere"
+    model_folder = ["eval", str(config.folder / "model"), "--data", str(pictures), "--out", str(out), *common]
+    assert main(model_folder) == 0
+    assert json.loads((out / "eval-pictures-val.json").read_text()) == result
+
+
+def test_eval_refuses_other_classes_and_names_them(
+    start: Start, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = start(epochs=1)
+    assert main(["train", *arguments_of(config)]) == 0
+    other = tmp_path / "other"
+    for name in ("red", "blue", "mauve"):
+        (other / "val").mkdir(parents=True, exist_ok=True)
+        (other / "val" / name).symlink_to(pictures / "val" / "red")
+    capsys.readouterr()
+    assert main(["eval", str(config.folder), "--data", str(other)]) == 2
+    error = capsys.readouterr().err
+    assert "green" in error
+    assert "only in other: mauve" in error
+    assert not list(config.folder.glob("eval-*"))
+
+
+def test_ctrl_c_exits_with_130_and_says_how_to_go_on(
+    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def training_step(self: ClassificationTask, batch: Any, batch_idx: int) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ClassificationTask, "training_step", training_step)
+    assert main(["train", *arguments_of(start())]) == 130
+    assert "--resume auto" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert main(["train"]) == 2
+    assert "pip install 'pcenet[train]'" in capsys.readouterr().err
+
+
+def test_models_lists_cost_and_twins(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["pce_nano"]["twin"] == rows["pce_nano_spec"]["twin"] == "dense_nano"
+    assert rows["dense_nano"]["twin"] is None
+    assert rows["pce_nano"]["input_size"] == 32
+    assert rows["pce_nano"]["active_parameters"] < rows["pce_nano"]["parameters"]
+    assert main(["models"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in rows)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pcenet.nn import PCELayer
+from pcenet.training.evaluate import check_classes, evaluate_model
+
+CPU = torch.device("cpu")
+
+
+class ReadOff(nn.Module):
+    """The logits of an image stand in its first row."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, 0, 0, :]
+
+
+def images_of(rows: list[list[float]]) -> Tensor:
+    return torch.tensor(rows)[:, None, None, :].expand(-1, 3, 2, -1).contiguous()
+
+
+def test_figures_of_a_hand_made_confusion_matrix() -> None:
+    sure, half = math.log(8), math.log(2)  # softmax of (ln 8, 0, 0) is 0.8, 0.1, 0.1; of (ln 2, 0, 0) 0.5, 0.25, 0.25
+    rows = [[sure, 0, 0], [0, sure, 0], [0, sure, 0], [0, half, 0], [half, 0, 0]]
+    labels = [0, 0, 1, 1, 1]
+    batches = [
+        (images_of(rows[:2]), torch.tensor(labels[:2])),
+        (images_of(rows[2:]), torch.tensor(labels[2:])),
+    ]
+    result = evaluate_model(ReadOff(), batches, ("cat", "dog", "emu"), device=CPU, precision="fp32")
+    assert result.confusion == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
+    assert result.images == 5
+    assert result.top1 == 3 / 5
+    assert result.top5 is None
+    assert result.per_class == {
+        "cat": {"images": 2, "accuracy": 0.5},
+        "dog": {"images": 3, "accuracy": 2 / 3},
+        "emu": {"images": 0, "accuracy": None},
+    }
+    # Confidence 0.8 three times, right twice; 0.5 twice, right once.
+    assert result.calibration_error == pytest.approx(3 / 5 * abs(0.8 - 2 / 3) + 2 / 5 * abs(0.5 - 1 / 2), abs=1e-6)
+    losses = [-math.log(p) for p in (0.8, 0.1, 0.8, 0.5, 0.25)]
+    assert result.loss == pytest.approx(sum(losses) / 5, rel=1e-6)
+    assert result.router == {}
+
+
+def test_top5_counts_labels_among_the_five_highest() -> None:
+    ascending = [0.0, 1, 2, 3, 4, 5]  # class 0 comes last of six
+    batches = [(images_of([ascending] * 4), torch.tensor([0, 1, 2, 5]))]
+    result = evaluate_model(ReadOff(), batches, "abcdef", device=CPU, precision="fp32")
+    assert result.top1 == 1 / 4
+    assert result.top5 == 3 / 4
+
+
+def test_router_health_counts_every_patch_of_the_split() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = PCELayer(3, 3, patch_size=4, num_experts=2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.layer(images).mean((2, 3))
+
+    net = Net()
+    with torch.no_grad():
+        net.layer.router(torch.zeros(1, 3, 8, 8))
+    batches = [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])) for _ in range(3)]
+    result = evaluate_model(net, batches, ("a", "b", "c"), device=CPU, precision="fp32")
+    health = result.router["layer"]
+    with torch.no_grad():
+        chosen = torch.cat([net.layer.router(images).choice for images, _ in batches])
+    assert health["load"] == [(chosen == e).sum().item() / 24 for e in range(2)]  # 4 patches in each of 6 images
+    assert health["drop_rate"] == 0
+    assert not net.training
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "message"),
+    [
+        (["a", "b"], ["a", "b", "c"], "only in data: c"),
+        (["a", "b"], ["a"], "only in model: b"),
+        (["a", "b"], ["a", "x"], "only in model: b; only in data: x"),
+        (["a", "b"], ["b", "a"], "another order, a, b and b, a"),
+    ],
+)
+def test_other_classes_are_refused_by_name(expected: list[str], found: list[str], message: str) -> None:
+    check_classes(expected, list(expected), "model", "data")
+    with pytest.raises(ValueError, match=message):
+        check_classes(expected, found, "model", "data")

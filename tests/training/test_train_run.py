@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from pcenet.models import load_model
+from pcenet.nn import RoutingSummary
+from pcenet.training.callbacks import RouterHealth
+from pcenet.training.config import TrainConfig
+from pcenet.training.device import resolve_device
+from pcenet.training.folder import RunFolder, write_atomically
+from pcenet.training.measures import health_of, image_side
+from pcenet.training.run import prepare, read_checkpoint, resolve, train
+from pcenet.training.task import ClassificationTask
+
+Start = Callable[..., TrainConfig]
+
+MODEL_FILES = ("model.safetensors", "config.json")
+RANDOM = {"drop": 0.2, "drop_path": 0.2}  # so that the state of the random numbers matters
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows(folder: RunFolder) -> list[dict[str, float]]:
+    with open(folder.logs / "metrics.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of an epoch: `step` counts from 0, an epoch has three."""
+    original = ClassificationTask.training_step
+
+    def training_step(self: ClassificationTask, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step == step:
+            raise KeyboardInterrupt
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(ClassificationTask, "training_step", training_step)
+
+
+@pytest.fixture(scope="module")
+def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    return train(
+        TrainConfig(data=str(pictures), out=str(out), epochs=2, batch_size=8, precision="fp32", device="cpu", workers=0)
+    )
+
+
+def test_run_folder_is_complete(finished: RunFolder, pictures: Path) -> None:
+    names = {path.name for path in finished.path.iterdir()}
+    assert names == {"config.yaml", "environment.json", "logs", "checkpoints", "metrics.json", "model"}
+    assert {path.name for path in finished.checkpoints.iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert list(finished.logs.glob("tensorboard/events*"))
+    assert not list(finished.path.rglob("*.tmp"))
+    config = yaml.safe_load(finished.config.read_text())
+    assert TrainConfig(**config).input_size == 32
+    metrics = json.loads(finished.metrics.read_text())
+    assert metrics["epochs"] == 2
+    assert metrics["val"]["images"] == 12
+    assert metrics["val"]["top5"] is None  # three classes
+    assert 0 <= metrics["val"]["top1"] <= metrics["best"]["top1"] <= 1
+    assert metrics["images_per_second"] > 0
+    assert set(metrics["router"]) == {"stages.0.0.body", "stages.1.1.body", "stages.2.1.body"}
+    assert metrics["complexity"]["active_parameters"] < metrics["complexity"]["parameters"]
+    assert json.loads(finished.environment.read_text())["precision"] == "fp32"
+    model = load_model(finished.model)
+    assert model.class_names == ["blue", "green", "red"]
+    for name, content in contents(finished.model).items():
+        assert str(finished.path).encode() not in content, name
+        assert str(pictures).encode() not in content, name
+
+
+def test_losses_are_logged_apart_and_add_up(finished: RunFolder) -> None:
+    logged = rows(finished)
+    assert [row["epoch"] for row in logged] == [1, 2]
+    assert [row["step"] for row in logged] == [3, 6]
+    for row in logged:
+        parts = row["train/task_loss"] + 0.01 * row["train/balance_loss"] + 0.001 * row["train/z_loss"]
+        assert row["train/loss"] == pytest.approx(parts, rel=1e-5)
+        assert row["train/balance_loss"] > 0.9 * 3  # three layers, 1 each where the router is uniform
+        assert row["train/z_loss"] > 0
+        for layer in ("stages.0.0.body", "stages.1.1.body", "stages.2.1.body"):
+            assert sum(row[f"router/{layer}/load_{expert}"] for expert in range(4)) == pytest.approx(1)
+
+
+def test_a_dense_network_has_no_auxiliary_loss_and_no_router(start: Start) -> None:
+    folder = train(start(model="dense_nano", epochs=1))
+    (row,) = rows(folder)
+    assert row["train/balance_loss"] == row["train/z_loss"] == 0
+    assert row["train/loss"] == row["train/task_loss"]
+    assert not [name for name in row if name.startswith("router/")]
+    assert json.loads(folder.metrics.read_text())["router"] == {}
+
+
+def test_learning_rate_of_the_last_step_of_each_epoch(finished: RunFolder) -> None:
+    # Three steps of warm-up to 0.003; then a cosine over three steps, whose last begins at 2/3 of the way.
+    assert [row["train/lr"] for row in rows(finished)] == pytest.approx([0.003, 0.003 * 0.25])
+
+
+def test_two_runs_and_any_number_of_workers_leave_the_same_model(start: Start) -> None:
+    first = train(start("a", **RANDOM))
+    for name, workers in (("b", 0), ("c", 2)):
+        other = train(start(name, workers=workers, **RANDOM))
+        assert contents(other.model) == contents(first.model)
+        assert [row["train/loss"] for row in rows(other)] == [row["train/loss"] for row in rows(first)]
+    assert contents(train(start("d", seed=1, **RANDOM)).model) != contents(first.model)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_is_uninterrupted(start: Start, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    whole = train(start("whole", epochs=3, **RANDOM))
+    config = start("broken", epochs=3, workers=workers, **RANDOM)
+    with monkeypatch.context() as patch:
+        interrupt_at(4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    folder = RunFolder(config.folder)
+    assert not folder.metrics.exists()
+    assert [row["epoch"] for row in rows(folder)] == [1]
+    moved = folder.path.with_name("moved")
+    shutil.move(folder.path, moved)
+    resumed = train(start("moved", epochs=3, workers=workers, resume="auto", **RANDOM))
+    assert contents(resumed.model) == contents(whole.model)
+    times = ("train/epoch_seconds", "train/images_per_second")
+    for ours, theirs in zip(rows(resumed), rows(whole), strict=True):
+        assert {k: v for k, v in ours.items() if k not in times} == {k: v for k, v in theirs.items() if k not in times}
+
+
+def test_resume_auto_starts_afresh_without_a_checkpoint(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(start("whole", resume="auto"))
+    with monkeypatch.context() as patch:
+        interrupt_at(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(start("early"))
+    assert contents(train(start("early", resume="auto")).model) == contents(whole.model)
+
+
+def test_resume_auto_on_a_finished_run_does_nothing(finished: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(finished.path)
+    train(TrainConfig(**yaml.safe_load(finished.config.read_text()) | {"resume": "auto"}))
+    assert "is finished; nothing to do" in capsys.readouterr().out
+    assert contents(finished.path) == before
+
+
+def test_a_run_that_died_before_its_summary_is_completed(finished: RunFolder, start: Start) -> None:
+    config = start("died")
+    shutil.copytree(finished.path, config.folder)
+    (config.folder / "metrics.json").unlink()
+    shutil.rmtree(config.folder / "model")
+    folder = train(start("died", resume="auto"))
+    assert contents(folder.model) == contents(finished.model)
+    ours, theirs = (json.loads(path.read_text()) for path in (folder.metrics, finished.metrics))
+    assert ours == theirs
+
+
+def test_resume_from_a_checkpoint_into_a_new_folder(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(start("whole"))
+    with monkeypatch.context() as patch:
+        interrupt_at(4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(start("broken"))
+    checkpoint = start("broken").folder / "checkpoints" / "last.ckpt"
+    kept = checkpoint.read_bytes()
+    assert contents(train(start("new", resume=str(checkpoint))).model) == contents(whole.model)
+    assert checkpoint.read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "is never overwritten; continue it with --resume auto"),
+        ({"resume": "auto", "lr": 0.1, "seed": 5}, "other options (lr 0.003 -> 0.1, seed 0 -> 5)"),
+        ({"resume": "missing.ckpt"}, "there is no checkpoint missing.ckpt"),
+    ],
+)
+def test_a_run_is_never_overwritten(finished: RunFolder, start: Start, changes: dict[str, Any], message: str) -> None:
+    before = contents(finished.path)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        train(start(**{"out": str(finished.path)} | changes))
+    assert message in str(error.value)
+    assert contents(finished.path) == before
+
+
+def test_a_folder_that_is_no_run_is_left_alone(start: Start) -> None:
+    config = start("photos", resume="auto")
+    config.folder.mkdir()
+    (config.folder / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(ValueError, match="is no run folder"):
+        train(config)
+    assert contents(config.folder) == {"cat.jpg": b"cat"}
+
+
+def test_a_damaged_checkpoint_is_named(finished: RunFolder, start: Start) -> None:
+    config = start("damaged", resume="auto")
+    shutil.copytree(finished.path, config.folder)
+    (config.folder / "metrics.json").unlink()
+    last = config.folder / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged or no checkpoint"):
+        train(config)
+
+
+def test_model_holds_the_moving_average(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[dict[str, torch.Tensor]] = []
+
+    def keep(self: ClassificationTask, *args: Any) -> None:
+        steps.append({name: value.clone() for name, value in self.model.state_dict().items()})
+
+    monkeypatch.setattr(ClassificationTask, "on_train_batch_end", keep)
+    folder = train(start())
+    saved = load_file(folder.model / "model.safetensors")
+    assert len(steps) == 6
+    differs = 0
+    for name, value in saved.items():
+        if not value.is_floating_point():
+            continue
+        expected = steps[0][name].double()
+        for n, step in enumerate(steps[1:], start=1):
+            decay = (1 + n) / (10 + n)  # all below 0.998 here
+            expected = decay * expected + (1 - decay) * step[name]
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+        differs += not torch.equal(value, steps[-1][name])
+    assert differs > 20
+
+
+def test_without_averaging_model_holds_the_last_weights(start: Start) -> None:
+    folder = train(start(ema_decay=0.0))
+    current = read_checkpoint(folder.last)["current_model_state"]
+    saved = load_file(folder.model / "model.safetensors")
+    assert {f"model.{name}" for name in saved} == set(current)
+    assert all(torch.equal(value, current[f"model.{name}"]) for name, value in saved.items())
+
+
+def test_initial_weights_depend_on_the_seed_alone(start: Start) -> None:
+
+    def weights(**changes: Any) -> dict[str, torch.Tensor]:
+        torch.rand(7)
+        device = resolve_device("cpu")
+        config = resolve(start(**changes), device)
+        return prepare(config, RunFolder(config.folder), device, None).model.state_dict()
+
+    first = weights()
+    same = weights(augment="none", batch_size=3, lr=1.0)
+    other = weights(seed=1)
+    assert all(torch.equal(value, same[name]) for name, value in first.items())
+    assert not all(torch.equal(value, other[name]) for name, value in first.items())
+
+
+def test_preprocessing_travels_with_the_model(start: Start) -> None:
+    folder = train(start(epochs=1, input_size=24))
+    cfg = json.loads((folder.model / "config.json").read_text())["pretrained_cfg"]
+    assert cfg["input_size"] == [3, 24, 24]
+    assert image_side(load_model(folder.model)) == 24
+
+
+def test_dead_experts_are_named_once_with_advice(caplog: pytest.LogCaptureFixture) -> None:
+    health = RouterHealth()
+    with caplog.at_level(logging.WARNING, "pcenet"):
+        health.warn_of_dead("stages.1", (0, 2), epoch=4, balance=0.01)
+    assert caplog.messages == ["epoch 4: experts 0, 2 of layer stages.1 got no patch; raise --balance (now 0.01)"]
+
+    summary = RoutingSummary(load=(0.0, 1.0), entropy=0.0, max_min=float("inf"), drop_rate=0.5, dead=(0,))
+    health.health["stages.1"] = health_of(summary)
+    assert health.health["stages.1"]["max_min"] is None
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "pcenet"):
+        health.warn_of_dead("stages.1", (0,), epoch=5, balance=0.01)
+    assert caplog.messages == []
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "metrics.json"
+    target.write_text("old")
+
+    def fails(path: Path) -> None:
+        path.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(target, fails)
+    assert target.read_text() == "old"
+    write_atomically(target, lambda path: path.write_text("new"))
+    assert target.read_text() == "new"
