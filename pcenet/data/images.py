@@ -1,0 +1,53 @@
+"""Bytes of an image file -> an upright RGB image."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pcenet.data.base import DataError
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decode one image file to an upright image in mode RGB.
+
+    The EXIF orientation is applied. Transparent pixels are laid on white. Grey images of 16 bits keep their
+    upper 8 bits, as Pillow does for 16-bit colour. Of an animation the first frame counts.
+
+    Args:
+        data: the file's content.
+        name: what to call the file in an error.
+
+    Raises:
+        DataError: the data is no image, is cut off or damaged, has more pixels than
+            ``PIL.Image.MAX_IMAGE_PIXELS``, or has floating-point pixels, whose range is unknown.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError  # up to twice the limit Pillow only warns
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(
+            f"{name}: the image has more than PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS} pixels."
+            f" Shrink or remove it."
+        ) from error
+    except Exception as error:  # Pillow's plugins raise nearly any type on damaged data
+        raise DataError(
+            f"{name}: the file cannot be read as an image ({error}). Replace or remove the file."
+        ) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; store it with 8 or 16 bits per channel")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # "I" is how Pillow opens some 16-bit formats
+        high_byte = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(high_byte.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
