@@ -107,7 +107,8 @@ class _SortedSlots(_Slots):
     def __init__(self, x: Tensor, routing: Routing, patch_size: int) -> None:
         super().__init__(patch_size)
         counts: list[int] = routing.kept_load.tolist()  # the one synchronisation with the host
-        self.experts = [e for e, count in enumerate(counts) if count]
+        # Where an intervention drops everything, an empty batch through one expert keeps shapes and gradients.
+        self.experts = [e for e, count in enumerate(counts) if count] or [0]
         self.counts = [counts[e] for e in self.experts]
         total = sum(counts)
         pairs = routing.pair_order[:total]
@@ -172,6 +173,9 @@ class _StaticSlots(_Slots):
         # One grouped convolution: block g of the channels is convolved with the kernel of the block's expert.
         weight = conv.weight.index_select(0, self.expert_of_block).flatten(0, 1)
         blocks = batch.unflatten(0, (self.num_blocks, -1)).transpose(0, 1).flatten(1, 2)
+        if self.patch_size == 1:
+            # torch's own convolution takes the strides of axes of one element literally and refuses its own gradient.
+            blocks = blocks.clone(memory_format=torch.contiguous_format)
         out = F.conv2d(blocks, weight, padding=padding, groups=self.num_blocks)
         return out.unflatten(1, (self.num_blocks, -1)).transpose(0, 1).flatten(0, 1)
 

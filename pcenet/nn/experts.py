@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcenet.nn.routing import check_choice
+from pcenet.nn.checks import check_at_least, check_choice
 
 Norm = Literal["batch", "group"]
 
@@ -198,14 +198,13 @@ class ConvExperts(nn.Module):
     ) -> None:
         super().__init__()
         hidden_channels = out_channels if hidden_channels is None else hidden_channels
-        for name, value in (
-            ("in_channels", in_channels),
-            ("out_channels", out_channels),
-            ("num_experts", num_experts),
-            ("hidden_channels", hidden_channels),
-        ):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_at_least(
+            1,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_experts=num_experts,
+            hidden_channels=hidden_channels,
+        )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} must lie in [0, 1)")
         check_choice("norm", norm, get_args(Norm))

@@ -6,10 +6,11 @@ from typing import get_args
 
 from torch import Tensor, nn
 
+from pcenet.nn.checks import check_at_least, check_choice
 from pcenet.nn.dispatch import Border, Dispatch, run_experts
 from pcenet.nn.experts import ConvExperts, Norm
 from pcenet.nn.patches import PatchExtractor
-from pcenet.nn.routing import Gate, GateInput, Priority, Router, Routing, check_choice
+from pcenet.nn.routing import Gate, GateInput, Priority, Router, Routing
 
 
 class PCELayer(nn.Module):
@@ -77,6 +78,8 @@ class PCELayer(nn.Module):
                 f"top_k={top_k} does not go with border='exchange': a pixel's activation would belong to several "
                 "experts; take top_k=1, or border='halo'"
             )
+        if router_hidden is not None:
+            check_at_least(1, router_hidden=router_hidden)
         self.in_channels = in_channels
         self.border: Border = border
         self.dispatch: Dispatch = dispatch

@@ -46,7 +46,7 @@ def load_balance_loss(routing: Routing) -> Tensor:
 
 
 def _load_balance(probs: Tensor, load: Tensor, num_choices: int) -> Tensor:
-    return len(load) * (probs.mean(dim=0) * (load / num_choices).to(probs.dtype)).sum()
+    return len(load) * (probs.mean(dim=0) * load.to(probs.dtype) / num_choices).sum()
 
 
 def aux_loss(records: Mapping[str, Sequence[Routing]], balance: float = 0.01, z: float = 0.001) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcenet.nn.checks import check_at_least
 from pcenet.nn.fourier import position_map
 
 
@@ -60,8 +61,9 @@ def patch_windows(x: Tensor, patch_size: int, margin: int = 0) -> Tensor:
 def split_map(x: Tensor, patch_size: int) -> tuple[Tensor, Grid]:
     """Cut a map ``[B, C, H, W]`` into patches ``[N, C, S, S]``, zeros where they stick out; channels-last."""
     windows = patch_windows(x, patch_size)
-    pixels_last = windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, patch_size, patch_size, x.shape[1])
-    return pixels_last.permute(0, 3, 1, 2), grid_of(x, patch_size)
+    grid = grid_of(x, patch_size)
+    pixels_last = windows.permute(0, 1, 2, 4, 5, 3).reshape(grid.patches, patch_size, patch_size, x.shape[1])
+    return pixels_last.permute(0, 3, 1, 2), grid
 
 
 def merge_patches(patches: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
@@ -89,10 +91,8 @@ class PatchExtractor(nn.Module):
 
     def __init__(self, patch_size: int, num_bands: int = 4) -> None:
         super().__init__()
-        if patch_size < 1:
-            raise ValueError(f"patch_size={patch_size} must be at least 1 pixel")
-        if num_bands < 0:
-            raise ValueError(f"num_bands={num_bands} must not be negative; 0 turns the position features off")
+        check_at_least(1, patch_size=patch_size)
+        check_at_least(0, num_bands=num_bands)
         self.patch_size = patch_size
         self.num_bands = num_bands
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcenet.nn.checks import check_at_least, check_choice
 from pcenet.nn.fourier import axis_features, position_map
 from pcenet.nn.patches import Grid, grid_of
 
@@ -238,16 +239,15 @@ class Router(nn.Module):
         check_choice("priority", priority, get_args(Priority))
         check_choice("gate", gate, get_args(Gate))
         check_choice("gate_input", gate_input, get_args(GateInput))
-        if num_experts < 1:
-            raise ValueError(f"num_experts={num_experts} must be at least 1")
+        check_at_least(1, in_channels=in_channels, patch_size=patch_size, num_experts=num_experts)
+        check_at_least(0, num_bands=num_bands)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
         for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
             if factor is not None and not (factor > 0 and math.isfinite(factor)):
                 raise ValueError(f"{name}={factor} must be a positive number, or None to drop nothing")
-        if hidden is not None and hidden < 1:
-            raise ValueError(f"router_hidden={hidden} must be at least 1, or None for a width made from in_channels")
         hidden = min(64, max(16, in_channels // 2)) if hidden is None else hidden
+        check_at_least(1, hidden=hidden)
         self.in_channels = in_channels
         self.patch_size = patch_size
         self.num_experts = num_experts
@@ -297,9 +297,11 @@ class Router(nn.Module):
     def _from_flat(self, x: Tensor, content_weight: Tensor, position_weight: Tensor, grid: Grid) -> Tensor:
         side = self.patch_size
         padded = F.pad(x, (0, grid.columns * side - x.shape[3], 0, grid.rows * side - x.shape[2]))
-        positions = position_map(grid.rows, grid.columns, side, self.num_bands, dtype=x.dtype, device=x.device)
-        position = F.conv2d(positions, position_weight, stride=side)
-        return F.gelu(F.conv2d(padded, content_weight, self._bias(x), stride=side) + position)
+        hidden = F.conv2d(padded, content_weight, self._bias(x), stride=side)
+        if self.num_bands:
+            positions = position_map(grid.rows, grid.columns, side, self.num_bands, dtype=x.dtype, device=x.device)
+            hidden = hidden + F.conv2d(positions, position_weight, stride=side)
+        return F.gelu(hidden)
 
     def _bias(self, x: Tensor) -> Tensor:
         assert self.hidden.bias is not None
@@ -322,9 +324,3 @@ class Router(nn.Module):
             f"patch_size={self.patch_size}, num_experts={self.num_experts}, top_k={self.top_k}, "
             f"gate={self.gate!r}, gate_input={self.gate_input!r}"
         )
-
-
-def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raise a ValueError that names the argument unless its value is one of those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,256 @@
+"""Stacked experts as ordinary modules and back, and dispatch against those modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcenet.nn import ConvExperts, Grid, PatchExtractor, PCELayer, route
+
+
+def random_experts(*args: int, **options: Any) -> ConvExperts:
+    return reference.randomise(ConvExperts(*args, **options).double())
+
+
+def routed_layer(choice: list[int], grid: Grid, **options: Any) -> tuple[PCELayer, Any]:
+    """A layer without shortcut, and the routing that sends patch i to expert choice[i] with weight 1."""
+    layer = PCELayer(3, 4, patch_size=3, num_experts=3, hidden_channels=5, shortcut=False, **options)
+    logits = F.one_hot(torch.tensor(choice), 3).to(torch.float64)
+    return reference.randomise(layer.double()), route(logits, grid, gate="straight_through")
+
+
+# Modules
+
+
+def test_parameters_are_stacked_by_expert() -> None:
+    experts = ConvExperts(3, 8, 5, hidden_channels=6)
+    shapes = {name: tuple(tensor.shape) for name, tensor in experts.state_dict().items()}
+    assert shapes == {
+        "conv1.weight": (5, 6, 3, 3, 3),
+        "norm1.weight": (5, 6),
+        "norm1.bias": (5, 6),
+        "norm1.running_mean": (5, 6),
+        "norm1.running_var": (5, 6),
+        "conv2.weight": (5, 8, 6, 3, 3),
+        "norm2.weight": (5, 8),
+        "norm2.bias": (5, 8),
+        "norm2.running_mean": (5, 8),
+        "norm2.running_var": (5, 8),
+    }
+    without_statistics = ConvExperts(3, 8, 5, norm="group").state_dict()
+    assert not any("running" in name for name in without_statistics)
+    assert without_statistics["conv1.weight"].shape == (5, 8, 3, 3, 3), "hidden is out by default"
+
+
+def test_experts_start_apart_with_the_spread_of_a_plain_convolution() -> None:
+    weight = ConvExperts(16, 32, 4).conv1.weight
+    bound = (16 * 9) ** -0.5  # nn.Conv2d: uniform within 1 / sqrt(fan_in)
+    for e in range(4):
+        assert weight[e].abs().max() <= bound
+        assert weight[e].std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+        assert not any(torch.equal(weight[e], weight[other]) for other in range(e))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_to_sequential_is_the_block_of_the_design(norm: str) -> None:
+    experts = random_experts(3, 12, 2, hidden_channels=6, dropout=0.25, norm=norm)
+    block = experts.to_sequential(1)
+    normalisation = nn.BatchNorm2d if norm == "batch" else nn.GroupNorm
+    assert [type(m) for m in block] == [
+        nn.Conv2d,
+        normalisation,
+        nn.GELU,
+        nn.Dropout,
+        nn.Conv2d,
+        normalisation,
+    ]
+    conv1, norm1, gelu, dropout, conv2, norm2 = block
+    assert (conv1.in_channels, conv1.out_channels, conv2.out_channels) == (3, 6, 12)
+    for conv in (conv1, conv2):
+        assert (conv.kernel_size, conv.padding, conv.stride, conv.bias) == ((3, 3), (1, 1), (1, 1), None)
+    assert (gelu.approximate, dropout.p) == ("none", 0.25)
+    assert norm1.eps == norm2.eps == 1e-5
+    if norm == "batch":
+        assert norm1.momentum == norm2.momentum == 0.1
+        assert torch.equal(norm1.running_mean, experts.norm1.running_mean[1])
+        assert torch.equal(norm2.running_var, experts.norm2.running_var[1])
+    else:
+        assert (norm1.num_groups, norm2.num_groups) == (2, 4)  # gcd(6, 8), gcd(12, 8)
+    assert torch.equal(conv1.weight, experts.conv1.weight[1])
+    assert torch.equal(conv2.weight, experts.conv2.weight[1])
+    assert torch.equal(norm1.weight, experts.norm1.weight[1])
+    assert torch.equal(norm2.bias, experts.norm2.bias[1])
+    assert conv1.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_to_sequential_keeps_the_mode(training: bool) -> None:
+    block = random_experts(2, 2, 2).train(training).to_sequential(0)
+    assert all(module.training is training for module in block.modules())
+
+
+def test_to_sequential_is_a_copy() -> None:
+    experts = random_experts(3, 4, 2)
+    before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
+    block = experts.to_sequential(0)
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in block.parameters())
+    with torch.no_grad():
+        for tensor in block.state_dict().values():
+            tensor.add_(1)
+    reference.assert_same(experts.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_from_sequential_takes_a_block_into_one_expert(norm: str) -> None:
+    experts = random_experts(3, 4, 3, norm=norm)
+    before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
+    other = reference.randomise(ConvExperts(3, 4, 1, norm=norm).double(), seed=9).to_sequential(0)
+    experts.from_sequential(2, other)
+    reference.assert_same(experts.to_sequential(2).state_dict(), other.state_dict(), rtol=0, atol=0)
+    after = experts.state_dict()
+    assert not torch.equal(after["conv1.weight"][2], before["conv1.weight"][2])
+    reference.assert_same({k: v[:2] for k, v in after.items()}, {k: v[:2] for k, v in before.items()}, 0, 0)
+    with torch.no_grad():
+        other[0].weight.zero_()
+    assert experts.conv1.weight[2].abs().min() > 0, "taken by value"
+
+
+def test_from_sequential_converts_the_dtype() -> None:
+    experts = ConvExperts(3, 4, 2)
+    block = random_experts(3, 4, 1).to_sequential(0)
+    experts.from_sequential(0, block)
+    torch.testing.assert_close(experts.conv1.weight[0], block[0].weight.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("expert", [-1, 2])
+def test_an_expert_that_does_not_exist_is_named(expert: int) -> None:
+    experts = ConvExperts(3, 4, 2)
+    with pytest.raises(ValueError, match=f"expert={expert}"):
+        experts.to_sequential(expert)
+    with pytest.raises(ValueError, match=f"expert={expert}"):
+        experts.from_sequential(expert, experts.to_sequential(0))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        nn.Sequential(nn.Conv2d(3, 4, 3, bias=False)),
+        ConvExperts(3, 4, 1, norm="group").to_sequential(0),
+        ConvExperts(3, 5, 1).to_sequential(0),
+        ConvExperts(3, 4, 1, hidden_channels=7).to_sequential(0),
+        nn.Sequential(
+            *[nn.Conv2d(3, 4, 3) if i == 0 else m for i, m in enumerate(ConvExperts(3, 4, 1).to_sequential(0))]
+        ),
+    ],
+    ids=["too short", "other normalisation", "other width", "other hidden width", "bias"],
+)
+def test_a_block_that_does_not_fit_changes_nothing(block: nn.Sequential) -> None:
+    experts = ConvExperts(3, 4, 2)
+    before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
+    with pytest.raises(ValueError, match="block does not fit expert 1"):
+        experts.from_sequential(1, block)
+    reference.assert_same(experts.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"in_channels": 0}, "in_channels=0"),
+        ({"out_channels": 0}, "out_channels=0"),
+        ({"num_experts": 0}, "num_experts=0"),
+        ({"hidden_channels": 0}, "hidden_channels=0"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"dropout": -0.1}, "dropout=-0.1"),
+        ({"norm": "layer"}, "norm='layer'"),
+    ],
+)
+def test_wrong_arguments_are_named(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        ConvExperts(**({"in_channels": 3, "out_channels": 4, "num_experts": 2} | options))
+
+
+# Dispatch against the modules
+
+CHOICE = [0, 2, 0, 0, 2, 2, 0, 1]  # two images of 2 x 2 patches of 3 x 3
+GRID = Grid(2, 2, 2)
+
+
+def by_patch(maps: list[Tensor]) -> Tensor:
+    """A map made of one map per expert: each patch from its own expert's."""
+    extractor = PatchExtractor(3)
+    patches = [extractor.split(m)[0] for m in maps]
+    chosen = torch.stack([patches[e][i] for i, e in enumerate(CHOICE)])
+    return extractor.merge(chosen, GRID, (maps[0].shape[2], maps[0].shape[3]))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("dispatch", ["sorted", "static"])
+@pytest.mark.parametrize("training", [True, False])
+def test_zero_border_is_the_module_on_each_experts_patches(training: bool, dispatch: str, norm: str) -> None:
+    layer, routing = routed_layer(CHOICE, GRID, border="zero", dispatch=dispatch, norm=norm)
+    layer.train(training)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    patches, _ = layer.extractor.split(x)
+    blocks = [layer.experts.to_sequential(e) for e in range(3)]
+    expected = torch.zeros(8, 4, 3, 3, dtype=torch.float64)
+    for e, block in enumerate(blocks):
+        own = torch.tensor(CHOICE) == e
+        expected[own] = block(patches[own])
+    actual = layer.forward_given_routing(x, routing)
+    torch.testing.assert_close(layer.extractor.split(actual)[0], expected, rtol=1e-10, atol=1e-10)
+    for e, block in enumerate(blocks):
+        ours = layer.experts.to_sequential(e).state_dict()
+        reference.assert_same(
+            {k: v for k, v in ours.items() if "running" in k},
+            {k: v for k, v in block.state_dict().items() if "running" in k},
+        )
+
+
+@pytest.mark.parametrize("size", [(6, 6), (5, 4)])
+@pytest.mark.parametrize("dispatch", ["sorted", "static"])
+def test_halo_is_the_first_module_on_the_map_and_the_second_on_the_patch(dispatch: str, size: tuple[int, int]) -> None:
+    layer, routing = routed_layer(CHOICE, GRID, border="halo", dispatch=dispatch)
+    layer.eval()
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    # Padded to whole patches and a ring around them, so that the first convolution has real neighbours everywhere.
+    surrounded = F.pad(x, (1, 1 + 6 - size[1], 1, 1 + 6 - size[0]))
+    blocks = [layer.experts.to_sequential(e) for e in range(3)]
+    hidden = by_patch([block[:4](surrounded)[:, :, 1:-1, 1:-1] for block in blocks])
+    hidden_patches, _ = layer.extractor.split(hidden)
+    out = torch.stack([blocks[e][4:](hidden_patches[i : i + 1])[0] for i, e in enumerate(CHOICE)])
+    expected = layer.extractor.merge(out, GRID, size)
+    actual = layer.forward_given_routing(x, routing)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, check_stride=False)
+
+
+@pytest.mark.parametrize("size", [(6, 6), (5, 4)])
+@pytest.mark.parametrize("dispatch", ["sorted", "static"])
+def test_exchange_is_both_modules_on_the_map(dispatch: str, size: tuple[int, int]) -> None:
+    layer, routing = routed_layer(CHOICE, GRID, border="exchange", dispatch=dispatch)
+    layer.eval()
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    blocks = [layer.experts.to_sequential(e) for e in range(3)]
+    hidden = by_patch([block[:4](x) for block in blocks])
+    expected = by_patch([block[4:](hidden) for block in blocks])
+    actual = layer.forward_given_routing(x, routing)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, check_stride=False)
+
+
+@pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
+def test_dropout_lies_between_gelu_and_the_second_convolution(border: str) -> None:
+    """One expert, one patch that covers the map, one channel: the block itself, at the same random numbers."""
+    layer = PCELayer(1, 1, patch_size=6, num_experts=1, dropout=0.5, border=border, shortcut=False)
+    layer = reference.randomise(layer.double())
+    routing = route(torch.zeros(3, 1, dtype=torch.float64), Grid(3, 1, 1))
+    x = torch.randn(3, 1, 6, 6, dtype=torch.float64)
+    block = layer.experts.to_sequential(0)
+    torch.manual_seed(5)
+    expected = block(x)
+    torch.manual_seed(5)
+    actual = layer.forward_given_routing(x, routing)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, check_stride=False)

@@ -1,0 +1,364 @@
+"""Selection rules on hand-written tables, and the router against the perceptron on the enriched patches."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pcenet.nn import Grid, PatchExtractor, Router, Routing, route
+
+
+def table(rows: list[list[float]], **options: object) -> Routing:
+    """Route one row of patches by a table of probabilities."""
+    logits = torch.tensor(rows, dtype=torch.float64).log()
+    return route(logits, Grid(1, 1, len(rows)), **options)
+
+
+def random_router(*args: int, **options: object) -> Router:
+    return reference.randomise(nn.ModuleDict({"router": Router(*args, **options)}).double())["router"]
+
+
+# Capacity
+
+
+@pytest.mark.parametrize(
+    ("factor", "patches", "experts", "top_k", "capacity"),
+    [
+        (1.25, 16, 4, 1, 5),  # 5
+        (1.25, 8, 4, 1, 3),  # 2.5
+        (1.0, 6, 4, 1, 2),  # 1.5
+        (1.0, 6, 4, 2, 3),  # 3
+        (0.5, 3, 4, 2, 1),  # 0.75
+        (1.0, 1, 8, 1, 1),  # 0.125
+        (2.0, 10, 4, 1, 5),  # 5
+        (1.25, 9, 4, 2, 6),  # 5.625
+    ],
+)
+def test_capacity_is_the_ceiling_of_the_formula(
+    factor: float, patches: int, experts: int, top_k: int, capacity: int
+) -> None:
+    routing = route(torch.zeros(patches, experts), Grid(patches, 1, 1), top_k=top_k, capacity_factor=factor)
+    assert routing.capacity == capacity
+    assert routing.kept_load.max() <= capacity
+
+
+# Who is dropped
+
+# Expert 0 is wanted by the patches 0, 1, 2, 4 with .9, .6, .8, .6; expert 1 by patch 3.
+FIVE = [[0.9, 0.1], [0.6, 0.4], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]]
+
+
+@pytest.mark.parametrize(
+    ("factor", "capacity", "priority", "kept"),
+    [
+        (0.4, 1, "gate", [1, 0, 0, 1, 0]),
+        (0.8, 2, "gate", [1, 0, 1, 1, 0]),  # .9 and .8 stay
+        (1.2, 3, "gate", [1, 1, 1, 1, 0]),  # patches 1 and 4 have .6 both: the later goes
+        (1.6, 4, "gate", [1, 1, 1, 1, 1]),
+        (0.4, 1, "order", [1, 0, 0, 1, 0]),
+        (0.8, 2, "order", [1, 1, 0, 1, 0]),  # the first two stay
+        (1.2, 3, "order", [1, 1, 1, 1, 0]),
+        (None, None, "gate", [1, 1, 1, 1, 1]),
+        (None, None, "order", [1, 1, 1, 1, 1]),
+    ],
+)
+def test_dropping_one_expert_per_patch(
+    factor: float | None, capacity: int | None, priority: str, kept: list[int]
+) -> None:
+    routing = table(FIVE, capacity_factor=factor, priority=priority)
+    assert routing.capacity == capacity
+    assert routing.choice[:, 0].tolist() == [0, 0, 0, 1, 0]
+    assert routing.kept[:, 0].tolist() == [bool(k) for k in kept]
+    assert routing.load.tolist() == [4, 1], "load is counted before dropping"
+    assert routing.kept_load.tolist() == [sum(kept) - 1, 1]
+
+
+# Two experts per patch. Expert 0 is the second choice of patch 0 (.2) and the first of patches 1 (.5) and 2 (.6).
+THREE = [[0.2, 0.7, 0.1], [0.5, 0.1, 0.4], [0.6, 0.3, 0.1]]
+
+
+@pytest.mark.parametrize(
+    ("priority", "kept"),
+    [
+        ("gate", [[1, 0], [1, 1], [1, 1]]),  # expert 0 lets .2 go
+        ("order", [[1, 1], [1, 1], [0, 1]]),  # expert 0 lets patch 2 go, though it was its first choice
+    ],
+)
+def test_dropping_two_experts_per_patch(priority: str, kept: list[list[int]]) -> None:
+    routing = table(THREE, top_k=2, capacity_factor=0.9, priority=priority)
+    assert routing.capacity == 2  # 0.9 * 3 * 2 / 3 = 1.8
+    assert routing.choice.tolist() == [[1, 0], [0, 2], [0, 1]]
+    assert routing.kept.int().tolist() == kept
+    assert routing.load.tolist() == [3, 2, 1]
+    assert routing.load.dtype == torch.int64
+
+
+def test_ties_between_choices_drop_the_later_patch() -> None:
+    # All gate values are .4 or .3, so everything is decided by the number of the patch.
+    routing = table([[0.4, 0.3, 0.3 - 1e-9], [0.4, 0.3, 0.3 - 1e-9]], top_k=2, capacity_factor=0.5)
+    assert routing.capacity == 1
+    assert routing.kept.tolist() == [[True, True], [False, False]]
+
+
+def test_many_equal_gates_keep_the_first() -> None:
+    """More pairs than a sort treats as a small case, so that an unstable one would show."""
+    logits = torch.zeros(3000, 2, dtype=torch.float64)
+    logits[:, 0] = 1
+    routing = route(logits, Grid(3000, 1, 1), capacity_factor=0.5)
+    assert routing.kept[:, 0].tolist() == [True] * 750 + [False] * 2250
+
+
+def test_derived_pairs_by_hand() -> None:
+    routing = table(THREE, top_k=2, capacity_factor=0.9)
+    # Pairs 2i + j: 0 -> expert 1, 1 dropped, 2 -> 0, 3 -> 2, 4 -> 0, 5 -> 1.
+    assert routing.pair_order.tolist() == [2, 4, 0, 5, 3, 1]
+    assert routing.patch.tolist() == [1, 2, 0, 2, 1]
+    assert routing.expert.tolist() == [0, 0, 1, 1, 2]
+    torch.testing.assert_close(routing.weight, reference.float64([0.5, 0.6, 0.7, 0.3, 0.4]))
+    assert routing.kept_load.tolist() == [2, 2, 1]
+    assert (routing.num_experts, routing.top_k) == (3, 2)
+
+
+def test_derived_pairs_without_dropping() -> None:
+    routing = table(FIVE)
+    assert routing.pair_order.tolist() == [0, 1, 2, 4, 3]
+    assert routing.patch.tolist() == [0, 1, 2, 4, 3]
+    assert routing.expert.tolist() == [0, 0, 0, 0, 1]
+    torch.testing.assert_close(routing.weight, reference.float64([0.9, 0.6, 0.8, 0.6, 0.7]))
+
+
+def test_routing_is_frozen() -> None:
+    routing = table(FIVE)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        routing.kept = torch.zeros_like(routing.kept)
+
+
+@given(
+    st.integers(1, 30),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.floats(0.1, 2),
+    st.sampled_from(["gate", "order"]),
+    st.booleans(),
+)
+def test_any_table_is_routed_like_the_naive_loops(
+    patches: int, experts: int, top_k: int, factor: float, priority: str, coarse: bool
+) -> None:
+    top_k = min(top_k, experts)
+    logits = torch.randn(patches, experts, dtype=torch.float64)
+    if coarse:  # ties between patches, none within one
+        logits = logits.argsort(dim=1).argsort(dim=1).double()
+    routing = route(logits, Grid(patches, 1, 1), top_k=top_k, capacity_factor=factor, priority=priority)
+    choice = reference.choose(logits, top_k)
+    gate = routing.probs.gather(1, torch.tensor(choice)).tolist()
+    assert routing.choice.tolist() == choice
+    assert routing.kept.tolist() == reference.keep(choice, gate, experts, routing.capacity, priority)
+    assert routing.load.sum() == patches * top_k
+    torch.testing.assert_close(routing.probs, reference.softmax(logits))
+
+
+# Gate values
+
+LOGITS = [5.0, 3.0, 2.0]  # probabilities .5, .3, .2 after the logarithm
+
+
+@pytest.mark.parametrize(
+    ("gate", "top_k", "values"),
+    [
+        ("prob", 1, [0.5]),
+        ("prob", 2, [0.5, 0.3]),
+        ("straight_through", 1, [1.0]),
+        ("straight_through", 2, [0.625, 0.375]),
+        ("straight_through", 3, [0.5, 0.3, 0.2]),
+    ],
+)
+def test_gate_values_and_gradients_by_hand(gate: str, top_k: int, values: list[float]) -> None:
+    logits = torch.tensor([LOGITS], dtype=torch.float64).log().requires_grad_()
+    routing = route(logits, Grid(1, 1, 1), top_k=top_k, gate=gate)
+    torch.testing.assert_close(routing.choice_weight, reference.float64([values]))
+    # Whatever the value, the gradient is that of p_i: dp_i/dl_j = p_i ((i = j) - p_j).
+    jacobian = [[0.25, -0.15, -0.10], [-0.15, 0.21, -0.06], [-0.10, -0.06, 0.16]]
+    for i in range(top_k):
+        (gradient,) = torch.autograd.grad(routing.choice_weight[0, i], logits, retain_graph=True)
+        torch.testing.assert_close(gradient, reference.float64([jacobian[i]]))
+
+
+def test_straight_through_is_exactly_one() -> None:
+    """A converted network starts unchanged only if the factor is 1 to the last bit."""
+    routing = route(torch.randn(200, 5), Grid(200, 1, 1), gate="straight_through")
+    assert (routing.choice_weight == 1).all()
+
+
+# The router
+
+SHAPES = [(2, 3, 8, 8, 4), (2, 3, 7, 5, 3), (1, 5, 2, 3, 4), (3, 2, 4, 6, 1), (1, 4, 9, 4, 4)]
+
+
+@pytest.mark.parametrize("gate_input", ["pixels", "flat"])
+@pytest.mark.parametrize("num_bands", [0, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_router_equals_the_perceptron_on_enriched_patches(
+    shape: tuple[int, ...], num_bands: int, gate_input: str
+) -> None:
+    batch, channels, height, width, side = shape
+    router = random_router(channels, side, 4, num_bands=num_bands, gate_input=gate_input, hidden=6)
+    x = torch.randn(batch, channels, height, width, dtype=torch.float64, requires_grad=True)
+    actual, expected = router(x).logits, reference.router_logits(router, x)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    reference.assert_same(reference.gradients(actual, x, router), reference.gradients(expected, x, router), rtol=1e-9)
+
+
+@pytest.mark.parametrize("gate_input", ["pixels", "flat"])
+def test_router_equals_the_perceptron_on_the_extractors_output(gate_input: str) -> None:
+    """The enriched tensor that is never built is the one that `PatchExtractor` builds."""
+    router = random_router(3, 4, 5, gate_input=gate_input, hidden=8)
+    x = torch.randn(2, 3, 8, 12, dtype=torch.float64)
+    enriched = PatchExtractor(4)(x)
+    if gate_input == "flat":
+        hidden = reference.gelu(enriched.flatten(1) @ router.hidden.weight.flatten(1).T + router.hidden.bias)
+    else:
+        pixels = enriched.permute(0, 2, 3, 1) @ router.hidden.weight[:, :, 0, 0].T + router.hidden.bias
+        hidden = reference.gelu(pixels).mean(dim=(1, 2))
+    expected = hidden @ router.logits.weight.T + router.logits.bias
+    torch.testing.assert_close(router.compute_logits(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("gate_input", ["pixels", "flat"])
+def test_position_alone_can_route(gate_input: str) -> None:
+    """On an empty image the content says nothing: the patches differ by both kinds of position, or not at all."""
+    router = random_router(2, 2, 3, gate_input=gate_input)
+    logits = router(torch.zeros(1, 2, 8, 8, dtype=torch.float64)).logits
+    distances = torch.cdist(logits, logits) + torch.eye(16)
+    assert distances.min() > 1e-3
+    blind = random_router(2, 2, 3, gate_input=gate_input, num_bands=0)
+    assert blind(torch.zeros(1, 2, 8, 8, dtype=torch.float64)).logits.std(dim=0).max() < 1e-12
+
+
+@pytest.mark.parametrize("axis", [2, 3])
+def test_pixels_router_uses_the_position_inside_the_patch(axis: int) -> None:
+    """Turning a patch round changes which pixel lies where, and so the logits, though the mean pixel stays."""
+    router = random_router(2, 4, 3)
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    assert (router(x).logits - router(x.flip(axis)).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("gate_input", ["pixels", "flat"])
+def test_an_images_routing_does_not_depend_on_its_batch(gate_input: str) -> None:
+    router = random_router(3, 2, 4, gate_input=gate_input).eval()
+    x = torch.randn(4, 3, 5, 6, dtype=torch.float64)
+    whole = router(x)
+    alone = router(x[2:3])
+    per_image = 3 * 3
+    torch.testing.assert_close(alone.logits, whole.logits[2 * per_image : 3 * per_image], rtol=1e-12, atol=1e-12)
+    order = torch.tensor([3, 1, 0, 2])
+    permuted = router(x[order]).logits.unflatten(0, (4, per_image))
+    torch.testing.assert_close(permuted, whole.logits.unflatten(0, (4, per_image))[order], rtol=1e-12, atol=1e-12)
+
+
+def test_evaluation_drops_nothing_unless_told() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    router = Router(3, 2, 4, capacity_factor=0.5)
+    training = router(x)
+    assert training.capacity == math.ceil(0.5 * 64 / 4)
+    assert not training.kept.all()
+    evaluation = router.eval()(x)
+    assert evaluation.capacity is None
+    assert evaluation.kept.all()
+    limited = Router(3, 2, 4, capacity_factor=None, eval_capacity_factor=0.25)
+    assert limited(x).capacity is None
+    assert limited(x).kept.all()
+    assert limited.eval()(x).capacity == 4
+    assert not limited(x).kept.all()
+
+
+def test_fields_have_fixed_shapes_and_dtypes() -> None:
+    routing = Router(3, 4, 5, top_k=2)(torch.randn(2, 3, 9, 8))
+    shapes = {name: tuple(value.shape) for name, value in vars(routing).items() if isinstance(value, Tensor)}
+    assert shapes == {
+        "logits": (12, 5),
+        "probs": (12, 5),
+        "choice": (12, 2),
+        "choice_weight": (12, 2),
+        "kept": (12, 2),
+        "load": (5,),
+    }
+    assert routing.grid == Grid(2, 3, 2)
+    assert routing.capacity == 6
+    assert (routing.choice.dtype, routing.kept.dtype) == (torch.int64, torch.bool)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("gate_input", ["pixels", "flat"])
+def test_router_computes_in_float32_under_autocast(gate_input: str) -> None:
+    router = Router(3, 4, 4, gate_input=gate_input)
+    x = torch.randn(2, 3, 8, 8)
+    expected = router(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = router(x)
+        from_bfloat16 = router(x.bfloat16())
+    assert actual.logits.dtype == actual.probs.dtype == actual.choice_weight.dtype == torch.float32
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=0)
+    torch.testing.assert_close(from_bfloat16.logits, router(x.bfloat16().float()).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("gate_input", ["pixels", "flat"])
+def test_float64_stays_float64(gate_input: str, autocast: bool) -> None:
+    router = random_router(3, 4, 4, gate_input=gate_input)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        routing = router(x)
+    assert routing.logits.dtype == routing.probs.dtype == torch.float64
+    torch.testing.assert_close(routing.logits, reference.router_logits(router, x), rtol=1e-10, atol=1e-10)
+
+
+# Degenerate tables
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("priority", ["gate", "order"])
+def test_equal_logits_still_give_distinct_experts(priority: str, top_k: int) -> None:
+    routing = route(torch.zeros(6, 4), Grid(1, 2, 3), top_k=top_k, capacity_factor=0.5, priority=priority, gate="prob")
+    assert all(len(set(row)) == top_k for row in routing.choice.tolist())
+    assert routing.kept_load.max() <= routing.capacity
+    torch.testing.assert_close(routing.choice_weight, torch.full((6, top_k), 0.25))
+
+
+def test_a_saturated_softmax_chooses_by_logit() -> None:
+    """Probabilities 1, 0, 0 to the last bit: the second choice is still the second largest logit."""
+    routing = route(torch.tensor([[0.0, 1e4, 2e4], [1e4, 0.0, 2e4]]), Grid(1, 1, 2), top_k=2)
+    assert routing.choice.tolist() == [[2, 1], [2, 0]]
+    assert torch.isfinite(routing.choice_weight).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"num_experts": 0}, "num_experts=0"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_k": 5}, "top_k=5"),
+        ({"capacity_factor": 0.0}, "capacity_factor=0.0"),
+        ({"capacity_factor": math.inf}, "capacity_factor=inf"),
+        ({"capacity_factor": math.nan}, "capacity_factor=nan"),
+        ({"eval_capacity_factor": -1.0}, "eval_capacity_factor=-1.0"),
+        ({"priority": "random"}, "priority='random'"),
+        ({"gate": "soft"}, "gate='soft'"),
+        ({"gate_input": "mean"}, "gate_input='mean'"),
+        ({"hidden": 0}, "hidden=0"),
+        ({"num_bands": -1}, "num_bands=-1"),
+        ({"in_channels": 0}, "in_channels=0"),
+        ({"patch_size": 0}, "patch_size=0"),
+    ],
+)
+def test_wrong_arguments_are_named(options: dict[str, object], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        Router(**({"in_channels": 3, "patch_size": 4, "num_experts": 4} | options))

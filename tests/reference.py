@@ -1,0 +1,375 @@
+"""The PCE layer the naive way: plain loops over images, patches, experts and choices, sentence by sentence from the
+design. Slow, and meant to be obviously right. Of the package it uses nothing but the parameters of a layer.
+
+The readings adopted where the design leaves room:
+
+- Under ``zero`` and ``halo`` an expert's second convolution reads the activations of its own patch, those in padded
+  cells included: f_e is applied to the patch as padded with zeros. Under ``exchange`` what lies outside the real map
+  is zero, as is what a dropped patch would have had.
+- ``priority="order"`` drops by the number of the patch, whichever of its choices it is. Under ``priority="gate"`` the
+  gate value is p, and of equal ones the later patch is dropped.
+- Padded cells keep their position features: a ``flat`` router sees them, a ``pixels`` router averages real pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-5
+MOMENTUM = 0.1
+
+
+@dataclass(frozen=True)
+class Place:
+    """One patch of a batch: its image, its place in the grid, and which of its S x S cells lie on the map."""
+
+    image: int
+    row: int
+    column: int
+    real_height: int
+    real_width: int
+
+
+@dataclass
+class Reference:
+    """What the layer should give."""
+
+    output: Tensor
+    logits: Tensor
+    choice: list[list[int]]
+    weight: list[list[Tensor]]
+    kept: list[list[bool]]
+    load: list[int]
+    capacity: int | None
+    running: dict[str, Tensor] = field(default_factory=dict)
+
+
+def places(batch: int, height: int, width: int, side: int) -> list[Place]:
+    """The patches of a batch, row by row within an image, image by image."""
+    found = []
+    for image in range(batch):
+        for row in range(math.ceil(height / side)):
+            for column in range(math.ceil(width / side)):
+                real_height = min(side, height - row * side)
+                real_width = min(side, width - column * side)
+                found.append(Place(image, row, column, real_height, real_width))
+    return found
+
+
+def window(x: Tensor, place: Place, side: int, margin: int = 0) -> Tensor:
+    """The patch and ``margin`` pixels around it, ``[C, S + 2m, S + 2m]``; zeros outside the map."""
+    surrounded = F.pad(x[place.image], (margin, margin + side, margin, margin + side))
+    top, left = place.row * side, place.column * side
+    return surrounded[:, top : top + side + 2 * margin, left : left + side + 2 * margin]
+
+
+def assemble(patches: list[Tensor], where: list[Place], size: tuple[int, int, int], side: int) -> Tensor:
+    """Patches ``[C, S, S]`` put back in place and cropped: ``[B, C, H, W]``."""
+    batch, height, width = size
+    out = patches[0].new_zeros(batch, patches[0].shape[0], height, width)
+    for patch, p in zip(patches, where, strict=True):
+        top, left = p.row * side, p.column * side
+        real = patch[:, : p.real_height, : p.real_width]
+        out[p.image, :, top : top + p.real_height, left : left + p.real_width] = real
+    return out
+
+
+# Position
+
+
+def centre(i: int, n: int) -> float:
+    """Centre of cell i of n."""
+    return (2 * i + 1) / n - 1
+
+
+def features(u: float, num_bands: int) -> list[float]:
+    """sin(2^k pi u), cos(2^k pi u) for k = 0..K-1."""
+    return [f(2**k * math.pi * u) for k in range(num_bands) for f in (math.sin, math.cos)]
+
+
+def enrich(patch: Tensor, place: Place, grid: tuple[int, int], num_bands: int) -> Tensor:
+    """Append the features: absolute row, absolute column, relative row, relative column."""
+    side = patch.shape[-1]
+    rows = []
+    for i in range(side):
+        row = []
+        for j in range(side):
+            position = [
+                *features(centre(place.row, grid[0]), num_bands),
+                *features(centre(place.column, grid[1]), num_bands),
+                *features(centre(i, side), num_bands),
+                *features(centre(j, side), num_bands),
+            ]
+            row.append(torch.cat([patch[:, i, j], patch.new_tensor(position)]))
+        rows.append(torch.stack(row, dim=1))
+    return torch.stack(rows, dim=1)
+
+
+def enriched_patches(x: Tensor, side: int, num_bands: int) -> Tensor:
+    """``[B*P, C + 8K, S, S]``."""
+    batch, _, height, width = x.shape
+    grid = (math.ceil(height / side), math.ceil(width / side))
+    where = places(batch, height, width, side)
+    return torch.stack([enrich(window(x, p, side), p, grid, num_bands) for p in where])
+
+
+# Router
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x times the normal distribution's cumulative probability of x."""
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def router_logits(router: nn.Module, x: Tensor) -> Tensor:
+    """``W2 gelu(W1 x + b1) + b2`` on each enriched patch, ``[N, E]``."""
+    batch, _, height, width = x.shape
+    side = router.patch_size
+    w1, b1 = router.hidden.weight, router.hidden.bias
+    w2, b2 = router.logits.weight, router.logits.bias
+    logits = []
+    enriched = enriched_patches(x, side, router.num_bands)
+    for patch, p in zip(enriched, places(batch, height, width, side), strict=True):
+        if router.gate_input == "flat":
+            logits.append(w2 @ gelu(w1.flatten(1) @ patch.flatten() + b1) + b2)
+        else:
+            of_pixels = [
+                w2 @ gelu(w1[:, :, 0, 0] @ patch[:, i, j] + b1) + b2
+                for i in range(p.real_height)
+                for j in range(p.real_width)
+            ]
+            logits.append(torch.stack(of_pixels).mean(dim=0))
+    return torch.stack(logits)
+
+
+def choose(logits: Tensor, top_k: int) -> list[list[int]]:
+    """The k experts with the largest logits, best first."""
+    return [sorted(range(len(row)), key=lambda e: -row[e])[:top_k] for row in logits.tolist()]
+
+
+def softmax(logits: Tensor) -> Tensor:
+    exponentials = (logits - logits.detach().amax(dim=1, keepdim=True)).exp()
+    return exponentials / exponentials.sum(dim=1, keepdim=True)
+
+
+def keep(
+    choice: list[list[int]], gate: list[list[float]], num_experts: int, capacity: int | None, priority: str
+) -> list[list[bool]]:
+    """Which choices are served."""
+    kept = [[True] * len(row) for row in choice]
+    if capacity is None:
+        return kept
+    for e in range(num_experts):
+        waiting = [(i, j) for i, row in enumerate(choice) for j, chosen in enumerate(row) if chosen == e]
+        if priority == "gate":
+            waiting.sort(key=lambda pair: (-gate[pair[0]][pair[1]], pair[0]))
+        for i, j in waiting[capacity:]:
+            kept[i][j] = False
+    return kept
+
+
+def gate_values(chosen_probs: list[Tensor], gate: str) -> list[Tensor]:
+    """What one patch's chosen experts are multiplied by."""
+    if gate == "prob":
+        return chosen_probs
+    if len(chosen_probs) == 1:
+        return [(chosen_probs[0] - chosen_probs[0].detach()) + 1]
+    total = sum(p.detach() for p in chosen_probs)
+    return [(p - p.detach()) + p.detach() / total for p in chosen_probs]
+
+
+# Experts
+
+
+def batch_normalise(
+    patches: list[Tensor], where: list[Place], norm: nn.Module, e: int, running: dict[str, Tensor], name: str
+) -> list[Tensor]:
+    """Batch normalisation over the real cells of the expert's own patches; updates ``running``."""
+    mean, var = running[f"{name}.running_mean"][e].clone(), running[f"{name}.running_var"][e].clone()
+    values = torch.cat(
+        [patch[:, : p.real_height, : p.real_width].flatten(1) for patch, p in zip(patches, where, strict=True)],
+        dim=1,
+    )
+    count = values.shape[1]
+    if norm.training and count >= 2:
+        mean = values.mean(dim=1)
+        var = ((values - mean[:, None]) ** 2).mean(dim=1)
+        unbiased = var.detach() * count / (count - 1)
+        for key, new in (("running_mean", mean.detach()), ("running_var", unbiased)):
+            old = running[f"{name}.{key}"]
+            old[e] = (1 - MOMENTUM) * old[e] + MOMENTUM * new
+    scale, shift = norm.weight[e], norm.bias[e]
+
+    def normalise(patch: Tensor) -> Tensor:
+        centred = patch - mean[:, None, None]
+        return centred / torch.sqrt(var + EPS)[:, None, None] * scale[:, None, None] + shift[:, None, None]
+
+    return [normalise(patch) for patch in patches]
+
+
+def group_normalise(patches: list[Tensor], where: list[Place], norm: nn.Module, e: int) -> list[Tensor]:
+    """Group normalisation, gcd(C, 8) groups, each patch by itself, over its real cells."""
+    done = []
+    for patch, p in zip(patches, where, strict=True):
+        channels = patch.shape[0]
+        size = channels // math.gcd(channels, 8)
+        parts = []
+        for group in patch.split(size):
+            real = group[:, : p.real_height, : p.real_width]
+            mean, var = real.mean(), real.var(correction=0)
+            parts.append((group - mean) / torch.sqrt(var + EPS))
+        done.append(torch.cat(parts) * norm.weight[e][:, None, None] + norm.bias[e][:, None, None])
+    return done
+
+
+def normalise_all(
+    patches: dict[tuple[int, int], Tensor],
+    where: list[Place],
+    choice: list[list[int]],
+    norm: nn.Module,
+    running: dict[str, Tensor],
+    name: str,
+) -> dict[tuple[int, int], Tensor]:
+    """Each pair (patch, choice) through its expert's normalisation."""
+    done: dict[tuple[int, int], Tensor] = {}
+    for e in range(norm.weight.shape[0]):
+        pairs = [(i, j) for i, j in patches if choice[i][j] == e]
+        if not pairs:
+            continue
+        own, own_places = [patches[pair] for pair in pairs], [where[i] for i, _ in pairs]
+        if norm.kind == "batch":
+            outputs = batch_normalise(own, own_places, norm, e, running, name)
+        else:
+            outputs = group_normalise(own, own_places, norm, e)
+        done |= dict(zip(pairs, outputs, strict=True))
+    return done
+
+
+def run_experts(
+    experts: nn.Module,
+    x: Tensor,
+    choice: list[list[int]],
+    weight: list[list[Tensor]],
+    kept: list[list[bool]],
+    *,
+    side: int,
+    border: str,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted, merged outputs ``[B, C_out, H, W]`` of a given routing and the running statistics afterwards.
+    Without dropout."""
+    batch, _, height, width = x.shape
+    size = (batch, height, width)
+    where = places(batch, height, width, side)
+    running = {k: v.clone() for k, v in experts.state_dict().items() if "running" in k}
+    pairs = [(i, j) for i, row in enumerate(choice) for j in range(len(row)) if kept[i][j]]
+
+    hidden = {}
+    for i, j in pairs:
+        w1 = experts.conv1.weight[choice[i][j]]
+        if border == "zero":
+            hidden[i, j] = F.conv2d(window(x, where[i], side)[None], w1, padding=1)[0]
+        else:
+            hidden[i, j] = F.conv2d(window(x, where[i], side, margin=1)[None], w1)[0]
+    hidden = normalise_all(hidden, where, choice, experts.norm1, running, "norm1")
+    hidden = {pair: gelu(h) for pair, h in hidden.items()}
+
+    if border == "exchange":
+        nothing = x.new_zeros(experts.conv1.weight.shape[1], side, side)
+        hidden_map = assemble([hidden.get((i, 0), nothing) for i in range(len(where))], where, size, side)
+    out = {}
+    for i, j in pairs:
+        w2 = experts.conv2.weight[choice[i][j]]
+        if border == "exchange":
+            out[i, j] = F.conv2d(window(hidden_map, where[i], side, margin=1)[None], w2)[0]
+        else:
+            out[i, j] = F.conv2d(hidden[i, j][None], w2, padding=1)[0]
+    out = normalise_all(out, where, choice, experts.norm2, running, "norm2")
+
+    combined = []
+    for i in range(len(where)):
+        total = x.new_zeros(experts.conv2.weight.shape[1], side, side)
+        for j in range(len(choice[i])):
+            if kept[i][j]:
+                total = total + weight[i][j] * out[i, j]
+        combined.append(total)
+    return assemble(combined, where, size, side), running
+
+
+# The layer
+
+
+def run_layer(layer: nn.Module, x: Tensor) -> Reference:
+    """Everything that a `PCELayer` without dropout should give for x."""
+    router = layer.router
+    logits = router_logits(router, x)
+    num_patches, num_experts = logits.shape
+    probs = softmax(logits)
+    choice = choose(logits, router.top_k)
+    gate = [[probs[i, e] for e in row] for i, row in enumerate(choice)]
+    factor = router.capacity_factor if layer.training else router.eval_capacity_factor
+    capacity = None if factor is None else math.ceil(factor * num_patches * router.top_k / num_experts)
+    kept = keep(choice, [[float(p.detach()) for p in row] for row in gate], num_experts, capacity, router.priority)
+    weight = [gate_values(row, router.gate) for row in gate]
+    output, running = run_experts(layer.experts, x, choice, weight, kept, side=router.patch_size, border=layer.border)
+    if isinstance(layer.shortcut, nn.Conv2d):
+        output = output + torch.einsum("oi,bihw->bohw", layer.shortcut.weight[:, :, 0, 0], x)
+    elif layer.shortcut is not None:
+        output = output + x
+    load = [sum(e in row for row in choice) for e in range(num_experts)]
+    return Reference(output, logits, choice, weight, kept, load, capacity, running)
+
+
+# Comparing with it
+
+
+def float64(numbers: list) -> Tensor:
+    """Numbers worked out by hand, without the rounding of float32."""
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def randomise(layer: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter and statistic a value that matters: no scale of 1, no shift of 0, decided routing."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in layer.state_dict().items():
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        if name.endswith("running_var"):
+            noise = 0.5 + noise.abs()
+        elif name.startswith("router."):
+            noise = noise if tensor.ndim > 1 else 0.5 * noise
+        elif tensor.ndim > 2:
+            noise = 0.5 * noise
+        else:
+            noise = 1 + 0.3 * noise
+        tensor.copy_(noise)
+    return layer
+
+
+def gradients(output: Tensor, x: Tensor, module: nn.Module, seed: int = 1) -> dict[str, Tensor]:
+    """Gradients of a random weighting of the output, by name; of the input under ``"x"``.
+
+    A parameter that the output does not depend on has a gradient of zeros here; that the package gives it one at all
+    is a test of its own.
+    """
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    named = {"x": x, **dict(module.named_parameters())}
+    found = torch.autograd.grad((output * direction.to(output.dtype)).sum(), list(named.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(tensor) if grad is None else grad
+        for (name, tensor), grad in zip(named.items(), found, strict=True)
+    }
+
+
+def assert_same(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-9, atol: float = 1e-10
+) -> None:
+    """Compare tensors by name and name the one that differs."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            actual[name], value, rtol=rtol, atol=atol, check_stride=False, msg=lambda m, n=name: f"{n}: {m}"
+        )
