@@ -35,6 +35,15 @@ class Option:
     positional: bool = False
 
 
+# What several commands ask for.
+PrecisionOption = Annotated[
+    Precision, Option("bf16: bfloat16 autocast; auto: that where the hardware has bfloat16, else fp32.")
+]
+DeviceOption = Annotated[Device, Option("auto: a CUDA GPU where there is one.")]
+WorkersOption = Annotated[int, Option("Processes that load images; the result does not depend on it.", at_least=0)]
+ThreadsOption = Annotated[int | None, Option("Threads of torch; null: torch's own choice.", at_least=1)]
+
+
 def options_of(config_class: type[Any]) -> dict[str, tuple[Any, Option]]:
     """Type and `Option` of each field of a config class."""
     hints = get_type_hints(config_class, include_extras=True)
@@ -118,12 +127,10 @@ class TrainConfig:
     seed: Annotated[
         int, Option("Decides initial weights, order of the images and augmentation.", at_least=0, below=2**32)
     ] = 0
-    precision: Annotated[
-        Precision, Option("bf16: bfloat16 autocast; auto: that where the hardware has bfloat16, else fp32.")
-    ] = "auto"
-    device: Annotated[Device, Option("auto: a CUDA GPU where there is one.")] = "auto"
-    workers: Annotated[int, Option("Processes that load images; the result does not depend on it.", at_least=0)] = 2
-    threads: Annotated[int | None, Option("Threads of torch; null: torch's own choice.", at_least=1)] = None
+    precision: PrecisionOption = "auto"
+    device: DeviceOption = "auto"
+    workers: WorkersOption = 2
+    threads: ThreadsOption = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -145,12 +152,10 @@ class EvalConfig:
         str | None, Option("Folder for eval-DATA-SPLIT.json; null: the run folder, else the current one.")
     ] = None
     batch_size: Annotated[int, Option("Images per step.", at_least=1)] = 256
-    precision: Annotated[
-        Precision, Option("bf16: bfloat16 autocast; auto: that where the hardware has bfloat16, else fp32.")
-    ] = "auto"
-    device: Annotated[Device, Option("auto: a CUDA GPU where there is one.")] = "auto"
-    workers: Annotated[int, Option("Processes that load images.", at_least=0)] = 2
-    threads: Annotated[int | None, Option("Threads of torch; null: torch's own choice.", at_least=1)] = None
+    precision: PrecisionOption = "auto"
+    device: DeviceOption = "auto"
+    workers: WorkersOption = 2
+    threads: ThreadsOption = None
 
     def __post_init__(self) -> None:
         check(self)

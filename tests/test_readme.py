@@ -1,0 +1,84 @@
+"""What a newcomer reads is run, and its figures are those of the raw results."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pcenet.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """Twenty pictures of each of two classes, of odd sizes, in the folder that the README names."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for channel, name in ((0, "leaf"), (2, "sky")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for index in range(20):
+            pixels = rng.integers(0, 120, (40 + index, 56, 3), dtype=np.uint8)
+            pixels[..., channel] += 120
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{index}.jpg")
+    return tmp_path
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_layer_takes_six_lines():
+    code = blocks("python")[0].strip().splitlines()
+    assert len([line for line in code if line and not line.startswith(("import", "from"))]) <= 6
+
+
+def test_commands_run(pictures):
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("pcenet ")]
+    assert [command.split()[1] for command in commands] == ["train", "eval"]
+    for command in commands:
+        assert main([*shlex.split(command)[1:], "--workers", "0", "--threads", "1"]) == 0
+    result = json.loads((pictures / "runs/pictures/eval-pictures-test.json").read_text())
+    assert result["images"] == 4
+    assert set(result["per_class"]) == {"leaf", "sky"}
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_files_named_exist():
+    names = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"^\| `([^`]+)`", README, re.MULTILINE)
+    for name in names:
+        assert (ROOT / name).exists(), name
+
+
+def test_figures_are_those_of_the_raw_results():
+    rows = re.findall(r"^\| `(pce_nano|dense_nano)` \|(.*)\|$", README, re.MULTILINE)
+    assert [name for name, _ in rows] == ["dense_nano", "pce_nano"]
+    for name, row in rows:
+        folder = ROOT / "experiments" / "results" / "cifar10-15-epochs" / f"{name}-0"
+        metrics = json.loads((folder / "metrics.json").read_text())
+        evaluation = json.loads((folder / "eval-cifar10-val.json").read_text())
+        cost = metrics["complexity"]
+        assert [cell.strip() for cell in row.split("|")] == [
+            f"{evaluation['top1']:.2%}".replace("%", " %"),
+            f"{cost['multiply_adds'] / 1e6:.1f} M",
+            f"{cost['parameters'] / 1e6:.2f} M",
+            f"{cost['active_parameters'] / 1e6:.2f} M",
+        ]
