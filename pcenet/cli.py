@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pcenet import __version__
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", TrainConfig, EvalConfig)
 
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "tensorboard", "torchmetrics", "yaml")
-KINDS = {"int": "a whole number", "float": "a number"}
+KINDS = {"int": "a whole number", "float": "a number", "dict": 'a mapping such as {"num_experts": 8}'}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,7 +133,10 @@ def config_parser(command: str, config_class: type[C]) -> ArgumentParser:
     about = COMMANDS[command].__doc__
     parser = ArgumentParser(prog=f"pcenet {command}", description=about, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with options, such as a run's config.yaml.")
-    defaults = {field.name: field.default for field in fields(config_class)}
+    defaults = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(config_class)
+    }
     for name, (kind, option) in options_of(config_class).items():
         choices = choices_of(kind)
         settings: dict[str, Any] = {"type": str if choices else kind, "help": option.help}

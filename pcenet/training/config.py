@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -40,7 +40,14 @@ PrecisionOption = Annotated[
     Precision, Option("bf16: bfloat16 autocast; auto: that where the hardware has bfloat16, else fp32.")
 ]
 DeviceOption = Annotated[Device, Option("auto: a CUDA GPU where there is one.")]
-WorkersOption = Annotated[int, Option("Processes that load images; the result does not depend on it.", at_least=0)]
+WorkersOption = Annotated[
+    int | None,
+    Option(
+        "Processes that load images; the result does not depend on it. null: none where the processor itself "
+        "computes, up to 8 beside a GPU.",
+        at_least=0,
+    ),
+]
 ThreadsOption = Annotated[int | None, Option("Threads of torch; null: torch's own choice.", at_least=1)]
 
 
@@ -89,6 +96,10 @@ class TrainConfig:
     """
 
     model: Annotated[str, Option("Name of the network; `pcenet models` lists them.")] = "pce_nano"
+    model_args: Annotated[
+        dict[str, Any],
+        Option('Arguments of the network as a mapping, such as {"num_experts": 8, "border": "exchange"}.'),
+    ] = field(default_factory=dict)
     data: Annotated[
         str, Option("Images: digits, fashion-mnist, cifar10, cifar100, or a folder or .zip of your own.")
     ] = "digits"
@@ -129,7 +140,7 @@ class TrainConfig:
     ] = 0
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"
-    workers: WorkersOption = 2
+    workers: WorkersOption = None
     threads: ThreadsOption = None
 
     def __post_init__(self) -> None:
@@ -154,7 +165,7 @@ class EvalConfig:
     batch_size: Annotated[int, Option("Images per step.", at_least=1)] = 256
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"
-    workers: WorkersOption = 2
+    workers: WorkersOption = None
     threads: ThreadsOption = None
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -40,6 +41,13 @@ def resolve_precision(name: Precision, device: torch.device) -> Precision:
         capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
         native = any(capabilities.get(key, False) for key in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bf16" if native else "fp32"
+
+
+def resolve_workers(workers: int | None, device: torch.device) -> int:
+    """None is no process where the processor itself computes, which needs every core, and up to 8 beside a GPU."""
+    if workers is not None:
+        return workers
+    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:

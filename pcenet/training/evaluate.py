@@ -20,7 +20,7 @@ import pcenet.data as data
 from pcenet.models import load_model
 from pcenet.nn import RoutingStatistics, record_routing
 from pcenet.training.config import EvalConfig, Precision
-from pcenet.training.device import autocast, resolve_device, resolve_precision, set_threads
+from pcenet.training.device import autocast, resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.folder import RunFolder, write_json
 from pcenet.training.measures import CALIBRATION_BINS, TOP_K, Evaluation, health_of, image_side, preprocessing
 from pcenet.training.tables import show
@@ -127,7 +127,8 @@ def evaluate(config: EvalConfig) -> Evaluation:
         raise ValueError(f"{model_folder}: config.json names no classes (label_names)")
     source = data.open_source(name, config.split)
     check_classes(model.class_names, source.classes, str(model_folder), source.name)
-    batches = model_loader(model, source, batch_size=config.batch_size, workers=config.workers)
+    workers = resolve_workers(config.workers, device)
+    batches = model_loader(model, source, batch_size=config.batch_size, workers=workers)
     result = evaluate_model(model, batches, source.classes, device=device, precision=precision)
     out = Path(config.out) if config.out else run.path if run else Path()
     out.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from pcenet.training.callbacks import (
     moving_average,
 )
 from pcenet.training.config import TrainConfig, nearest
-from pcenet.training.device import environment, resolve_device, resolve_precision, set_threads
+from pcenet.training.device import environment, resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.evaluate import check_classes, evaluate_model, model_loader
 from pcenet.training.folder import RunFolder, write_atomically, write_json
 from pcenet.training.measures import Evaluation, cost_of, image_side, preprocessing
@@ -107,7 +107,7 @@ def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, checkp
 
 
 def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The options with ``out``, ``precision`` and ``input_size`` filled in.
+    """The options with ``out``, ``precision``, ``workers`` and ``input_size`` filled in.
 
     Raises:
         ValueError: for a model that does not exist; names the nearest.
@@ -121,23 +121,36 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
         config,
         out=str(config.folder),
         precision=resolve_precision(config.precision, device),
+        workers=resolve_workers(config.workers, device),
         input_size=config.input_size or cfg.input_size[-1],
     )
 
 
 def build_model(config: TrainConfig, num_classes: int) -> SavableModel:
-    """The untrained network; its weights depend on the state of torch's generator alone."""
-    model = timm.create_model(
-        config.model,
-        num_classes=num_classes,
-        drop_rate=config.drop,
-        drop_path_rate=config.drop_path,
-        pretrained_cfg_overlay={
-            "input_size": (3, config.input_size, config.input_size),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-        },
-    )
+    """The untrained network; its weights depend on the state of torch's generator alone.
+
+    Raises:
+        ValueError: for ``model_args`` that the network does not take.
+    """
+    overlay = {
+        "input_size": (3, config.input_size, config.input_size),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+    }
+    arguments: dict[str, Any] = {
+        "num_classes": num_classes,
+        "drop_rate": config.drop,
+        "drop_path_rate": config.drop_path,
+        "pretrained_cfg_overlay": overlay,
+    }
+    if taken := arguments.keys() & config.model_args.keys():
+        raise ValueError(
+            f"model_args: {', '.join(sorted(taken))} cannot be given there: an option or the data decide it"
+        )
+    try:
+        model = timm.create_model(config.model, **arguments, **config.model_args)
+    except TypeError as error:
+        raise ValueError(f"model_args: {error}") from error
     assert isinstance(model, SavableModel)
     return model.to(memory_format=torch.channels_last)
 
@@ -160,7 +173,7 @@ def build_loaders(
             batch_size=config.batch_size,
             seed=config.seed,
             train=split == "train",
-            workers=config.workers,
+            workers=config.workers or 0,
             pin_memory=pin_memory,
         )
         for split, transform in transforms.items()
@@ -277,7 +290,7 @@ def finish(run: Run, history: History, health: RouterHealth) -> None:
     averaged = read_checkpoint(folder.last)["state_dict"]
     model.load_state_dict({name.removeprefix("model."): value for name, value in averaged.items()})
     write_atomically(folder.model, model.save_pretrained)
-    batches = model_loader(model, source, batch_size=config.batch_size, workers=config.workers)
+    batches = model_loader(model, source, batch_size=config.batch_size, workers=config.workers or 0)
     result = evaluate_model(model, batches, source.classes, device=run.device, precision=config.precision)
     write_json(folder.metrics, summary(run, history, health, result))
     print(f"validation top-1 {percent(result.top1)}, top-5 {percent(result.top5)}")

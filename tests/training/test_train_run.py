@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,10 @@ import yaml
 from safetensors.torch import load_file
 
 from pcenet.models import load_model
-from pcenet.nn import RoutingSummary
+from pcenet.nn import PCELayer, RoutingSummary
 from pcenet.training.callbacks import RouterHealth
 from pcenet.training.config import TrainConfig
-from pcenet.training.device import resolve_device
+from pcenet.training.device import resolve_device, resolve_workers
 from pcenet.training.folder import RunFolder, write_atomically
 from pcenet.training.measures import health_of, image_side
 from pcenet.training.run import prepare, read_checkpoint, resolve, train
@@ -256,6 +257,21 @@ def test_initial_weights_depend_on_the_seed_alone(start: Start) -> None:
     other = weights(seed=1)
     assert all(torch.equal(value, same[name]) for name, value in first.items())
     assert not all(torch.equal(value, other[name]) for name, value in first.items())
+
+
+def test_arguments_of_the_network_reach_it_and_travel(start: Start) -> None:
+    folder = train(start(epochs=1, model_args={"num_experts": 2, "border": "exchange"}))
+    assert folder.read_config().model_args == {"num_experts": 2, "border": "exchange"}
+    layers = [module for module in load_model(folder.model).modules() if isinstance(module, PCELayer)]
+    assert [(layer.router.num_experts, layer.border) for layer in layers] == [(2, "exchange")] * 3
+
+
+@pytest.mark.parametrize(
+    ("workers", "device", "count"),
+    [(None, "cpu", 0), (3, "cpu", 3), (0, "cuda", 0), (3, "cuda", 3), (None, "cuda", min(8, os.cpu_count() or 1))],
+)
+def test_workers_are_started_beside_a_gpu_alone(workers: int | None, device: str, count: int) -> None:
+    assert resolve_workers(workers, torch.device(device)) == count
 
 
 def test_preprocessing_travels_with_the_model(start: Start) -> None:
