@@ -27,4 +27,4 @@ test: lint
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) runs/demo
+	rm -rf $(VENV) .venv-ci runs/demo

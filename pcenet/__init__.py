@@ -10,6 +10,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
+import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -39,20 +40,31 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+def _register_networks() -> None:
+    try:
+        importlib.import_module("pcenet.models")
+    except ImportError as error:  # whoever imports timm may not care for our networks
+        warnings.warn(f"pcenet could not register its networks with timm: {error}", ImportWarning, stacklevel=2)
+
+
 class _TimmLoader(importlib.abc.Loader):
     """Loads timm with its own loader, then registers the networks."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self.loader = loader
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _TimmFinder)]
         if module.__spec__ is not None:
             module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        importlib.import_module("pcenet.models")
+        _register_networks()
 
 
 class _TimmFinder(importlib.abc.MetaPathFinder):
@@ -71,6 +83,6 @@ class _TimmFinder(importlib.abc.MetaPathFinder):
 
 
 if "timm" in sys.modules:
-    importlib.import_module("pcenet.models")
+    _register_networks()
 else:
     sys.meta_path.insert(0, _TimmFinder())

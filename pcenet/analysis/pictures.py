@@ -34,8 +34,9 @@ def routing_picture(
         titles: a title per image.
 
     Returns:
-        A matplotlib figure: the images on top, then each layer, the patch's hue being its expert and its opacity the
-        gate value, grey where a patch was dropped. Legend: expert and its share of the patches shown.
+        A matplotlib figure: the images on top, then each layer, the patch's hue being its best expert and its opacity
+        that expert's probability, grey where this choice was dropped. Patches are drawn as if they divided the image
+        evenly. Legend: each expert's share of the choices shown.
 
     Raises:
         ValueError: if there is nothing to draw, or the records are of another batch.

@@ -2,7 +2,7 @@
 
 from pcenet.models.complexity import Complexity, complexity
 from pcenet.models.hub import SavableModel, load_model
-from pcenet.models.pcenet import PCENet, list_models, twin_of
+from pcenet.models.pcenet import PCENet, list_models, model_options, twin_of
 from pcenet.models.stages import Stage, make_stages
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "list_models",
     "load_model",
     "make_stages",
+    "model_options",
     "twin_of",
 ]

@@ -79,7 +79,7 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
                 stack.callback(module.router.register_forward_hook(counter_of(module)).remove)
                 one_expert = sum(p[0].numel() for p in module.experts.parameters())
                 inactive += one_expert * (module.router.num_experts - module.router.top_k)
-        reference = next(model.parameters())
+        reference = next(model.parameters(), torch.empty(0))
         image = torch.zeros(1, *input_size, device=reference.device, dtype=reference.dtype)
         try:
             with torch.no_grad():

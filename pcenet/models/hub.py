@@ -34,25 +34,44 @@ class SavableModel(
         num_classes: classes of the classifier.
         class_names: their names, once known.
         pretrained_cfg: timm's record of architecture and preprocessing.
+        pruned: whether parts were cut off, so that the arguments no longer make this network.
     """
 
     model_args: dict[str, Any]
     num_classes: int
     class_names: list[str] | None = None
     pretrained_cfg: dict[str, Any]
+    pruned: bool = False
 
     def config(self) -> dict[str, Any]:
         """Everything but the weights: architecture, arguments, classes, preprocessing. No time and no path in it."""
-        pretrained_cfg = getattr(self, "pretrained_cfg", {})
         config: dict[str, Any] = {
-            "architecture": pretrained_cfg.get("architecture"),
+            "architecture": self.pretrained_cfg["architecture"],
             "num_classes": self.num_classes,
-            "pretrained_cfg": {key: pretrained_cfg[key] for key in _PREPROCESSING if key in pretrained_cfg},
+            "pretrained_cfg": {key: self.pretrained_cfg[key] for key in _PREPROCESSING if key in self.pretrained_cfg},
             "model_args": self.model_args,
         }
         if self.class_names is not None:
             config["label_names"] = list(self.class_names)
         return config
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write ``model.safetensors``, ``config.json`` and a model card into a folder.
+
+        Args:
+            save_directory: the folder; it is made where it is missing.
+            kwargs: as in huggingface_hub's ``ModelHubMixin.save_pretrained``, such as ``push_to_hub``.
+
+        Raises:
+            ValueError: for a network that its arguments would not make again; nothing is written then.
+        """
+        if not getattr(self, "pretrained_cfg", {}).get("architecture"):
+            raise ValueError("the network has no registered name to load it by: make it with timm.create_model")
+        if self.pruned:
+            raise ValueError(
+                "the network was pruned and cannot be made again from its arguments: save it before pruning"
+            )
+        return super().save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -86,7 +105,8 @@ class SavableModel(
                 )
             )
         # The mixin passes the configuration's own entries along with the caller's.
-        overrides = {key: value for key, value in model_kwargs.items() if key not in (config or {})}
+        saved = config or {}
+        overrides = {key: value for key, value in model_kwargs.items() if key not in saved or saved[key] != value}
         model = load_model(folder, **overrides)
         if not isinstance(model, cls):
             raise ValueError(f"{folder} holds a {type(model).__name__}, not a {cls.__name__}")
@@ -94,7 +114,7 @@ class SavableModel(
 
 
 def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
-    """Load a network that ``save_pretrained`` wrote, in evaluation mode.
+    """Load a network that ``save_pretrained`` wrote, in evaluation mode and float32.
 
     Args:
         folder: holds ``model.safetensors`` and ``config.json``.
@@ -109,19 +129,19 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
         if not path.is_file():
             raise ValueError(f"{folder} holds no {path.name}; give a folder written by save_pretrained")
     try:
-        config = json.loads(config_path.read_text())
+        config = json.loads(config_path.read_text(encoding="utf-8"))
         architecture = config["architecture"]
-        arguments = {**config["model_args"], "num_classes": config["num_classes"], **overrides}
+        if architecture not in timm.list_models(module="pcenet"):
+            raise ValueError(f"architecture {architecture!r} is not a network of this package")
         preprocessing = {
             key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()
         }
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{config_path} is no configuration of a PCE network: {error!r}") from error
-    if not isinstance(architecture, str) or not timm.is_model(architecture):
-        raise ValueError(f"{config_path}: architecture {architecture!r} is not a registered network")
-    model = timm.create_model(architecture, pretrained_cfg_overlay=preprocessing, **arguments)
-    if not isinstance(model, SavableModel):
-        raise ValueError(f"{config_path}: architecture {architecture!r} is not a network of this package")
+        arguments = {**config["model_args"], "num_classes": config["num_classes"], **overrides}
+        model = timm.create_model(architecture, pretrained_cfg_overlay=preprocessing, **arguments)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{config_path} is no configuration of a PCE network: {reason}") from error
+    assert isinstance(model, SavableModel)
     _load_weights(model, weights_path)
     model.class_names = config.get("label_names")
     return model.eval()

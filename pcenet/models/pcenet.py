@@ -165,7 +165,10 @@ class PCENet(SavableModel):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training: activations inside the stages are computed again in the backward pass."""
+        """Trade time for memory in training: activations inside the stages are computed again in the backward pass.
+
+        As with every network in PyTorch, batch normalisation then updates its running statistics twice per step.
+        """
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -177,6 +180,8 @@ class PCENet(SavableModel):
         """A fresh classifier for another number of classes, 0 for none; ``global_pool=None`` keeps the pooling."""
         self.num_classes = num_classes
         self.class_names = None
+        if global_pool is not None:
+            self.model_args["global_pool"] = global_pool
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
 
     def _forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
@@ -227,6 +232,7 @@ class PCENet(SavableModel):
         """Cut off what the features of the given stages do not need; returns the stages' indices."""
         take, last_taken = feature_take_indices(len(self.stages), indices)
         shortened = last_taken < len(self.stages) - 1
+        self.pruned = self.pruned or shortened or prune_norm
         self.stages = self.stages[: last_taken + 1]
         if prune_norm or shortened:
             self.norm = nn.Identity()
@@ -256,7 +262,7 @@ def _resolve_layer_options(given: dict[str, Any], stages: list[Stage]) -> dict[s
     """All options of the PCE layers, none for a dense network."""
     unknown = sorted(given.keys() - _LAYER_DEFAULTS.keys())
     if unknown:
-        raise TypeError(f"PCENet got unexpected arguments {unknown}; a layer's options are {sorted(_LAYER_DEFAULTS)}")
+        raise TypeError(f"PCENet got unexpected arguments {unknown}; it takes {', '.join(model_options())}")
     if all(stage.patch_size is None for stage in stages):
         if given:
             raise ValueError(f"{', '.join(sorted(given))}: no effect on a dense network; leave out, or route a stage")
@@ -306,8 +312,8 @@ def _cfg(side: int, pool: int, **kwargs: Any) -> dict[str, Any]:
         "num_classes": 1000,
         "input_size": (3, side, side),
         "pool_size": (pool, pool),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.0.0",
@@ -317,7 +323,7 @@ def _cfg(side: int, pool: int, **kwargs: Any) -> dict[str, Any]:
     }
 
 
-_NANO_CFG = _cfg(32, 8, num_classes=10, crop_pct=1.0)
+_NANO_CFG = _cfg(32, 8, num_classes=10)
 _LARGE_CFG = _cfg(224, 7)
 
 default_cfgs = generate_default_cfgs(
@@ -414,6 +420,22 @@ def pce_small_spec(pretrained: bool = False, **kwargs: Any) -> PCENet:
 def dense_small(pretrained: bool = False, **kwargs: Any) -> PCENet:
     """The dense twin of `pce_small`."""
     return _create("dense_small", pretrained, _dense(_SMALL), kwargs)
+
+
+def model_options() -> tuple[str, ...]:
+    """Names of the arguments that shape a network: stages, blocks, pooling, and the options of its layers."""
+    set_by_others = {
+        "in_chans",
+        "num_classes",
+        "drop_rate",
+        "drop_path_rate",
+        "device",
+        "dtype",
+        "layer_options",
+        "self",
+    }
+    own = [name for name in inspect.signature(PCENet.__init__).parameters if name not in set_by_others]
+    return (*own, *_LAYER_DEFAULTS)
 
 
 def list_models() -> list[str]:

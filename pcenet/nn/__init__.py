@@ -4,7 +4,9 @@ from pcenet.nn.experts import ConvExperts
 from pcenet.nn.fourier import fourier_features
 from pcenet.nn.layer import PCELayer
 from pcenet.nn.losses import (
+    AuxTerms,
     aux_loss,
+    aux_terms,
     load_balance_loss,
     load_balance_loss_from_logits,
     z_loss,
@@ -16,6 +18,7 @@ from pcenet.nn.routing import Router, Routing, route
 from pcenet.nn.statistics import RoutingStatistics, RoutingSummary
 
 __all__ = [
+    "AuxTerms",
     "ConvExperts",
     "Grid",
     "PCELayer",
@@ -25,6 +28,7 @@ __all__ = [
     "RoutingStatistics",
     "RoutingSummary",
     "aux_loss",
+    "aux_terms",
     "fourier_features",
     "load_balance_loss",
     "load_balance_loss_from_logits",

@@ -10,7 +10,7 @@ def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
 
 
 def check_at_least(least: int, **arguments: int) -> None:
-    """Every argument, given by its name, is at least ``least``."""
+    """Every argument, given by its name, is a whole number and at least ``least``."""
     for name, value in arguments.items():
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number and at least {least}")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcenet.nn.experts import ConvExperts, StackedConv2d, StackedNorm
-from pcenet.nn.patches import merge_patches, patch_windows, split_map
+from pcenet.nn.patches import Grid, merge_patches, patch_windows, split_map
 from pcenet.nn.routing import Routing
 
 Border = Literal["zero", "halo", "exchange"]
@@ -58,6 +58,8 @@ def run_experts(
 
 class _Slots(ABC):
     """Where the patches of a batch lie while their experts work on them.
+
+    ``slots_padded`` and ``pairs_dropped`` say whether the indices below may point beyond the end, at a row of zeros.
 
     Attributes:
         patch_of_slot: ``[T, 1]`` int64; N for a slot that is padding.
@@ -111,10 +113,11 @@ class _SortedSlots(_Slots):
         self.experts = [e for e, count in enumerate(counts) if count] or [0]
         self.counts = [counts[e] for e in self.experts]
         total = sum(counts)
-        pairs = routing.pair_order[:total]
+        order = routing.pair_order
+        pairs = order[:total]
         rank = torch.arange(routing.choice.numel(), device=x.device).clamp(max=total)
         self.patch_of_slot = (pairs // routing.top_k).unsqueeze(1)
-        self.slot_of_pair = torch.empty_like(rank).scatter_(0, routing.pair_order, rank).view_as(routing.choice)
+        self.slot_of_pair = torch.empty_like(rank).scatter_(0, order, rank).view_as(routing.choice)
         self.slots_padded = False
         self.pairs_dropped = total < routing.choice.numel()
         self.weight = routing.choice_weight.flatten()[pairs]
@@ -160,7 +163,7 @@ class _StaticSlots(_Slots):
         pair_of_slot = slot.new_full((num_slots + 1,), num_pairs).scatter_(0, slot, pair)[:num_slots]
         self.patch_of_slot = (pair_of_slot // routing.top_k).unsqueeze(1)
         self.slots_padded = True
-        self.pairs_dropped = routing.capacity is not None
+        self.pairs_dropped = True
         self.weight = F.pad(routing.choice_weight.flatten(), (0, 1))[pair_of_slot]
         filled = (pair_of_slot < num_pairs)[:, None, None, None]
         cells = real_cells(x, patch_size)
@@ -261,14 +264,27 @@ def _fold_windows(windows: Tensor, shape: torch.Size, patch_size: int, margin: i
     batch, channels, height, width = shape
     rows, columns = -(-height // patch_size), -(-width // patch_size)
     side = patch_size + 2 * margin
-    windows = windows.reshape(batch, rows, columns, side, side, channels)
-    padded = windows.new_zeros(batch, rows * patch_size + 2 * margin, columns * patch_size + 2 * margin, channels)
-    # A window is its patch, which no other patch shares, and strips of the margin, which others do. Each of the nine
-    # parts lies at a constant offset in every window, and so in the map at a constant stride.
-    parts = ((0, margin), (margin, patch_size), (margin + patch_size, margin)) if margin else ((0, patch_size),)
-    for top, part_height in parts:
-        for left, part_width in parts:
-            source = windows[:, :, :, top : top + part_height, left : left + part_width]
-            target = padded[:, top:, left:].unfold(1, part_height, patch_size).unfold(2, part_width, patch_size)
-            target[:, :rows, :columns] += source.permute(0, 1, 2, 5, 3, 4)
-    return padded[:, margin : margin + height, margin : margin + width].permute(0, 3, 1, 2)
+    cells = windows.reshape(batch, rows, columns, side, side, channels)
+    if margin:
+        cells = _fold_axis(_fold_axis(cells, 1, patch_size, margin), 2, patch_size, margin)
+    return merge_patches(cells.flatten(0, 2).permute(0, 3, 1, 2), Grid(batch, rows, columns), (height, width))
+
+
+def _fold_axis(cells: Tensor, axis: int, patch_size: int, margin: int) -> Tensor:
+    """Give each patch what its neighbours' margins hold of it along one axis, and cut its own margins off.
+
+    Plain slices: an in-place sum into a strided view of the map, which would do all at once, loses the elements between
+    the strides when `torch.compile` makes it functional.
+    """
+    inside = axis + 2
+    folded = cells.narrow(inside, margin, patch_size).clone()
+    count = cells.shape[axis]
+    if count > 1:
+        before, after = folded.narrow(axis, 0, count - 1), folded.narrow(axis, 1, count - 1)
+        before.narrow(inside, patch_size - margin, margin).add_(
+            cells.narrow(axis, 1, count - 1).narrow(inside, 0, margin)
+        )
+        after.narrow(inside, 0, margin).add_(
+            cells.narrow(axis, 0, count - 1).narrow(inside, margin + patch_size, margin)
+        )
+    return folded

@@ -98,7 +98,8 @@ class StackedNorm(nn.Module):
         weights, biases = self.weight.unbind(0), self.bias.unbind(0)
         if self.kind == "group":
             return [
-                F.group_norm(x, self.groups, weights[e].to(x.dtype), biases[e].to(x.dtype), NORM_EPS)
+                # not F.group_norm, which refuses an expert's single value per group
+                torch.group_norm(x, self.groups, weights[e].to(x.dtype), biases[e].to(x.dtype), NORM_EPS)
                 for x, e in zip(batches, experts, strict=True)
             ]
         return [

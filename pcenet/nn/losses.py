@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +50,23 @@ def _load_balance(probs: Tensor, load: Tensor, num_choices: int) -> Tensor:
     return len(load) * (probs.mean(dim=0) * load.to(probs.dtype) / num_choices).sum()
 
 
+class AuxTerms(NamedTuple):
+    """The unweighted auxiliary losses of a network, scalars: each summed over its layers."""
+
+    balance: Tensor
+    z: Tensor
+
+
+def aux_terms(records: Mapping[str, Sequence[Routing]]) -> AuxTerms:
+    """The terms of `aux_loss` apart, for logging and for weights of your own; zeros for no records."""
+    balance = z = torch.zeros(())
+    for routings in records.values():
+        for routing in routings:
+            balance = load_balance_loss(routing) / len(routings) + balance.to(routing.logits.device)
+            z = z_loss(routing) / len(routings) + z.to(routing.logits.device)
+    return AuxTerms(balance, z)
+
+
 def aux_loss(records: Mapping[str, Sequence[Routing]], balance: float = 0.01, z: float = 0.001) -> Tensor:
     """What a training loop adds to its task loss: ``sum over layers of (balance * load balance + z * z-loss)``.
 
@@ -61,9 +79,6 @@ def aux_loss(records: Mapping[str, Sequence[Routing]], balance: float = 0.01, z:
     Returns:
         A scalar; 0 for no records, so that one training loop serves PCE networks and dense ones.
     """
-    total = torch.zeros(())
-    for routings in records.values():
-        for routing in routings:
-            loss = balance * load_balance_loss(routing) + z * z_loss(routing)
-            total = loss / len(routings) + total.to(loss.device)
-    return total
+    terms = aux_terms(records)
+    weighted = [weight * term for weight, term in ((balance, terms.balance), (z, terms.z)) if weight]
+    return sum(weighted[1:], weighted[0]) if weighted else torch.zeros(())

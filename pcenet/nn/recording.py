@@ -27,10 +27,17 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
     Recorders may be nested and the network may be any that contains PCE layers; without one nothing is collected and
     nothing costs anything. The records keep the autograd graph alive for as long as they are held.
 
+    Raises:
+        ValueError: for a compiled network, whose graph calls no hooks that are added later; enter the recorder on the
+            network itself.
+
     Yields:
         Layer name (as in ``model.named_modules()``, ``""`` for the model itself) to its Routings in the order of the
         forward passes. Empty for a network without PCE layers; a layer that did not run has no entry.
     """
+    for name, module in model.named_modules():
+        if name.endswith("_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError("model is compiled, and a compiled network calls no recorder: record the network itself")
     records: dict[str, list[Routing]] = {}
     with ExitStack() as stack:
         for name, module in model.named_modules():

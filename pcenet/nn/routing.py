@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from pcenet.nn.checks import check_at_least, check_choice
 from pcenet.nn.fourier import axis_features, position_map
-from pcenet.nn.patches import Grid, grid_of
+from pcenet.nn.patches import Grid, grid_of, split_map
 
 Priority = Literal["gate", "order"]
 Gate = Literal["prob", "straight_through"]
@@ -61,36 +60,40 @@ class Routing:
         """k."""
         return self.choice.shape[1]
 
-    @cached_property
+    @property
     def kept_load(self) -> Tensor:
         """``[E]`` int64, choices per expert after dropping."""
         return expert_load(self.choice, self.num_experts, self.kept)
 
-    @cached_property
+    @property
     def pair_order(self) -> Tensor:
         """``[N * k]`` int64: the pairs (patch, choice), numbered patch * k + choice, sorted by expert, the dropped ones
         last. The order within an expert is that of the patches."""
         key = torch.where(self.kept, self.choice, self.num_experts).flatten()
         return torch.argsort(key, stable=True)
 
-    @cached_property
-    def _kept_pairs(self) -> Tensor:
-        return self.pair_order[: int(self.kept.sum())]
+    def kept_pairs(self, count: int | None = None) -> Tensor:
+        """``[R]`` int64: the kept pairs, numbered and sorted as in `pair_order`.
+
+        Args:
+            count: R, where the caller has it on the host already; None transfers it from the device.
+        """
+        return self.pair_order[: int(self.kept.sum()) if count is None else count]
 
     @property
     def patch(self) -> Tensor:
         """``[R]`` int64: the patch of each kept pair, pairs sorted by expert."""
-        return self._kept_pairs // self.top_k
+        return self.kept_pairs() // self.top_k
 
     @property
     def expert(self) -> Tensor:
         """``[R]`` int64: the expert of each kept pair, ascending."""
-        return self.choice.flatten()[self._kept_pairs]
+        return self.choice.flatten()[self.kept_pairs()]
 
     @property
     def weight(self) -> Tensor:
         """``[R]``: the factor of each kept pair's output."""
-        return self.choice_weight.flatten()[self._kept_pairs]
+        return self.choice_weight.flatten()[self.kept_pairs()]
 
 
 def expert_load(choice: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
@@ -167,8 +170,18 @@ def route(
         capacity_factor: see `expert_capacity`; None drops nothing.
         priority: see `select_within_capacity`.
         gate: see `gate_weights`.
+
+    Raises:
+        ValueError: where an argument breaks its rule, or the logits are not one row per patch in float32 or float64.
     """
+    if logits.ndim != 2 or len(logits) != grid.patches:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} must be [N, E] with N = {grid.patches}, the patches of {grid}"
+        )
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"logits are {logits.dtype}; routing compares them, so they must be float32 or float64")
     num_patches, num_experts = logits.shape
+    check_selection(num_experts, top_k, priority, gate, capacity_factor=capacity_factor)
     probs = logits.softmax(dim=1)
     # Chosen by logit: the order is that of the probabilities, without the ties that a saturated softmax makes.
     choice = logits.detach().topk(top_k, dim=1).indices
@@ -191,12 +204,27 @@ def route(
     )
 
 
+def check_selection(
+    num_experts: int, top_k: int, priority: Priority, gate: Gate, **capacity_factors: float | None
+) -> None:
+    """Raise a ValueError that names the first argument of `route` that breaks its rule."""
+    check_at_least(1, num_experts=num_experts)
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
+    check_choice("priority", priority, get_args(Priority))
+    check_choice("gate", gate, get_args(Gate))
+    for name, factor in capacity_factors.items():
+        if factor is not None and not (factor > 0 and math.isfinite(factor)):
+            raise ValueError(f"{name}={factor} must be a positive number, or None to drop nothing")
+
+
 class Router(nn.Module):
     """Looks at each patch and at where it lies, and picks its experts (design, section 1).
 
     A two-layer perceptron ``W2 gelu(W1 x + b1) + b2`` on the enriched patch, content and Fourier features of position.
     It runs in float32 at least, autocast off: routing is a comparison of logits, and what bfloat16 rounds away (8 bits
-    of mantissa) would send patches to other experts from step to step.
+    of mantissa) would send patches to other experts from step to step. (``torch.set_float32_matmul_precision("high")``
+    lowers it all the same: that setting is for every matrix product of the process.)
 
     The enriched tensor is never built. W1 is split into its part for the content and its part for the position; the
     latter gives the same hidden pre-activation for every image and is computed once per grid.
@@ -236,16 +264,17 @@ class Router(nn.Module):
         num_bands: int = 4,
     ) -> None:
         super().__init__()
-        check_choice("priority", priority, get_args(Priority))
-        check_choice("gate", gate, get_args(Gate))
         check_choice("gate_input", gate_input, get_args(GateInput))
-        check_at_least(1, in_channels=in_channels, patch_size=patch_size, num_experts=num_experts)
+        check_at_least(1, in_channels=in_channels, patch_size=patch_size)
         check_at_least(0, num_bands=num_bands)
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
-        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
-            if factor is not None and not (factor > 0 and math.isfinite(factor)):
-                raise ValueError(f"{name}={factor} must be a positive number, or None to drop nothing")
+        check_selection(
+            num_experts,
+            top_k,
+            priority,
+            gate,
+            capacity_factor=capacity_factor,
+            eval_capacity_factor=eval_capacity_factor,
+        )
         hidden = min(64, max(16, in_channels // 2)) if hidden is None else hidden
         check_at_least(1, hidden=hidden)
         self.in_channels = in_channels
@@ -272,9 +301,8 @@ class Router(nn.Module):
             weight = self.hidden.weight.to(dtype)
             content_weight, position_weight = weight[:, : self.in_channels], weight[:, self.in_channels :]
             pool = self._from_pixels if self.gate_input == "pixels" else self._from_flat
-            pooled = pool(x.to(dtype), content_weight, position_weight, grid)
-            pixels_last = pooled.permute(0, 2, 3, 1).reshape(grid.patches, -1)
-            return F.linear(pixels_last, self.logits.weight.to(dtype), self.logits.bias.to(dtype))
+            hidden = pool(x.to(dtype), content_weight, position_weight, grid)
+            return F.linear(hidden, self.logits.weight.to(dtype), self.logits.bias.to(dtype))
 
     def _from_pixels(self, x: Tensor, content_weight: Tensor, position_weight: Tensor, grid: Grid) -> Tensor:
         height, width = x.shape[2:]
@@ -290,17 +318,19 @@ class Router(nn.Module):
             lines.append(line[:size])
         row, column = lines
         position = (row[:, None] + column[None]).permute(2, 0, 1)
-        activation = F.gelu(F.conv2d(x, content_weight, self._bias(x)) + position)
+        activation = F.gelu(_project_pixels(x, content_weight[:, :, 0, 0], self._bias(x)) + position)
         # With ceil_mode a window that leaves the map is averaged over the pixels it has: padding never counts.
-        return F.avg_pool2d(activation, self.patch_size, ceil_mode=True, count_include_pad=False)
+        pooled = F.avg_pool2d(activation, self.patch_size, ceil_mode=True)
+        return pooled.permute(0, 2, 3, 1).reshape(grid.patches, -1)
 
     def _from_flat(self, x: Tensor, content_weight: Tensor, position_weight: Tensor, grid: Grid) -> Tensor:
-        side = self.patch_size
-        padded = F.pad(x, (0, grid.columns * side - x.shape[3], 0, grid.rows * side - x.shape[2]))
-        hidden = F.conv2d(padded, content_weight, self._bias(x), stride=side)
+        hidden = _project_patches(x, content_weight, self._bias(x), self.patch_size)
         if self.num_bands:
-            positions = position_map(grid.rows, grid.columns, side, self.num_bands, dtype=x.dtype, device=x.device)
-            hidden = hidden + F.conv2d(positions, position_weight, stride=side)
+            positions = position_map(
+                grid.rows, grid.columns, self.patch_size, self.num_bands, dtype=x.dtype, device=x.device
+            )
+            position = _project_patches(positions, position_weight, None, self.patch_size)
+            hidden = (hidden.unflatten(0, (grid.batch, -1)) + position).flatten(0, 1)
         return F.gelu(hidden)
 
     def _bias(self, x: Tensor) -> Tensor:
@@ -324,3 +354,17 @@ class Router(nn.Module):
             f"patch_size={self.patch_size}, num_experts={self.num_experts}, top_k={self.top_k}, "
             f"gate={self.gate!r}, gate_input={self.gate_input!r}"
         )
+
+
+def _project_pixels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``[B, C, H, W]`` to ``[B, hidden, H, W]``, each pixel by itself, in the full precision of its type."""
+    if x.device.type == "cpu":  # a 1x1 convolution takes half the time of a matrix product there
+        return F.conv2d(x, weight[:, :, None, None], bias)
+    # On recent GPUs torch runs float32 convolutions in TF32, 10 bits of mantissa; matrix products it does not.
+    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+
+
+def _project_patches(x: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int) -> Tensor:
+    """``[B, C, H, W]`` to ``[N, hidden]``, each flattened patch by itself; weight ``[hidden, C, S, S]``."""
+    patches, _ = split_map(x, patch_size)
+    return F.linear(patches.permute(0, 2, 3, 1).flatten(1), weight.permute(0, 2, 3, 1).flatten(1), bias)

@@ -71,6 +71,11 @@ def test_other_modules():
     assert pcenet.complexity(model, (3, 4, 4)).multiply_adds == 16 * 3 * 5 * 4 + 64 * 10 * 9 + 640 * 7
 
 
+def test_a_model_without_parameters_costs_nothing():
+    cost = pcenet.complexity(nn.Sequential(nn.ReLU(), nn.AvgPool2d(2)), (3, 4, 4))
+    assert (cost.parameters, cost.multiply_adds, cost.router_share, cost.routed_share) == (0, 0, 0, 0)
+
+
 def test_the_model_is_left_as_it_was():
     model = timm.create_model("pce_nano").train()
     model.stem.eval()

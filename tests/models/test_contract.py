@@ -11,7 +11,7 @@ from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 
 import pcenet
-from pcenet.models import PCENet, list_models, twin_of
+from pcenet.models import PCENet, list_models, model_options, twin_of
 from pcenet.nn import PCELayer, record_routing
 
 NAMES = ["dense_nano", "dense_small", "dense_tiny"] + [
@@ -169,7 +169,7 @@ def _blocks(model: PCENet) -> list[torch.nn.Module]:
 
 
 @pytest.mark.parametrize("name", ["pce_nano", "dense_nano"])
-def test_gradient_checkpointing_changes_nothing(name):
+def test_gradient_checkpointing_changes_no_gradient(name):
     gradients = []
     for enable in (False, True):
         model = create(name).train()
@@ -233,6 +233,22 @@ def test_wrong_options_are_named():
         create("dense_nano", num_experts=3)
     with pytest.raises(ValueError, match="top_k=2 does not go with border='exchange'"):
         create("pce_nano", border="exchange", top_k=2)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("pce")])
+def test_patches_cover_less_of_the_image_in_the_last_routed_stage_than_in_the_first(name):
+    args = create(name, device="meta").model_args
+    covered = [s * p for s, p in zip(args["strides"], args["patch_sizes"], strict=True) if p is not None]
+    assert covered == sorted(covered, reverse=True)
+    assert covered[-1] < covered[0]
+
+
+def test_model_options_are_taken():
+    options = model_options()
+    assert {"strides", "widths", "norm", "global_pool", "num_experts", "border", "top_k"} <= set(options)
+    assert not {"self", "num_classes", "device", "layer_options", "shortcut", "patch_size"} & set(options)
+    default = create("pce_nano").model_args
+    assert create("pce_nano", **{name: default[name] for name in options}).model_args == default
 
 
 def test_package_exports():

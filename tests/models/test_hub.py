@@ -113,11 +113,54 @@ def test_broken_folders(folder, tmp_path):
         load_model(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architecture": "resnet18", "model_args": {}}))
-    with pytest.raises(ValueError, match="'resnet18' is not a network of this package"):
+    with pytest.raises(ValueError, match="architecture 'resnet18' is not a network of this package"):
         load_model(folder)
     (folder / "config.json").write_text(json.dumps({**config, "architecture": "os.system"}))
-    with pytest.raises(ValueError, match=r"'os\.system' is not a registered network"):
+    with pytest.raises(ValueError, match=r"architecture 'os\.system' is not a network of this package"):
         load_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is no configuration of a PCE network"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("pool", ["max", "catavgmax", ""])
+def test_another_head_is_saved_too(model, tmp_path, pool):
+    model.reset_classifier(0 if pool == "" else 5, pool)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load_model(tmp_path)(x), model(x))
+
+
+def test_networks_that_could_not_be_loaded_are_not_saved(model, folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model.prune_intermediate_layers([1])
+    with pytest.raises(ValueError, match="was pruned"):
+        model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="no registered name"):
+        PCENet(patch_sizes=(None,) * 4).save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_args": {"expert": 3}}, "unexpected arguments"),
+        ({"model_args": {"widths": "abc"}}, "is no configuration of a PCE network"),
+        ({"model_args": {"patch_sizes": [2, 4, 1]}}, "patch must shrink strictly"),
+        ({"model_args": 3}, "is no configuration of a PCE network"),
+        ({"pretrained_cfg": {"colour": 1}}, "is no configuration of a PCE network"),
+        ({"pretrained_cfg": None}, "is no configuration of a PCE network"),
+        ({"num_classes": "many"}, "is no configuration of a PCE network"),
+    ],
+)
+def test_a_wrong_configuration_is_a_value_error(folder, change, message):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def test_an_override_that_the_weights_do_not_fit_is_named(folder):
+    for load in (load_model, PCENet.from_pretrained):
+        with pytest.raises(ValueError, match=r"head\.fc\.bias has shape \(3,\), expected \(5,\)"):
+            load(folder, num_classes=5)

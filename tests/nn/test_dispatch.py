@@ -45,7 +45,7 @@ def make_routing(
         choice_weight=weight,
         kept=kept,
         load=torch.bincount(choices.flatten(), minlength=num_experts),
-        capacity=int(choices.numel()) if dropped else None,
+        capacity=None,  # what a dispatch leaves out is decided by `kept` alone, so that an intervention may set it
         grid=grid,
     )
 

@@ -140,15 +140,40 @@ def test_dispatches_are_equal_in_float32_at_a_usual_size() -> None:
     sorted_layer = PCELayer(16, 16, patch_size=4, num_experts=6, dispatch="sorted")
     static_layer = PCELayer(16, 16, patch_size=4, num_experts=6, dispatch="static")
     static_layer.load_state_dict(sorted_layer.state_dict())
-    x = torch.randn(4, 16, 14, 16)
+    x = torch.randn(4, 16, 14, 16, requires_grad=True)
     first, second = sorted_layer(x), static_layer(x)
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4, check_stride=False)
     reference.assert_same(
-        reference.gradients(first, x.requires_grad_(), sorted_layer) | {"x": x},
-        reference.gradients(second, x, static_layer) | {"x": x},
+        reference.gradients(first, x, sorted_layer),
+        reference.gradients(second, x, static_layer),
         rtol=1e-3,
         atol=1e-3,
     )
+
+
+@pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
+@pytest.mark.parametrize("training", [True, False])
+def test_static_dispatch_is_one_graph(border: str, training: bool) -> None:
+    layer = PCELayer(4, 4, patch_size=2, border=border, dispatch="static").train(training)
+    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 4, 6, 5, requires_grad=True)
+    expected, found = layer(x), compiled(x)
+    torch.testing.assert_close(found, expected)
+    reference.assert_same(
+        reference.gradients(expected, x, layer),
+        {name.removeprefix("_orig_mod."): g for name, g in reference.gradients(found, x, compiled).items()},
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_group_norm_of_single_values() -> None:
+    # Groups of one channel and patches of one pixel: each value is its own mean, so only the biases are left.
+    layer = PCELayer(8, 8, patch_size=1, norm="group", shortcut=False).eval()
+    with torch.no_grad():
+        layer.experts.norm2.bias.fill_(3.0)
+    y, routing = layer.forward_with_routing(torch.randn(1, 8, 1, 1))
+    torch.testing.assert_close(y.flatten(), 3 * routing.choice_weight[0].expand(8))
 
 
 # Limits

@@ -14,6 +14,7 @@ from pcenet.nn import (
     PCELayer,
     Routing,
     aux_loss,
+    aux_terms,
     load_balance_loss,
     load_balance_loss_from_logits,
     record_routing,
@@ -152,3 +153,16 @@ def test_aux_loss_reaches_every_router() -> None:
         else:
             assert parameter.grad is not None, name
             assert parameter.grad.abs().max() > 0, name
+
+
+def test_terms_apart_and_a_weight_of_zero() -> None:
+    # Uniform: balance 1 and z (ln 2)^2 per layer. One logit of 1e200 makes the z-loss infinite; without weight it must
+    # not reach the sum as 0 * inf.
+    uniform = routing_of(torch.zeros(4, 2, dtype=torch.float64))
+    terms = aux_terms({"a": [uniform], "b": [uniform, uniform]})
+    assert terms.balance.item() == pytest.approx(2, abs=1e-12)
+    assert terms.z.item() == pytest.approx(2 * math.log(2) ** 2, abs=1e-12)
+    huge = routing_of(torch.tensor([[1e200, 0.0]], dtype=torch.float64))
+    assert aux_terms({"a": [huge]}).z.isinf()
+    assert aux_loss({"a": [huge]}, balance=0.5, z=0.0).item() == pytest.approx(0.5 * 2)
+    assert aux_loss({"a": [uniform]}, balance=0.0, z=0.0).item() == 0

@@ -112,6 +112,16 @@ def test_a_shared_layer_is_recorded_once_per_pass() -> None:
     assert {name: len(routings) for name, routings in records.items()} == {"0": 2}
 
 
+def test_a_compiled_network_is_refused() -> None:
+    model = nn.Sequential(PCELayer(2, 2, patch_size=2))
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match="model is compiled"), record_routing(compiled):
+        pass
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match="model is compiled"), record_routing(nn.Sequential(model)):
+        pass
+
+
 def test_records_carry_gradients() -> None:
     layer = PCELayer(3, 3, patch_size=2)
     with record_routing(layer) as records:

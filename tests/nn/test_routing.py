@@ -362,3 +362,23 @@ def test_a_saturated_softmax_chooses_by_logit() -> None:
 def test_wrong_arguments_are_named(options: dict[str, object], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         Router(**({"in_channels": 3, "patch_size": 4, "num_experts": 4} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gate": "probs"}, "gate='probs' is not one of 'prob', 'straight_through'"),
+        ({"priority": "gates"}, "priority='gates' is not one of 'gate', 'order'"),
+        ({"top_k": 4}, "top_k=4 must lie between 1 and num_experts=3"),
+        ({"top_k": 0}, "top_k=0 must lie between 1 and num_experts=3"),
+        ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be a positive number"),
+        ({"capacity_factor": float("nan")}, "capacity_factor=nan must be a positive number"),
+        ({"grid": Grid(1, 3, 3)}, r"logits of shape \(6, 3\) must be \[N, E\] with N = 9"),
+        ({"logits": torch.zeros(6)}, r"logits of shape \(6,\) must be"),
+        ({"logits": torch.zeros(6, 3).bfloat16()}, "must be float32 or float64"),
+    ],
+)
+def test_a_router_of_ones_own_is_held_to_the_rules(options: dict[str, object], message: str) -> None:
+    arguments = {"logits": torch.zeros(6, 3), "grid": Grid(1, 2, 3)} | options
+    with pytest.raises(ValueError, match=message):
+        route(**arguments)
