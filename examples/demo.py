@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from pcenet import load_model, record_routing
 from pcenet.analysis import routing_picture
 from pcenet.cli import main as pcenet
 from pcenet.data import build_loader, eval_transform, open_source
+from pcenet.training.tables import console, router_table
 
 MODELS = ("pce_nano", "dense_nano")
 EPOCHS = 20
@@ -74,7 +74,9 @@ def main() -> None:
     results = {name: train(name, root / name) for name in MODELS}
     picture = root / "routing.png"
     draw(root / "pce_nano", picture)
-    Console().print(comparison(results))
+    screen = console()
+    screen.print(router_table(results["pce_nano"]["router"]))
+    screen.print(comparison(results))
     print(f"which expert served which patch, prediction (truth) above each image: {picture}")
 
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pcenet import __version__
-from pcenet.training.config import EvalConfig, TrainConfig, choices_of, nearest, options_of
+from pcenet.choices import did_you_mean
+from pcenet.training.config import EvalConfig, TrainConfig, choices_of, options_of
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", TrainConfig, EvalConfig)
 
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "tensorboard", "torchmetrics", "yaml")
+TRACEBACK = "PCENET_TRACEBACK"
 KINDS = {"int": "a whole number", "float": "a number", "dict": 'a mapping such as {"num_experts": 8}'}
 
 
@@ -40,11 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         dispatch(arguments)
     except KeyboardInterrupt:
-        return fail("interrupted; --resume auto continues a training run", code=130)
+        way_on = "; --resume auto continues the run" if arguments[:1] == ["train"] else ""
+        return fail(f"interrupted{way_on}", code=130)
     except ModuleNotFoundError as error:
-        if error.name is not None and error.name.partition(".")[0] not in TRAIN_EXTRA:
+        if (error.name or "").partition(".")[0] in TRAIN_EXTRA:
+            return fail(f"{error}; install what this command needs: pip install 'pcenet[train]'")
+        if "pip install" not in str(error):
             raise
-        return fail(f"{error}; install what this command needs: pip install 'pcenet[train]'")
+        return fail(str(error))
     except OSError as error:
         known = error.filename and error.strerror
         return fail(f"{error.filename}: {error.strerror}" if known else str(error))
@@ -56,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fail(message: str, code: int = 2) -> int:
-    """Print one line on stderr; return the exit code."""
+    """Print one line on stderr, on request below the traceback of the error being handled; return the exit code."""
+    if os.environ.get(TRACEBACK) == "1":
+        traceback.print_exc()
     print(f"pcenet: error: {' '.join(message.split())}", file=sys.stderr)
     return code
 
@@ -88,7 +97,8 @@ def dispatch(arguments: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
         + "".join(f"  {name:8}{run.__doc__}\n" for name, run in COMMANDS.items())
-        + "\n`pcenet COMMAND --help` explains a command's options.",
+        + "\n`pcenet COMMAND --help` explains a command's options."
+        + f"\nAn error is one line; with the environment variable {TRACEBACK}=1 its traceback comes first.",
     )
     parser.add_argument("--version", action="version", version=f"pcenet {__version__}")
     if not arguments:
@@ -99,7 +109,7 @@ def dispatch(arguments: list[str]) -> None:
         parser.parse_args([word])
     known = ("--help", "--version") if word.startswith("-") else tuple(COMMANDS)
     kind = "option" if word.startswith("-") else "command"
-    raise ValueError(f"unknown {kind} {word!r}; did you mean {nearest(word, known)!r}?")
+    raise ValueError(f"unknown {kind} {word!r}{did_you_mean(word, known)}")
 
 
 def parse(command: str, config_class: type[C], arguments: list[str]) -> C:
@@ -165,7 +175,7 @@ def respell(word: str, spellings: dict[str, str]) -> str:
     name, equals, value = word.partition("=")
     known = name.replace("_", "-")
     if known not in spellings:
-        raise ValueError(f"unknown option {name}; did you mean {nearest(known, spellings)}?")
+        raise ValueError(f"unknown option {name!r}{did_you_mean(known, spellings)}")
     return spellings[known] + equals + value
 
 
@@ -173,8 +183,7 @@ def explain(message: str, config_class: type[C]) -> str:
     """jsonargparse's message in the user's terms, with the option nearest to an unknown one."""
     options = options_of(config_class)
     if unknown := re.match(r"Option '(.*)' is not accepted", message):
-        word = unknown[1]
-        return f"unknown option {word!r} in the --config file; did you mean {nearest(word, options)!r}?"
+        return f"unknown option {unknown[1]!r} in the --config file{did_you_mean(unknown[1], options)}"
     wrong = re.match(r'Parser key "(\w+)":.*value: (.*)$', message, re.DOTALL)
     if wrong and wrong[1] in options:
         name, value = wrong.groups()

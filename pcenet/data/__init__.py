@@ -7,13 +7,13 @@ A loader in three steps::
     loader = build_loader(source, transform, batch_size=64, train=True)
 """
 
-from pcenet.data.base import DataError, ImageSource, Split
+from pcenet.choices import Augment, Split
+from pcenet.data.base import DataError, ImageSource
 from pcenet.data.loaders import EpochSampler, ImageDataset, build_loader
 from pcenet.data.sources import SOURCE_NAMES, default_root, open_source
 from pcenet.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    Augment,
     Transform,
     eval_transform,
     train_transform,

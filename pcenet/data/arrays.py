@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pcenet.data.base import DataError, ImageSource, Split
+from pcenet.choices import Split
+from pcenet.data.base import DataError, ImageSource
 from pcenet.data.splits import hold_out
 
 Images = npt.NDArray[np.uint8]
@@ -60,7 +61,7 @@ def open_digits(split: Split, root: Path) -> ImageSource:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError(
-            "the data source 'digits' needs scikit-learn. Install it with: pip install scikit-learn"
+            "the data source 'digits' needs scikit-learn. Install it with: pip install 'pcenet[digits]'"
         ) from error
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)

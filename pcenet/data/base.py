@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 from PIL import Image
 
-Split = Literal["train", "val", "test"]
+from pcenet.choices import Split
 
 
 class DataError(ValueError):
@@ -59,9 +57,3 @@ class ImageSource(ABC):
     @abstractmethod
     def file_name(self, index: int) -> str:
         """What to call image ``index`` in a message."""
-
-
-def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` for the candidate nearest to ``word``; empty where none is near."""
-    nearest = difflib.get_close_matches(word, list(candidates), n=1)
-    return f" Did you mean '{nearest[0]}'?" if nearest else ""

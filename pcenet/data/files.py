@@ -10,7 +10,8 @@ from typing import Protocol
 
 from PIL import Image
 
-from pcenet.data.base import DataError, ImageSource, Split
+from pcenet.choices import Split
+from pcenet.data.base import DataError, ImageSource
 from pcenet.data.images import decode_image
 from pcenet.data.layout import read_layout
 

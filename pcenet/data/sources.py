@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 from typing import get_args
 
+from pcenet.choices import Split, did_you_mean
 from pcenet.data.arrays import KNOWN_SOURCES
-from pcenet.data.base import DataError, ImageSource, Split, did_you_mean
+from pcenet.data.base import DataError, ImageSource
 from pcenet.data.files import FileSource, FolderTree, ZipTree
 
 SOURCE_NAMES = tuple(KNOWN_SOURCES)
+SIMILAR = 0.6  # how like a word a name must be for a suggestion: a path may be anything
 
 __all__ = ["SOURCE_NAMES", "ImageSource", "default_root", "open_source"]
 
@@ -31,7 +33,7 @@ def open_source(source: str | Path, split: Split, *, root: Path | None = None) -
     """
     splits = get_args(Split)
     if split not in splits:
-        raise DataError(f"split must be one of {', '.join(splits)}, not '{split}'.{did_you_mean(split, splits)}")
+        raise DataError(f"split must be one of {', '.join(splits)}, not '{split}'{did_you_mean(split, splits)}")
     if isinstance(source, str) and source in KNOWN_SOURCES:
         return KNOWN_SOURCES[source](split, root or default_root())
     path = os.path.expanduser(source)
@@ -41,7 +43,7 @@ def open_source(source: str | Path, split: Split, *, root: Path | None = None) -
         candidates = [*SOURCE_NAMES, *_usable_beside(Path(path))]
         raise DataError(
             f"data source '{source}' does not exist: it must be {', '.join(SOURCE_NAMES)}, or the path of a"
-            f" folder or .zip of images.{did_you_mean(str(source), candidates)}"
+            f" folder or .zip of images{did_you_mean(str(source), candidates, SIMILAR)}"
         )
     if not path.lower().endswith(".zip"):
         raise DataError(f"data source '{source}' is neither a folder nor a .zip. Name a folder or .zip of images.")

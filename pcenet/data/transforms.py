@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from pcenet.data.base import did_you_mean
+from pcenet.choices import Augment, did_you_mean
 
-Augment = Literal["auto", "crop", "resized_crop", "randaugment", "none"]
 Transform = Callable[[Image.Image], Tensor]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -49,7 +48,7 @@ def train_transform(
     """
     if augment not in get_args(Augment):
         raise ValueError(
-            f"augment must be one of {', '.join(get_args(Augment))}, not '{augment}'."
+            f"augment must be one of {', '.join(get_args(Augment))}, not '{augment}'"
             f"{did_you_mean(augment, get_args(Augment))}"
         )
     if augment == "none":

@@ -137,7 +137,8 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
             key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()
         }
         arguments = {**config["model_args"], "num_classes": config["num_classes"], **overrides}
-        model = timm.create_model(architecture, pretrained_cfg_overlay=preprocessing, **arguments)
+        create = timm.model_entrypoint(architecture)  # timm.create_model would drop arguments that are None
+        model = create(pretrained_cfg_overlay=preprocessing, **arguments)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{config_path} is no configuration of a PCE network: {reason}") from error

@@ -85,6 +85,8 @@ class PCENet(SavableModel):
         norm: normalisation inside the blocks, ``"batch"`` or ``"group"``.
         device, dtype: of the parameters.
         layer_options: further arguments of every `PCELayer`: ``num_experts``, ``top_k``, ``border``, ``gate`` ...
+            (`timm.create_model` drops arguments that are None: for ``capacity_factor`` give it the number of experts,
+            which drops nothing either.)
 
     Raises:
         TypeError: for an option that `PCELayer` does not have.

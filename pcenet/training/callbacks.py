@@ -25,28 +25,30 @@ from pcenet.training.task import ClassificationTask
 log = logging.getLogger(__name__)
 
 
-def average(averaged: Tensor, current: Tensor, count: Tensor | int, decay: float) -> Tensor:
-    """One update of an exponential moving average; integers, such as counters, are taken over.
+@torch.no_grad()
+def update_average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int, decay: float) -> None:
+    """One update in place of an exponential moving average; integers, such as counters, are taken over.
 
     Args:
-        averaged: the average so far.
-        current: what enters it.
+        averaged: the averages so far, all of one type.
+        current: what enters them, in the same order.
         count: updates so far, n. The decay is ``min(decay, (1 + n) / (10 + n))``, so that a short run does
-            not end on its initial weights.
+            not end on its initial weights. Read once: on a GPU each reading waits for the device.
         decay: the average's weight in the long run.
     """
-    if not averaged.is_floating_point():
-        return current
-    n = int(count)
-    return torch.lerp(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+    if averaged[0].is_floating_point():
+        n = int(count)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+    else:
+        torch._foreach_copy_(averaged, current)
 
 
 def moving_average(decay: float) -> WeightAveraging:
-    """Lightning's weight averaging, with `average` for parameters and buffers, after every step.
+    """Lightning's weight averaging, with `update_average` for parameters and buffers, after every step.
 
     Validation and the checkpoints' ``state_dict`` use the averaged weights.
     """
-    return WeightAveraging(avg_fn=partial(average, decay=decay))
+    return WeightAveraging(multi_avg_fn=partial(update_average, decay=decay))
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -189,10 +191,15 @@ class Checkpoints(Checkpoint):
     """Keeps the state after the last epoch (``last.ckpt``) and after the one with the best validation top-1.
 
     Lightning's ModelCheckpoint stores absolute paths and forgets its best score when the folder was moved.
+
+    Args:
+        folder: where they go.
+        run: plain values, kept in each checkpoint under ``"run"``, by which it knows the run that it belongs to.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, run: dict[str, Any]) -> None:
         self.folder = folder
+        self.run = run
         self.best = -1.0
 
     @override
@@ -202,6 +209,10 @@ class Checkpoints(Checkpoint):
             self.best = top1
             trainer.save_checkpoint(self.folder.best)
         trainer.save_checkpoint(self.folder.last)
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run"] = self.run
 
     @override
     def state_dict(self) -> dict[str, Any]:

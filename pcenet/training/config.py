@@ -5,17 +5,15 @@ This module imports neither torch nor Lightning, so that ``pcenet train --help``
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-Augment = Literal["auto", "crop", "resized_crop", "randaugment", "none"]
+from pcenet.choices import Augment, Split, did_you_mean
+
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp32"]
-Split = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)
@@ -62,18 +60,13 @@ def choices_of(kind: Any) -> tuple[str, ...]:
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
-def nearest(name: str, options: Iterable[str]) -> str:
-    """The option spelt most like ``name``, for "did you mean ...?"; ``options`` must not be empty."""
-    return difflib.get_close_matches(name, list(options), n=1, cutoff=0.0)[0]
-
-
 def check(config: Any) -> None:
     """Raise a ``ValueError`` naming field, value and rule for the first value that is not allowed."""
     for name, (kind, option) in options_of(type(config)).items():
         value, choices = getattr(config, name), choices_of(kind)
         if choices and value not in choices:
-            suggestion = nearest(str(value), choices)
-            raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}; did you mean {suggestion!r}?")
+            hint = did_you_mean(str(value), choices)
+            raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}{hint}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value}")
         if not isinstance(value, int | float):
@@ -106,7 +99,10 @@ class TrainConfig:
     out: Annotated[str | None, Option("Run folder to create; null: runs/MODEL-DATA-SEED.")] = None
     resume: Annotated[
         str | None,
-        Option("auto: continue the run folder, or start afresh where it has no checkpoint; or a checkpoint's path."),
+        Option(
+            "auto: continue the run folder, or start afresh where it has no checkpoint; or the path of a checkpoint, "
+            "to continue a run of the same options in a new --out."
+        ),
     ] = None
     epochs: Annotated[int, Option("Passes over the training images.", at_least=1)] = 15
     batch_size: Annotated[int, Option("Images per step.", at_least=1)] = 128

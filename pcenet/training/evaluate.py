@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -96,14 +98,32 @@ def check_classes(expected: Sequence[str], found: Sequence[str], expected_by: st
     raise ValueError(f"classes of {found_in} are not those of {expected_by}: {difference}")
 
 
+def eval_transform_of(model: nn.Module) -> data.Transform:
+    """The transform that a timm model's ``pretrained_cfg`` asks for.
+
+    Raises:
+        ValueError: if it asks for another crop or interpolation than that of `pcenet.data.eval_transform`.
+    """
+    values = preprocessing(model)
+    for name, done in (("crop_pct", 1.0), ("interpolation", "bilinear")):
+        if values[name] != done:
+            raise ValueError(
+                f"{name}={values[name]!r} in the model's pretrained_cfg: images are only ever prepared with {done!r};"
+                f" make the model with pretrained_cfg_overlay={{{name!r}: {done!r}}} if that suits it"
+            )
+    return data.eval_transform(image_side(model), mean=values["mean"], std=values["std"])
+
+
 def model_loader(
     model: nn.Module, source: data.ImageSource, *, batch_size: int, workers: int
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """Batches of a source, prepared as the model's ``pretrained_cfg`` says, in order."""
-    values = preprocessing(model)
-    transform = data.eval_transform(image_side(model), mean=values["mean"], std=values["std"])
+    """Batches of a source, prepared as the model's ``pretrained_cfg`` says, in order.
+
+    Raises:
+        ValueError: as `eval_transform_of`.
+    """
     loader: Iterable[tuple[Tensor, Tensor]] = data.build_loader(
-        source, transform, batch_size=batch_size, seed=0, train=False, workers=workers
+        source, eval_transform_of(model), batch_size=batch_size, seed=0, train=False, workers=workers
     )
     return loader
 
@@ -132,12 +152,28 @@ def evaluate(config: EvalConfig) -> Evaluation:
     result = evaluate_model(model, batches, source.classes, device=device, precision=precision)
     out = Path(config.out) if config.out else run.path if run else Path()
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"eval-{Path(source.name).stem}-{config.split}.json"
+    path = result_path(out, Path(source.name).stem, name, config.split)
     about = {"model": model.pretrained_cfg["architecture"], "data": source.name, "split": config.split}
-    write_json(path, about | asdict(result))
+    write_json(path, about | {"source": name} | asdict(result))
     show(result, f"{config.run} on {source.name}, {config.split}")
     print(f"wrote {path}")
     return result
+
+
+def result_path(folder: Path, data_name: str, source: str, split: data.Split) -> Path:
+    """``eval-<data>-<split>.json`` in ``folder``; with a number where the figures of another source have that name."""
+    stems = (data_name if number == 1 else f"{data_name}-{number}" for number in count(1))
+    paths = (folder / f"eval-{stem}-{split}.json" for stem in stems)
+    return next(path for path in paths if not path.exists() or written_for(path) == source)
+
+
+def written_for(path: Path) -> str | None:
+    """The source whose figures a file of `evaluate` holds; None for any other file."""
+    try:
+        source: str | None = json.loads(path.read_text(encoding="utf-8"))["source"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return source
 
 
 def find_model(path: Path) -> tuple[Path, RunFolder | None]:

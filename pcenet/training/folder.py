@@ -41,6 +41,24 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def check_same(saved: TrainConfig, config: TrainConfig, where: str, way_out: str) -> None:
+    """Raise a ``ValueError`` that names what differs, unless ``config`` may continue a run started with ``saved``.
+
+    Args:
+        saved: the options that the run was started with.
+        config: those of now.
+        where: the run folder or checkpoint that holds ``saved``.
+        way_out: what the user can do instead.
+    """
+    changed = [
+        f"{item.name} {getattr(saved, item.name)!r} -> {getattr(config, item.name)!r}"
+        for item in fields(config)
+        if item.name not in SAFE_TO_CHANGE and getattr(saved, item.name) != getattr(config, item.name)
+    ]
+    if changed:
+        raise ValueError(f"resume: {where} was started with other options ({', '.join(changed)}); {way_out}")
+
+
 class RunFolder:
     """Paths of a run folder and the rules for entering it.
 
@@ -64,6 +82,11 @@ class RunFolder:
         """Whether training came to its end here: ``metrics.json`` is the last file that is written."""
         return self.metrics.is_file() and self.model.is_dir()
 
+    @property
+    def free(self) -> bool:
+        """Whether there is nothing here that a new run would overwrite."""
+        return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
+
     def enter(self, config: TrainConfig) -> Path | None:
         """The checkpoint from which a run with these options starts in this folder; None to start afresh.
 
@@ -73,7 +96,7 @@ class RunFolder:
         """
         if config.resume not in (None, "auto"):
             return self._enter_from(Path(config.resume), config)
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if self.free:
             return None
         if config.resume is None:
             raise ValueError(
@@ -88,27 +111,20 @@ class RunFolder:
     def _enter_from(self, checkpoint: Path, config: TrainConfig) -> Path:
         if not checkpoint.is_file():
             raise FileNotFoundError(f"resume: there is no checkpoint {checkpoint}; give auto or the path of one")
-        if checkpoint.resolve().is_relative_to(self.checkpoints.resolve()):
+        if checkpoint.resolve() == self.last.resolve():
             self._check_same(config)
-        elif self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+            return self.last
+        if not self.free:
             raise ValueError(
-                f"out: {self.path} exists and is never overwritten, and {checkpoint} is not one of its "
-                "checkpoints; choose another folder with --out"
+                f"out: {self.path} exists and is never overwritten; a run continues in its folder from"
+                f" {self.last.name} alone (--resume auto), so to continue from {checkpoint} choose another folder"
+                " with --out"
             )
         return checkpoint
 
     def _check_same(self, config: TrainConfig) -> None:
-        saved = self.read_config()
-        changed = [
-            f"{item.name} {getattr(saved, item.name)!r} -> {getattr(config, item.name)!r}"
-            for item in fields(config)
-            if item.name not in SAFE_TO_CHANGE and getattr(saved, item.name) != getattr(config, item.name)
-        ]
-        if changed:
-            raise ValueError(
-                f"resume: {self.path} was started with other options ({', '.join(changed)}); continue it"
-                f" with --config {self.config} --resume auto, or choose another folder with --out"
-            )
+        way_out = f"continue it with --config {self.config} --resume auto, or choose another folder with --out"
+        check_same(self.read_config(), config, str(self.path), way_out)
 
     def read_config(self) -> TrainConfig:
         """The options that the run was started with.

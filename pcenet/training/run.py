@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import signal
 import statistics
 import sys
@@ -23,7 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 import pcenet.data as data
-from pcenet.models import SavableModel, list_models
+from pcenet.models import SavableModel
 from pcenet.training.callbacks import (
     AtomicCheckpointIO,
     Checkpoints,
@@ -33,11 +32,13 @@ from pcenet.training.callbacks import (
     TrainingBar,
     moving_average,
 )
-from pcenet.training.config import TrainConfig, nearest
+from pcenet.training.config import TrainConfig
 from pcenet.training.device import environment, resolve_device, resolve_precision, resolve_workers, set_threads
-from pcenet.training.evaluate import check_classes, evaluate_model, model_loader
+from pcenet.training.evaluate import check_classes, eval_transform_of, evaluate_model, model_loader
 from pcenet.training.folder import RunFolder, write_atomically, write_json
 from pcenet.training.measures import Evaluation, cost_of, image_side, preprocessing
+from pcenet.training.network import build_model, check_model, naming_model_args
+from pcenet.training.resume import epochs_behind, read_checkpoint
 from pcenet.training.tables import console, percent, router_table
 from pcenet.training.task import ClassificationTask
 
@@ -51,8 +52,10 @@ class Run:
     config: TrainConfig
     folder: RunFolder
     device: torch.device
+    workers: int
     sources: dict[str, data.ImageSource]
     model: SavableModel
+    cost: dict[str, Any]
     loaders: dict[str, DataLoader[Any]]
     checkpoint: Path | None
     first_epoch: int
@@ -61,8 +64,8 @@ class Run:
 def train(config: TrainConfig) -> RunFolder:
     """``pcenet train``: train a network and leave the run folder.
 
-    Two runs with the same options leave the same ``model/``, bit for bit, on one kind of processor and with
-    the same number of threads.
+    On the CPU two runs with the same options leave the same ``model/``, bit for bit, on one kind of processor
+    and with the same versions and number of threads. On a GPU they do not: some of its kernels add in any order.
 
     Args:
         config: the options.
@@ -72,7 +75,7 @@ def train(config: TrainConfig) -> RunFolder:
         ``metrics.json`` and ``model/``.
 
     Raises:
-        ValueError: for an unknown model, for faulty data, or if the folder holds another run.
+        ValueError: for an unknown model, for faulty data, or if folder or checkpoint are of another run.
         FileNotFoundError: if ``config.resume`` names a checkpoint that does not exist.
         KeyboardInterrupt: if it was interrupted; ``last.ckpt`` holds the state after the last whole epoch.
     """
@@ -85,86 +88,70 @@ def train(config: TrainConfig) -> RunFolder:
         print(f"{folder.path} is finished; nothing to do")
         return folder
     run = prepare(config, folder, device, checkpoint)
-    folder.create(config, environment(device, config.precision))
     announce(run)
+    folder.create(config, environment(device, config.precision) | {"workers": run.workers})
     history, health = fit(run)
     finish(run, history, health)
     return folder
 
 
 def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, checkpoint: Path | None) -> Run:
-    """Open the data, seed, build network and loaders; nothing is written."""
+    """Open the data, seed, build network and loaders; nothing is written.
+
+    Raises:
+        ValueError: for faulty data or arguments of the network, or a checkpoint that is not of this run.
+    """
     sources = {split: data.open_source(config.data, split) for split in ("train", "val")}
     classes = sources["train"].classes
     check_classes(classes, sources["val"].classes, "train", "val")
+    first_epoch = epochs_behind(checkpoint, folder, config, classes) if checkpoint else 0
     L.seed_everything(config.seed, workers=True, verbose=False)
-    model = build_model(config, len(classes))
+    with naming_model_args(config.model_args):
+        model = build_model(config, len(classes))
+        cost = cost_of(model)
     model.class_names = list(classes)
-    loaders = build_loaders(model, sources, config, pin_memory=device.type == "cuda")
-    first_epoch = epochs_done(checkpoint)
+    workers = resolve_workers(config.workers, device)
+    loaders = build_loaders(model, sources, config, workers=workers, pin_memory=device.type == "cuda")
     set_epoch(loaders["train"], first_epoch)
-    return Run(config, folder, device, sources, model, loaders, checkpoint, first_epoch)
+    return Run(config, folder, device, workers, sources, model, cost, loaders, checkpoint, first_epoch)
 
 
 def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The options with ``out``, ``precision``, ``workers`` and ``input_size`` filled in.
+    """The options with ``out``, ``precision`` and ``input_size`` filled in.
 
     Raises:
-        ValueError: for a model that does not exist; names the nearest.
+        ValueError: for a model that does not exist, or an argument that it does not take; names the nearest.
     """
-    names = list_models()
-    if config.model not in names:
-        raise ValueError(f"model {config.model!r} is unknown; did you mean {nearest(config.model, names)!r}?")
+    check_model(config)
     cfg = timm.get_pretrained_cfg(config.model)
     assert cfg is not None
     return replace(
         config,
         out=str(config.folder),
         precision=resolve_precision(config.precision, device),
-        workers=resolve_workers(config.workers, device),
         input_size=config.input_size or cfg.input_size[-1],
     )
 
 
-def build_model(config: TrainConfig, num_classes: int) -> SavableModel:
-    """The untrained network; its weights depend on the state of torch's generator alone.
-
-    Raises:
-        ValueError: for ``model_args`` that the network does not take.
-    """
-    overlay = {
-        "input_size": (3, config.input_size, config.input_size),
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-    }
-    arguments: dict[str, Any] = {
-        "num_classes": num_classes,
-        "drop_rate": config.drop,
-        "drop_path_rate": config.drop_path,
-        "pretrained_cfg_overlay": overlay,
-    }
-    if taken := arguments.keys() & config.model_args.keys():
-        raise ValueError(
-            f"model_args: {', '.join(sorted(taken))} cannot be given there: an option or the data decide it"
-        )
-    try:
-        model = timm.create_model(config.model, **arguments, **config.model_args)
-    except TypeError as error:
-        raise ValueError(f"model_args: {error}") from error
-    assert isinstance(model, SavableModel)
-    return model.to(memory_format=torch.channels_last)
-
-
 def build_loaders(
-    model: SavableModel, sources: dict[str, data.ImageSource], config: TrainConfig, pin_memory: bool
+    model: SavableModel,
+    sources: dict[str, data.ImageSource],
+    config: TrainConfig,
+    *,
+    workers: int,
+    pin_memory: bool,
 ) -> dict[str, DataLoader[Any]]:
     """Augmented, shuffled batches for training and plain ones for validation."""
     values = preprocessing(model)
-    size, mean, std = image_side(model), values["mean"], values["std"]
-    flip = sources["train"].horizontal_flip
     transforms = {
-        "train": data.train_transform(size, augment=config.augment, horizontal_flip=flip, mean=mean, std=std),
-        "val": data.eval_transform(size, mean=mean, std=std),
+        "train": data.train_transform(
+            image_side(model),
+            augment=config.augment,
+            horizontal_flip=sources["train"].horizontal_flip,
+            mean=values["mean"],
+            std=values["std"],
+        ),
+        "val": eval_transform_of(model),
     }
     return {
         split: data.build_loader(
@@ -173,7 +160,7 @@ def build_loaders(
             batch_size=config.batch_size,
             seed=config.seed,
             train=split == "train",
-            workers=config.workers or 0,
+            workers=workers,
             pin_memory=pin_memory,
         )
         for split, transform in transforms.items()
@@ -186,30 +173,12 @@ def set_epoch(loader: DataLoader[Any], epoch: int) -> None:
     loader.sampler.set_epoch(epoch)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content; only tensors and plain values are accepted, never code.
-
-    Raises:
-        ValueError: if the file is not a checkpoint of a training run.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content["callbacks"]["History"]["rows"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint of pcenet train ({type(error).__name__})") from error
-    return dict(content)
-
-
-def epochs_done(checkpoint: Path | None) -> int:
-    """Whole epochs behind a checkpoint; 0 for None."""
-    return len(read_checkpoint(checkpoint)["callbacks"]["History"]["rows"]) if checkpoint else 0
-
-
 def fit(run: Run) -> tuple[History, RouterHealth]:
     """Train with Lightning; the averaged weights end up in ``last.ckpt``."""
     config, folder, steps = run.config, run.folder, len(run.loaders["train"])
     history, health = History(folder.logs / "metrics.csv"), RouterHealth()
-    callbacks = [moving_average(config.ema_decay), Throughput(), health, history, Checkpoints(folder)]
+    checkpoints = Checkpoints(folder, {"config": asdict(config), "classes": list(run.sources["train"].classes)})
+    callbacks = [moving_average(config.ema_decay), Throughput(), health, history, checkpoints]
     terminal = sys.stdout.isatty()
     logger = TensorBoardLogger(folder.logs, name="", version="tensorboard", purge_step=run.first_epoch * steps)
     with quiet():
@@ -269,7 +238,7 @@ def interruptible(trainer: L.Trainer) -> Iterator[None]:
 
 def announce(run: Run) -> None:
     """Say what is going to be trained, on what, and where it goes."""
-    config, cost, sources = run.config, cost_of(run.model), run.sources
+    config, cost, sources = run.config, run.cost, run.sources
     lines = [
         f"{config.model}: {cost['parameters'] / 1e6:.2f} M parameters,"
         f" {cost['active_parameters'] / 1e6:.2f} M active; {cost['multiply_adds'] / 1e6:.1f} M multiply-adds"
@@ -290,7 +259,7 @@ def finish(run: Run, history: History, health: RouterHealth) -> None:
     averaged = read_checkpoint(folder.last)["state_dict"]
     model.load_state_dict({name.removeprefix("model."): value for name, value in averaged.items()})
     write_atomically(folder.model, model.save_pretrained)
-    batches = model_loader(model, source, batch_size=config.batch_size, workers=config.workers or 0)
+    batches = model_loader(model, source, batch_size=config.batch_size, workers=run.workers)
     result = evaluate_model(model, batches, source.classes, device=run.device, precision=config.precision)
     write_json(folder.metrics, summary(run, history, health, result))
     print(f"validation top-1 {percent(result.top1)}, top-5 {percent(result.top5)}")
@@ -312,6 +281,6 @@ def summary(run: Run, history: History, health: RouterHealth, result: Evaluation
         "best": {"epoch": int(best["epoch"]), "top1": best["val/top1"]},
         "epoch_seconds": statistics.median(row["train/epoch_seconds"] for row in history.rows),
         "images_per_second": statistics.median(row["train/images_per_second"] for row in history.rows),
-        "complexity": cost_of(run.model),
+        "complexity": run.cost,
         "router": health.health,
     }

@@ -17,7 +17,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from pcenet.nn import RoutingStatistics, aux_loss, record_routing
+from pcenet.nn import RoutingStatistics, aux_terms, record_routing
 from pcenet.training.config import TrainConfig
 from pcenet.training.measures import TOP_K
 
@@ -76,9 +76,10 @@ class ClassificationTask(L.LightningModule):
         with record_routing(self.model) as records:
             logits = self(images)
         task = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        balance = aux_loss(records, balance=1.0, z=0.0)
-        z = aux_loss(records, balance=0.0, z=1.0)
-        loss: Tensor = task + self.config.balance * balance + self.config.z * z
+        balance, z = aux_terms(records)
+        # A term of weight 0 is left out, not multiplied: it may be infinite.
+        weighted = [w * term for w, term in ((self.config.balance, balance), (self.config.z, z)) if w]
+        loss = sum(weighted, task)
         for name, routings in records.items():
             for routing in routings:
                 self.routing[name].update(routing)

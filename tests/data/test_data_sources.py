@@ -6,6 +6,7 @@ import gzip
 import multiprocessing
 import pickle
 import struct
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -175,7 +176,7 @@ def test_a_damaged_archive(make_tree: Tree, pack: Pack) -> None:
 
 @pytest.mark.parametrize(
     ("source", "hint"),
-    [("digit", "Did you mean 'digits'?"), ("cifar-100", "Did you mean 'cifar100'?"), ("", ""), ("quux", "")],
+    [("digit", "; did you mean 'digits'?"), ("cifar-100", "; did you mean 'cifar100'?"), ("", ""), ("quux", "")],
 )
 def test_an_unknown_source_suggests_the_nearest(source: str, hint: str) -> None:
     with pytest.raises(DataError) as caught:
@@ -183,12 +184,12 @@ def test_an_unknown_source_suggests_the_nearest(source: str, hint: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"data source '{source}' does not exist")
     assert all(name in message for name in SOURCE_NAMES)
-    assert message.endswith(hint or "of images.")
+    assert message.endswith(f"folder or .zip of images{hint}")
 
 
 def test_a_missing_path_suggests_its_neighbour(make_tree: Tree, pack: Pack, tmp_path: Path) -> None:
     pack(make_tree("pets", {"cat": 1}))
-    with pytest.raises(DataError, match=rf"Did you mean '{tmp_path}/pets\.zip'\?"):
+    with pytest.raises(DataError, match=rf"; did you mean '{tmp_path}/pets\.zip'\?"):
         open_source(tmp_path / "pats.zip", "train")
 
 
@@ -210,7 +211,7 @@ def test_a_name_goes_before_a_path(make_tree: Tree, tmp_path: Path, monkeypatch:
 
 
 def test_an_unknown_split_suggests_the_nearest() -> None:
-    with pytest.raises(DataError, match=r"train, val, test, not 'vall'\. Did you mean 'val'\?"):
+    with pytest.raises(DataError, match=r"train, val, test, not 'vall'; did you mean 'val'\?"):
         open_source("digits", "vall")
 
 
@@ -253,6 +254,12 @@ def test_digits_are_split_80_10_10_in_every_class() -> None:
         assert counts["val"][digit] == counts["test"][digit] == int(total / 10 + 0.5)
         assert counts["train"][digit] == total - 2 * int(total / 10 + 0.5)
     assert open_source("digits", "val").file_name(3) == "digits val[3]"
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match=r"needs scikit-learn.*pip install 'pcenet\[digits\]'"):
+        open_source("digits", "train")
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:

@@ -136,7 +136,7 @@ def test_transforms_can_be_sent_to_a_worker() -> None:
     [
         (
             {"augment": "randaug"},
-            r"augment must be one of auto, .*, not 'randaug'\. Did you mean 'randaugment'\?",
+            r"augment must be one of auto, .*, not 'randaug'; did you mean 'randaugment'\?",
         ),
         ({"size": 0}, "size must be 1 or more"),
         ({"mean": (0.5,)}, r"mean and std .* mean=\(0\.5,\)"),

@@ -61,6 +61,11 @@ def test_the_same_network_gives_the_same_bytes(model, folder, tmp_path):
     assert str(tmp_path) not in (folder / "config.json").read_text() + (folder / "README.md").read_text()
 
 
+def test_an_argument_of_none_survives(tmp_path):
+    PCENet.save_pretrained(timm.model_entrypoint("pce_nano")(capacity_factor=None), tmp_path)
+    assert load_model(tmp_path).model_args["capacity_factor"] is None
+
+
 def test_saved_defaults_survive_a_change_of_defaults(folder):
     arguments = json.loads((folder / "config.json").read_text())["model_args"]
     assert arguments["gate_input"] == "pixels"

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 
-from pcenet.cli import main
+from pcenet.cli import COMMANDS, main
 from pcenet.training.config import TrainConfig
 from pcenet.training.task import ClassificationTask
 
@@ -22,9 +23,9 @@ WRONG = [
     ("trian", "unknown command 'trian'; did you mean 'train'?"),
     ("--hepl", "unknown option '--hepl'; did you mean '--help'?"),
     ("", "no command given; give one of train, eval, models"),
-    ("train --bath-size 3", "unknown option --bath-size; did you mean --batch-size?"),
-    ("train --epcohs=3", "unknown option --epcohs; did you mean --epochs?"),
-    ("train -x", "unknown option -x; did you mean"),
+    ("train --bath-size 3", "unknown option '--bath-size'; did you mean '--batch-size'?"),
+    ("train --epcohs=3", "unknown option '--epcohs'; did you mean '--epochs'?"),
+    ("train -x", "unknown option '-x'; did you mean"),
     ("train stray", "unrecognized arguments: stray"),
     ("train --lr", "argument --lr: expected one argument"),
     ("train --epochs many", "epochs must be a whole number, got 'many'"),
@@ -43,14 +44,13 @@ WRONG = [
     ("train --data nowhere --epochs 1", "data source 'nowhere' does not exist"),
     ("train --resume nowhere.ckpt", "there is no checkpoint nowhere.ckpt"),
     ("train --model-args 3", "model_args must be a mapping such as"),
-    ('train --model-args {"num_expert":2}', "PCENet got unexpected arguments ['num_expert']"),
-    ('train --model-args {"num_classes":2}', "model_args: num_classes cannot be given there"),
-    ('train --model-args {"border":"halos"}', "border='halos' is not one of 'zero', 'halo', 'exchange'"),
+    ('train --model-args {"num_expert":2}', "did you mean 'num_experts'?"),
+    ('train --model-args {"widths":"abc"}', "model_args {'widths': 'abc'} make no network"),
     ("eval", "the following arguments are required: run"),
     ("eval nowhere", "nowhere is no run folder or model folder"),
     ("eval unfinished", "training has not finished there"),
     ("eval . --split tset", "split 'tset' is not one of train, val, test; did you mean 'test'?"),
-    ("models --jsno", "unknown option --jsno; did you mean --json?"),
+    ("models --jsno", "unknown option '--jsno'; did you mean '--json'?"),
 ]
 
 
@@ -89,7 +89,7 @@ def test_the_program_itself_exits_with_2_and_one_line() -> None:
     process = run_python("-m", "pcenet", "train", "--batchsize", "3")
     assert process.returncode == 2
     assert process.stdout == ""
-    assert process.stderr == "pcenet: error: unknown option --batchsize; did you mean --batch-size?\n"
+    assert process.stderr == "pcenet: error: unknown option '--batchsize'; did you mean '--batch-size'?\n"
 
 
 def test_help_and_mistakes_load_no_torch() -> None:
@@ -147,6 +147,7 @@ def test_train_then_eval_then_train_from_its_own_config(
     result = json.loads((config.folder / "eval-pictures-val.json").read_text())
     metrics = json.loads((config.folder / "metrics.json").read_text())
     assert result["model"] == "pce_nano"
+    assert (result["data"], result["source"]) == ("pictures", str(pictures))
     assert {name: result[name] for name in metrics["val"]} == metrics["val"]
     assert sum(map(sum, result["confusion"])) == result["images"] == 12
 
@@ -173,21 +174,86 @@ def test_eval_refuses_other_classes_and_names_them(
     assert not list(config.folder.glob("eval-*"))
 
 
-def test_ctrl_c_exits_with_130_and_says_how_to_go_on(
-    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_eval_of_a_damaged_model_is_one_line(
+    start: Start, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    model = timm.create_model("pce_nano", num_classes=3)
+    model.save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    content = json.loads(config.read_text())
+    content["model_args"]["num_expert"] = 4
+    config.write_text(json.dumps(content))
+    assert main(["eval", str(tmp_path / "model"), "--data", str(pictures)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(config) in error
+    assert "num_expert" in error
+
+
+def raising(error: BaseException) -> Callable[[list[str]], None]:
+    def command(arguments: list[str]) -> None:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(("command", "advice"), [("train", "; --resume auto continues the run"), ("eval", "")])
+def test_ctrl_c_exits_with_130_and_says_how_training_goes_on(
+    command: str, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(COMMANDS, command, raising(KeyboardInterrupt()))
+    assert main([command]) == 130
+    assert capsys.readouterr().err == f"pcenet: error: interrupted{advice}\n"
+
+
+def test_ctrl_c_inside_lightning_exits_with_130(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     def training_step(self: ClassificationTask, batch: Any, batch_idx: int) -> torch.Tensor:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ClassificationTask, "training_step", training_step)
     assert main(["train", *arguments_of(start())]) == 130
-    assert "--resume auto" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     assert main(["train"]) == 2
     assert "pip install 'pcenet[train]'" in capsys.readouterr().err
+
+
+def test_an_error_that_says_what_to_install_is_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = "pictures need matplotlib: pip install 'pcenet[plot]'"
+    monkeypatch.setitem(COMMANDS, "eval", raising(ModuleNotFoundError(message)))
+    assert main(["eval"]) == 2
+    assert capsys.readouterr().err == f"pcenet: error: {message}\n"
+
+
+@pytest.mark.parametrize("name", ["numpy", None])
+def test_another_missing_module_is_no_users_error(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COMMANDS, "eval", raising(ModuleNotFoundError("No module named ...", name=name)))
+    with pytest.raises(ModuleNotFoundError):
+        main(["eval"])
+
+
+@pytest.mark.parametrize(("value", "shown"), [("1", True), ("0", False), (None, False)])
+def test_a_traceback_is_shown_on_request(
+    value: str | None, shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if value is None:
+        monkeypatch.delenv("PCENET_TRACEBACK", raising=False)
+    else:
+        monkeypatch.setenv("PCENET_TRACEBACK", value)
+    monkeypatch.setitem(COMMANDS, "eval", raising(ValueError("from deep inside")))
+    assert main(["eval"]) == 2
+    *above, last = capsys.readouterr().err.splitlines()
+    assert last == "pcenet: error: from deep inside"
+    assert bool(above) == shown
+    if shown:
+        assert above[0] == "Traceback (most recent call last):"
+        assert "raise error" in "".join(above)
+    assert main(["--help"]) == 0
+    assert "PCENET_TRACEBACK=1" in capsys.readouterr().out
 
 
 def test_models_lists_cost_and_twins(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from pcenet.data import Augment
-from pcenet.training.config import EvalConfig, TrainConfig, choices_of, nearest, options_of
+from pcenet.training.config import EvalConfig, TrainConfig, options_of
 
 
 @pytest.mark.parametrize(
@@ -31,15 +30,6 @@ def test_every_field_explains_itself(config_class: type) -> None:
     assert all(len(option.help) > 10 for _, option in options_of(config_class).values())
 
 
-def test_augmentations_are_those_of_the_data_package() -> None:
-    assert choices_of(options_of(TrainConfig)["augment"][0]) == get_args(Augment)
-
-
 def test_run_folder_is_named_after_model_data_and_seed() -> None:
     assert str(TrainConfig(data="some/where/birds.zip", seed=3).folder) == "runs/pce_nano-birds-3"
     assert str(TrainConfig(out="elsewhere").folder) == "elsewhere"
-
-
-def test_nearest_always_names_one() -> None:
-    assert nearest("bath_size", ["lr", "batch_size", "seed"]) == "batch_size"
-    assert nearest("zzz", ["lr"]) == "lr"

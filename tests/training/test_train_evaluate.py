@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from pcenet.data import IMAGENET_STD, eval_transform, open_source
 from pcenet.nn import PCELayer
-from pcenet.training.evaluate import check_classes, evaluate_model
+from pcenet.training.evaluate import check_classes, eval_transform_of, evaluate_model, model_loader, result_path
 
 CPU = torch.device("cpu")
 
@@ -91,3 +98,46 @@ def test_other_classes_are_refused_by_name(expected: list[str], found: list[str]
     check_classes(expected, list(expected), "model", "data")
     with pytest.raises(ValueError, match=message):
         check_classes(expected, found, "model", "data")
+
+
+def test_figures_of_sources_of_one_name_get_files_of_their_own(tmp_path: Path) -> None:
+    def store(source: str, split: str = "val") -> str:
+        path = result_path(tmp_path, "birds", source, split)
+        path.write_text(json.dumps({"source": source}))
+        return path.name
+
+    assert store("a/birds.zip") == "eval-birds-val.json"
+    assert store("b/birds.zip") == "eval-birds-2-val.json"
+    assert store("birds/") == "eval-birds-3-val.json"
+    assert store("b/birds.zip", "test") == "eval-birds-test.json"
+    assert [store(source) for source in ("birds/", "b/birds.zip", "a/birds.zip")] == [
+        "eval-birds-3-val.json",
+        "eval-birds-2-val.json",
+        "eval-birds-val.json",
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"source": 3}', "\xff"])
+def test_a_file_that_is_no_evaluation_is_left_alone(tmp_path: Path, content: str) -> None:
+    (tmp_path / "eval-birds-val.json").write_text(content, encoding="latin-1")
+    assert result_path(tmp_path, "birds", "birds.zip", "val").name == "eval-birds-2-val.json"
+
+
+def test_images_are_prepared_as_the_model_asks() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    model = timm.create_model("pce_nano", pretrained_cfg_overlay={"input_size": (3, 24, 24), "mean": (0.1, 0.2, 0.3)})
+    expected = eval_transform(24, mean=(0.1, 0.2, 0.3), std=IMAGENET_STD)(image)
+    assert torch.equal(eval_transform_of(model)(image), expected)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "message"),
+    [
+        ({"crop_pct": 0.875}, "crop_pct=0.875 in the model's pretrained_cfg: images are only ever prepared with 1.0"),
+        ({"interpolation": "bicubic"}, "interpolation='bicubic' in the model's pretrained_cfg: .* with 'bilinear'"),
+    ],
+)
+def test_another_preparation_is_refused(overlay: dict[str, Any], message: str) -> None:
+    model = timm.create_model("pce_nano", pretrained_cfg_overlay=overlay)
+    with pytest.raises(ValueError, match=message):
+        model_loader(model, open_source("digits", "val"), batch_size=8, workers=0)

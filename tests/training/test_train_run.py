@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import pcenet.data as data
 from pcenet.models import load_model
 from pcenet.nn import PCELayer, RoutingSummary
 from pcenet.training.callbacks import RouterHealth
@@ -21,12 +23,13 @@ from pcenet.training.config import TrainConfig
 from pcenet.training.device import resolve_device, resolve_workers
 from pcenet.training.folder import RunFolder, write_atomically
 from pcenet.training.measures import health_of, image_side
-from pcenet.training.run import prepare, read_checkpoint, resolve, train
+from pcenet.training.network import naming_model_args
+from pcenet.training.resume import read_checkpoint
+from pcenet.training.run import Run, prepare, resolve, train
 from pcenet.training.task import ClassificationTask
 
 Start = Callable[..., TrainConfig]
 
-MODEL_FILES = ("model.safetensors", "config.json")
 RANDOM = {"drop": 0.2, "drop_path": 0.2}  # so that the state of the random numbers matters
 
 
@@ -59,6 +62,25 @@ def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFol
     )
 
 
+@pytest.fixture(scope="module")
+def interrupted(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of two epochs that was stopped in the second; to be copied, not changed."""
+    config = TrainConfig(
+        data=str(pictures),
+        out=str(tmp_path_factory.mktemp("runs") / "interrupted"),
+        epochs=2,
+        batch_size=8,
+        precision="fp32",
+        device="cpu",
+        workers=0,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    return RunFolder(config.folder)
+
+
 def test_run_folder_is_complete(finished: RunFolder, pictures: Path) -> None:
     names = {path.name for path in finished.path.iterdir()}
     assert names == {"config.yaml", "environment.json", "logs", "checkpoints", "metrics.json", "model"}
@@ -75,7 +97,8 @@ def test_run_folder_is_complete(finished: RunFolder, pictures: Path) -> None:
     assert metrics["images_per_second"] > 0
     assert set(metrics["router"]) == {"stages.0.0.body", "stages.1.1.body", "stages.2.1.body"}
     assert metrics["complexity"]["active_parameters"] < metrics["complexity"]["parameters"]
-    assert json.loads(finished.environment.read_text())["precision"] == "fp32"
+    environment = json.loads(finished.environment.read_text())
+    assert (environment["precision"], environment["workers"]) == ("fp32", 0)
     model = load_model(finished.model)
     assert model.class_names == ["blue", "green", "red"]
     for name, content in contents(finished.model).items():
@@ -166,16 +189,79 @@ def test_a_run_that_died_before_its_summary_is_completed(finished: RunFolder, st
     assert ours == theirs
 
 
-def test_resume_from_a_checkpoint_into_a_new_folder(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = train(start("whole"))
-    with monkeypatch.context() as patch:
-        interrupt_at(4, patch)
-        with pytest.raises(KeyboardInterrupt):
-            train(start("broken"))
-    checkpoint = start("broken").folder / "checkpoints" / "last.ckpt"
-    kept = checkpoint.read_bytes()
-    assert contents(train(start("new", resume=str(checkpoint))).model) == contents(whole.model)
-    assert checkpoint.read_bytes() == kept
+def test_resume_from_a_checkpoint_into_a_new_folder(interrupted: RunFolder, finished: RunFolder, start: Start) -> None:
+    kept = contents(interrupted.path)
+    for name, checkpoint in (("a", interrupted.last), ("b", interrupted.best)):  # epoch 1 is the best so far
+        assert contents(train(start(name, resume=str(checkpoint))).model) == contents(finished.model)
+    assert contents(interrupted.path) == kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "dense_nano"}, "other options (model 'pce_nano' -> 'dense_nano')"),
+        ({"model_args": {"num_experts": 2}}, "other options (model_args {} -> {'num_experts': 2})"),
+        ({"batch_size": 4, "seed": 1}, "other options (batch_size 8 -> 4, seed 0 -> 1)"),
+        ({"epochs": 5}, "other options (epochs 2 -> 5)"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_leaves_no_folder(
+    interrupted: RunFolder, start: Start, changes: dict[str, Any], message: str
+) -> None:
+    config = start("new", resume=str(interrupted.last), **changes)
+    with pytest.raises(ValueError, match=re.escape(f"resume: {interrupted.last} was started with {message}")):
+        train(config)
+    assert not config.folder.exists()
+
+
+def test_a_checkpoint_of_other_data_is_refused(
+    interrupted: RunFolder, start: Start, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(pictures, other)
+    config = start("new", resume=str(interrupted.last), data=str(other))
+    with pytest.raises(ValueError, match=re.escape(f"data {str(pictures)!r} -> {str(other)!r}")):
+        train(config)
+    for split in ("train", "val"):  # the same path, but as many other classes
+        (other / split / "red").rename(other / split / "mauve")
+    open_source = data.open_source
+    monkeypatch.setattr(data, "open_source", lambda path, split: open_source(other, split))
+    with pytest.raises(ValueError, match=r"last\.ckpt: only in .*last\.ckpt: red; only in .*: mauve"):
+        train(start("new", resume=str(interrupted.last)))
+    assert not config.folder.exists()
+
+
+def test_a_checkpoint_with_all_its_epochs_is_refused(finished: RunFolder, start: Start) -> None:
+    config = start("new", resume=str(finished.last))
+    with pytest.raises(ValueError, match=r"last\.ckpt has 2 of 2 epochs behind it.*--epochs above 2"):
+        train(config)
+    assert not config.folder.exists()
+
+
+def test_a_checkpoint_of_another_version_is_named(interrupted: RunFolder, start: Start, tmp_path: Path) -> None:
+    content = read_checkpoint(interrupted.last)
+    for name, run, message in (
+        ("a", {"config": {"speed": 3}, "classes": []}, "is of another version of pcenet: .*speed"),
+        ("b", {}, r"is damaged or no checkpoint of pcenet train \(KeyError\)"),
+    ):
+        torch.save(content | {"run": run}, tmp_path / f"{name}.ckpt")
+        with pytest.raises(ValueError, match=message):
+            train(start(resume=str(tmp_path / f"{name}.ckpt")))
+
+
+@pytest.mark.parametrize("name", ["best.ckpt", "../../elsewhere.ckpt"])
+def test_a_run_goes_on_in_its_folder_from_its_last_checkpoint_alone(
+    interrupted: RunFolder, finished: RunFolder, start: Start, tmp_path: Path, name: str
+) -> None:
+    folder = RunFolder(start().folder)
+    shutil.copytree(interrupted.path, folder.path)
+    shutil.copy(interrupted.best, tmp_path / "elsewhere.ckpt")
+    before = contents(folder.path)
+    with pytest.raises(ValueError, match=r"continues in its folder from last\.ckpt alone"):
+        train(start(resume=str(folder.checkpoints / name)))
+    assert contents(folder.path) == before
+    train(start(resume=str(folder.checkpoints / "last.ckpt")))
+    assert contents(folder.model) == contents(finished.model)
 
 
 @pytest.mark.parametrize(
@@ -244,13 +330,17 @@ def test_without_averaging_model_holds_the_last_weights(start: Start) -> None:
     assert all(torch.equal(value, current[f"model.{name}"]) for name, value in saved.items())
 
 
+def prepare_only(config: TrainConfig) -> Run:
+    device = resolve_device("cpu")
+    config = resolve(config, device)
+    return prepare(config, RunFolder(config.folder), device, None)
+
+
 def test_initial_weights_depend_on_the_seed_alone(start: Start) -> None:
 
     def weights(**changes: Any) -> dict[str, torch.Tensor]:
         torch.rand(7)
-        device = resolve_device("cpu")
-        config = resolve(start(**changes), device)
-        return prepare(config, RunFolder(config.folder), device, None).model.state_dict()
+        return prepare_only(start(**changes)).model.state_dict()
 
     first = weights()
     same = weights(augment="none", batch_size=3, lr=1.0)
@@ -264,6 +354,45 @@ def test_arguments_of_the_network_reach_it_and_travel(start: Start) -> None:
     assert folder.read_config().model_args == {"num_experts": 2, "border": "exchange"}
     layers = [module for module in load_model(folder.model).modules() if isinstance(module, PCELayer)]
     assert [(layer.router.num_experts, layer.border) for layer in layers] == [(2, "exchange")] * 3
+
+
+def test_an_argument_of_the_network_may_be_none(start: Start) -> None:
+    model = prepare_only(start(model_args={"capacity_factor": None})).model
+    layers = [module for module in model.modules() if isinstance(module, PCELayer)]
+    assert [layer.router.capacity_factor for layer in layers] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"features_only": True}, "unknown argument 'features_only'; a network takes global_pool, strides"),
+        ({"device": "meta"}, "unknown argument 'device'"),
+        ({"shortcut": False}, "unknown argument 'shortcut'"),
+        ({"in_chans": 1}, "in_chans cannot be given there: images are read as RGB"),
+        ({"num_classes": 2}, "num_classes cannot be given there: the data decide it"),
+        ({"drop_rate": 0.1}, "drop_rate cannot be given there: give --drop"),
+        ({"num_expert": 8}, "did you mean 'num_experts'?"),
+        ({3: 4}, "unknown argument 3"),
+        ({"widths": "abc"}, "model_args {'widths': 'abc'} make no network: "),
+        ({"top_k": "1"}, "model_args {'top_k': '1'} make no network: "),
+        ({"global_pool": "most"}, "model_args {'global_pool': 'most'} make no network: Invalid pool type"),
+        ({"global_pool": ""}, "model_args {'global_pool': ''} make no network: "),
+        ({"border": "halos"}, "make no network: border='halos' is not one of 'zero', 'halo', 'exchange'"),
+    ],
+)
+def test_arguments_that_make_no_network_are_named_and_leave_no_folder(
+    start: Start, arguments: dict[Any, Any], message: str
+) -> None:
+    config = start(model_args=arguments)
+    with pytest.raises(ValueError, match=r"^model_args") as error:
+        train(config)
+    assert message in str(error.value)
+    assert not config.folder.exists()
+
+
+def test_without_arguments_a_network_s_fault_keeps_its_type() -> None:
+    with pytest.raises(RuntimeError, match="inside"), naming_model_args({}):
+        raise RuntimeError("inside")
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import pcenet  # noqa: F401
+from pcenet.nn import PCELayer
 from pcenet.nn.experts import StackedNorm
-from pcenet.training.callbacks import average
-from pcenet.training.task import learning_rate_factor, parameter_groups, step_seed
+from pcenet.training.callbacks import moving_average, update_average
+from pcenet.training.config import TrainConfig
+from pcenet.training.task import ClassificationTask, learning_rate_factor, parameter_groups, step_seed
 
 
 @pytest.mark.parametrize(
@@ -53,13 +56,93 @@ def test_norms_and_biases_do_not_decay_and_everything_else_does(name: str) -> No
         assert {id(p) in exempt for p in group["params"]} == {group["weight_decay"] == 0.0}
 
 
+def averaged(one: list[float], two: list[float], count: int | Tensor, decay: float) -> list[float]:
+    values = [torch.tensor(value) for value in one]
+    update_average(values, [torch.tensor(value) for value in two], count, decay)
+    return [value.item() for value in values]
+
+
 def test_average_by_hand() -> None:
-    one, two = torch.tensor([1.0]), torch.tensor([2.0])
     # n = 8: decay (1 + 8) / (10 + 8) = 1/2; n = 10**6: the decay itself.
-    assert average(one, two, 8, decay=0.9).item() == 1.5
-    assert average(one, two, 10**6, decay=0.75).item() == 1.25
-    assert average(one, two, torch.tensor(0), decay=0.0).item() == 2.0
-    assert average(torch.tensor(3), torch.tensor(7), 5, decay=0.9).item() == 7
+    assert averaged([1.0, 0.0], [2.0, -4.0], 8, decay=0.9) == [1.5, -2.0]
+    assert averaged([1.0, 0.0], [2.0, -4.0], 10**6, decay=0.75) == [1.25, -1.0]
+    assert averaged([1.0], [2.0], torch.tensor(0), decay=0.0) == [2.0]
+    assert averaged([3], [7], 5, decay=0.9) == [7]
+
+
+def test_average_reads_the_count_once_and_only_for_numbers_that_are_averaged() -> None:
+    class Count(int):
+        readings = 0
+
+        def __int__(self) -> int:
+            Count.readings += 1
+            return 8
+
+    averaged([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], Count(8), decay=0.9)
+    averaged([1, 2], [3, 4], Count(8), decay=0.9)
+    assert Count.readings == 1
+
+
+def test_lightning_averages_every_parameter_and_buffer_bit_for_bit() -> None:
+    task = ClassificationTask(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)), TrainConfig(), steps_per_epoch=1)
+    callback = moving_average(0.25)
+    callback.setup(None, task, "fit")
+    average = callback._average_model
+    assert average is not None
+    expected = {}
+    for n in range(4):
+        with torch.no_grad():
+            for parameter in task.parameters():
+                parameter.normal_()
+        task.model(torch.randn(7, 3))
+        average.update_parameters(task)
+        # The first update takes everything over; then n updates lie behind: (1 + 1) / (10 + 1) = 0.18, then 0.25.
+        weight = {0: 1.0, 1: 1 - 2 / 11}.get(n, 0.75)
+        for name, value in task.state_dict().items():
+            blend = n > 0 and value.is_floating_point()
+            expected[name] = torch.lerp(expected[name], value, weight) if blend else value.clone()
+    found = average.module.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert found["model.1.num_batches_tracked"] == 4
+
+
+class OneLayer(nn.Module):
+    """Two classes; the router gives every patch the logits (level, level)."""
+
+    def __init__(self, level: float) -> None:
+        super().__init__()
+        self.layer = PCELayer(3, 2, patch_size=4, num_experts=2)
+        nn.init.zeros_(self.layer.router.logits.weight)
+        nn.init.constant_(self.layer.router.logits.bias, level)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("level", "z", "auxiliary"),
+    [
+        # Balance: probabilities 1/2, all patches with one expert: 2 * (1/2 * 1 + 1/2 * 0) = 1. z: (ln 2)^2.
+        (0.0, 2.0, 0.5 * 1 + 2 * math.log(2) ** 2),
+        # z: (1e20)^2 is infinite in float32, and must not count at weight 0.
+        (1e20, 0.0, 0.5 * 1),
+    ],
+)
+def test_loss_is_the_tasks_plus_the_weighted_auxiliary_ones(
+    level: float, z: float, auxiliary: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(balance=0.5, z=z, label_smoothing=0.0)
+    task = ClassificationTask(OneLayer(level), config, steps_per_epoch=1)
+    logged: dict[str, Tensor] = {}
+    trainer = SimpleNamespace(global_step=0, optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])])
+    monkeypatch.setattr(ClassificationTask, "trainer", trainer)
+    monkeypatch.setattr(task, "log", lambda *_, **__: None)
+    monkeypatch.setattr(task, "log_dict", lambda values, **_: logged.update(values))
+    images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])
+    loss = task.training_step((images, labels), 0)
+    assert logged["train/balance_loss"].item() == 1
+    assert loss.item() == pytest.approx(logged["train/task_loss"].item() + auxiliary, rel=1e-6)
 
 
 def test_step_seeds_differ_between_steps_and_seeds_and_repeat() -> None:
