@@ -18,7 +18,7 @@ from pcenet.data import build_loader, eval_transform, open_source
 from pcenet.training.tables import console, router_table
 
 MODELS = ("pce_nano", "dense_nano")
-EPOCHS = 20
+EPOCHS = 15
 PICTURES = 8
 
 
