@@ -1,19 +1,25 @@
-"""Networks made of PCE layers and their dense twins, registered with timm on import."""
+"""Networks made of PCE layers and their dense twins; importing this registers the classifiers with timm."""
 
 from pcenet.models.complexity import Complexity, complexity
-from pcenet.models.hub import SavableModel, load_model
-from pcenet.models.pcenet import PCENet, list_models, model_options, twin_of
+from pcenet.models.hub import SavableModel, Task, load_model
+from pcenet.models.pcenet import PCENet
+from pcenet.models.registry import create_network, list_models, model_options, task_of, twin_of
 from pcenet.models.stages import Stage, make_stages
+from pcenet.models.unet import PCEUNet
 
 __all__ = [
     "Complexity",
     "PCENet",
+    "PCEUNet",
     "SavableModel",
     "Stage",
+    "Task",
     "complexity",
+    "create_network",
     "list_models",
     "load_model",
     "make_stages",
     "model_options",
+    "task_of",
     "twin_of",
 ]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-import timm
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+Task = Literal["classify", "segment"]
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -30,6 +31,7 @@ class SavableModel(
     """A network of this package: huggingface_hub's ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
     Attributes:
+        task: what the network is for: ``"classify"`` images or ``"segment"`` them.
         model_args: the arguments that make the network again, the number of classes aside.
         num_classes: classes of the classifier.
         class_names: their names, once known.
@@ -37,6 +39,7 @@ class SavableModel(
         pruned: whether parts were cut off, so that the arguments no longer make this network.
     """
 
+    task: Task = "classify"
     model_args: dict[str, Any]
     num_classes: int
     class_names: list[str] | None = None
@@ -47,6 +50,7 @@ class SavableModel(
         """Everything but the weights: architecture, arguments, classes, preprocessing. No time and no path in it."""
         config: dict[str, Any] = {
             "architecture": self.pretrained_cfg["architecture"],
+            "task": self.task,
             "num_classes": self.num_classes,
             "pretrained_cfg": {key: self.pretrained_cfg[key] for key in _PREPROCESSING if key in self.pretrained_cfg},
             "model_args": self.model_args,
@@ -123,6 +127,8 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
     Raises:
         ValueError: if a file is missing or broken, or the weights do not fit the configuration; names both.
     """
+    from pcenet.models.registry import create_network  # the networks are made of what this module defines
+
     folder = Path(folder)
     config_path, weights_path = folder / CONFIG, folder / WEIGHTS
     for path in (config_path, weights_path):
@@ -130,19 +136,14 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
             raise ValueError(f"{folder} holds no {path.name}; give a folder written by save_pretrained")
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-        architecture = config["architecture"]
-        if architecture not in timm.list_models(module="pcenet"):
-            raise ValueError(f"architecture {architecture!r} is not a network of this package")
         preprocessing = {
             key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()
         }
         arguments = {**config["model_args"], "num_classes": config["num_classes"], **overrides}
-        create = timm.model_entrypoint(architecture)  # timm.create_model would drop arguments that are None
-        model = create(pretrained_cfg_overlay=preprocessing, **arguments)
+        model = create_network(config["architecture"], pretrained_cfg_overlay=preprocessing, **arguments)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{config_path} is no configuration of a PCE network: {reason}") from error
-    assert isinstance(model, SavableModel)
     _load_weights(model, weights_path)
     model.class_names = config.get("label_names")
     return model.eval()

@@ -6,66 +6,24 @@ plain double convolution in a dense one; a twin is the same network with every s
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
-import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    ClassifierHead,
-    DropPath,
-    calculate_drop_path_rates,
-    create_conv2d,
-    get_device_dtype,
-    register_notrace_module,
-)
+from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, register_notrace_module
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from pcenet.models.blocks import make_blocks, make_downsampling, make_stem, resolve_layer_options, stacked_norm_names
 from pcenet.models.hub import SavableModel
-from pcenet.models.stages import Stage, make_stages
+from pcenet.models.stages import make_stages
 from pcenet.nn import PCELayer
-from pcenet.nn.experts import Norm, StackedNorm, double_conv
+from pcenet.nn.experts import Norm
 
 # A PCE layer's control flow depends on shapes and counts: symbolic tracing takes it as one node.
 register_notrace_module(PCELayer)
-
-# What a network sets itself for each of its layers; everything else of PCELayer is an option of the network.
-_SET_BY_NETWORK = {"in_channels", "out_channels", "patch_size", "hidden_channels", "dropout", "norm", "shortcut"}
-_LAYER_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(PCELayer).parameters.items()
-    if name not in _SET_BY_NETWORK
-}
-
-
-class ConvNormAct(nn.Sequential):
-    """``Conv -> BatchNorm -> GELU``; strides pad at the bottom and right, so that odd maps are halved upwards."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
-        padding = "same" if stride > 1 else kernel_size // 2
-        super().__init__(
-            create_conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.GELU(),
-        )
-
-
-class ResidualBlock(nn.Module):
-    """``x + drop_path(body(x))``, nothing after the sum: where a patch was dropped the signal passes unchanged."""
-
-    def __init__(self, body: nn.Module, drop_path: float) -> None:
-        super().__init__()
-        self.body = body
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W]`` to the same shape."""
-        return x + self.drop_path(self.body(x))
 
 
 class PCENet(SavableModel):
@@ -113,7 +71,7 @@ class PCENet(SavableModel):
     ) -> None:
         super().__init__()
         stages = make_stages(strides, depths, widths, patch_sizes)
-        options = _resolve_layer_options(layer_options, stages)
+        options = resolve_layer_options(self, layer_options, stages)
         self.model_args = {
             "in_chans": in_chans,
             "global_pool": global_pool,
@@ -130,13 +88,18 @@ class PCENet(SavableModel):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.grad_checkpointing = False
-        self.stem = _make_stem(in_chans, stages[0])
+        self.stem = make_stem(in_chans, stages[0])
         self.feature_info: list[dict[str, Any]] = []
         self.stages = nn.Sequential()
         rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
         before = stages[0]
         for index, stage in enumerate(stages):
-            self.stages.append(_make_stage(before, stage, rates[: stage.depth], dropout, norm, options))
+            self.stages.append(
+                nn.Sequential(
+                    *make_downsampling(before, stage),
+                    *make_blocks(stage, rates[: stage.depth], dropout, norm, options),
+                )
+            )
             self.feature_info.append({"num_chs": stage.width, "reduction": stage.stride, "module": f"stages.{index}"})
             rates, before = rates[stage.depth :], stage
         self.num_features = stages[-1].width
@@ -151,13 +114,8 @@ class PCENet(SavableModel):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The stacked normalisations: their parameters are matrices ``[E, C]``, and yet no weights to decay."""
-        return {
-            f"{module_name}.{name}"
-            for module_name, module in self.named_modules()
-            if isinstance(module, StackedNorm)
-            for name, _ in module.named_parameters()
-        }
+        """The stacked normalisations, see `stacked_norm_names`."""
+        return stacked_norm_names(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -258,55 +216,6 @@ class PCENet(SavableModel):
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` to logits ``[B, num_classes]``."""
         return self.forward_head(self.forward_features(x))
-
-
-def _resolve_layer_options(given: dict[str, Any], stages: list[Stage]) -> dict[str, Any]:
-    """All options of the PCE layers, none for a dense network."""
-    unknown = sorted(given.keys() - _LAYER_DEFAULTS.keys())
-    if unknown:
-        raise TypeError(f"PCENet got unexpected arguments {unknown}; it takes {', '.join(model_options())}")
-    if all(stage.patch_size is None for stage in stages):
-        if given:
-            raise ValueError(f"{', '.join(sorted(given))}: no effect on a dense network; leave out, or route a stage")
-        return {}
-    return {**_LAYER_DEFAULTS, **given}
-
-
-def _make_stem(in_chans: int, stage: Stage) -> nn.Sequential:
-    """3x3 convolutions, one for each halving of the image and at least one."""
-    halvings = stage.stride.bit_length() - 1
-    steps = [2] * halvings or [1]
-    widths = [in_chans] + [stage.width] * len(steps)
-    return nn.Sequential(
-        *(
-            ConvNormAct(before, after, 3, stride)
-            for (before, after), stride in zip(pairwise(widths), steps, strict=True)
-        )
-    )
-
-
-def _make_stage(
-    before: Stage, stage: Stage, drop_path_rates: Sequence[Any], dropout: float, norm: Norm, options: dict[str, Any]
-) -> nn.Sequential:
-    blocks = nn.Sequential()
-    if (before.stride, before.width) != (stage.stride, stage.width):
-        step = stage.stride // before.stride
-        blocks.append(ConvNormAct(before.width, stage.width, step, step))
-    for rate in drop_path_rates:
-        if stage.patch_size is None:
-            body: nn.Module = double_conv(stage.width, stage.width, dropout=dropout, norm=norm)
-        else:
-            body = PCELayer(
-                stage.width,
-                stage.width,
-                patch_size=stage.patch_size,
-                dropout=dropout,
-                norm=norm,
-                shortcut=False,
-                **options,
-            )
-        blocks.append(ResidualBlock(body, rate))
-    return blocks
 
 
 def _cfg(side: int, pool: int, **kwargs: Any) -> dict[str, Any]:
@@ -422,31 +331,3 @@ def pce_small_spec(pretrained: bool = False, **kwargs: Any) -> PCENet:
 def dense_small(pretrained: bool = False, **kwargs: Any) -> PCENet:
     """The dense twin of `pce_small`."""
     return _create("dense_small", pretrained, _dense(_SMALL), kwargs)
-
-
-def model_options() -> tuple[str, ...]:
-    """Names of the arguments that shape a network: stages, blocks, pooling, and the options of its layers."""
-    set_by_others = {
-        "in_chans",
-        "num_classes",
-        "drop_rate",
-        "drop_path_rate",
-        "device",
-        "dtype",
-        "layer_options",
-        "self",
-    }
-    own = [name for name in inspect.signature(PCENet.__init__).parameters if name not in set_by_others]
-    return (*own, *_LAYER_DEFAULTS)
-
-
-def list_models() -> list[str]:
-    """Names of the networks that this package registers, PCE networks and twins."""
-    return timm.list_models(module=__name__.rpartition(".")[2])
-
-
-def twin_of(name: str) -> str | None:
-    """Name of the dense twin of a registered PCE network; None for a dense network."""
-    if not name.startswith("pce_"):
-        return None
-    return name.replace("pce_", "dense_", 1).removesuffix("_spec")

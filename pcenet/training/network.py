@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import timm
 import torch
 
 from pcenet.choices import did_you_mean
-from pcenet.models import SavableModel, list_models, model_options
+from pcenet.models import SavableModel, create_network, list_models, model_options
 from pcenet.training.config import TrainConfig
 
 DECIDED_ELSEWHERE = {
@@ -23,7 +22,7 @@ DECIDED_ELSEWHERE = {
 
 def check_model(config: TrainConfig) -> None:
     """Raise a ``ValueError`` for a model, or an argument of it, that does not exist; it names the nearest."""
-    names, options = list_models(), model_options()
+    names, options = list_models(), model_options(config.model)
     if config.model not in names:
         raise ValueError(f"model {config.model!r} is unknown{did_you_mean(config.model, names)}")
     for name in config.model_args:
@@ -47,13 +46,12 @@ def naming_model_args(values: dict[str, Any]) -> Iterator[None]:
 
 def build_model(config: TrainConfig, num_classes: int) -> SavableModel:
     """The untrained network; its weights depend on the state of torch's generator alone."""
-    create = timm.model_entrypoint(config.model)  # timm.create_model would drop arguments that are None
-    model = create(
+    model = create_network(
+        config.model,
         num_classes=num_classes,
         drop_rate=config.drop,
         drop_path_rate=config.drop_path,
         pretrained_cfg_overlay={"input_size": (3, config.input_size, config.input_size)},
         **config.model_args,
     )
-    assert isinstance(model, SavableModel)
     return model.to(memory_format=torch.channels_last)

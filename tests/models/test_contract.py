@@ -31,7 +31,7 @@ def images(name: str, batch: int = 2, side: int | None = None) -> torch.Tensor:
 
 
 def test_the_registry_holds_the_networks():
-    assert sorted(list_models()) == sorted(NAMES)
+    assert sorted(list_models("classify")) == sorted(NAMES)
     assert set(NAMES) <= set(timm.list_models())
 
 
@@ -244,7 +244,7 @@ def test_patches_cover_less_of_the_image_in_the_last_routed_stage_than_in_the_fi
 
 
 def test_model_options_are_taken():
-    options = model_options()
+    options = model_options("pce_nano")
     assert {"strides", "widths", "norm", "global_pool", "num_experts", "border", "top_k"} <= set(options)
     assert not {"self", "num_classes", "device", "layer_options", "shortcut", "patch_size"} & set(options)
     default = create("pce_nano").model_args

@@ -1,0 +1,134 @@
+"""What the networks are made of: convolutions, residual blocks whose body is routed or dense, stem and stages."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from timm.layers import DropPath, create_conv2d
+from torch import Tensor, nn
+
+from pcenet.models.stages import Stage
+from pcenet.nn import PCELayer
+from pcenet.nn.experts import Norm, StackedNorm, double_conv
+
+# What a network sets itself for each of its layers; everything else of PCELayer is an option of the network.
+_SET_BY_NETWORK = {"in_channels", "out_channels", "patch_size", "hidden_channels", "dropout", "norm", "shortcut"}
+LAYER_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(PCELayer).parameters.items()
+    if name not in _SET_BY_NETWORK
+}
+
+
+class ConvNormAct(nn.Sequential):
+    """``Conv -> BatchNorm -> GELU``; strides pad at the bottom and right, so that odd maps are halved upwards."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
+        padding = "same" if stride > 1 else kernel_size // 2
+        super().__init__(
+            create_conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.GELU(),
+        )
+
+
+class ResidualBlock(nn.Module):
+    """``x + drop_path(body(x))``, nothing after the sum: where a patch was dropped the signal passes unchanged."""
+
+    def __init__(self, body: nn.Module, drop_path: float) -> None:
+        super().__init__()
+        self.body = body
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to the same shape."""
+        return x + self.drop_path(self.body(x))
+
+
+def network_options(network: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments that shape a network: stages, blocks, pooling, and the options of its layers."""
+    set_by_others = {
+        "in_chans",
+        "num_classes",
+        "drop_rate",
+        "drop_path_rate",
+        "device",
+        "dtype",
+        "layer_options",
+        "self",
+    }
+    own = [name for name in inspect.signature(network.__init__).parameters if name not in set_by_others]
+    return (*own, *LAYER_DEFAULTS)
+
+
+def resolve_layer_options(network: nn.Module, given: dict[str, Any], stages: Sequence[Stage]) -> dict[str, Any]:
+    """All options of the PCE layers of a network, none for a dense one.
+
+    Raises:
+        TypeError: for an option that `PCELayer` does not have.
+        ValueError: for any option where no stage is routed.
+    """
+    unknown = sorted(given.keys() - LAYER_DEFAULTS.keys())
+    if unknown:
+        name, takes = type(network).__name__, network_options(type(network))
+        raise TypeError(f"{name} got unexpected arguments {unknown}; it takes {', '.join(takes)}")
+    if all(stage.patch_size is None for stage in stages):
+        if given:
+            raise ValueError(f"{', '.join(sorted(given))}: no effect on a dense network; leave out, or route a stage")
+        return {}
+    return {**LAYER_DEFAULTS, **given}
+
+
+def make_stem(in_chans: int, stage: Stage) -> nn.Sequential:
+    """3x3 convolutions, one for each halving of the image and at least one."""
+    halvings = stage.stride.bit_length() - 1
+    steps = [2] * halvings or [1]
+    widths = [in_chans] + [stage.width] * len(steps)
+    return nn.Sequential(
+        *(
+            ConvNormAct(before, after, 3, stride)
+            for (before, after), stride in zip(pairwise(widths), steps, strict=True)
+        )
+    )
+
+
+def make_downsampling(before: Stage, stage: Stage) -> list[nn.Module]:
+    """The convolution between two stages: none where neither stride nor width changes."""
+    if (before.stride, before.width) == (stage.stride, stage.width):
+        return []
+    step = stage.stride // before.stride
+    return [ConvNormAct(before.width, stage.width, step, step)]
+
+
+def make_blocks(
+    stage: Stage, drop_path_rates: Sequence[Any], dropout: float, norm: Norm, options: dict[str, Any]
+) -> list[nn.Module]:
+    """The residual blocks of a stage, one per rate of stochastic depth; ``options`` are those of its PCE layers."""
+
+    def body() -> nn.Module:
+        if stage.patch_size is None:
+            return double_conv(stage.width, stage.width, dropout=dropout, norm=norm)
+        return PCELayer(
+            stage.width,
+            stage.width,
+            patch_size=stage.patch_size,
+            dropout=dropout,
+            norm=norm,
+            shortcut=False,
+            **options,
+        )
+
+    return [ResidualBlock(body(), rate) for rate in drop_path_rates]
+
+
+def stacked_norm_names(model: nn.Module) -> set[str]:
+    """Parameters of the stacked normalisations: they are matrices ``[E, C]``, and yet no weights to decay."""
+    return {
+        f"{module_name}.{name}"
+        for module_name, module in model.named_modules()
+        if isinstance(module, StackedNorm)
+        for name, _ in module.named_parameters()
+    }

@@ -1,0 +1,62 @@
+"""Networks by name, whatever their task: what there is, its twin, its arguments, and making one.
+
+Classifiers are registered with timm. Segmentation networks are not: timm's contract (pooling, classifier, feature
+levels) has no meaning for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+
+from pcenet.models.blocks import network_options
+from pcenet.models.hub import SavableModel, Task
+from pcenet.models.pcenet import PCENet
+from pcenet.models.unet import UNETS, PCEUNet
+
+
+def list_models(task: Task | None = None) -> list[str]:
+    """Names of the networks of this package, PCE networks and twins.
+
+    Args:
+        task: ``"classify"`` or ``"segment"``; None: both.
+    """
+    names = {"classify": timm.list_models(module=PCENet.__module__.rpartition(".")[2]), "segment": sorted(UNETS)}
+    return names["classify"] + names["segment"] if task is None else names[task]
+
+
+def task_of(name: str) -> Task:
+    """What a network of that name is for."""
+    return "classify" if name in list_models("classify") else "segment"
+
+
+def twin_of(name: str) -> str | None:
+    """Name of the dense twin of a PCE network; None for a dense network."""
+    if not name.startswith("pce_"):
+        return None
+    return name.replace("pce_", "dense_", 1).removesuffix("_spec")
+
+
+def model_options(name: str) -> tuple[str, ...]:
+    """Names of the arguments that shape the network of that name: stages, blocks, and the options of its layers."""
+    return network_options(PCENet if task_of(name) == "classify" else PCEUNet)
+
+
+def create_network(name: str, **arguments: Any) -> SavableModel:
+    """Make a network with fresh weights.
+
+    Args:
+        name: see `list_models`.
+        arguments: those of its class, and ``pretrained_cfg_overlay`` as in timm. Unlike `timm.create_model` this passes
+            arguments on that are None.
+
+    Raises:
+        ValueError: for an unknown name, or arguments that break their rules.
+        TypeError: for an argument that the network does not have.
+    """
+    if name not in list_models():
+        raise ValueError(f"architecture {name!r} is not a network of this package")
+    create = UNETS[name] if name in UNETS else timm.model_entrypoint(name)
+    model: SavableModel = create(**arguments)
+    return model

@@ -1,0 +1,183 @@
+"""The U-shaped PCE networks for semantic segmentation and their dense twins.
+
+A network is a stem, stages of residual blocks on the way down, the same stages again on the way up, and a classifier of
+pixels. A level of the way up is added to the same level of the way down, not concatenated: the blocks of both ways are
+then equal, and a dropped patch keeps the signal of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import calculate_drop_path_rates
+from torch import Tensor, nn
+
+from pcenet.models.blocks import make_blocks, make_downsampling, make_stem, resolve_layer_options, stacked_norm_names
+from pcenet.models.hub import SavableModel
+from pcenet.models.stages import make_stages
+from pcenet.nn.experts import Norm
+
+INPUT_SIZE = (3, 192, 256)
+
+
+class UpLevel(nn.Module):
+    """One level of the way up: ``blocks(skip + upsample(project(x)))``.
+
+    Args:
+        in_channels: of the coarser map.
+        out_channels: of this level's map.
+        blocks: the residual blocks of the level.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        # Projected before it is enlarged: the same result, at a quarter of the multiply-adds.
+        self.project = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """The coarser map ``[B, C_in, h, w]`` and the way down's map ``[B, C_out, H, W]`` to a map of that shape."""
+        return self.blocks(skip + resize(self.project(x), skip))
+
+
+class PCEUNet(SavableModel):
+    """A U-shaped network whose stages are routed by PCE layers on the way down and on the way up.
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: classes of a pixel.
+        strides: pixels of the image per pixel of each stage's map; the first one is the stem's.
+        depths: blocks per stage, on the way down and again on the way up; the deepest stage is passed once.
+        widths: channels per stage.
+        patch_sizes: patch side per stage in pixels of its map, None for a dense stage; see `make_stages` for the rule.
+        drop_rate: dropout of whole channels before the classifier.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
+        dropout: inside the blocks, between their convolutions.
+        norm: normalisation inside the blocks, ``"batch"`` or ``"group"``.
+        layer_options: further arguments of every `PCELayer`: ``num_experts``, ``top_k``, ``border``, ``gate`` ...
+
+    Raises:
+        TypeError: for an option that `PCELayer` does not have.
+        ValueError: where stages or options break their rules.
+    """
+
+    task = "segment"
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 11,
+        *,
+        strides: Sequence[int] = (2, 4, 8),
+        depths: Sequence[int] = (1, 1, 1),
+        widths: Sequence[int] = (24, 48, 96),
+        patch_sizes: Sequence[int | None] = (32, 8, 4),
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        dropout: float = 0.0,
+        norm: Norm = "batch",
+        **layer_options: Any,
+    ) -> None:
+        super().__init__()
+        stages = make_stages(strides, depths, widths, patch_sizes)
+        options = resolve_layer_options(self, layer_options, stages)
+        self.model_args = {
+            "in_chans": in_chans,
+            "strides": list(strides),
+            "depths": list(depths),
+            "widths": list(widths),
+            "patch_sizes": list(patch_sizes),
+            "drop_rate": drop_rate,
+            "drop_path_rate": drop_path_rate,
+            "dropout": dropout,
+            "norm": norm,
+            **options,
+        }
+        self.num_classes = num_classes
+        down, up = sum(depths), sum(depths[:-1])
+        rates = iter(calculate_drop_path_rates(drop_path_rate, down + up))
+        self.stem = make_stem(in_chans, stages[0])
+        self.stages = nn.ModuleList()
+        for before, stage in zip([stages[0], *stages], stages, strict=False):
+            blocks_of = partial(make_blocks, dropout=dropout, norm=norm, options=options)
+            self.stages.append(
+                nn.Sequential(
+                    *make_downsampling(before, stage), *blocks_of(stage, [next(rates) for _ in range(stage.depth)])
+                )
+            )
+        self.levels = nn.ModuleList()
+        for below, stage in zip(stages[:0:-1], stages[-2::-1], strict=True):
+            blocks = blocks_of(stage, [next(rates) for _ in range(stage.depth)])
+            self.levels.append(UpLevel(below.width, stage.width, blocks))
+        self.norm = nn.Sequential(nn.BatchNorm2d(widths[0]), nn.GELU())
+        self.head = nn.Sequential(nn.Dropout2d(drop_rate), nn.Conv2d(widths[0], num_classes, 1))
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The stacked normalisations, see `stacked_norm_names`."""
+        return stacked_norm_names(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` to the finest level's normalised features ``[B, widths[0], H/s, W/s]``, s its stride,
+        rounded upwards."""
+        x = self.stem(x)
+        skips = []
+        for stage in self.stages:
+            x = stage(x)
+            skips.append(x)
+        for level, skip in zip(self.levels, skips[-2::-1], strict=True):
+            x = level(x, skip)
+        return self.norm(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` of any size to the logits of their pixels ``[B, num_classes, H, W]``."""
+        return resize(self.head(self.forward_features(x)), x)
+
+
+def resize(x: Tensor, like: Tensor) -> Tensor:
+    """A map bilinearly enlarged to the height and width of another."""
+    return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
+
+
+_NANO = {"strides": (2, 4, 8), "depths": (1, 1, 1), "widths": (24, 48, 96), "patch_sizes": (32, 8, 4)}
+_TINY = {
+    "strides": (2, 4, 8, 16),
+    "depths": (1, 1, 2, 2),
+    "widths": (32, 64, 128, 256),
+    "patch_sizes": (32, 16, 4, 2),
+}
+
+
+def _dense(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {**arguments, "patch_sizes": (None,) * len(arguments["strides"])}
+
+
+_ARGUMENTS = {
+    "pce_unet_nano": _NANO,
+    "pce_unet_tiny": _TINY,
+    "dense_unet_nano": _dense(_NANO),
+    "dense_unet_tiny": _dense(_TINY),
+}
+
+
+def _create(name: str, pretrained_cfg_overlay: Mapping[str, Any] | None = None, **given: Any) -> PCEUNet:
+    model = PCEUNet(**{**_ARGUMENTS[name], **given})
+    model.pretrained_cfg = {
+        "architecture": name,
+        "input_size": INPUT_SIZE,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        **(pretrained_cfg_overlay or {}),
+    }
+    return model
+
+
+UNETS: dict[str, Callable[..., PCEUNet]] = {name: partial(_create, name) for name in _ARGUMENTS}
+"""The networks by name; a call takes the arguments of `PCEUNet` and ``pretrained_cfg_overlay``, as timm's do."""
