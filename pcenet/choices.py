@@ -11,6 +11,7 @@ from typing import Literal
 
 Augment = Literal["auto", "crop", "resized_crop", "randaugment", "none"]
 Split = Literal["train", "val", "test"]
+Task = Literal["classify", "segment"]
 
 
 def did_you_mean(word: str, options: Iterable[str], similarity: float = 0.0) -> str:

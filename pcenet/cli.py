@@ -201,7 +201,7 @@ def run_train(arguments: list[str]) -> None:
 
 
 def run_eval(arguments: list[str]) -> None:
-    """measure a trained network: accuracy, confusion matrix, calibration, router health"""
+    """measure a trained network: accuracy or mIoU, each class, confusion matrix, router health"""
     config = parse("eval", EvalConfig, arguments)
     from pcenet.training.evaluate import evaluate
 
@@ -222,11 +222,12 @@ def run_models(arguments: list[str]) -> None:
 
     from pcenet.training.tables import console
 
-    table = Table("name", "input", "parameters", "active", "multiply-adds", "router", "routed", "twin")
+    table = Table("name", "task", "input", "parameters", "active", "multiply-adds", "router", "routed", "twin")
     for row in rows:
         table.add_row(
             row["name"],
-            f"{row['input_size']} px",
+            row["task"],
+            " x ".join(map(str, row["input_size"])),
             f"{row['parameters'] / 1e6:.2f} M",
             f"{row['active_parameters'] / 1e6:.2f} M",
             f"{row['multiply_adds'] / 1e6:.1f} M",
@@ -239,15 +240,14 @@ def run_models(arguments: list[str]) -> None:
 
 def catalogue() -> list[dict[str, Any]]:
     """Cost of every network at its own input size, and its dense twin's name (None for a dense network)."""
-    import timm
-
-    from pcenet.models import list_models, twin_of
-    from pcenet.training.measures import cost_of, image_side
+    from pcenet.models import create_network, list_models, task_of, twin_of
+    from pcenet.training.measures import cost_of, image_size
 
     rows = []
     for name in list_models():
-        model = timm.create_model(name)
-        rows.append({"name": name, "input_size": image_side(model), "twin": twin_of(name)} | cost_of(model))
+        model = create_network(name)
+        about = {"name": name, "task": task_of(name), "input_size": list(image_size(model)), "twin": twin_of(name)}
+        rows.append(about | cost_of(model))
     return rows
 
 

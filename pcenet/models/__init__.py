@@ -1,9 +1,9 @@
 """Networks made of PCE layers and their dense twins; importing this registers the classifiers with timm."""
 
 from pcenet.models.complexity import Complexity, complexity
-from pcenet.models.hub import SavableModel, Task, load_model
+from pcenet.models.hub import SavableModel, load_model
 from pcenet.models.pcenet import PCENet
-from pcenet.models.registry import create_network, list_models, model_options, task_of, twin_of
+from pcenet.models.registry import create_network, input_size_of, list_models, model_options, task_of, twin_of
 from pcenet.models.stages import Stage, make_stages
 from pcenet.models.unet import PCEUNet
 
@@ -13,9 +13,9 @@ __all__ = [
     "PCEUNet",
     "SavableModel",
     "Stage",
-    "Task",
     "complexity",
     "create_network",
+    "input_size_of",
     "list_models",
     "load_model",
     "make_stages",

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-Task = Literal["classify", "segment"]
+from pcenet.choices import Task
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"

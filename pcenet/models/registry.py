@@ -10,10 +10,11 @@ from typing import Any
 
 import timm
 
+from pcenet.choices import Task
 from pcenet.models.blocks import network_options
-from pcenet.models.hub import SavableModel, Task
+from pcenet.models.hub import SavableModel
 from pcenet.models.pcenet import PCENet
-from pcenet.models.unet import UNETS, PCEUNet
+from pcenet.models.unet import INPUT_SIZE, UNETS, PCEUNet
 
 
 def list_models(task: Task | None = None) -> list[str]:
@@ -41,6 +42,12 @@ def twin_of(name: str) -> str | None:
 def model_options(name: str) -> tuple[str, ...]:
     """Names of the arguments that shape the network of that name: stages, blocks, and the options of its layers."""
     return network_options(PCENet if task_of(name) == "classify" else PCEUNet)
+
+
+def input_size_of(name: str) -> tuple[int, int, int]:
+    """Channels, height and width of the images that the network of that name is made for."""
+    cfg = timm.get_pretrained_cfg(name) if task_of(name) == "classify" else None
+    return INPUT_SIZE if cfg is None else cfg.input_size
 
 
 def create_network(name: str, **arguments: Any) -> SavableModel:

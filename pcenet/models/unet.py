@@ -144,8 +144,8 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
 
 
-_NANO = {"strides": (2, 4, 8), "depths": (1, 1, 1), "widths": (24, 48, 96), "patch_sizes": (32, 8, 4)}
-_TINY = {
+_NANO: dict[str, Any] = {"strides": (2, 4, 8), "depths": (1, 1, 1), "widths": (24, 48, 96), "patch_sizes": (32, 8, 4)}
+_TINY: dict[str, Any] = {
     "strides": (2, 4, 8, 16),
     "depths": (1, 1, 2, 2),
     "widths": (32, 64, 128, 256),

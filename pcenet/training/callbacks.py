@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from pcenet.training.folder import RunFolder, write_text
 from pcenet.training.measures import health_of
-from pcenet.training.task import ClassificationTask
+from pcenet.training.task import TrainingTask
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class RouterHealth(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, ClassificationTask)
+        assert isinstance(pl_module, TrainingTask)
         for name, statistics in pl_module.routing.items():
             summary = statistics.compute()
             statistics.reset()
@@ -153,7 +153,8 @@ class History(Callback):
         row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **values}
         self.rows.append(row)
         self._write()
-        print(epoch_line(row, trainer.max_epochs or 0), flush=True)
+        assert isinstance(pl_module, TrainingTask)
+        print(epoch_line(row, trainer.max_epochs or 0, pl_module.train_score, pl_module.score), flush=True)
 
     def _write(self) -> None:
         names = list(dict.fromkeys(name for row in self.rows for name in row))
@@ -172,14 +173,14 @@ class History(Callback):
         self.rows = state_dict["rows"]
 
 
-def epoch_line(row: dict[str, float], epochs: int) -> str:
-    """What a user reads while training runs."""
+def epoch_line(row: dict[str, float], epochs: int, train_score: str, score: str) -> str:
+    """What a user reads while training runs; the scores' names are those of `TrainingTask`."""
     parts = (
         f"epoch {row['epoch']:.0f}/{epochs}",
         f"loss {row['train/loss']:.4f} (task {row['train/task_loss']:.4f}, "
         f"balance {row['train/balance_loss']:.4f}, z {row['train/z_loss']:.4f})",
-        f"train {row['train/top1']:.2%}",
-        f"val {row['val/top1']:.2%}",
+        f"train {row[f'train/{train_score}']:.2%}",
+        f"val {row[f'val/{score}']:.2%}",
         f"lr {row['train/lr']:.2e}",
         f"{row['train/images_per_second']:.0f} images/s",
         f"{row['train/epoch_seconds']:.1f} s",
@@ -188,7 +189,7 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
 
 
 class Checkpoints(Checkpoint):
-    """Keeps the state after the last epoch (``last.ckpt``) and after the one with the best validation top-1.
+    """Keeps the state after the last epoch (``last.ckpt``) and after the one with the best validation score.
 
     Lightning's ModelCheckpoint stores absolute paths and forgets its best score when the folder was moved.
 
@@ -204,9 +205,10 @@ class Checkpoints(Checkpoint):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        top1 = float(trainer.callback_metrics["val/top1"])
-        if top1 > self.best:
-            self.best = top1
+        assert isinstance(pl_module, TrainingTask)
+        score = float(trainer.callback_metrics[f"val/{pl_module.score}"])
+        if score > self.best:
+            self.best = score
             trainer.save_checkpoint(self.folder.best)
         trainer.save_checkpoint(self.folder.last)
 

@@ -6,14 +6,19 @@ This module imports neither torch nor Lightning, so that ``pcenet train --help``
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from pcenet.choices import Augment, Split, did_you_mean
+from pcenet.choices import Augment, Split, Task, did_you_mean
 
+ClassWeights = Literal["none", "median"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp32"]
+
+DEFAULT_MODEL: dict[Task, str] = {"classify": "pce_nano", "segment": "pce_unet_nano"}
+DEFAULT_BATCH_SIZE: dict[Task, int] = {"classify": 128, "segment": 8}
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,17 @@ WorkersOption = Annotated[
         "computes, up to 8 beside a GPU.",
         at_least=0,
     ),
+]
+ClassesOption = Annotated[
+    list[str] | str | None,
+    Option(
+        "Segmentation: names of the mask values 0, 1, ... as a list, or a text file with one per line. null: the "
+        "data's classes.txt, else the values themselves."
+    ),
+]
+IgnoreIndexOption = Annotated[
+    int | None,
+    Option("Segmentation: the mask value of pixels that do not count, beside 255, which never does.", at_least=0),
 ]
 ThreadsOption = Annotated[int | None, Option("Threads of torch; null: torch's own choice.", at_least=1)]
 
@@ -80,6 +96,17 @@ def check(config: Any) -> None:
                 raise ValueError(f"{name} must be {rule} {bound:.12g}, got {value}")
 
 
+def check_input_size(value: int | str | None, task: Task) -> None:
+    """Raise a ``ValueError`` unless the images of a task can have this size."""
+    if value is None or re.fullmatch("[1-9][0-9]*", str(value)):
+        return
+    if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", str(value)):
+        rule = "pixels, such as 224, or to segment HEIGHTxWIDTH, such as 192x256"
+        raise ValueError(f"input_size must be {rule}; got {value!r}")
+    if task == "classify":
+        raise ValueError(f"input_size {value!r}: images to classify are square; give one number")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a training run.
@@ -88,14 +115,26 @@ class TrainConfig:
     checks every value and raises a ``ValueError`` that names the field and the rule.
     """
 
-    model: Annotated[str, Option("Name of the network; `pcenet models` lists them.")] = "pce_nano"
+    task: Annotated[
+        Task, Option("classify: a label for an image; segment: one for each of its pixels, learnt from masks.")
+    ] = "classify"
+    model: Annotated[
+        str | None,
+        Option("Name of the network; `pcenet models` lists them. null: pce_nano, or pce_unet_nano to segment."),
+    ] = None
     model_args: Annotated[
         dict[str, Any],
         Option('Arguments of the network as a mapping, such as {"num_experts": 8, "border": "exchange"}.'),
     ] = field(default_factory=dict)
     data: Annotated[
-        str, Option("Images: digits, fashion-mnist, cifar10, cifar100, or a folder or .zip of your own.")
+        str,
+        Option(
+            "Images: digits, fashion-mnist, cifar10, cifar100, or a folder or .zip of your own: a folder per class "
+            "or, to segment, images/ and masks/."
+        ),
     ] = "digits"
+    classes: ClassesOption = None
+    ignore_index: IgnoreIndexOption = None
     out: Annotated[str | None, Option("Run folder to create; null: runs/MODEL-DATA-SEED.")] = None
     resume: Annotated[
         str | None,
@@ -105,7 +144,7 @@ class TrainConfig:
         ),
     ] = None
     epochs: Annotated[int, Option("Passes over the training images.", at_least=1)] = 15
-    batch_size: Annotated[int, Option("Images per step.", at_least=1)] = 128
+    batch_size: Annotated[int | None, Option("Images per step; null: 128, or 8 to segment.", at_least=1)] = None
     lr: Annotated[float, Option("Peak learning rate of AdamW; a cosine takes it down to zero.", above=0)] = 3e-3
     warmup_epochs: Annotated[float, Option("Epochs over which the learning rate rises to its peak.", at_least=0)] = 1.0
     weight_decay: Annotated[float, Option("AdamW's weight decay; norms and biases have none.", at_least=0)] = 0.05
@@ -123,14 +162,30 @@ class TrainConfig:
         Augment,
         Option(
             "Augmentation of the training images: crop shifts them, resized_crop enlarges a part, auto takes the "
-            "former for small images, randaugment adds RandAugment. Mirrored where that keeps the label."
+            "former for small images, randaugment adds RandAugment. Mirrored where that keeps the label. To segment: "
+            "auto or none; auto scales, cuts out, mirrors and changes colours."
         ),
     ] = "auto"
+    min_scale: Annotated[float, Option("Segmentation: smallest random enlargement of an image.", above=0)] = 0.5
+    max_scale: Annotated[float, Option("Segmentation: largest random enlargement of an image.", above=0)] = 2.0
+    jitter: Annotated[
+        float, Option("Segmentation: largest relative change of brightness, contrast and saturation.", at_least=0)
+    ] = 0.4
+    class_weights: Annotated[
+        ClassWeights,
+        Option(
+            "Segmentation: weight of each class in the loss. median: the median of all classes' shares of the pixels "
+            "over the class's own."
+        ),
+    ] = "none"
     drop: Annotated[float, Option("Dropout rate before the classifier.", at_least=0, below=1)] = 0.0
     drop_path: Annotated[
         float, Option("Stochastic depth: rate at which the last block is skipped.", at_least=0, below=1)
     ] = 0.0
-    input_size: Annotated[int | None, Option("Side of the images in pixels; null: the network's.", at_least=1)] = None
+    input_size: Annotated[
+        int | str | None,
+        Option("Side of the images in pixels, or HEIGHTxWIDTH to segment; null: the network's.", at_least=1),
+    ] = None
     seed: Annotated[
         int, Option("Decides initial weights, order of the images and augmentation.", at_least=0, below=2**32)
     ] = 0
@@ -141,11 +196,30 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        check_input_size(self.input_size, self.task)
+        if self.min_scale > self.max_scale:
+            raise ValueError(f"min_scale {self.min_scale:g} is above max_scale {self.max_scale:g}")
+        if self.task == "segment" and self.augment not in ("auto", "none"):
+            raise ValueError(f"augment {self.augment!r} is for classification; to segment give auto or none")
+
+    @property
+    def model_name(self) -> str:
+        """`model`, or the task's default."""
+        return self.model or DEFAULT_MODEL[self.task]
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of the images, where `input_size` says so."""
+        if self.input_size is None:
+            return None
+        height, _, width = str(self.input_size).partition("x")
+        return int(height), int(width or height)
 
     @property
     def folder(self) -> Path:
         """The run folder: `out`, or ``runs/<model>-<data>-<seed>``."""
-        return Path(self.out or f"runs/{self.model}-{Path(self.data).resolve().stem}-{self.seed}")
+        model = self.model_name.replace(":", "-")
+        return Path(self.out or f"runs/{model}-{Path(self.data).resolve().stem}-{self.seed}")
 
 
 @dataclass(frozen=True)
@@ -155,10 +229,12 @@ class EvalConfig:
     run: Annotated[str, Option("A run folder, or a model folder (model.safetensors and config.json).", positional=True)]
     data: Annotated[str | None, Option("Images, as in `pcenet train`; null: those of the run.")] = None
     split: Annotated[Split, Option("Which part of the images.")] = "val"
+    classes: ClassesOption = None
+    ignore_index: IgnoreIndexOption = None
     out: Annotated[
         str | None, Option("Folder for eval-DATA-SPLIT.json; null: the run folder, else the current one.")
     ] = None
-    batch_size: Annotated[int, Option("Images per step.", at_least=1)] = 256
+    batch_size: Annotated[int | None, Option("Images per step; null: 256, or 8 to segment.", at_least=1)] = None
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"
     workers: WorkersOption = None

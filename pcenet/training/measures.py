@@ -40,9 +40,41 @@ class Evaluation:
     router: dict[str, dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class PixelEvaluation:
+    """What was measured on one split for segmentation, every image at the size of its mask.
+
+    Attributes:
+        images: how many images.
+        pixels: how many pixels, those ignored aside.
+        loss: mean cross-entropy of a pixel.
+        miou: mean of the classes' intersections over unions; classes that neither occur nor are predicted aside.
+        pixel_accuracy: share of the pixels whose class has the highest logit.
+        per_class: class name to its share of the pixels, its IoU (None where it neither occurs nor is predicted) and
+            its accuracy (None where it does not occur).
+        confusion: ``confusion[i][j]`` pixels of class i predicted as class j, in the order of `per_class`.
+        router: layer name to its health on these images; empty for dense networks.
+    """
+
+    images: int
+    pixels: int
+    loss: float
+    miou: float
+    pixel_accuracy: float
+    per_class: dict[str, dict[str, Any]]
+    confusion: list[list[int]]
+    router: dict[str, dict[str, Any]]
+
+
+def image_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width in pixels of the images that a model is made for."""
+    _, height, width = preprocessing(model)["input_size"]
+    return int(height), int(width)
+
+
 def image_side(model: nn.Module) -> int:
-    """Side in pixels of the images that a timm model is made for."""
-    return int(preprocessing(model)["input_size"][-1])
+    """Side in pixels of the square images that a classifier is made for."""
+    return image_size(model)[1]
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
@@ -53,8 +85,7 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
 
 def cost_of(model: nn.Module) -> dict[str, Any]:
     """What one image of the model's own size costs: `pcenet.models.Complexity` as JSON can hold it."""
-    side = image_side(model)
-    cost = complexity(model, (3, side, side))
+    cost = complexity(model, (3, *image_size(model)))
     return asdict(cost) | {"router_share": cost.router_share, "routed_share": cost.routed_share}
 
 

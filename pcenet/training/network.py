@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pcenet.choices import did_you_mean
-from pcenet.models import SavableModel, create_network, list_models, model_options
+from pcenet.models import SavableModel, create_network, input_size_of, list_models, model_options, task_of
 from pcenet.training.config import TrainConfig
 
 DECIDED_ELSEWHERE = {
@@ -22,15 +22,18 @@ DECIDED_ELSEWHERE = {
 
 def check_model(config: TrainConfig) -> None:
     """Raise a ``ValueError`` for a model, or an argument of it, that does not exist; it names the nearest."""
-    names, options = list_models(), model_options(config.model)
-    if config.model not in names:
-        raise ValueError(f"model {config.model!r} is unknown{did_you_mean(config.model, names)}")
-    for name in config.model_args:
-        if name in DECIDED_ELSEWHERE:
-            raise ValueError(f"model_args: {name} cannot be given there: {DECIDED_ELSEWHERE[name]}")
-        if name not in options:
-            hint = did_you_mean(str(name), options)
-            raise ValueError(f"model_args: unknown argument {name!r}; a network takes {', '.join(options)}{hint}")
+    name, names = config.model_name, list_models()
+    if name not in names:
+        raise ValueError(f"model {name!r} is unknown{did_you_mean(name, list_models(config.task))}")
+    if task_of(name) != config.task:
+        raise ValueError(f"model {name!r} is made to {task_of(name)}; give --task {task_of(name)}, or another --model")
+    options = model_options(name)
+    for argument in config.model_args:
+        if argument in DECIDED_ELSEWHERE:
+            raise ValueError(f"model_args: {argument} cannot be given there: {DECIDED_ELSEWHERE[argument]}")
+        if argument not in options:
+            hint = did_you_mean(str(argument), options)
+            raise ValueError(f"model_args: unknown argument {argument!r}; a network takes {', '.join(options)}{hint}")
 
 
 @contextmanager
@@ -46,12 +49,19 @@ def naming_model_args(values: dict[str, Any]) -> Iterator[None]:
 
 def build_model(config: TrainConfig, num_classes: int) -> SavableModel:
     """The untrained network; its weights depend on the state of torch's generator alone."""
+    overlay = {} if config.size is None else {"input_size": (3, *config.size)}
     model = create_network(
-        config.model,
+        config.model_name,
         num_classes=num_classes,
         drop_rate=config.drop,
         drop_path_rate=config.drop_path,
-        pretrained_cfg_overlay={"input_size": (3, config.input_size, config.input_size)},
+        pretrained_cfg_overlay=overlay,
         **config.model_args,
     )
     return model.to(memory_format=torch.channels_last)
+
+
+def default_input_size(name: str) -> int | str:
+    """The image size that the network of that name is made for, as `TrainConfig` writes it."""
+    _, height, width = input_size_of(name)
+    return height if height == width else f"{height}x{width}"

@@ -8,14 +8,13 @@ import statistics
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import timm
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -32,15 +31,15 @@ from pcenet.training.callbacks import (
     TrainingBar,
     moving_average,
 )
-from pcenet.training.config import TrainConfig
+from pcenet.training.config import DEFAULT_BATCH_SIZE, TrainConfig
 from pcenet.training.device import environment, resolve_device, resolve_precision, resolve_workers, set_threads
-from pcenet.training.evaluate import check_classes, eval_transform_of, evaluate_model, model_loader
+from pcenet.training.evaluate import check_classes
 from pcenet.training.folder import RunFolder, write_atomically, write_json
-from pcenet.training.measures import Evaluation, cost_of, image_side, preprocessing
-from pcenet.training.network import build_model, check_model, naming_model_args
+from pcenet.training.kinds import Kind, kind_of
+from pcenet.training.measures import cost_of
+from pcenet.training.network import build_model, check_model, default_input_size, naming_model_args
 from pcenet.training.resume import epochs_behind, read_checkpoint
-from pcenet.training.tables import console, percent, router_table
-from pcenet.training.task import ClassificationTask
+from pcenet.training.tables import console, router_table
 
 LOG_EVERY = 50
 
@@ -50,10 +49,11 @@ class Run:
     """Everything that a training run is made of."""
 
     config: TrainConfig
+    kind: Kind
     folder: RunFolder
     device: torch.device
     workers: int
-    sources: dict[str, data.ImageSource]
+    sources: Mapping[str, Any]
     model: SavableModel
     cost: dict[str, Any]
     loaders: dict[str, DataLoader[Any]]
@@ -101,7 +101,8 @@ def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, checkp
     Raises:
         ValueError: for faulty data or arguments of the network, or a checkpoint that is not of this run.
     """
-    sources = {split: data.open_source(config.data, split) for split in ("train", "val")}
+    kind = kind_of(config.task)
+    sources = {"train": kind.open(config, config.data, "train"), "val": kind.open(config, config.data, "val")}
     classes = sources["train"].classes
     check_classes(classes, sources["val"].classes, "train", "val")
     first_epoch = epochs_behind(checkpoint, folder, config, classes) if checkpoint else 0
@@ -111,60 +112,33 @@ def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, checkp
         cost = cost_of(model)
     model.class_names = list(classes)
     workers = resolve_workers(config.workers, device)
-    loaders = build_loaders(model, sources, config, workers=workers, pin_memory=device.type == "cuda")
+    assert config.batch_size is not None
+    pin_memory = device.type == "cuda"
+    loaders = {
+        "train": kind.train_loader(model, sources["train"], config, workers=workers, pin_memory=pin_memory),
+        "val": kind.eval_loader(
+            model, sources["val"], batch_size=config.batch_size, workers=workers, pin_memory=pin_memory
+        ),
+    }
     set_epoch(loaders["train"], first_epoch)
-    return Run(config, folder, device, workers, sources, model, cost, loaders, checkpoint, first_epoch)
+    return Run(config, kind, folder, device, workers, sources, model, cost, loaders, checkpoint, first_epoch)
 
 
 def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The options with ``out``, ``precision`` and ``input_size`` filled in.
+    """The options with what is left to the program filled in: ``out``, ``model``, ``precision``, sizes.
 
     Raises:
         ValueError: for a model that does not exist, or an argument that it does not take; names the nearest.
     """
     check_model(config)
-    cfg = timm.get_pretrained_cfg(config.model)
-    assert cfg is not None
     return replace(
         config,
         out=str(config.folder),
+        model=config.model_name,
+        batch_size=config.batch_size or DEFAULT_BATCH_SIZE[config.task],
         precision=resolve_precision(config.precision, device),
-        input_size=config.input_size or cfg.input_size[-1],
+        input_size=config.input_size or default_input_size(config.model_name),
     )
-
-
-def build_loaders(
-    model: SavableModel,
-    sources: dict[str, data.ImageSource],
-    config: TrainConfig,
-    *,
-    workers: int,
-    pin_memory: bool,
-) -> dict[str, DataLoader[Any]]:
-    """Augmented, shuffled batches for training and plain ones for validation."""
-    values = preprocessing(model)
-    transforms = {
-        "train": data.train_transform(
-            image_side(model),
-            augment=config.augment,
-            horizontal_flip=sources["train"].horizontal_flip,
-            mean=values["mean"],
-            std=values["std"],
-        ),
-        "val": eval_transform_of(model),
-    }
-    return {
-        split: data.build_loader(
-            sources[split],
-            transform,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            train=split == "train",
-            workers=workers,
-            pin_memory=pin_memory,
-        )
-        for split, transform in transforms.items()
-    }
 
 
 def set_epoch(loader: DataLoader[Any], epoch: int) -> None:
@@ -197,7 +171,7 @@ def fit(run: Run) -> tuple[History, RouterHealth]:
             plugins=[AtomicCheckpointIO()],
             default_root_dir=folder.path,
         )
-        task = ClassificationTask(run.model, config, steps_per_epoch=steps)
+        task = run.kind.make_task(run.model, config, run.sources["train"], steps)
         with interruptible(trainer):
             trainer.fit(task, run.loaders["train"], run.loaders["val"], ckpt_path=run.checkpoint, weights_only=True)
     return history, health
@@ -259,26 +233,26 @@ def finish(run: Run, history: History, health: RouterHealth) -> None:
     averaged = read_checkpoint(folder.last)["state_dict"]
     model.load_state_dict({name.removeprefix("model."): value for name, value in averaged.items()})
     write_atomically(folder.model, model.save_pretrained)
-    batches = model_loader(model, source, batch_size=config.batch_size, workers=run.workers)
-    result = evaluate_model(model, batches, source.classes, device=run.device, precision=config.precision)
+    result = run.kind.evaluate(model, run.loaders["val"], source.classes, device=run.device, precision=config.precision)
     write_json(folder.metrics, summary(run, history, health, result))
-    print(f"validation top-1 {percent(result.top1)}, top-5 {percent(result.top5)}")
+    print(f"validation {run.kind.headline(result)}")
     if health.health:
         console().print(router_table(health.health))
     print(f"model: {folder.model}")
 
 
-def summary(run: Run, history: History, health: RouterHealth, result: Evaluation) -> dict[str, Any]:
+def summary(run: Run, history: History, health: RouterHealth, result: Any) -> dict[str, Any]:
     """The content of ``metrics.json``."""
-    best = max(history.rows, key=lambda row: row["val/top1"])
-    measured = asdict(result)
+    score = run.kind.task.score
+    best = max(history.rows, key=lambda row: row[f"val/{score}"])
     return {
+        "task": run.config.task,
         "model": run.config.model,
         "data": run.config.data,
         "seed": run.config.seed,
         "epochs": len(history.rows),
-        "val": {name: measured[name] for name in ("images", "loss", "top1", "top5", "calibration_error")},
-        "best": {"epoch": int(best["epoch"]), "top1": best["val/top1"]},
+        "val": run.kind.summary(result),
+        "best": {"epoch": int(best["epoch"]), score: best[f"val/{score}"]},
         "epoch_seconds": statistics.median(row["train/epoch_seconds"] for row in history.rows),
         "images_per_second": statistics.median(row["train/images_per_second"] for row in history.rows),
         "complexity": run.cost,

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pcenet.training.measures import CALIBRATION_BINS, TOP_K, Evaluation
+from pcenet.training.measures import CALIBRATION_BINS, TOP_K, Evaluation, PixelEvaluation
 
 PIPE_WIDTH = 120
 WIDEST_CONFUSION = 12
@@ -59,6 +59,26 @@ def show(result: Evaluation, title: str) -> None:
     for name, row in zip(names, result.confusion, strict=True):
         entry = result.per_class[name]
         table.add_row(name, str(entry["images"]), percent(entry["accuracy"]), *([] if wide else map(str, row)))
+    screen.print(table)
+    if result.router:
+        screen.print(router_table(result.router))
+
+
+def show_pixels(result: PixelEvaluation, title: str) -> None:
+    """Print an evaluation of a segmentation network as tables."""
+    screen = console()
+    summary = Table(title=title, show_header=False)
+    for label, value in (
+        ("images", str(result.images)),
+        ("mIoU", percent(result.miou)),
+        ("pixel accuracy", percent(result.pixel_accuracy)),
+        ("cross-entropy", f"{result.loss:.4f}"),
+    ):
+        summary.add_row(label, value)
+    screen.print(summary)
+    table = Table("class", "share of pixels", "IoU", "accuracy")
+    for name, entry in result.per_class.items():
+        table.add_row(name, *(percent(entry[key]) for key in ("share", "iou", "accuracy")))
     screen.print(table)
     if result.router:
         screen.print(router_table(result.router))

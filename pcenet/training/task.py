@@ -1,12 +1,13 @@
-"""The LightningModule that trains a classifier, its schedule and its parameter groups."""
+"""The LightningModules that train networks, their schedule and their parameter groups."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Collection
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
@@ -17,9 +18,11 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from pcenet.data import IGNORE
 from pcenet.nn import RoutingStatistics, aux_terms, record_routing
 from pcenet.training.config import TrainConfig
 from pcenet.training.measures import TOP_K
+from pcenet.training.pixels import PixelBatches, PixelScores
 
 
 def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int) -> float:
@@ -48,14 +51,22 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
 
 
-class ClassificationTask(L.LightningModule):
-    """Trains a classifier with cross-entropy and, where it has PCE layers, their auxiliary losses.
+class TrainingTask(L.LightningModule, ABC):
+    """Trains a network with the loss of its task and, where it has PCE layers, their auxiliary losses.
 
     Args:
-        model: images ``[B, 3, H, W]`` to logits ``[B, num_classes]``.
+        model: images ``[B, 3, H, W]`` to logits.
         config: the options.
         steps_per_epoch: batches in one pass over the training images.
+
+    Attributes:
+        score: name of the figure of merit that `validation_step` logs as ``val/<score>``; higher is better.
+        train_score: name of the figure that `training_step` logs as ``train/<train_score>``.
+        routing: what happened in each PCE layer since somebody reset it.
     """
+
+    score: ClassVar[str]
+    train_score: ClassVar[str]
 
     def __init__(self, model: nn.Module, config: TrainConfig, steps_per_epoch: int) -> None:
         super().__init__()
@@ -64,18 +75,26 @@ class ClassificationTask(L.LightningModule):
         self.steps_per_epoch = steps_per_epoch
         self.routing: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
 
+    @abstractmethod
+    def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss that the task is about, a scalar."""
+
+    @abstractmethod
+    def right(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The share of the targets that the logits hit, a scalar."""
+
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, num_classes]``, float32."""
+        """Logits, float32."""
         logits: Tensor = self.model(images.to(memory_format=torch.channels_last))
         return logits.float()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Task loss plus auxiliary losses; `routing` counts, without a transfer to the host."""
-        images, labels = batch
+        images, targets = batch
         torch.manual_seed(step_seed(self.config.seed, self.global_step))
         with record_routing(self.model) as records:
             logits = self(images)
-        task = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        task = self.task_loss(logits, targets)
         balance, z = aux_terms(records)
         # A term of weight 0 is left out, not multiplied: it may be infinite.
         weighted = [w * term for w, term in ((self.config.balance, balance), (self.config.z, z)) if w]
@@ -84,14 +103,40 @@ class ClassificationTask(L.LightningModule):
             for routing in routings:
                 self.routing[name].update(routing)
         losses = {"loss": loss, "task_loss": task, "balance_loss": balance, "z_loss": z}
-        values = losses | {"top1": (logits.argmax(1) == labels).float().mean()}
+        values = losses | {self.train_score: self.right(logits, targets)}
         self.log_dict(
-            {f"train/{k}": v for k, v in values.items()}, on_step=False, on_epoch=True, batch_size=len(labels)
+            {f"train/{k}": v for k, v in values.items()}, on_step=False, on_epoch=True, batch_size=len(images)
         )
         self.log_dict({f"step/{k}": v for k, v in losses.items()})
         self.log("loss", loss, prog_bar=True, logger=False)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=True, on_epoch=False)
         return loss
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, its learning rate a pure function of the step."""
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, self.config.weight_decay), lr=self.config.lr)
+        schedule = partial(
+            learning_rate_factor,
+            total_steps=self.config.epochs * self.steps_per_epoch,
+            warmup_steps=round(self.config.warmup_epochs * self.steps_per_epoch),
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class ClassificationTask(TrainingTask):
+    """Logits ``[B, num_classes]``, class numbers ``[B]``."""
+
+    score = "top1"
+    train_score = "top1"
+
+    def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy with label smoothing."""
+        return F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
+
+    def right(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Top-1 accuracy."""
+        return (logits.argmax(1) == targets).float().mean()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Unsmoothed cross-entropy, top-1 and, from five classes on, top-5, with the averaged weights."""
@@ -104,13 +149,55 @@ class ClassificationTask(L.LightningModule):
             values["val/top5"] = accuracy(top_k=TOP_K)
         self.log_dict(values, batch_size=len(labels))
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, its learning rate a pure function of the step."""
-        optimizer = torch.optim.AdamW(parameter_groups(self.model, self.config.weight_decay), lr=self.config.lr)
-        schedule = partial(
-            learning_rate_factor,
-            total_steps=self.config.epochs * self.steps_per_epoch,
-            warmup_steps=round(self.config.warmup_epochs * self.steps_per_epoch),
+
+class SegmentationTask(TrainingTask):
+    """Logits ``[B, num_classes, H, W]``, class numbers ``[B, H, W]``; pixels of `pcenet.data.IGNORE` do not count.
+
+    Args:
+        class_weights: ``[num_classes]``, weight of each class in the loss; None: all equal.
+    """
+
+    score = "miou"
+    train_score = "pixel_accuracy"
+
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, steps_per_epoch: int, class_weights: Tensor | None = None
+    ) -> None:
+        super().__init__(model, config, steps_per_epoch)
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.class_weights: Tensor | None
+        self.pixels: PixelScores | None = None
+
+    def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy over the pixels that count, weighted by class, with label smoothing; 0 where none counts."""
+        total = F.cross_entropy(
+            logits,
+            targets,
+            weight=self.class_weights,
+            ignore_index=IGNORE,
+            reduction="sum",
+            label_smoothing=self.config.label_smoothing,
         )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        counted = targets != IGNORE
+        weight = counted.sum() if self.class_weights is None else self.class_weights[targets[counted]].sum()
+        return total / weight.float().clamp(min=1e-12)
+
+    def right(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Pixel accuracy; 0 where no pixel counts."""
+        counted = targets != IGNORE
+        return ((logits.argmax(1) == targets) & counted).sum() / counted.sum().clamp(min=1)
+
+    def validation_step(self, batch: PixelBatches, batch_idx: int) -> None:
+        """Counts pixels at the size of the masks, with the averaged weights."""
+        for images, masks in batch:
+            logits = self(images)
+            if self.pixels is None:
+                self.pixels = PixelScores(logits.shape[1], self.device)
+            self.pixels.update(logits, masks)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs loss, mIoU and pixel accuracy of the whole split."""
+        assert self.pixels is not None
+        scores = self.pixels.compute()
+        self.pixels = None
+        self.log_dict({"val/loss": scores.loss, "val/miou": scores.miou, "val/pixel_accuracy": scores.pixel_accuracy})
