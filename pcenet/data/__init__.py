@@ -1,16 +1,35 @@
-"""Labelled images: sources by name or path, transforms, and loaders. It knows nothing of models.
+"""Labelled images, images with masks: sources by name or path, transforms, loaders. It knows nothing of models.
 
 A loader in three steps::
 
     source = open_source("digits", "train")
     transform = train_transform(32, horizontal_flip=source.horizontal_flip)
     loader = build_loader(source, transform, batch_size=64, train=True)
+
+and for segmentation::
+
+    source = open_segmentation_source("camvid.zip", "train", ignore_index=11)
+    transform = segment_train_transform((192, 256))
+    loader = build_segmentation_loader(source, transform, batch_size=8, train=True)
 """
 
 from pcenet.choices import Augment, Split
-from pcenet.data.base import DataError, ImageSource
-from pcenet.data.loaders import EpochSampler, ImageDataset, build_loader
-from pcenet.data.sources import SOURCE_NAMES, default_root, open_source
+from pcenet.data.base import IGNORE, DataError, ImageSource, SegmentationSource, Source
+from pcenet.data.loaders import (
+    EpochSampler,
+    ImageDataset,
+    SegmentationDataset,
+    build_loader,
+    build_segmentation_loader,
+)
+from pcenet.data.masks import read_class_names
+from pcenet.data.segment_transforms import (
+    JointTransform,
+    cover_transform,
+    segment_eval_transform,
+    segment_train_transform,
+)
+from pcenet.data.sources import SOURCE_NAMES, default_root, open_segmentation_source, open_source
 from pcenet.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -20,6 +39,7 @@ from pcenet.data.transforms import (
 )
 
 __all__ = [
+    "IGNORE",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "SOURCE_NAMES",
@@ -28,11 +48,21 @@ __all__ = [
     "EpochSampler",
     "ImageDataset",
     "ImageSource",
+    "JointTransform",
+    "SegmentationDataset",
+    "SegmentationSource",
+    "Source",
     "Split",
     "Transform",
     "build_loader",
+    "build_segmentation_loader",
+    "cover_transform",
     "default_root",
     "eval_transform",
+    "open_segmentation_source",
     "open_source",
+    "read_class_names",
+    "segment_eval_transform",
+    "segment_train_transform",
     "train_transform",
 ]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from PIL import Image
 
 from pcenet.choices import Split
+
+IGNORE = 255  # in a mask: a pixel that does not count
 
 
 class DataError(ValueError):
@@ -21,15 +24,48 @@ class DataError(ValueError):
         super().__init__(message.rpartition(f"{DataError.__name__}: ")[2].strip())
 
 
-class ImageSource(ABC):
-    """One split of a labelled set of images, without any transform.
+class Fault(NamedTuple):
+    """A fault that does not stop a search for others: the file or folder, and what a ``DataError`` says of it."""
+
+    file: str
+    text: str
+
+
+class Source(ABC):
+    """One split of a set of images, without any transform.
 
     Args:
         name: the name of the set, or the last component of its path, such as ``"cifar10.zip"``.
         split: ``"train"``, ``"val"`` or ``"test"``.
         classes: class names, by class number; the same for all splits of a set.
+        horizontal_flip: whether a mirrored image keeps its meaning (it does not for digits).
+    """
+
+    def __init__(self, name: str, split: Split, classes: Sequence[str], *, horizontal_flip: bool = True) -> None:
+        self.name = name
+        self.split = split
+        self.classes = tuple(classes)
+        self.horizontal_flip = horizontal_flip
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abstractmethod
+    def image(self, index: int) -> Image.Image:
+        """Image ``index``, upright, in mode RGB. Raises ``DataError`` where it cannot be read."""
+
+    @abstractmethod
+    def file_name(self, index: int) -> str:
+        """What to call image ``index`` in a message."""
+
+
+class ImageSource(Source):
+    """Images with a label each.
+
+    Args:
+        name: see `Source`, as for ``split``, ``classes`` and ``horizontal_flip``.
         labels: the class number of each image.
-        horizontal_flip: whether a mirrored image keeps its label (it does not for digits).
     """
 
     def __init__(
@@ -41,19 +77,24 @@ class ImageSource(ABC):
         *,
         horizontal_flip: bool = True,
     ) -> None:
-        self.name = name
-        self.split = split
-        self.classes = tuple(classes)
+        super().__init__(name, split, classes, horizontal_flip=horizontal_flip)
         self.labels = labels
-        self.horizontal_flip = horizontal_flip
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @abstractmethod
-    def image(self, index: int) -> Image.Image:
-        """Image ``index``, upright, in mode RGB. Raises ``DataError`` where it cannot be read."""
+
+class SegmentationSource(Source):
+    """Images with a mask each, which gives the class of every pixel."""
 
     @abstractmethod
-    def file_name(self, index: int) -> str:
-        """What to call image ``index`` in a message."""
+    def sample(self, index: int) -> tuple[Image.Image, Image.Image]:
+        """Image ``index`` (see ``image``) and its mask (see ``mask``)."""
+
+    def mask(self, index: int) -> Image.Image:
+        """The mask of image ``index``: of the image's size, in mode L; class numbers, or ``IGNORE``.
+
+        Raises:
+            DataError: image or mask cannot be read, their sizes differ, or the mask has a value of no class.
+        """
+        return self.sample(index)[1]

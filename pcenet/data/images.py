@@ -1,8 +1,9 @@
-"""Bytes of an image file -> an upright RGB image."""
+"""Bytes of an image file -> an upright RGB image, or a mask of whole numbers."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,12 +25,31 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         DataError: the data is no image, is cut off or damaged, has more pixels than
             ``PIL.Image.MAX_IMAGE_PIXELS``, or has floating-point pixels, whose range is unknown.
     """
+    return _decode(data, name, _to_rgb)
+
+
+def decode_mask(data: bytes, name: str) -> Image.Image:
+    """Decode one mask to an upright image in mode L whose pixels are the file's values.
+
+    Read are grey (1, 8 or 16 bits per pixel) and palette images; of the latter the index is the value.
+
+    Args:
+        data: the file's content.
+        name: what to call the file in an error.
+
+    Raises:
+        DataError: as ``decode_image``; the mask has colour or transparency, or a value over 255.
+    """
+    return _decode(data, name, _to_values)
+
+
+def _decode(data: bytes, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError  # up to twice the limit Pillow only warns
         ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        return convert(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"{name}: the image has more than PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS} pixels."
@@ -51,3 +71,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_values(image: Image.Image) -> Image.Image:
+    if image.mode == "L":
+        image.load()
+        return image
+    if image.mode not in ("1", "P", "I") and not image.mode.startswith("I;16"):
+        raise ValueError(
+            f"its mode is {image.mode}; a mask has one channel of whole numbers, the class of each pixel:"
+            f" save it as a grey or palette PNG, not as the colours that stand for the classes"
+        )
+    values = np.asarray(image)
+    if values.max() > 255:
+        raise ValueError(f"it has the value {values.max()}; the values of a mask are 0 to 255")
+    return Image.fromarray(values.astype(np.uint8))

@@ -3,44 +3,84 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pcenet.data.base import ImageSource
+from pcenet.data.base import ImageSource, SegmentationSource, Source
+from pcenet.data.segment_transforms import JointTransform
 from pcenet.data.transforms import Transform
 
 Key = tuple[int, int]
+SizeGroup = tuple[Tensor, list[Tensor]]
+S = TypeVar("S")
 
 
-class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """Transformed images and their labels, addressed by (epoch, index).
+class SeededDataset(Dataset[S]):
+    """Samples of a source, addressed by (epoch, index).
 
-    The epoch is part of the key so that workers which outlive an epoch see the new one.
-
-    Args:
-        source: the images.
-        transform: PIL image -> tensor. It may draw from PyTorch's default generator, which is seeded from
-            (seed, epoch, index) for each call and put back afterwards; it must not use any other chance.
-        seed: the run's seed.
+    The epoch is part of the key so that workers which outlive an epoch see the new one. PyTorch's default
+    generator is seeded from (seed, epoch, index) for each sample and put back afterwards.
     """
 
-    def __init__(self, source: ImageSource, transform: Transform, seed: int = 0) -> None:
-        self.source = source
-        self.transform = transform
-        self.seed = seed
+    source: Source
+    seed: int
+
+    @abstractmethod
+    def sample(self, index: int) -> S:
+        """One transformed sample. Of all sources of chance it may use PyTorch's default generator alone."""
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Key) -> S:
         epoch, index = key
-        image = self.source.image(index)
         with _seeded(_mix(self.seed, epoch, index)):
-            return self.transform(image), self.source.labels[index]
+            return self.sample(index)
+
+
+class ImageDataset(SeededDataset[tuple[Tensor, int]]):
+    """Transformed images and their labels, addressed by (epoch, index).
+
+    Args:
+        source: the images.
+        transform: PIL image -> tensor. What it draws, it draws from PyTorch's default generator.
+        seed: the run's seed.
+    """
+
+    def __init__(self, source: ImageSource, transform: Transform, seed: int = 0) -> None:
+        self.source: ImageSource = source
+        self.transform = transform
+        self.seed = seed
+
+    def sample(self, index: int) -> tuple[Tensor, int]:
+        """A transformed image and its class number."""
+        return self.transform(self.source.image(index)), self.source.labels[index]
+
+
+class SegmentationDataset(SeededDataset[tuple[Tensor, Tensor]]):
+    """Transformed images and masks, addressed by (epoch, index).
+
+    Args:
+        source: images and masks.
+        transform: PIL image and mask -> two tensors. What it draws, it draws from PyTorch's default generator.
+        seed: the run's seed.
+    """
+
+    def __init__(self, source: SegmentationSource, transform: JointTransform, seed: int = 0) -> None:
+        self.source: SegmentationSource = source
+        self.transform = transform
+        self.seed = seed
+
+    def sample(self, index: int) -> tuple[Tensor, Tensor]:
+        """A transformed image and its mask."""
+        return self.transform(*self.source.sample(index))
 
 
 class EpochSampler(Sampler[Key]):
@@ -101,15 +141,63 @@ def build_loader(
     Raises:
         ValueError: ``batch_size`` is below 1 or ``workers`` below 0.
     """
+    dataset = ImageDataset(source, transform, seed)
+    return _loader(dataset, batch_size, train=train, workers=workers, pin_memory=pin_memory)
+
+
+def build_segmentation_loader(
+    source: SegmentationSource,
+    transform: JointTransform,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    train: bool,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """A loader of images and masks; arguments, chance and errors as for ``build_loader``.
+
+    For training it yields batches (images ``[B, 3, h, w]`` float32, masks ``[B, h, w]`` int64): the transform has to
+    give all of them one size.
+
+    For evaluation the images may differ in size. It yields a list for every ``batch_size`` samples, which holds them
+    in order as groups (images ``[b, 3, h, w]``, masks: a list of b ``[H_i, W_i]``): neighbours of one transformed size
+    are in one group. Where all images have one size, each list has one group. ::
+
+        for groups in loader:
+            for images, masks in groups:
+                ...
+    """
+    dataset = SegmentationDataset(source, transform, seed)
+    collate = None if train else group_by_size
+    return _loader(dataset, batch_size, train=train, workers=workers, pin_memory=pin_memory, collate=collate)
+
+
+def group_by_size(samples: Sequence[tuple[Tensor, Tensor]]) -> list[SizeGroup]:
+    """Samples (image, mask) in order, neighbours whose images have one size together."""
+    runs = [list(run) for _, run in groupby(samples, key=lambda sample: sample[0].shape)]
+    return [(torch.stack([image for image, _ in run]), [mask for _, mask in run]) for run in runs]
+
+
+def _loader(
+    dataset: SeededDataset[S],
+    batch_size: int,
+    *,
+    train: bool,
+    workers: int,
+    pin_memory: bool,
+    collate: Callable[[list[S]], Any] | None = None,
+) -> DataLoader[S]:
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}.")
     if workers < 0:
         raise ValueError(f"workers must be 0 (load in this process) or more, not {workers}.")
     return DataLoader(
-        ImageDataset(source, transform, seed),
+        dataset,
         batch_size=batch_size,
-        sampler=EpochSampler(len(source), seed=seed, shuffle=train),
-        drop_last=train and len(source) > batch_size,
+        sampler=EpochSampler(len(dataset), seed=dataset.seed, shuffle=train),
+        drop_last=train and len(dataset) > batch_size,
+        collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,

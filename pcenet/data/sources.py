@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from pcenet.choices import Split, did_you_mean
 from pcenet.data.arrays import KNOWN_SOURCES
-from pcenet.data.base import DataError, ImageSource
-from pcenet.data.files import FileSource, FolderTree, ZipTree
+from pcenet.data.base import DataError, ImageSource, SegmentationSource
+from pcenet.data.files import FileSource, FileTree, FolderTree, ZipTree
+from pcenet.data.masks import open_pairs
 
 SOURCE_NAMES = tuple(KNOWN_SOURCES)
 SIMILAR = 0.6  # how like a word a name must be for a suggestion: a path may be anything
 
-__all__ = ["SOURCE_NAMES", "ImageSource", "default_root", "open_source"]
+__all__ = ["SOURCE_NAMES", "ImageSource", "default_root", "open_segmentation_source", "open_source", "open_tree"]
 
 
 def open_source(source: str | Path, split: Split, *, root: Path | None = None) -> ImageSource:
@@ -31,23 +33,68 @@ def open_source(source: str | Path, split: Split, *, root: Path | None = None) -
     Raises:
         DataError: (a ``ValueError``) the source or the split does not exist or is faulty.
     """
+    check_split(split)
+    if isinstance(source, str) and source in KNOWN_SOURCES:
+        return KNOWN_SOURCES[source](split, root or default_root())
+    return FileSource(open_tree(source, SOURCE_NAMES), split)
+
+
+def open_segmentation_source(
+    source: str | Path,
+    split: Split,
+    *,
+    classes: Sequence[str] | str | None = None,
+    ignore_index: int | None = None,
+) -> SegmentationSource:
+    """Open one split of a folder or ``.zip`` of images and masks (see ``pcenet.data.pairs``).
+
+    Args:
+        source: the path.
+        split: ``"train"``, ``"val"`` or ``"test"``.
+        classes: the name of each mask value, from 0 on, or the path of a text file with a name per line. By default
+            the file ``classes.txt`` of the set; else the values in the masks that came for training, all of which
+            are read for this, are the classes, named ``"0"``, ``"1"``, ...
+        ignore_index: the mask value of the pixels that do not count; 255 never counts. The classes are numbered in
+            the order of the other values.
+
+    Raises:
+        DataError: (a ``ValueError``) the source or the split does not exist or is faulty, or the classes are.
+    """
+    check_split(split)
+    return open_pairs(open_tree(source), split, classes=classes, ignore_index=ignore_index)
+
+
+def check_split(split: str) -> None:
+    """Raise a ``DataError`` unless ``split`` is one."""
     splits = get_args(Split)
     if split not in splits:
         raise DataError(f"split must be one of {', '.join(splits)}, not '{split}'{did_you_mean(split, splits)}")
-    if isinstance(source, str) and source in KNOWN_SOURCES:
-        return KNOWN_SOURCES[source](split, root or default_root())
+
+
+def open_tree(source: str | Path, names: Sequence[str] = ()) -> FileTree:
+    """The files of a folder or ``.zip``.
+
+    Args:
+        source: its path.
+        names: what ``source`` could have been beside a path, for the error.
+
+    Raises:
+        DataError: it does not exist or is something else.
+    """
     path = os.path.expanduser(source)
     if os.path.isdir(path):
-        return FileSource(FolderTree(Path(path)), split)
+        return FolderTree(Path(path))
     if not os.path.exists(path):
-        candidates = [*SOURCE_NAMES, *_usable_beside(Path(path))]
+        candidates = [*names, *_usable_beside(Path(path))]
+        path_of = "the path of a folder or .zip of images"
+        expected = f"{', '.join(names)}, or {path_of}" if names else path_of
         raise DataError(
-            f"data source '{source}' does not exist: it must be {', '.join(SOURCE_NAMES)}, or the path of a"
-            f" folder or .zip of images{did_you_mean(str(source), candidates, SIMILAR)}"
+            f"data source '{source}' does not exist: it must be {expected}"
+            f"{did_you_mean(str(source), candidates, SIMILAR)}"
         )
     if not path.lower().endswith(".zip"):
         raise DataError(f"data source '{source}' is neither a folder nor a .zip. Name a folder or .zip of images.")
-    return FileSource(ZipTree(Path(path)), split)
+    return ZipTree(Path(path))
 
 
 def default_root() -> Path:

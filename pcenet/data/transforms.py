@@ -62,7 +62,7 @@ def train_transform(
             geometry,
             *([v2.RandomHorizontalFlip()] if horizontal_flip else []),
             *([v2.RandAugment(num_ops=2, magnitude=9)] if augment == "randaugment" else []),
-            _Normalize(mean, std),
+            Normalize(mean, std),
         ]
     )
     return transform
@@ -77,7 +77,7 @@ def eval_transform(
     Arguments and errors as for ``train_transform``.
     """
     _check_size(size)
-    transform: Transform = v2.Compose([v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size), _Normalize(mean, std)])
+    transform: Transform = v2.Compose([v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size), Normalize(mean, std)])
     return transform
 
 
@@ -116,7 +116,7 @@ class _BySize(nn.Module):
         return result
 
 
-class _Normalize(nn.Module):
+class Normalize(nn.Module):
     """uint8 -> ``(image / 255 - mean) / std`` in float32; one scale and one shift, a fifth of v2's time."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -130,5 +130,6 @@ class _Normalize(nn.Module):
         self.shift = (-torch.tensor(mean, dtype=torch.float64).view(3, 1, 1) / deviation).float()
 
     def forward(self, image: Tensor) -> Tensor:
+        """``[3, H, W]`` in, ``[3, H, W]`` out."""
         values = image.to(torch.float32, memory_format=torch.contiguous_format)
         return values.mul_(self.scale).add_(self.shift)

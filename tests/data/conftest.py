@@ -40,3 +40,25 @@ def pack() -> Pack:
         return archive
 
     return zip_folder
+
+
+@pytest.fixture
+def make_pairs(tmp_path: Path) -> Tree:
+    """Write ``count`` pairs into ``images/`` and ``masks/`` of each folder: 12 x 8 pixels, mask values 0, 1 and 2.
+
+    The image is painted from the mask: red where it is 0, green where it is 1, blue where it is 2.
+    """
+
+    def make(name: str, counts: Mapping[str, int]) -> Path:
+        root = tmp_path / name
+        for number, (folder, count) in enumerate(counts.items()):
+            for kind in ("images", "masks"):
+                (root / folder / kind).mkdir(parents=True)
+            for index in range(count):
+                blocks = np.random.default_rng((number, index)).permutation(np.arange(6, dtype=np.uint8) % 3)
+                mask = blocks.reshape(2, 3).repeat(4, axis=0).repeat(4, axis=1)
+                Image.fromarray(np.eye(3, dtype=np.uint8)[mask] * 255).save(root / folder / f"images/{index:03}.png")
+                Image.fromarray(mask).save(root / folder / f"masks/{index:03}.png")
+        return root
+
+    return make

@@ -1,0 +1,200 @@
+"""Images with masks out of a folder or archive: which mask value is which class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from pcenet.choices import Split
+from pcenet.data.base import IGNORE, DataError, SegmentationSource
+from pcenet.data.files import FileTree
+from pcenet.data.images import decode_image, decode_mask
+from pcenet.data.pairs import Pair, PairLayout, read_pairs
+
+
+@dataclass(frozen=True)
+class MaskClasses:
+    """The classes of a set, and what each mask value stands for.
+
+    Attributes:
+        names: class names, by class number.
+        values: the mask value of each class, ascending.
+        ignored: the mask values that do not count.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[int, ...]
+    ignored: frozenset[int]
+
+    @property
+    def table(self) -> list[int]:
+        """The class number, or ``IGNORE``, of each of the 256 values."""
+        numbers = {value: number for number, value in enumerate(self.values)}
+        return [numbers.get(value, IGNORE) for value in range(256)]
+
+    def fault(self, values: Iterable[int]) -> str | None:
+        """What is wrong with a mask of these values, if anything."""
+        unknown = [value for value in values if value not in self.values and value not in self.ignored]
+        if not unknown:
+            return None
+        return (
+            f"the mask has the value(s) {_listed(unknown)}, which are of no class: the classes are the values"
+            f" {_listed(self.values)}, and {_listed(sorted(self.ignored))} do(es) not count. Correct the mask, name the"
+            f" class, or choose ignore_index."
+        )
+
+
+class PairSource(SegmentationSource):
+    """One split of a tree of images and masks."""
+
+    def __init__(self, tree: FileTree, split: Split, pairs: Sequence[Pair], classes: MaskClasses) -> None:
+        super().__init__(os.path.basename(os.path.abspath(tree.path)), split, classes.names)
+        self._tree = tree
+        self._pairs = pairs
+        self._mask_classes = classes
+        self._table = classes.table
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def image(self, index: int) -> Image.Image:
+        """Image ``index``, upright, in mode RGB. Raises ``DataError`` where it cannot be read."""
+        return decode_image(self._tree.read(self._pairs[index].image), self._label(self._pairs[index].image))
+
+    def sample(self, index: int) -> tuple[Image.Image, Image.Image]:
+        """Image ``index`` and its mask, see `SegmentationSource`."""
+        name = self._pairs[index].mask
+        image, mask = self.image(index), decode_mask(self._tree.read(name), self._label(name))
+        fault = size_fault(image, mask) or self._mask_classes.fault(values_of(mask))
+        if fault:
+            raise DataError(f"{self._label(name)}: {fault}")
+        return image, mask.point(self._table)
+
+    def file_name(self, index: int) -> str:
+        """Path of image ``index`` from the root of the folder or archive."""
+        return self._pairs[index].image
+
+    def _label(self, name: str) -> str:
+        return f"{self._tree.path}: '{name}'"
+
+
+def open_pairs(
+    tree: FileTree, split: Split, *, classes: Sequence[str] | str | None, ignore_index: int | None
+) -> PairSource:
+    """Open one split of a tree; arguments and errors as for ``pcenet.data.open_segmentation_source``."""
+    where = str(tree.path)
+    layout = read_pairs(tree.names(), where)
+    pairs = layout.select(split, where)
+    return PairSource(tree, split, pairs, mask_classes(tree, layout, classes, ignore_index))
+
+
+def mask_classes(
+    tree: FileTree, layout: PairLayout, classes: Sequence[str] | str | None, ignore_index: int | None
+) -> MaskClasses:
+    """The classes of a set from the names that were given, from its own file, or from its masks.
+
+    Raises:
+        DataError: ``ignore_index`` is no mask value, names are faulty, or there are fewer than two classes.
+    """
+    where = str(tree.path)
+    if ignore_index is not None and not 0 <= ignore_index <= IGNORE:
+        raise DataError(f"ignore_index must be a mask value from 0 to {IGNORE}, not {ignore_index}.")
+    if classes is None and layout.classes_file:
+        classes = parse_class_names(tree.read(layout.classes_file), f"{where}: '{layout.classes_file}'")
+    elif isinstance(classes, str):
+        classes = read_class_names(classes)
+    elif classes is not None:
+        check_class_names(classes, "classes")
+    values = values_of_training(tree, layout) if classes is None else range(len(classes))
+    names = [str(value) for value in values] if classes is None else classes
+    ignored = frozenset({IGNORE} if ignore_index is None else {IGNORE, ignore_index})
+    kept = [(name, value) for name, value in zip(names, values, strict=True) if value not in ignored]
+    if len(kept) < 2:
+        found = ", ".join(f"'{name}'" for name, _ in kept) or "none"
+        raise DataError(
+            f"{where}: segmentation needs two or more classes, but there is {found} (mask values"
+            f" {', '.join(map(str, sorted(ignored)))} do not count). Give each class a value of its own: 0, 1, ..."
+        )
+    return MaskClasses(tuple(name for name, _ in kept), tuple(value for _, value in kept), ignored)
+
+
+def values_of(mask: Image.Image) -> list[int]:
+    """The values that occur in an image of mode L, ascending."""
+    return [value for value, count in enumerate(mask.histogram()) if count]
+
+
+def size_fault(image: Image.Image, mask: Image.Image) -> str | None:
+    """What is wrong with the size of a mask, if anything."""
+    if mask.size == image.size:
+        return None
+    return (
+        f"the mask has {mask.width} x {mask.height} pixels, but its image, turned upright as its EXIF data says, has"
+        f" {image.width} x {image.height}. A mask has the size of its image: make it anew."
+    )
+
+
+def read_class_names(path: str | Path) -> list[str]:
+    """Class names from a text file (UTF-8) with one name per line; the first line is mask value 0.
+
+    Raises:
+        DataError: the file cannot be read or is no text, is empty, has an empty line, or names a class twice.
+    """
+    try:
+        data = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: the file of class names cannot be read ({error.strerror}).") from error
+    return parse_class_names(data, str(path))
+
+
+def parse_class_names(data: bytes, where: str) -> list[str]:
+    """`read_class_names` of a file's content; ``where`` names the file."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: the file of class names is no text in UTF-8 ({error}). Save it as one.") from error
+    names = [line.strip() for line in text.rstrip().splitlines()]
+    check_class_names(names, where)
+    return names
+
+
+def check_class_names(names: Sequence[str], where: str) -> None:
+    """Raise a ``DataError`` unless ``names`` can name the mask values from 0 on; ``where`` says where they stand."""
+    if not names:
+        raise DataError(f"{where}: there are no class names. Write one per line, the first for mask value 0.")
+    if len(names) > IGNORE:
+        raise DataError(f"{where}: there are {len(names)} class names; mask values can name {IGNORE} at most.")
+    for value, name in enumerate(names):
+        if not name:
+            raise DataError(f"{where}: the class name of mask value {value} (line {value + 1}) is empty. Give it one.")
+        if name in names[:value]:
+            raise DataError(
+                f"{where}: the class name '{name}' stands for the mask values {names.index(name)} and {value}."
+                f" Give each value a name of its own."
+            )
+
+
+def values_of_training(tree: FileTree, layout: PairLayout) -> list[int]:
+    """The values in all masks that came for training, before anything is held out."""
+    if "train" not in layout.splits:
+        raise DataError(
+            f"{tree.path}: the classes are unknown, for they come from the masks for training and there are none. Name"
+            f" them: classes, or a file classes.txt with a name per line, the first for mask value 0."
+        )
+    masks = (pair.mask for pair in layout.splits["train"])
+    found = (values_of(decode_mask(tree.read(name), f"{tree.path}: '{name}'")) for name in masks)
+    return sorted(set().union(*found))
+
+
+def _listed(values: Sequence[int]) -> str:
+    """Such as "0-10, 12"."""
+    parts: list[list[int]] = []
+    for value in values:
+        if parts and value == parts[-1][-1] + 1:
+            parts[-1][1:] = [value]
+        else:
+            parts.append([value])
+    return ", ".join("-".join(map(str, part)) for part in parts)

@@ -1,0 +1,89 @@
+"""Which image belongs to which mask and split, from names alone."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from pcenet.data.base import DataError
+from pcenet.data.pairs import find_pairs, read_pairs
+
+
+def both(*stems: str, prefix: str = "") -> list[str]:
+    return [f"{prefix}{name}" for stem in stems for name in (f"images/{stem}.jpg", f"masks/{stem}.png")]
+
+
+def keys(names: list[str], split: str) -> list[str]:
+    return [pair.key for pair in read_pairs(names, "set").select(split, "set")]
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "VAL"])
+@pytest.mark.parametrize("top", ["", "camvid/"])
+def test_split_folders_with_or_without_a_folder_around_them(val: str, top: str) -> None:
+    names = [*both("b", "deep/a", prefix=f"{top}train/"), *both("c", prefix=f"{top}{val}/"), f"{top}classes.txt"]
+    layout = read_pairs(reversed(names), "set")
+    assert layout.splits == {
+        "train": [
+            (f"{top}train/images/b.jpg", f"{top}train/masks/b.png", "b"),
+            (f"{top}train/images/deep/a.jpg", f"{top}train/masks/deep/a.png", "deep/a"),
+        ],
+        "val": [(f"{top}{val}/images/c.jpg", f"{top}{val}/masks/c.png", "c")],
+    }
+    assert layout.classes_file == f"{top}classes.txt"
+    with pytest.raises(
+        DataError, match=r"no split 'test', only train, val\. .*'test' with the folders images and masks"
+    ):
+        layout.select("test", "set")
+
+
+@pytest.mark.parametrize("prefix", ["", "camvid/", "train/", "camvid/train/"])
+def test_a_set_without_splits_is_split_by_the_rank_of_the_hashed_names(prefix: str) -> None:
+    stems = [f"{number:02}" for number in range(20)]
+    ranked = sorted(stems, key=lambda stem: hashlib.sha256(stem.encode()).hexdigest())
+    names = both(*stems, prefix=prefix)
+    assert keys(names, "val") == sorted(ranked[:2])
+    assert keys(names, "test") == sorted(ranked[2:4])
+    assert keys(names, "train") == sorted(ranked[4:])
+
+
+def test_files_that_are_no_data_are_passed_over() -> None:
+    litter = ["README.md", "train/list.txt", "train/boxes/a.csv", "train/images/.DS_Store", "train/masks/Thumbs.db"]
+    names = [*both("a", prefix="train/"), *both("b", prefix="val/")]
+    assert read_pairs([*names, *litter, "train/images/"], "set") == read_pairs(names, "set")
+
+
+FAULTS = {
+    "nothing": (["a.jpg"], ["no folders images and masks", "images/NAME.jpg", ".png"]),
+    "no masks": (["train/images/a.jpg", "train/labels/a.png"], ["no folder 'train/masks'"]),
+    "no images": (["masks/a.png"], ["no folder 'images'"]),
+    "image alone": ([*both("a"), "images/b.jpg"], ["'images/b.jpg' has no mask", "'masks/b.png'"]),
+    "mask alone": ([*both("a"), "masks/b.png"], ["'masks/b.png' has no image", "'images'"]),
+    "empty": ([*both("a", prefix="train/"), "val/images/", "val/masks/"], ["'val/images' holds no image"]),
+    "JPEG mask": ([*both("a"), "images/b.jpg", "masks/b.jpg"], ["'masks/b.jpg' is no PNG"]),
+    "no image": ([*both("a"), "images/notes.txt"], ["'images/notes.txt' is not named like an image"]),
+    "two of a name": ([*both("a"), "images/a.png"], ["'images/a.png' and 'images/a.jpg'", "suffix"]),
+    "archive": ([*both("a", prefix="train/"), "val.zip"], ["'val.zip' is an archive"]),
+    "archive alone": (["data/all.zip"], ["'data/all.zip' is an archive"]),
+    "twice val": ([*both("a", prefix="val/"), *both("a", prefix="valid/")], ["'val', 'valid'"]),
+    "beside": ([*both("a", prefix="train/"), "more/b.jpg"], ["'more/b.jpg' lies beside"]),
+}
+
+
+@pytest.mark.parametrize(("names", "parts"), FAULTS.values(), ids=FAULTS)
+def test_a_faulty_tree_is_refused_by_name(names: list[str], parts: list[str]) -> None:
+    with pytest.raises(DataError) as caught:
+        read_pairs(names, "street.zip")
+    for part in ["street.zip: ", *parts]:
+        assert part in str(caught.value)
+
+
+def test_all_faults_are_found_and_the_sound_pairs_kept() -> None:
+    layout, faults = find_pairs([*both("a"), "images/b.jpg", "masks/c.png", "images/d.txt", "old.zip"])
+    assert [pair.key for pair in layout.splits["train"]] == ["a"]
+    assert sorted(fault.file for fault in faults) == ["images/b.jpg", "images/d.txt", "masks/c.png", "old.zip"]
+
+
+def test_too_few_images_to_split() -> None:
+    with pytest.raises(DataError, match=r"set has 2 image\(s\), too few to give train, val, test one each"):
+        keys(both("a", "b"), "train")
