@@ -29,7 +29,7 @@ WRONG = [
     ("train stray", "unrecognized arguments: stray"),
     ("train --lr", "argument --lr: expected one argument"),
     ("train --epochs many", "epochs must be a whole number, got 'many'"),
-    ("train --input-size big", "input_size must be a whole number, got 'big'"),
+    ("train --input-size big", "input_size must be pixels, such as 224"),
     ("train --lr fast", "lr must be a number, got 'fast'"),
     ("train --epochs 0", "epochs must be at least 1, got 0"),
     ("train --seed -1", "seed must be at least 0, got -1"),
@@ -261,7 +261,8 @@ def test_models_lists_cost_and_twins(capsys: pytest.CaptureFixture[str]) -> None
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["pce_nano"]["twin"] == rows["pce_nano_spec"]["twin"] == "dense_nano"
     assert rows["dense_nano"]["twin"] is None
-    assert rows["pce_nano"]["input_size"] == 32
+    assert rows["pce_nano"]["input_size"] == [32, 32]
+    assert (rows["pce_unet_nano"]["task"], rows["pce_unet_nano"]["input_size"]) == ("segment", [192, 256])
     assert rows["pce_nano"]["active_parameters"] < rows["pce_nano"]["parameters"]
     assert main(["models"]) == 0
     table = capsys.readouterr().out

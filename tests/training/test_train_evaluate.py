@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pcenet.data import IMAGENET_STD, eval_transform, open_source
 from pcenet.nn import PCELayer
-from pcenet.training.evaluate import check_classes, eval_transform_of, evaluate_model, model_loader, result_path
+from pcenet.training.classify import eval_transform_of, evaluate_model, model_loader
+from pcenet.training.evaluate import check_classes, result_path
 
 CPU = torch.device("cpu")
 

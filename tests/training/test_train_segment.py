@@ -213,9 +213,7 @@ def test_evaluation_does_not_depend_on_the_batch(scenes: Path) -> None:
         ("--classes nowhere.txt", "nowhere.txt"),
     ],
 )
-def test_mistakes(
-    changes: str, message: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes(changes: str, message: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(options(scenes, tmp_path / "run", *changes.split())) == 2
     error = capsys.readouterr().err
     assert message in error
