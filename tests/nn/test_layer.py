@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 import re
@@ -513,6 +514,32 @@ def test_forward_is_made_of_the_public_parts() -> None:
     assert torch.equal(layer.forward_given_routing(x, routing), output)
     elsewhere = route(-routing.logits, Grid(*routing.grid))
     assert not torch.equal(layer.forward_given_routing(x, elsewhere), output)
+
+
+def test_the_signature_is_a_contract() -> None:
+    """What a user may leave out, and what it then is."""
+    parameters = dict(inspect.signature(PCELayer).parameters)
+    assert [parameters.pop(name).default for name in ("in_channels", "out_channels", "patch_size")] == (
+        [inspect.Parameter.empty] * 3
+    )
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters.values())
+    assert {name: parameter.default for name, parameter in parameters.items()} == {
+        "num_experts": 4,
+        "hidden_channels": None,
+        "top_k": 1,
+        "capacity_factor": 1.25,
+        "eval_capacity_factor": None,
+        "priority": "gate",
+        "border": "halo",
+        "gate": "prob",
+        "gate_input": "pixels",
+        "num_bands": 4,
+        "router_hidden": None,
+        "dropout": 0.0,
+        "norm": "batch",
+        "shortcut": True,
+        "dispatch": "sorted",
+    }
 
 
 # Wrong use
