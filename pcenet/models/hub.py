@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from pcenet.choices import Task
@@ -79,7 +79,8 @@ class SavableModel(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, save_directory / WEIGHTS, metadata={"format": "pt"})
+        # Not save_file, which makes a file that only its owner may read.
+        (save_directory / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
         (save_directory / CONFIG).write_text(json.dumps(self.config(), indent=2) + "\n")
 
     @classmethod

@@ -61,6 +61,10 @@ def test_the_same_network_gives_the_same_bytes(model, folder, tmp_path):
     assert str(tmp_path) not in (folder / "config.json").read_text() + (folder / "README.md").read_text()
 
 
+def test_whoever_may_read_the_configuration_may_read_the_weights(folder):
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+
 def test_an_argument_of_none_survives(tmp_path):
     PCENet.save_pretrained(timm.model_entrypoint("pce_nano")(capacity_factor=None), tmp_path)
     assert load_model(tmp_path).model_args["capacity_factor"] is None
