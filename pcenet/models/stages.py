@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from pcenet.nn.checks import is_whole
+
 
 class Stage(NamedTuple):
     """One stage of a network.
@@ -42,8 +44,9 @@ def make_stages(
     for name in ("stride", "depth", "width", "patch_size"):
         for index, stage in enumerate(stages):
             value = getattr(stage, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} of stage {index} is {value}; it must be at least 1")
+            dense = name == "patch_size" and value is None
+            if not dense and (not is_whole(value) or value < 1):
+                raise ValueError(f"{name} of stage {index} is {value!r}; it must be a whole number and at least 1")
     if strides[0] & (strides[0] - 1):
         raise ValueError(f"strides[0]={strides[0]} must be a power of two: the stem halves the image step by step")
     for before, after in pairwise(strides):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcenet.nn.checks import check_at_least, check_choice
+from pcenet.nn.checks import check_at_least, check_choice, is_number
 
 Norm = Literal["batch", "group"]
 
@@ -206,8 +206,8 @@ class ConvExperts(nn.Module):
             num_experts=num_experts,
             hidden_channels=hidden_channels,
         )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout} must lie in [0, 1)")
+        if not is_number(dropout) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout!r} must be a number in [0, 1)")
         check_choice("norm", norm, get_args(Norm))
         self.num_experts = num_experts
         self.dropout = dropout

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcenet.nn.checks import check_at_least, check_choice
+from pcenet.nn.checks import check_at_least, check_choice, is_number, is_whole
 from pcenet.nn.fourier import axis_features, position_map
 from pcenet.nn.patches import Grid, grid_of, split_map
 
@@ -209,13 +209,13 @@ def check_selection(
 ) -> None:
     """Raise a ValueError that names the first argument of `route` that breaks its rule."""
     check_at_least(1, num_experts=num_experts)
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
+    if not is_whole(top_k) or not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k={top_k!r} must be a whole number between 1 and num_experts={num_experts}")
     check_choice("priority", priority, get_args(Priority))
     check_choice("gate", gate, get_args(Gate))
     for name, factor in capacity_factors.items():
-        if factor is not None and not (factor > 0 and math.isfinite(factor)):
-            raise ValueError(f"{name}={factor} must be a positive number, or None to drop nothing")
+        if factor is not None and not (is_number(factor) and factor > 0 and math.isfinite(factor)):
+            raise ValueError(f"{name}={factor!r} must be a positive number, or None to drop nothing")
 
 
 class Router(nn.Module):

@@ -51,6 +51,10 @@ def test_rule_on_depth(patch_sizes, message):
         ((2, 4, 6), (1, 1, 1), (8, 8, 8), "6 is not a multiple of 4"),
         ((1, 2, 4), (1, 0, 1), (8, 8, 8), "depth of stage 1 is 0"),
         ((1, 2, 4), (1, 1, 1), (8, 8, -8), "width of stage 2 is -8"),
+        ((1, 2, 4), (1, 1.5, 1), (8, 8, 8), "depth of stage 1 is 1.5; it must be a whole number"),
+        ((1, 2.0, 4), (1, 1, 1), (8, 8, 8), "stride of stage 1 is 2.0"),
+        ((1, 2, 4), (1, 1, 1), (None, 8, 8), "width of stage 0 is None"),
+        ((1, 2, 4), (1, 1, 1), ("a", 8, 8), "width of stage 0 is 'a'"),
     ],
 )
 def test_other_rules(strides, depths, widths, message):

@@ -166,6 +166,7 @@ def test_a_block_that_does_not_fit_changes_nothing(block: nn.Sequential) -> None
         ({"hidden_channels": 0}, "hidden_channels=0"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"dropout": -0.1}, "dropout=-0.1"),
+        ({"dropout": "0.1"}, "dropout='0.1'"),
         ({"norm": "layer"}, "norm='layer'"),
     ],
 )
