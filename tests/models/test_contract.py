@@ -208,6 +208,24 @@ def test_bfloat16_and_other_devices(name):
     assert shapes(images(name).to("meta")).shape == (2, 10)
 
 
+@pytest.mark.parametrize("name", NANO)
+def test_a_block_is_a_sum_with_nothing_after_it(name):
+    for block in _blocks(create(name).eval()):
+        x = torch.randn(2, block.body.in_channels if name.startswith("pce") else block.body[0].in_channels, 8, 8)
+        assert torch.equal(block(x), x + block.body(x))
+
+
+def test_a_dropped_patch_passes_through_its_block_unchanged():
+    block = _blocks(create("pce_nano", capacity_factor=0.5))[1]
+    x = torch.randn(2, 48, 16, 16)
+    with record_routing(block) as records:
+        y = block(x)
+    dropped = ~records["body"][0].kept[:, 0]
+    before, after = (block.body.extractor.split(t)[0] for t in (x, y))
+    assert 0 < dropped.sum() < len(dropped)
+    assert torch.equal(after[dropped], before[dropped])
+
+
 def test_layer_options_reach_every_layer():
     model = create("pce_nano", num_experts=3, border="exchange", gate="straight_through", norm="group", dropout=0.1)
     layers = [m for m in model.modules() if isinstance(m, PCELayer)]

@@ -542,6 +542,27 @@ def test_the_signature_is_a_contract() -> None:
     }
 
 
+def test_options_reach_the_parts() -> None:
+    """The reference reads a layer's options off its parts, so that one that never arrived would go unseen there."""
+    layer = PCELayer(
+        4,
+        4,
+        patch_size=3,
+        capacity_factor=0.5,
+        eval_capacity_factor=2.0,
+        priority="order",
+        gate="straight_through",
+        gate_input="flat",
+        num_bands=2,
+    )
+    router = layer.router
+    assert (router.capacity_factor, router.eval_capacity_factor, router.priority) == (0.5, 2.0, "order")
+    assert (router.gate, router.gate_input) == ("straight_through", "flat")
+    assert (layer.extractor.patch_size, router.patch_size) == (3, 3)
+    enriched = layer.extractor(torch.randn(1, 4, 6, 6))
+    assert enriched.shape[1] == router.hidden.in_channels == 4 + 8 * 2, "the extractor builds what the router is for"
+
+
 # Wrong use
 
 
