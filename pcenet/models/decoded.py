@@ -273,7 +273,7 @@ class DecodedNet(SavableModel):
         """The stacked normalisations, see `stacked_norm_names`."""
         return stacked_norm_names(self)
 
-    def forward_features(self, x: Tensor) -> list[Tensor]:
+    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """Images ``[B, C, H, W]``, whose sides the encoder's last stride divides, to maps at strides 1, 2, 4 ...
 
         The first is the image where the encoder has no map at stride 1; a missing one at stride 2 has no channels.
@@ -291,7 +291,7 @@ class DecodedNet(SavableModel):
         """
         height, width = x.shape[2:]
         padded = F.pad(x, (0, self._padding(width), 0, self._padding(height)))
-        logits = self.head(self.drop(self.decoder(self.forward_features(padded))))
+        logits = self.head(self.drop(self.decoder(self.forward_pyramid(padded))))
         return resize(logits, padded)[:, :, :height, :width]
 
     def _padding(self, side: int) -> int:
