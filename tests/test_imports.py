@@ -10,7 +10,16 @@ import pytest
 import pcenet
 
 PACKAGE = Path(pcenet.__file__).parent
-HEAVY = {"matplotlib", "gradio", "onnx", "lightning", "torchmetrics", "jsonargparse", "sklearn"}
+HEAVY = {
+    "matplotlib",
+    "gradio",
+    "onnx",
+    "lightning",
+    "torchmetrics",
+    "jsonargparse",
+    "sklearn",
+    "segmentation_models_pytorch",
+}
 # Who may import whom, itself aside.
 ALLOWED = {
     "nn": set(),

@@ -1,6 +1,7 @@
 """Networks made of PCE layers and their dense twins; importing this registers the classifiers with timm."""
 
 from pcenet.models.complexity import Complexity, complexity
+from pcenet.models.decoded import DecodedNet, split_name
 from pcenet.models.hub import SavableModel, load_model
 from pcenet.models.pcenet import PCENet
 from pcenet.models.registry import create_network, input_size_of, list_models, model_options, task_of, twin_of
@@ -9,6 +10,7 @@ from pcenet.models.unet import PCEUNet
 
 __all__ = [
     "Complexity",
+    "DecodedNet",
     "PCENet",
     "PCEUNet",
     "SavableModel",
@@ -20,6 +22,7 @@ __all__ = [
     "load_model",
     "make_stages",
     "model_options",
+    "split_name",
     "task_of",
     "twin_of",
 ]

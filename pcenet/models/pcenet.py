@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, register_notrace_module
@@ -240,8 +241,14 @@ _LARGE_CFG = _cfg(224, 7)
 default_cfgs = generate_default_cfgs(
     {
         f"{kind}_{size}{suffix}": cfg
-        for size, cfg in (("nano", _NANO_CFG), ("tiny", _LARGE_CFG), ("small", _LARGE_CFG))
-        for kind, suffix in (("pce", ""), ("pce", "_spec"), ("dense", ""))
+        for size, cfg, suffixes in (
+            ("nano", _NANO_CFG, ("", "_spec")),
+            ("tiny", _LARGE_CFG, ("", "_spec")),
+            ("small", _LARGE_CFG, ("", "_spec")),
+            ("nano_s2", _cfg(256, 32), ("",)),
+            ("tiny_s2", _cfg(256, 16), ("",)),
+        )
+        for kind, suffix in (*(("pce", suffix) for suffix in suffixes), ("dense", ""))
     }
 )
 
@@ -259,6 +266,15 @@ _SMALL = {
     "depths": (2, 2, 8, 2),
     "widths": (48, 96, 192, 384),
     "patch_sizes": (14, 7, 2, None),
+}
+# For segmentation, whose decoders take strides that double from 2. Patches cover 64, 32, 32 and 64, 64, 32, 32 px, and
+# divide the maps of images whose sides are multiples of 64 px, such as 192x256.
+_NANO_S2 = {"strides": (2, 4, 8), "depths": (1, 1, 1), "widths": (24, 48, 96), "patch_sizes": (32, 8, 4)}
+_TINY_S2 = {
+    "strides": (2, 4, 8, 16),
+    "depths": (2, 2, 3, 2),
+    "widths": (32, 64, 128, 256),
+    "patch_sizes": (32, 16, 4, 2),
 }
 # The specification to the letter: a patch is an island, scaled by its probability.
 _SPEC = {"border": "zero", "gate": "prob", "top_k": 1}
@@ -331,3 +347,32 @@ def pce_small_spec(pretrained: bool = False, **kwargs: Any) -> PCENet:
 def dense_small(pretrained: bool = False, **kwargs: Any) -> PCENet:
     """The dense twin of `pce_small`."""
     return _create("dense_small", pretrained, _dense(_SMALL), kwargs)
+
+
+@register_model
+def pce_nano_s2(pretrained: bool = False, **kwargs: Any) -> PCENet:
+    """PCE as an encoder for segmentation, strides 2 to 8, about 430 M multiply-adds at 192x256."""
+    return _create("pce_nano_s2", pretrained, _NANO_S2, kwargs)
+
+
+@register_model
+def dense_nano_s2(pretrained: bool = False, **kwargs: Any) -> PCENet:
+    """The dense twin of `pce_nano_s2`."""
+    return _create("dense_nano_s2", pretrained, _dense(_NANO_S2), kwargs)
+
+
+@register_model
+def pce_tiny_s2(pretrained: bool = False, **kwargs: Any) -> PCENet:
+    """PCE as an encoder for segmentation, strides 2 to 16, about 2.2 G multiply-adds at 192x256."""
+    return _create("pce_tiny_s2", pretrained, _TINY_S2, kwargs)
+
+
+@register_model
+def dense_tiny_s2(pretrained: bool = False, **kwargs: Any) -> PCENet:
+    """The dense twin of `pce_tiny_s2`."""
+    return _create("dense_tiny_s2", pretrained, _dense(_TINY_S2), kwargs)
+
+
+def classifier_names() -> list[str]:
+    """Names of the networks of this file, as registered with timm."""
+    return timm.list_models(module=__name__.rpartition(".")[2])

@@ -12,18 +12,21 @@ import timm
 
 from pcenet.choices import Task
 from pcenet.models.blocks import network_options
+from pcenet.models.decoded import DecodedNet, decoded_options
 from pcenet.models.hub import SavableModel
-from pcenet.models.pcenet import PCENet
+from pcenet.models.pcenet import PCENet, classifier_names
 from pcenet.models.unet import INPUT_SIZE, UNETS, PCEUNet
 
 
 def list_models(task: Task | None = None) -> list[str]:
     """Names of the networks of this package, PCE networks and twins.
 
+    Every classifier is an encoder, too: see `DecodedNet` for names of the form "DECODER:ENCODER", which are not listed.
+
     Args:
         task: ``"classify"`` or ``"segment"``; None: both.
     """
-    names = {"classify": timm.list_models(module=PCENet.__module__.rpartition(".")[2]), "segment": sorted(UNETS)}
+    names = {"classify": classifier_names(), "segment": sorted(UNETS)}
     return names["classify"] + names["segment"] if task is None else names[task]
 
 
@@ -34,13 +37,16 @@ def task_of(name: str) -> Task:
 
 def twin_of(name: str) -> str | None:
     """Name of the dense twin of a PCE network; None for a dense network."""
-    if not name.startswith("pce_"):
+    decoder, colon, network = name.rpartition(":")
+    if not network.startswith("pce_"):
         return None
-    return name.replace("pce_", "dense_", 1).removesuffix("_spec")
+    return decoder + colon + network.replace("pce_", "dense_", 1).removesuffix("_spec")
 
 
 def model_options(name: str) -> tuple[str, ...]:
     """Names of the arguments that shape the network of that name: stages, blocks, and the options of its layers."""
+    if ":" in name:
+        return decoded_options()
     return network_options(PCENet if task_of(name) == "classify" else PCEUNet)
 
 
@@ -54,14 +60,17 @@ def create_network(name: str, **arguments: Any) -> SavableModel:
     """Make a network with fresh weights.
 
     Args:
-        name: see `list_models`.
+        name: see `list_models`, or "DECODER:ENCODER".
         arguments: those of its class, and ``pretrained_cfg_overlay`` as in timm. Unlike `timm.create_model` this passes
             arguments on that are None.
 
     Raises:
         ValueError: for an unknown name, or arguments that break their rules.
         TypeError: for an argument that the network does not have.
+        ModuleNotFoundError: for "DECODER:ENCODER" where segmentation-models-pytorch is not installed.
     """
+    if ":" in name:
+        return DecodedNet(name, **arguments)
     if name not in list_models():
         raise ValueError(f"architecture {name!r} is not a network of this package")
     create = UNETS[name] if name in UNETS else timm.model_entrypoint(name)

@@ -169,17 +169,22 @@ _ARGUMENTS = {
 }
 
 
-def _create(name: str, pretrained_cfg_overlay: Mapping[str, Any] | None = None, **given: Any) -> PCEUNet:
-    model = PCEUNet(**{**_ARGUMENTS[name], **given})
-    model.pretrained_cfg = {
+def segmentation_cfg(name: str, overlay: Mapping[str, Any] | None) -> dict[str, Any]:
+    """timm's record of a segmentation network: its name and the preprocessing of its images."""
+    record: dict[str, Any] = {
         "architecture": name,
         "input_size": INPUT_SIZE,
         "interpolation": "bilinear",
         "crop_pct": 1.0,
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        **(pretrained_cfg_overlay or {}),
     }
+    return record | dict(overlay or {})
+
+
+def _create(name: str, pretrained_cfg_overlay: Mapping[str, Any] | None = None, **given: Any) -> PCEUNet:
+    model = PCEUNet(**{**_ARGUMENTS[name], **given})
+    model.pretrained_cfg = segmentation_cfg(name, pretrained_cfg_overlay)
     return model
 
 

@@ -120,7 +120,10 @@ class TrainConfig:
     ] = "classify"
     model: Annotated[
         str | None,
-        Option("Name of the network; `pcenet models` lists them. null: pce_nano, or pce_unet_nano to segment."),
+        Option(
+            "Name of the network; `pcenet models` lists them. To segment also DECODER:ENCODER, such as "
+            "unet:pce_nano_s2. null: pce_nano, or pce_unet_nano to segment."
+        ),
     ] = None
     model_args: Annotated[
         dict[str, Any],

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pcenet.choices import did_you_mean
-from pcenet.models import SavableModel, create_network, input_size_of, list_models, model_options, task_of
+from pcenet.models import SavableModel, create_network, input_size_of, list_models, model_options, split_name, task_of
 from pcenet.training.config import TrainConfig
 
 DECIDED_ELSEWHERE = {
@@ -23,7 +23,9 @@ DECIDED_ELSEWHERE = {
 def check_model(config: TrainConfig) -> None:
     """Raise a ``ValueError`` for a model, or an argument of it, that does not exist; it names the nearest."""
     name, names = config.model_name, list_models()
-    if name not in names:
+    if ":" in name:
+        split_name(name)
+    elif name not in names:
         raise ValueError(f"model {name!r} is unknown{did_you_mean(name, list_models(config.task))}")
     if task_of(name) != config.task:
         raise ValueError(f"model {name!r} is made to {task_of(name)}; give --task {task_of(name)}, or another --model")

@@ -17,6 +17,7 @@ from pcenet.nn import PCELayer, record_routing
 NAMES = ["dense_nano", "dense_small", "dense_tiny"] + [
     f"pce_{size}{suffix}" for size in ("nano", "small", "tiny") for suffix in ("", "_spec")
 ]
+NAMES += [f"{kind}_{size}_s2" for kind in ("dense", "pce") for size in ("nano", "tiny")]
 NANO = ["dense_nano", "pce_nano", "pce_nano_spec"]
 
 
@@ -38,13 +39,17 @@ def test_the_registry_holds_the_networks():
 def test_twins():
     assert {name: twin_of(name) for name in NAMES} == {
         "dense_nano": None,
+        "dense_nano_s2": None,
         "dense_small": None,
         "dense_tiny": None,
+        "dense_tiny_s2": None,
         "pce_nano": "dense_nano",
+        "pce_nano_s2": "dense_nano_s2",
         "pce_nano_spec": "dense_nano",
         "pce_small": "dense_small",
         "pce_small_spec": "dense_small",
         "pce_tiny": "dense_tiny",
+        "pce_tiny_s2": "dense_tiny_s2",
         "pce_tiny_spec": "dense_tiny",
     }
 
@@ -91,7 +96,9 @@ def test_features_of_every_level(name):
     x = images(name)
     outputs = model(x)
     assert len(outputs) == len(model.feature_info) >= 3
-    assert model.feature_info.reduction() == ([1, 2, 4] if "nano" in name else [4, 8, 16, 32])
+    reductions = {"nano": [1, 2, 4], "nano_s2": [2, 4, 8], "tiny_s2": [2, 4, 8, 16]}
+    size = name.removesuffix("_spec").partition("_")[2]
+    assert model.feature_info.reduction() == reductions.get(size, [4, 8, 16, 32])
     for output, channels, reduction in zip(
         outputs, model.feature_info.channels(), model.feature_info.reduction(), strict=True
     ):
