@@ -1,4 +1,4 @@
-"""The command line: ``pcenet train | eval | models``.
+"""The command line: ``pcenet train | eval | models | check-data``.
 
 Nothing heavy is imported before a command runs, so that help and mistakes in the options cost no time.
 """
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pcenet import __version__
 from pcenet.choices import did_you_mean
-from pcenet.training.config import EvalConfig, TrainConfig, choices_of, options_of
+from pcenet.training.config import CheckDataConfig, EvalConfig, TrainConfig, choices_of, options_of
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-C = TypeVar("C", TrainConfig, EvalConfig)
+C = TypeVar("C", TrainConfig, EvalConfig, CheckDataConfig)
 
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "tensorboard", "torchmetrics", "yaml")
 TRACEBACK = "PCENET_TRACEBACK"
@@ -37,12 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; by default those of the process.
 
     Returns:
-        The exit code: 0; 2 after an error that the user can mend, printed as one line; 130 after Ctrl-C.
+        The exit code: 0; 1 where a command found what it was given unusable and has said so; 2 after an error that the
+        user can mend, printed as one line; 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_warnings()
     try:
-        dispatch(arguments)
+        return dispatch(arguments)
     except KeyboardInterrupt:
         way_on = "; --resume auto continues the run" if arguments[:1] == ["train"] else ""
         return fail(f"interrupted{way_on}", code=130)
@@ -59,7 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(str(error))
     except SystemExit as error:  # argparse leaves this way after --help and --version
         return error.code if isinstance(error.code, int) else 0
-    return 0
 
 
 def fail(message: str, code: int = 2) -> int:
@@ -85,18 +85,17 @@ class WarningLines(logging.Handler):
         print(f"pcenet: warning: {record.getMessage()}", file=sys.stderr)
 
 
-def dispatch(arguments: list[str]) -> None:
-    """Run the command that the first argument names."""
+def dispatch(arguments: list[str]) -> int:
+    """Run the command that the first argument names; return the exit code."""
     if arguments and arguments[0] in COMMANDS:
-        COMMANDS[arguments[0]](arguments[1:])
-        return
+        return COMMANDS[arguments[0]](arguments[1:]) or 0
     parser = argparse.ArgumentParser(
         prog="pcenet",
         usage="pcenet [-h] [--version] COMMAND ...",
         description="Convolutional networks whose patches are filtered by the expert chosen for them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
-        + "".join(f"  {name:8}{run.__doc__}\n" for name, run in COMMANDS.items())
+        + "".join(f"  {name:12}{run.__doc__}\n" for name, run in COMMANDS.items())
         + "\n`pcenet COMMAND --help` explains a command's options."
         + f"\nAn error is one line; with the environment variable {TRACEBACK}=1 its traceback comes first.",
     )
@@ -208,6 +207,14 @@ def run_eval(arguments: list[str]) -> None:
     evaluate(config)
 
 
+def run_check_data(arguments: list[str]) -> int:
+    """look for faults in a folder or .zip of images before training on it"""
+    config = parse("check-data", CheckDataConfig, arguments)
+    from pcenet.analysis.check_data import check_data
+
+    return 0 if check_data(config).usable else 1
+
+
 def run_models(arguments: list[str]) -> None:
     """list the networks with their cost and their dense twins"""
     parser = OneLineParser(prog="pcenet models", description=run_models.__doc__, allow_abbrev=False)
@@ -259,8 +266,9 @@ class OneLineParser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": run_train,
     "eval": run_eval,
+    "check-data": run_check_data,
     "models": run_models,
 }

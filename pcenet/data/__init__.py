@@ -15,6 +15,7 @@ and for segmentation::
 
 from pcenet.choices import Augment, Split
 from pcenet.data.base import IGNORE, DataError, ImageSource, SegmentationSource, Source
+from pcenet.data.check import CheckReport, Finding, Sample, check_data, quick_check
 from pcenet.data.loaders import (
     EpochSampler,
     ImageDataset,
@@ -44,11 +45,14 @@ __all__ = [
     "IMAGENET_STD",
     "SOURCE_NAMES",
     "Augment",
+    "CheckReport",
     "DataError",
     "EpochSampler",
+    "Finding",
     "ImageDataset",
     "ImageSource",
     "JointTransform",
+    "Sample",
     "SegmentationDataset",
     "SegmentationSource",
     "Source",
@@ -56,11 +60,13 @@ __all__ = [
     "Transform",
     "build_loader",
     "build_segmentation_loader",
+    "check_data",
     "cover_transform",
     "default_root",
     "eval_transform",
     "open_segmentation_source",
     "open_source",
+    "quick_check",
     "read_class_names",
     "segment_eval_transform",
     "segment_train_transform",

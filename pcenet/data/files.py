@@ -5,47 +5,59 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Protocol
 
 from PIL import Image
 
 from pcenet.choices import Split
-from pcenet.data.base import DataError, ImageSource
+from pcenet.data.base import DataError, Fault, ImageSource
 from pcenet.data.images import decode_image
 from pcenet.data.layout import read_layout
 
 
-class FileTree(Protocol):
+class FileTree(ABC):
     """A tree of files that can be listed and read."""
 
     path: Path
 
     def names(self) -> list[str]:
-        """Paths from the root, separated by "/"; those of folders end in "/"."""
+        """Paths from the root, separated by "/"; those of folders end in "/". Raises the first fault of `listing`."""
+        names, faults = self.listing()
+        if faults:
+            raise DataError(f"{self.path}: {faults[0].text}")
+        return names
 
+    @abstractmethod
+    def listing(self) -> tuple[list[str], list[Fault]]:
+        """The names of all that can be read, and what cannot. Raises ``DataError`` where that is everything."""
+
+    @abstractmethod
     def read(self, name: str) -> bytes:
-        """The content of one file."""
+        """The content of one file. Raises ``DataError`` where it cannot be read or is damaged."""
 
 
-class FolderTree:
+class FolderTree(FileTree):
     """The files of a folder. Symbolic links are followed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def names(self) -> list[str]:
-        """All files and folders below. Raises ``DataError`` at a folder that cannot be read."""
+    def listing(self) -> tuple[list[str], list[Fault]]:
+        """All files and folders below; a folder that cannot be read is a fault."""
+        faults = []
 
-        def refuse(error: OSError) -> None:
-            raise DataError(f"{error.filename}: the folder cannot be read ({error.strerror}).") from error
+        def note(error: OSError) -> None:
+            name = Path(error.filename).relative_to(self.path).as_posix()
+            text = f"the folder '{name}' cannot be read ({error.strerror}). Change its permissions or move it away."
+            faults.append(Fault(name, text))
 
         names = []
-        for folder, subfolders, files in os.walk(self.path, onerror=refuse, followlinks=True):
+        for folder, subfolders, files in os.walk(self.path, onerror=note, followlinks=True):
             prefix = Path(folder).relative_to(self.path).as_posix().removeprefix(".")
             prefix = f"{prefix}/" if prefix else ""
             names += [f"{prefix}{name}/" for name in subfolders] + [f"{prefix}{name}" for name in files]
-        return names
+        return names, faults
 
     def read(self, name: str) -> bytes:
         """The content of one file. Raises ``DataError`` where it cannot be read."""
@@ -55,7 +67,7 @@ class FolderTree:
             raise DataError(f"{self.path / name}: the file cannot be read ({error.strerror}).") from error
 
 
-class ZipTree:
+class ZipTree(FileTree):
     """The files of a zip archive, read in place.
 
     Each process opens the archive for itself: a file position must not be shared with a forked worker, and an
@@ -70,12 +82,13 @@ class ZipTree:
     def __getstate__(self) -> dict[str, object]:
         return {"path": self.path, "_archive": None, "_process": 0}
 
-    def names(self) -> list[str]:
-        """All entries. Raises ``DataError`` at one that is unsafe, encrypted or compressed in a rare way."""
+    def listing(self) -> tuple[list[str], list[Fault]]:
+        """All entries; one that is unsafe, encrypted or compressed in a rare way is a fault."""
         entries = self._open().infolist()
-        for entry in entries:
-            self._check(entry)
-        return list(dict.fromkeys(entry.filename for entry in entries))  # of two of one name the later is read
+        found = ((entry.filename, _entry_fault(entry)) for entry in entries)
+        faults = {name: Fault(name, text) for name, text in found if text}
+        names = dict.fromkeys(entry.filename for entry in entries)  # of two of one name the later is read
+        return [name for name in names if name not in faults], list(faults.values())
 
     def read(self, name: str) -> bytes:
         """The content of one file. Raises ``DataError`` where it is damaged."""
@@ -98,20 +111,23 @@ class ZipTree:
             self._process = os.getpid()
         return self._archive
 
-    def _check(self, entry: zipfile.ZipInfo) -> None:
-        name = entry.filename
-        if name.startswith("/") or "\\" in name or ":" in name[:2] or ".." in name.split("/"):
-            raise DataError(
-                f"{self.path}: unsafe name '{name}': a name in an archive must be relative, separated by '/',"
-                f" and without '..'. Make the archive anew."
-            )
-        if entry.flag_bits & 0x1:
-            raise DataError(f"{self.path}: '{name}' is encrypted. Make the archive anew without a password.")
-        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise DataError(
-                f"{self.path}: '{name}' is compressed with method {entry.compress_type}; only stored and"
-                f" deflated files are read. Make the archive anew with one of these."
-            )
+
+def _entry_fault(entry: zipfile.ZipInfo) -> str | None:
+    """Why an entry of an archive is not read, if so."""
+    name = entry.filename
+    if name.startswith("/") or "\\" in name or ":" in name[:2] or ".." in name.split("/"):
+        return (
+            f"unsafe name '{name}': a name in an archive must be relative, separated by '/', and without '..'."
+            f" Make the archive anew."
+        )
+    if entry.flag_bits & 0x1:
+        return f"'{name}' is encrypted. Make the archive anew without a password."
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return (
+            f"'{name}' is compressed with method {entry.compress_type}; only stored and deflated files are read."
+            f" Make the archive anew with one of these."
+        )
+    return None
 
 
 class FileSource(ImageSource):

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from pcenet.data.base import DataError
+
+T = TypeVar("T")
+ORIENTATION = 0x0112  # EXIF's tag; 1: upright
+
+
+class Inspection(NamedTuple):
+    """An image as ``decode_image`` gives it, how its file describes it, and what is unusual about that."""
+
+    image: Image.Image
+    kind: str
+    oddities: list[str]
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
@@ -28,6 +40,11 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     return _decode(data, name, _to_rgb)
 
 
+def inspect_image(data: bytes, name: str) -> Inspection:
+    """``decode_image``, and what it passes over in silence. Arguments and errors are the same."""
+    return _decode(data, name, _inspect)
+
+
 def decode_mask(data: bytes, name: str) -> Image.Image:
     """Decode one mask to an upright image in mode L whose pixels are the file's values.
 
@@ -43,12 +60,11 @@ def decode_mask(data: bytes, name: str) -> Image.Image:
     return _decode(data, name, _to_values)
 
 
-def _decode(data: bytes, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _decode(data: bytes, name: str, convert: Callable[[Image.Image], T]) -> T:
     try:
         image = Image.open(io.BytesIO(data))
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError  # up to twice the limit Pillow only warns
-        ImageOps.exif_transpose(image, in_place=True)
         return convert(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
@@ -61,7 +77,22 @@ def _decode(data: bytes, name: str, convert: Callable[[Image.Image], Image.Image
         ) from error
 
 
+def _inspect(image: Image.Image) -> Inspection:
+    notes = {
+        "it is an animation; the first frame counts": getattr(image, "is_animated", False),
+        "it has 16 bits per pixel; the upper 8 count": image.mode == "I" or image.mode.startswith("I;16"),
+        "it is in CMYK; its colours are converted without a profile": image.mode == "CMYK",
+        "it has transparency, which is laid on white": image.has_transparency_data,
+        "it lies on its side or is mirrored, and is turned as its EXIF data says": (
+            image.getexif().get(ORIENTATION, 1) != 1
+        ),
+    }
+    kind = f"{image.format} {image.mode}"
+    return Inspection(_to_rgb(image), kind, [text for text, holds in notes.items() if holds])
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; store it with 8 or 16 bits per channel")
     if image.mode == "I" or image.mode.startswith("I;16"):  # "I" is how Pillow opens some 16-bit formats
@@ -74,6 +105,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_values(image: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "L":
         image.load()
         return image

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,26 +100,54 @@ def mask_classes(
     Raises:
         DataError: ``ignore_index`` is no mask value, names are faulty, or there are fewer than two classes.
     """
-    where = str(tree.path)
+    check_ignore_index(ignore_index)
+    names = given_names(tree, layout, classes)
+    if names is None:
+        names = named_by_value(values_of_training(tree, layout))
+    return number_classes(names, ignore_index, str(tree.path))
+
+
+def check_ignore_index(ignore_index: int | None) -> None:
+    """Raise a ``DataError`` unless it can be a mask value."""
     if ignore_index is not None and not 0 <= ignore_index <= IGNORE:
         raise DataError(f"ignore_index must be a mask value from 0 to {IGNORE}, not {ignore_index}.")
+
+
+def given_names(tree: FileTree, layout: PairLayout, classes: Sequence[str] | str | None) -> dict[int, str] | None:
+    """The names of the mask values, as given or out of the set's own file; None where there are none.
+
+    Raises:
+        DataError: they are faulty.
+    """
     if classes is None and layout.classes_file:
-        classes = parse_class_names(tree.read(layout.classes_file), f"{where}: '{layout.classes_file}'")
+        classes = parse_class_names(tree.read(layout.classes_file), f"{tree.path}: '{layout.classes_file}'")
     elif isinstance(classes, str):
         classes = read_class_names(classes)
     elif classes is not None:
         check_class_names(classes, "classes")
-    values = values_of_training(tree, layout) if classes is None else range(len(classes))
-    names = [str(value) for value in values] if classes is None else classes
+    return None if classes is None else dict(enumerate(classes))
+
+
+def named_by_value(values: Iterable[int]) -> dict[int, str]:
+    """Mask values as names of their own."""
+    return {value: str(value) for value in sorted(values)}
+
+
+def number_classes(names: Mapping[int, str], ignore_index: int | None, where: str) -> MaskClasses:
+    """The classes out of the names of the mask values, ascending by value.
+
+    Raises:
+        DataError: there are fewer than two.
+    """
     ignored = frozenset({IGNORE} if ignore_index is None else {IGNORE, ignore_index})
-    kept = [(name, value) for name, value in zip(names, values, strict=True) if value not in ignored]
+    kept = {value: name for value, name in names.items() if value not in ignored}
     if len(kept) < 2:
-        found = ", ".join(f"'{name}'" for name, _ in kept) or "none"
+        found = ", ".join(f"'{name}'" for name in kept.values()) or "none"
         raise DataError(
             f"{where}: segmentation needs two or more classes, but there is {found} (mask values"
             f" {', '.join(map(str, sorted(ignored)))} do not count). Give each class a value of its own: 0, 1, ..."
         )
-    return MaskClasses(tuple(name for name, _ in kept), tuple(value for _, value in kept), ignored)
+    return MaskClasses(tuple(kept.values()), tuple(kept), ignored)
 
 
 def values_of(mask: Image.Image) -> list[int]:
@@ -177,7 +205,7 @@ def check_class_names(names: Sequence[str], where: str) -> None:
             )
 
 
-def values_of_training(tree: FileTree, layout: PairLayout) -> list[int]:
+def values_of_training(tree: FileTree, layout: PairLayout) -> set[int]:
     """The values in all masks that came for training, before anything is held out."""
     if "train" not in layout.splits:
         raise DataError(
@@ -186,7 +214,7 @@ def values_of_training(tree: FileTree, layout: PairLayout) -> list[int]:
         )
     masks = (pair.mask for pair in layout.splits["train"])
     found = (values_of(decode_mask(tree.read(name), f"{tree.path}: '{name}'")) for name in masks)
-    return sorted(set().union(*found))
+    return set().union(*found)
 
 
 def _listed(values: Sequence[int]) -> str:

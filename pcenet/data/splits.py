@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from pcenet.choices import Split
@@ -32,16 +32,22 @@ def select_split(
     Raises:
         DataError: there is no such split and none to hold it out of.
     """
-    absent: list[Split] = [part for part in ("val", "test") if part not in splits]
-    if "train" in splits and "val" in absent and (split == "train" or split in absent):
+    parts = held_out_parts(splits)
+    if parts and split in ("train", *parts):
         items = splits["train"]
-        return [items[index] for index in hold_out(items, absent)[split]]
+        return [items[index] for index in hold_out(items, parts)[split]]
     if split not in splits:
         raise DataError(
             f"{where}: there is no split '{split}', only {', '.join(splits)}."
             f" Choose one of these, or add a folder '{split}' with {content}."
         )
     return splits[split]
+
+
+def held_out_parts(splits: Collection[Split]) -> list[Split]:
+    """The parts that are held out of ``"train"`` in a set that comes with these splits."""
+    absent: list[Split] = [part for part in ("val", "test") if part not in splits]
+    return absent if "train" in splits and "val" in absent else []
 
 
 def hold_out(

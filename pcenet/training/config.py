@@ -245,3 +245,21 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+@dataclass(frozen=True)
+class CheckDataConfig:
+    """What ``pcenet check-data`` needs to know. Creating one checks every value, as for `TrainConfig`."""
+
+    data: Annotated[
+        str,
+        Option("A folder or .zip of images: a folder per class or, to segment, images/ and masks/.", positional=True),
+    ]
+    task: Annotated[Task, Option("What the images are for, as in `pcenet train`.")] = "classify"
+    classes: ClassesOption = None
+    ignore_index: IgnoreIndexOption = None
+    out: Annotated[str | None, Option("Folder for samples.png, a sheet of training images; null: none.")] = None
+    json: Annotated[str | None, Option("File for the whole report as JSON; null: none.")] = None
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 import pcenet.data as data
+from pcenet.choices import Split
 from pcenet.models import SavableModel
 from pcenet.training.callbacks import (
     AtomicCheckpointIO,
@@ -42,6 +43,8 @@ from pcenet.training.resume import epochs_behind, read_checkpoint
 from pcenet.training.tables import console, router_table
 
 LOG_EVERY = 50
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,14 @@ def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, checkp
         ValueError: for faulty data or arguments of the network, or a checkpoint that is not of this run.
     """
     kind = kind_of(config.task)
-    sources = {"train": kind.open(config, config.data, "train"), "val": kind.open(config, config.data, "val")}
+    sources: dict[Split, Any] = {
+        "train": kind.open(config, config.data, "train"),
+        "val": kind.open(config, config.data, "val"),
+    }
     classes = sources["train"].classes
     check_classes(classes, sources["val"].classes, "train", "val")
+    for finding in data.quick_check(sources):
+        log.warning("%s: %s", config.data, finding.message)
     first_epoch = epochs_behind(checkpoint, folder, config, classes) if checkpoint else 0
     L.seed_everything(config.seed, workers=True, verbose=False)
     with naming_model_args(config.model_args):

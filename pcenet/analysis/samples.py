@@ -1,0 +1,98 @@
+"""Sample sheets: what a data set looks like. matplotlib is imported when something is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from pcenet.data import IGNORE, CheckReport
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_CLASSES, COLUMNS = 20, 4  # rows of a sheet of labelled images; columns of one of masks
+OPACITY = 0.5  # of a mask over its image
+IGNORED_COLOUR = (0.0, 0.0, 0.0)
+
+
+def sample_sheet(report: CheckReport) -> Figure:
+    """The samples of a report as a picture.
+
+    To classify: a row per class (the first 20), named, with its number of training images. To segment: images with
+    their masks laid over them, named, and a legend of the classes with their share of the training pixels.
+
+    Raises:
+        ValueError: the report has no samples.
+        ModuleNotFoundError: without matplotlib; ``pip install 'pcenet[plot]'``.
+    """
+    if not report.samples:
+        raise ValueError("report has no samples: no training image could be read")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("pictures need matplotlib: pip install 'pcenet[plot]'") from error
+    return _labelled(report) if report.task == "classify" else _masked(report)
+
+
+def class_colours(count: int) -> list[tuple[float, float, float]]:
+    """RGB colours from 0 to 1 for classes: matplotlib's 20 of ``tab20``, repeated."""
+    from matplotlib import colormaps
+
+    palette = colormaps["tab20"]
+    return [palette(number % palette.N)[:3] for number in range(count)]
+
+
+def overlay(
+    image: Image.Image, mask: Image.Image, colours: Sequence[tuple[float, float, float]]
+) -> npt.NDArray[np.float64]:
+    """An image with its mask laid over it, ``[H, W, 3]`` from 0 to 1; pixels that do not count are darkened."""
+    table = np.array([IGNORED_COLOUR] * (IGNORE + 1))
+    table[: len(colours)] = colours
+    return (1 - OPACITY) * np.asarray(image) / 255 + OPACITY * table[np.asarray(mask)]
+
+
+def _labelled(report: CheckReport) -> Figure:
+    from matplotlib.figure import Figure
+
+    classes = report.classes[:MOST_CLASSES]
+    rows = [[sample for sample in report.samples if sample.label == name] for name in classes]
+    columns = max(map(len, rows), default=1) or 1
+    figure = Figure(figsize=(1.1 * columns + 2, 1.15 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for name, samples, row in zip(classes, rows, axes, strict=True):
+        for axis, sample in zip(row, samples, strict=False):
+            axis.imshow(sample.image)
+        row[0].set_ylabel(f"{name}\n{report.counts['train'][name]}", rotation=0, ha="right", va="center")
+    shown = f"{len(classes)} of {len(report.classes)} classes" if len(classes) < len(report.classes) else "all classes"
+    return _finished(figure, f"{report.source}: {shown}, with their training images")
+
+
+def _masked(report: CheckReport) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    colours, shares = class_colours(len(report.classes)), report.shares
+    rows = -(-len(report.samples) // COLUMNS)
+    figure = Figure(figsize=(3 * COLUMNS, 2.6 * rows + 1.2), layout="constrained")
+    axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    for axis, sample in zip(axes, report.samples, strict=False):
+        assert sample.mask is not None
+        axis.imshow(overlay(sample.image, sample.mask, colours))
+        axis.set_title(sample.file.rpartition("/")[2], fontsize=8)
+    named = zip(report.classes, colours, strict=True)
+    legend = [Patch(color=colour, label=f"{name}: {shares[name]:.1%}") for name, colour in named]
+    legend.append(Patch(color=IGNORED_COLOUR, label="does not count"))
+    figure.legend(handles=legend, loc="outside lower center", ncols=6)
+    return _finished(figure, f"{report.source}: training images with their masks; share of the pixels")
+
+
+def _finished(figure: Figure, title: str) -> Figure:
+    figure.suptitle(title)
+    for axis in figure.axes:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    return figure
