@@ -1,4 +1,4 @@
-"""The command line: ``pcenet train | eval | models``.
+"""The command line: ``pcenet train | eval | predict | models | doctor``.
 
 Nothing heavy is imported before a command runs, so that help and mistakes in the options cost no time.
 """
@@ -14,16 +14,16 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_origin
 
 from pcenet import __version__
 from pcenet.choices import did_you_mean
-from pcenet.training.config import EvalConfig, TrainConfig, choices_of, options_of
+from pcenet.training.config import EvalConfig, PredictConfig, TrainConfig, choices_of, options_of
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-C = TypeVar("C", TrainConfig, EvalConfig)
+C = TypeVar("C", TrainConfig, EvalConfig, PredictConfig)
 
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "tensorboard", "torchmetrics", "yaml")
 TRACEBACK = "PCENET_TRACEBACK"
@@ -37,12 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; by default those of the process.
 
     Returns:
-        The exit code: 0; 2 after an error that the user can mend, printed as one line; 130 after Ctrl-C.
+        The exit code: 0; 1 where a command found what it was given unusable and has said so; 2 after an error that the
+        user can mend, printed as one line; 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_warnings()
     try:
-        dispatch(arguments)
+        return dispatch(arguments)
     except KeyboardInterrupt:
         way_on = "; --resume auto continues the run" if arguments[:1] == ["train"] else ""
         return fail(f"interrupted{way_on}", code=130)
@@ -59,7 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(str(error))
     except SystemExit as error:  # argparse leaves this way after --help and --version
         return error.code if isinstance(error.code, int) else 0
-    return 0
 
 
 def fail(message: str, code: int = 2) -> int:
@@ -85,11 +85,10 @@ class WarningLines(logging.Handler):
         print(f"pcenet: warning: {record.getMessage()}", file=sys.stderr)
 
 
-def dispatch(arguments: list[str]) -> None:
-    """Run the command that the first argument names."""
+def dispatch(arguments: list[str]) -> int:
+    """Run the command that the first argument names; return the exit code."""
     if arguments and arguments[0] in COMMANDS:
-        COMMANDS[arguments[0]](arguments[1:])
-        return
+        return COMMANDS[arguments[0]](arguments[1:]) or 0
     parser = argparse.ArgumentParser(
         prog="pcenet",
         usage="pcenet [-h] [--version] COMMAND ...",
@@ -153,7 +152,10 @@ def config_parser(command: str, config_class: type[C]) -> ArgumentParser:
         if choices:  # the config itself checks them, and suggests the nearest
             settings["metavar"] = "{" + ",".join(choices) + "}"
         if option.positional:
-            parser.add_argument(name, **settings)
+            words = {"nargs": "+", "type": str} if get_origin(kind) is list else {}
+            parser.add_argument(name, **settings | words)
+        elif kind is bool:
+            parser.add_argument(option_name(name), action="store_true", help=option.help)
         else:
             parser.add_argument(option_name(name), default=defaults[name], **settings)
     return parser
@@ -208,6 +210,15 @@ def run_eval(arguments: list[str]) -> None:
     evaluate(config)
 
 
+def run_predict(arguments: list[str]) -> int:
+    """apply a trained network to image files, folders and archives"""
+    config = parse("predict", PredictConfig, arguments)
+    from pcenet.inference.predict import predict
+
+    result = predict(config)
+    return 0 if result.predicted else fail(f"none of {len(result.left_out)} files could be predicted", code=1)
+
+
 def run_models(arguments: list[str]) -> None:
     """list the networks with their cost and their dense twins"""
     parser = OneLineParser(prog="pcenet models", description=run_models.__doc__, allow_abbrev=False)
@@ -259,8 +270,9 @@ class OneLineParser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": run_train,
     "eval": run_eval,
+    "predict": run_predict,
     "models": run_models,
 }

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pcenet.data.base import DataError
 
@@ -54,6 +54,11 @@ def _decode(data: bytes, name: str, convert: Callable[[Image.Image], Image.Image
         raise DataError(
             f"{name}: the image has more than PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS} pixels."
             f" Shrink or remove it."
+        ) from error
+    except UnidentifiedImageError as error:
+        reason = "it is in no known image format" if data else "it is empty"
+        raise DataError(
+            f"{name}: the file cannot be read as an image ({reason}). Replace or remove the file."
         ) from error
     except Exception as error:  # Pillow's plugins raise nearly any type on damaged data
         raise DataError(

@@ -28,7 +28,7 @@ class Option:
     Attributes:
         help: the explanation that ``--help`` gives.
         at_least, above, below: bounds of the values that are allowed.
-        positional: on the command line it is an argument, not an option.
+        positional: on the command line it is an argument, not an option; a list takes one or more words.
     """
 
     help: str
@@ -83,6 +83,8 @@ def check(config: Any) -> None:
         if choices and value not in choices:
             hint = did_you_mean(str(value), choices)
             raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}{hint}")
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value}")
         if not isinstance(value, int | float):
@@ -235,6 +237,35 @@ class EvalConfig:
         str | None, Option("Folder for eval-DATA-SPLIT.json; null: the run folder, else the current one.")
     ] = None
     batch_size: Annotated[int | None, Option("Images per step; null: 256, or 8 to segment.", at_least=1)] = None
+    precision: PrecisionOption = "auto"
+    device: DeviceOption = "auto"
+    workers: WorkersOption = None
+    threads: ThreadsOption = None
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """What ``pcenet predict`` needs to know. Creating one checks every value, as for `TrainConfig`."""
+
+    run: Annotated[str, Option("A run folder, or a model folder (model.safetensors and config.json).", positional=True)]
+    inputs: Annotated[
+        list[str],
+        Option(
+            "Image files, folders (with all that is below them) and .zip archives (read in place).", positional=True
+        ),
+    ]
+    out: Annotated[
+        str | None,
+        Option("Folder for the results, new or empty; null: predictions, with a number where that exists."),
+    ] = None
+    top: Annotated[int, Option("Classes that are listed for each image, most probable first.", at_least=1)] = 5
+    routing: Annotated[
+        bool, Option("Write the expert of each patch, per layer, to predictions.json as rows of columns.")
+    ] = False
+    batch_size: Annotated[int, Option("Images per step.", at_least=1)] = 64
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"
     workers: WorkersOption = None

@@ -1,0 +1,73 @@
+"""Image files -> batches, prepared as ``pcenet eval`` prepares them; what cannot be read comes along as a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pcenet.data import DataError, Transform
+from pcenet.inference.inputs import InputFile, LeftOut, printable
+
+Sample = tuple[int, Tensor | str]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some files in their order: those that were read, with their images, and those that were not.
+
+    Attributes:
+        files: what was read.
+        images: ``[len(files), 3, H, W]`` float32, normalised.
+        left_out: what was not.
+    """
+
+    files: Sequence[InputFile]
+    images: Tensor
+    left_out: Sequence[LeftOut]
+
+
+class FileDataset(Dataset[Sample]):
+    """Prepared images by the number of their file; the reason, as a text, for one that cannot be read."""
+
+    def __init__(self, files: Sequence[InputFile], transform: Transform) -> None:
+        self.files = files
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        file = self.files[index]
+        try:
+            return index, self.transform(file.image())
+        except DataError as error:
+            return index, printable(str(error).removeprefix(f"{file.file}: "))
+
+
+def read_batches(files: Sequence[InputFile], transform: Transform, *, batch_size: int, workers: int) -> Iterator[Batch]:
+    """All files in their order, ``batch_size`` at a time; only a few batches are in memory at once.
+
+    Args:
+        files: the files.
+        transform: PIL image -> tensor, of one size for all images.
+        batch_size: files per batch, those that cannot be read included.
+        workers: processes that load; 0 loads in this one.
+    """
+    loader = DataLoader(
+        FileDataset(files, transform),
+        batch_size=batch_size,
+        collate_fn=list,
+        num_workers=workers,
+        generator=torch.Generator(),  # for the workers' base seed, else drawn from the default generator
+    )
+    for samples in loader:
+        read = [(files[index], content) for index, content in samples if isinstance(content, Tensor)]
+        yield Batch(
+            files=[file for file, _ in read],
+            images=torch.stack([content for _, content in read]) if read else torch.empty(0),
+            left_out=[LeftOut(files[index].file, content) for index, content in samples if isinstance(content, str)],
+        )
