@@ -55,14 +55,11 @@ def _decode(data: bytes, name: str, convert: Callable[[Image.Image], Image.Image
             f"{name}: the image has more than PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS} pixels."
             f" Shrink or remove it."
         ) from error
-    except UnidentifiedImageError as error:
-        reason = "it is in no known image format" if data else "it is empty"
+    except Exception as error:  # Pillow's plugins raise nearly any type on damaged data
+        unknown = "it is in no known format" if data else "it is empty"
+        reason = unknown if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
             f"{name}: the file cannot be read as an image ({reason}). Replace or remove the file."
-        ) from error
-    except Exception as error:  # Pillow's plugins raise nearly any type on damaged data
-        raise DataError(
-            f"{name}: the file cannot be read as an image ({error}). Replace or remove the file."
         ) from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from pcenet.nn import Routing, record_routing
 from pcenet.training.config import Precision
 from pcenet.training.device import autocast
 
+Records = dict[str, list[Routing]]
 Grids = dict[str, list[list[int]]]
 
 
@@ -50,7 +51,7 @@ class Classifier:
     def __call__(self, batch: Batch) -> list[Row]:
         """A row per file of the batch."""
         images = batch.images.to(self.device, memory_format=torch.channels_last)
-        recorder = record_routing(self.model) if self.routing else nullcontext({})
+        recorder: AbstractContextManager[Records] = record_routing(self.model) if self.routing else nullcontext({})
         with autocast(self.precision, self.device), recorder as records:
             logits = self.model(images)
         best = logits.float().softmax(1).topk(min(self.top, len(self.classes)))
@@ -73,7 +74,7 @@ class Classifier:
         return Row([file, *(cell for pair in top for cell in pair)], record)
 
 
-def expert_grids(records: dict[str, list[Routing]], images: int) -> list[Grids]:
+def expert_grids(records: Records, images: int) -> list[Grids]:
     """For each image, by layer name, the expert of each patch (its first choice) as rows of columns; -1: dropped."""
     maps = {name: expert_map(routings[-1]).tolist() for name, routings in records.items()}
     return [{name: layer[image] for name, layer in maps.items()} for image in range(images)]

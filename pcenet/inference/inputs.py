@@ -61,7 +61,7 @@ def find_inputs(paths: Sequence[str]) -> tuple[list[InputFile], list[LeftOut]]:
     for path in paths:
         if not os.path.lexists(path):
             hint = did_you_mean(path, _beside(Path(path)), SIMILAR)
-            raise ValueError(f"inputs: {path!r} does not exist; give image files, folders or .zip archives{hint}")
+            raise ValueError(f"inputs: {path!r} does not exist; give files, folders or .zip archives{hint}")
     found: dict[str, InputFile | LeftOut] = {}
     for path in paths:
         for item in _below(Path(path)):

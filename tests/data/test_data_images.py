@@ -85,7 +85,7 @@ JPEG = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64,
     ("data", "reason"),
     [
         (b"", "it is empty"),
-        (b"<!DOCTYPE html>", "it is in no known image format"),
+        (b"<!DOCTYPE html>", "it is in no known format"),
         (JPEG[: len(JPEG) // 2], "image file is truncated"),
         (JPEG[:20], ""),
     ],

@@ -135,6 +135,7 @@ def test_odd_files_are_read_as_they_look(
     transparent = encode(palette, transparency=3)
     see_through = Image.open(BytesIO(transparent)).convert("RGBA")
     on_white = Image.alpha_composite(Image.new("RGBA", see_through.size, "white"), see_through).convert("RGB")
+    cyan_free = Image.new("CMYK", (32, 32), (0, 255, 255, 0))
     jpeg = encode(colour, "JPEG")
     files = {
         "pics/16bit.png": (encode(sixteen), grey.convert("RGB")),
@@ -193,7 +194,7 @@ def test_broken_files_are_reported_and_stop_nothing(
         "pics/empty.png": "(it is empty)",
         "pics/gone.png": "the file cannot be read (No such file or directory)",
         "pics/notes.txt": "it is not named like an image",
-        "pics/page.jpg": "(it is in no known image format)",
+        "pics/page.jpg": "(it is in no known format)",
         "pics/parts.zip": "an archive inside a folder or an archive is not read; give it by itself",
         "pics/pipe.png": "it is no regular file",
         "broken.zip": "cannot be read as a zip archive",
