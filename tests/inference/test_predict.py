@@ -141,7 +141,7 @@ def test_odd_files_are_read_as_they_look(
         "pics/16bit.png": (encode(sixteen), grey.convert("RGB")),
         "pics/animated.gif": (encode(palette, "GIF", save_all=True, append_images=[noise(3)]), palette.convert("RGB")),
         "pics/cmyk.tif": (
-            encode(Image.new("CMYK", (32, 32), (0, 255, 255, 0)), "TIFF"),
+            encode(cyan_free, "TIFF"),
             Image.new("RGB", (32, 32), "red"),
         ),
         "pics/grey.png": (encode(grey), grey.convert("RGB")),
@@ -279,7 +279,7 @@ def test_a_network_without_class_names_gives_class_numbers(
         ("predict nowhere a.png", "run: nowhere is no run folder or model folder"),
         (
             "predict MODEL b.png",
-            "inputs: 'b.png' does not exist; give image files, folders or .zip archives; did you mean",
+            "inputs: 'b.png' does not exist; give files, folders or .zip archives; did you mean",
         ),
         ("predict MODEL bare", "inputs: no image file in bare"),
         ("predict MODEL a.png --top 0", "top must be at least 1, got 0"),
