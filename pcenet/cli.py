@@ -221,10 +221,7 @@ def run_predict(arguments: list[str]) -> int:
 
 def run_models(arguments: list[str]) -> None:
     """list the networks with their cost and their dense twins"""
-    parser = OneLineParser(prog="pcenet models", description=run_models.__doc__, allow_abbrev=False)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    spellings = {name: name for name in ("-h", "--help", "--json")}
-    options = parser.parse_args([respell(word, spellings) for word in arguments])
+    options = parse_json_flag("models", arguments)
     rows = catalogue()
     if options.json:
         print(json.dumps(rows, indent=2))
@@ -247,6 +244,23 @@ def run_models(arguments: list[str]) -> None:
             row["twin"] or "",
         )
     console().print(table)
+
+
+def run_doctor(arguments: list[str]) -> None:
+    """show versions, hardware and speed, for a bug report"""
+    options = parse_json_flag("doctor", arguments)
+    from pcenet.doctor import as_text, examine
+
+    report = examine()
+    print(json.dumps(report, indent=2) if options.json else as_text(report))
+
+
+def parse_json_flag(command: str, arguments: list[str]) -> argparse.Namespace:
+    """The options of a command that takes ``--json`` alone."""
+    parser = OneLineParser(prog=f"pcenet {command}", description=COMMANDS[command].__doc__, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    spellings = {name: name for name in ("-h", "--help", "--json")}
+    return parser.parse_args([respell(word, spellings) for word in arguments])
 
 
 def catalogue() -> list[dict[str, Any]]:
@@ -275,4 +289,5 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "eval": run_eval,
     "predict": run_predict,
     "models": run_models,
+    "doctor": run_doctor,
 }
