@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -17,17 +18,17 @@ Sample = tuple[int, Tensor | str]
 
 @dataclass(frozen=True)
 class Batch:
-    """Some files in their order: those that were read, with their images, and those that were not.
+    """Some files in their order: neighbours that were read and whose images have one size, or that were not read.
 
     Attributes:
         files: what was read.
         images: ``[len(files), 3, H, W]`` float32, normalised.
-        left_out: what was not.
+        left_out: what was not; then there are no files.
     """
 
     files: Sequence[InputFile]
     images: Tensor
-    left_out: Sequence[LeftOut]
+    left_out: Sequence[LeftOut] = ()
 
 
 class FileDataset(Dataset[Sample]):
@@ -53,8 +54,8 @@ def read_batches(files: Sequence[InputFile], transform: Transform, *, batch_size
 
     Args:
         files: the files.
-        transform: PIL image -> tensor, of one size for all images.
-        batch_size: files per batch, those that cannot be read included.
+        transform: PIL image -> tensor.
+        batch_size: files that are read together; a broken one or a change of size cuts a batch short.
         workers: processes that load; 0 loads in this one.
     """
     loader = DataLoader(
@@ -65,9 +66,13 @@ def read_batches(files: Sequence[InputFile], transform: Transform, *, batch_size
         generator=torch.Generator(),  # for the workers' base seed, else drawn from the default generator
     )
     for samples in loader:
-        read = [(files[index], content) for index, content in samples if isinstance(content, Tensor)]
-        yield Batch(
-            files=[file for file, _ in read],
-            images=torch.stack([content for _, content in read]) if read else torch.empty(0),
-            left_out=[LeftOut(files[index].file, content) for index, content in samples if isinstance(content, str)],
-        )
+        for _, run in groupby(samples, key=lambda sample: getattr(sample[1], "shape", None)):
+            yield _batch(files, list(run))
+
+
+def _batch(files: Sequence[InputFile], run: Sequence[Sample]) -> Batch:
+    images = [content for _, content in run if isinstance(content, Tensor)]
+    if images:
+        return Batch([files[index] for index, _ in run], torch.stack(images))
+    left_out = [LeftOut(files[index].file, content) for index, content in run if isinstance(content, str)]
+    return Batch([], torch.empty(0), left_out)

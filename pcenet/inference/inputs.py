@@ -95,7 +95,7 @@ def _below(path: Path) -> Iterator[InputFile | LeftOut]:
         yield LeftOut(printable(str(path)), printable(str(error)))
         return
     for name in names:
-        parts = name.split("/")
+        parts = tuple(name.split("/"))
         if not parts[-1] or not is_visible(parts):
             continue
         file = printable(f"{path}/{name}")

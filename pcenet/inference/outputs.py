@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
-from pcenet.inference.inputs import LeftOut
+from pcenet.inference.inputs import InputFile, LeftOut
 from pcenet.training.folder import RunFolder
 
 DEFAULT_NAME = "predictions"
@@ -26,10 +26,12 @@ class Row:
     Attributes:
         cells: the row in the CSV file.
         record: the same, and what does not fit into a table, for the JSON file.
+        shown: the row in the table on the terminal.
     """
 
     cells: Sequence[str | float]
     record: Mapping[str, Any]
+    shown: Sequence[str]
 
 
 def output_folder(out: str | None) -> Path:
@@ -44,6 +46,24 @@ def output_folder(out: str | None) -> Path:
     if not RunFolder(Path(out)).free:
         raise ValueError(f"out: {out} exists and is never overwritten; choose a new or an empty folder with --out")
     return Path(out)
+
+
+class OutputNames:
+    """Gives each file a name for what is written for it, that no other has, also where case does not count."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def take(self, file: InputFile) -> str:
+        """The name of a file without suffix; for one in a folder or archive with that and the path below it.
+
+        Slashes separate; a number follows where the name is taken.
+        """
+        path = PurePosixPath(file.origin, file.name).with_suffix("")
+        names = (str(path) if number == 1 else f"{path}-{number}" for number in count(1))
+        name = next(name for name in names if name.casefold() not in self._taken)
+        self._taken.add(name.casefold())
+        return name
 
 
 class ResultFiles:

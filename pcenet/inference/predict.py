@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,16 @@ from rich.table import Table
 
 from pcenet.inference.batches import Batch, read_batches
 from pcenet.inference.classify import Classifier
+from pcenet.inference.colours import legend
 from pcenet.inference.inputs import LeftOut, find_inputs
+from pcenet.inference.network import Network
 from pcenet.inference.outputs import ResultFiles, Row, output_folder
+from pcenet.inference.segment import Segmenter
 from pcenet.models import load_model
 from pcenet.training.config import PredictConfig
 from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
-from pcenet.training.evaluate import eval_transform_of, find_model
-from pcenet.training.tables import console, percent
+from pcenet.training.evaluate import EVAL_BATCH_SIZE, find_model
+from pcenet.training.tables import console
 
 SHOWN = 20  # rows of the table, and lines about files that were left out; the files hold all
 STEPS = 10  # lines of progress where there is no terminal
@@ -44,6 +47,9 @@ class Predicted:
 def predict(config: PredictConfig) -> Predicted:
     """Predict every image that ``config.inputs`` names; write ``predictions.csv`` and ``predictions.json``.
 
+    A segmentation network also leaves ``legend.png`` and, for each image and at its size, a mask whose pixel values are
+    class numbers and an overlay: the image under the classes' colours.
+
     A file that cannot be read stops nothing: it is named at the end, on the terminal and in the JSON file.
 
     Raises:
@@ -58,24 +64,38 @@ def predict(config: PredictConfig) -> Predicted:
     folder = output_folder(config.out)
     model = load_model(model_folder).to(device).to(memory_format=torch.channels_last)
     classes = model.class_names or [str(number) for number in range(model.num_classes)]
-    classifier = Classifier(model, classes, config.top, config.routing, device, precision)
-    workers = resolve_workers(config.workers, device)
-    batches = read_batches(files, eval_transform_of(model), batch_size=config.batch_size, workers=workers)
+    network = Network(model, classes, config.routing, device, precision)
+    predictor = make_predictor(network, config, folder)
+    batches = read_batches(
+        files,
+        predictor.transform,
+        batch_size=config.batch_size or EVAL_BATCH_SIZE[model.task],
+        workers=resolve_workers(config.workers, device),
+    )
     about = {"model": model.pretrained_cfg["architecture"], "run": config.run, "classes": list(classes)}
     first: list[Row] = []
     predicted = 0
-    with ResultFiles(folder, about, classifier.columns) as results:
+    with ResultFiles(folder, about, predictor.columns) as results:
         results.leave_out(left_out)
         for batch in progress(batches, len(files)):
-            rows = classifier(batch) if batch.files else []
+            rows = predictor(batch) if batch.files else []
             for row in rows:
                 results.add(row)
             results.leave_out(batch.left_out)
             left_out += batch.left_out
             predicted += len(rows)
             first += rows[: SHOWN - len(first)]
-    report(first, Predicted(predicted, left_out, folder))
+        if isinstance(predictor, Segmenter) and predicted:
+            legend(classes).save(folder / "legend.png")
+    report(predictor.headings, first, Predicted(predicted, left_out, folder))
     return Predicted(predicted, left_out, folder)
+
+
+def make_predictor(network: Network, config: PredictConfig, folder: Path) -> Classifier | Segmenter:
+    """What predicts for the network's task; to segment it writes pictures into ``folder``."""
+    if network.model.task == "classify":
+        return Classifier(network, config.top)
+    return Segmenter(network, folder, config.overlay_opacity)
 
 
 def progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
@@ -95,13 +115,12 @@ def progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
                 print(f"predicted {done} of {total} files", flush=True)
 
 
-def report(rows: list[Row], result: Predicted) -> None:
+def report(headings: Sequence[str], rows: list[Row], result: Predicted) -> None:
     """Print the first predictions, the files that were left out, and where everything is."""
     if rows:
-        table = Table("file", "label", "probability")
+        table = Table(*headings)
         for row in rows:
-            record = row.record
-            table.add_row(escape(record["file"]), escape(record["label"]), percent(record["probability"]))
+            table.add_row(*map(escape, row.shown))
         console().print(table)
         if result.predicted > len(rows):
             print(f"and {result.predicted - len(rows)} more")

@@ -27,12 +27,13 @@ class Option:
 
     Attributes:
         help: the explanation that ``--help`` gives.
-        at_least, above, below: bounds of the values that are allowed.
+        at_least, at_most, above, below: bounds of the values that are allowed.
         positional: on the command line it is an argument, not an option; a list takes one or more words.
     """
 
     help: str
     at_least: float | None = None
+    at_most: float | None = None
     above: float | None = None
     below: float | None = None
     positional: bool = False
@@ -91,6 +92,7 @@ def check(config: Any) -> None:
             continue
         for rule, bound, holds in (
             ("at least", option.at_least, lambda a, b: a >= b),
+            ("at most", option.at_most, lambda a, b: a <= b),
             ("above", option.above, lambda a, b: a > b),
             ("below", option.below, lambda a, b: a < b),
         ):
@@ -261,11 +263,17 @@ class PredictConfig:
         str | None,
         Option("Folder for the results, new or empty; null: predictions, with a number where that exists."),
     ] = None
-    top: Annotated[int, Option("Classes that are listed for each image, most probable first.", at_least=1)] = 5
+    top: Annotated[
+        int, Option("Classification: how many classes to list for each image, most probable first.", at_least=1)
+    ] = 5
+    overlay_opacity: Annotated[
+        float,
+        Option("Segmentation: how strongly the classes' colours cover the image, from 0 to 1.", at_least=0, at_most=1),
+    ] = 0.5
     routing: Annotated[
         bool, Option("Write the expert of each patch, per layer, to predictions.json as rows of columns.")
     ] = False
-    batch_size: Annotated[int, Option("Images per step.", at_least=1)] = 64
+    batch_size: Annotated[int | None, Option("Images per step; null: 256, or 8 to segment.", at_least=1)] = None
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"
     workers: WorkersOption = None

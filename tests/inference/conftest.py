@@ -11,6 +11,8 @@ import timm
 import torch
 from PIL import Image
 
+from pcenet.models import create_network
+
 CLASSES = ["ant", "bee", "cat", "dog", "emu", "fox", "gnu"]
 Encode = Callable[..., bytes]
 
@@ -24,6 +26,20 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         model.get_classifier().weight.mul_(300)
     folder = tmp_path_factory.mktemp("trained") / "model"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def segmenter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`pce_unet_nano` untrained, for images of 32 x 48, its head strong enough for several classes to be predicted."""
+    torch.manual_seed(0)
+    model = create_network("pce_unet_nano", num_classes=4, pretrained_cfg_overlay={"input_size": (3, 32, 48)})
+    model.class_names = ["sky", "road", "tree", "car"]
+    with torch.no_grad():
+        model.head[1].bias.zero_()
+        model.head[1].weight.mul_(30)
+    folder = tmp_path_factory.mktemp("trained") / "segmenter"
     model.save_pretrained(folder)
     return folder
 
