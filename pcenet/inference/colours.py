@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-import colorsys
+import math
 from collections.abc import Sequence
-from itertools import chain
+from functools import cache
+from itertools import chain, product
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from pcenet.analysis.pictures import PALETTE
 
-GOLDEN = 0.618034  # of the circle of hues from one class to the next: any number of them lie far apart
+MOST = 256  # colours of a palette
+LEVELS = range(0, 256, 36)  # of red, green and blue, of the colours to choose from
 ROW, MARGIN, TEXT = 28, 8, 16  # pixels
 
 Colour = tuple[int, ...]
 
 
-def class_colour(number: int) -> Colour:
-    """Red, green and blue of a class, 0 to 255; the first ones are those that colour-blind readers can tell apart."""
-    if number < len(PALETTE):
-        return ImageColor.getrgb(PALETTE[number])
-    hue, value = number * GOLDEN % 1, 0.95 - 0.3 * (number % 3) / 2
-    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.6, value))
+@cache
+def class_colours() -> tuple[Colour, ...]:
+    """Red, green and blue of `MOST` classes, 0 to 255.
+
+    First those that colour-blind readers can tell apart, then always the one that lies farthest from all before it.
+    """
+    colours = [ImageColor.getrgb(colour) for colour in PALETTE]
+    candidates: list[Colour] = list(product(LEVELS, repeat=3))
+    distances = [min(math.dist(candidate, colour) for colour in colours) for candidate in candidates]
+    while len(colours) < MOST:
+        farthest = candidates[distances.index(max(distances))]
+        colours.append(farthest)
+        distances = [min(old, math.dist(each, farthest)) for old, each in zip(distances, candidates, strict=True)]
+    return tuple(colours)
 
 
 def palette(count: int) -> list[int]:
     """The colours of ``count`` classes, as `PIL.Image.Image.putpalette` takes them."""
-    return list(chain.from_iterable(class_colour(number) for number in range(count)))
+    return list(chain.from_iterable(class_colours()[:count]))
 
 
 def legend(classes: Sequence[str]) -> Image.Image:
@@ -38,6 +48,6 @@ def legend(classes: Sequence[str]) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     for number, text in enumerate(texts):
         top = MARGIN + number * ROW
-        draw.rectangle((MARGIN, top, MARGIN + ROW, top + ROW - MARGIN), fill=class_colour(number), outline="black")
+        draw.rectangle((MARGIN, top, MARGIN + ROW, top + ROW - MARGIN), fill=class_colours()[number], outline="black")
         draw.text((2 * MARGIN + ROW, top), text, fill="black", font=font)
     return picture

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from pcenet.inference.batches import Batch, read_batches
 from pcenet.inference.classify import Classifier
@@ -118,7 +118,7 @@ def progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
 def report(headings: Sequence[str], rows: list[Row], result: Predicted) -> None:
     """Print the first predictions, the files that were left out, and where everything is."""
     if rows:
-        table = Table(*headings)
+        table = Table(*(Column(heading, overflow="fold") for heading in headings))
         for row in rows:
             table.add_row(*map(escape, row.shown))
         console().print(table)

@@ -40,7 +40,7 @@ class Segmenter:
     opacity: float
     names: OutputNames = field(default_factory=OutputNames)
 
-    headings = ("file", "mask", "largest shares")
+    headings = ("file", "largest shares")
 
     @property
     def transform(self) -> Transform:
@@ -80,7 +80,7 @@ class Segmenter:
             "overlay": overlay,
             "shares": dict(zip(self.network.classes, shares, strict=True)),
         }
-        shown = [file.file, mask, largest(self.network.classes, shares)]
+        shown = [file.file, largest(self.network.classes, shares)]
         return Row([file.file, mask, overlay, *shares], record | grids, shown)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from PIL import Image
 
 from pcenet.cli import main
 from pcenet.data import cover_transform
-from pcenet.inference.colours import class_colour, legend
+from pcenet.inference.colours import class_colours, legend
 from pcenet.inference.inputs import InputFile
 from pcenet.inference.outputs import OutputNames
 from pcenet.models import load_model
@@ -159,10 +161,12 @@ def test_names_stay_below_the_folder() -> None:
 
 
 def test_colours_differ_and_the_legend_shows_them() -> None:
-    colours = [class_colour(number) for number in range(60)]
-    assert colours[:4] == COLOURS
-    assert len(set(colours)) == 60
+    colours = class_colours()
+    assert colours[:4] == tuple(COLOURS)
+    assert len(set(colours)) == 256
     assert all(len(colour) == 3 and set(colour) <= set(range(256)) for colour in colours)
+    # Among 24 classes no two are alike: a step in one channel of a quarter is seen.
+    assert min(math.dist(a, b) for a, b in combinations(colours[:24], 2)) > 64
     picture = legend(["sky", "a rather long name of a class"])
     array = np.asarray(picture).astype(int)
     for number in range(2):
