@@ -24,7 +24,7 @@ def class_colours() -> tuple[Colour, ...]:
 
     First those that colour-blind readers can tell apart, then always the one that lies farthest from all before it.
     """
-    colours = [ImageColor.getrgb(colour) for colour in PALETTE]
+    colours: list[Colour] = [ImageColor.getrgb(colour) for colour in PALETTE]
     candidates: list[Colour] = list(product(LEVELS, repeat=3))
     distances = [min(math.dist(candidate, colour) for colour in colours) for candidate in candidates]
     while len(colours) < MOST:
