@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that help and mistakes in th
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -28,6 +29,19 @@ C = TypeVar("C", TrainConfig, EvalConfig, PredictConfig)
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "tensorboard", "torchmetrics", "yaml")
 TRACEBACK = "PCENET_TRACEBACK"
 KINDS = {"int": "a whole number", "float": "a number", "dict": 'a mapping such as {"num_experts": 8}'}
+
+OTHER_PATH = "choose another path"
+WAYS_OUT = {
+    errno.EACCES: f"allow it to be read and written, or {OTHER_PATH}",
+    errno.EPERM: f"allow it to be read and written, or {OTHER_PATH}",
+    errno.EROFS: OTHER_PATH,
+    errno.EEXIST: OTHER_PATH,
+    errno.ENOTDIR: OTHER_PATH,
+    errno.EISDIR: OTHER_PATH,
+    errno.ENAMETOOLONG: OTHER_PATH,
+    errno.ENOSPC: f"make room, or {OTHER_PATH}",
+    errno.EDQUOT: f"make room, or {OTHER_PATH}",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return fail(str(error))
     except OSError as error:
-        known = error.filename and error.strerror
-        return fail(f"{error.filename}: {error.strerror}" if known else str(error))
+        return fail(explain_system(error))
     except ValueError as error:
         return fail(str(error))
     except SystemExit as error:  # argparse leaves this way after --help and --version
@@ -68,6 +81,14 @@ def fail(message: str, code: int = 2) -> int:
         traceback.print_exc()
     print(f"pcenet: error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def explain_system(error: OSError) -> str:
+    """What the operating system refused, and the way out."""
+    if not (error.filename and error.strerror):
+        return str(error)
+    way_out = WAYS_OUT.get(error.errno or 0, "check the path and whether its disk is in order")
+    return f"{error.filename}: {error.strerror}; {way_out}"
 
 
 def show_warnings() -> None:
@@ -95,7 +116,7 @@ def dispatch(arguments: list[str]) -> int:
         description="Convolutional networks whose patches are filtered by the expert chosen for them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
-        + "".join(f"  {name:8}{run.__doc__}\n" for name, run in COMMANDS.items())
+        + "".join(f"  {name:12}{run.__doc__}\n" for name, run in COMMANDS.items())
         + "\n`pcenet COMMAND --help` explains a command's options."
         + f"\nAn error is one line; with the environment variable {TRACEBACK}=1 its traceback comes first.",
     )
@@ -149,13 +170,13 @@ def config_parser(command: str, config_class: type[C]) -> ArgumentParser:
     for name, (kind, option) in options_of(config_class).items():
         choices = choices_of(kind)
         settings: dict[str, Any] = {"type": str if choices else kind, "help": option.help}
+        if kind is bool:
+            settings = {"action": "store_true", "help": option.help}
         if choices:  # the config itself checks them, and suggests the nearest
             settings["metavar"] = "{" + ",".join(choices) + "}"
         if option.positional:
             words = {"nargs": "+", "type": str} if get_origin(kind) is list else {}
             parser.add_argument(name, **settings | words)
-        elif kind is bool:
-            parser.add_argument(option_name(name), action="store_true", help=option.help)
         else:
             parser.add_argument(option_name(name), default=defaults[name], **settings)
     return parser
