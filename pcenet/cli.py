@@ -1,4 +1,4 @@
-"""The command line: ``pcenet train | eval | models | check-data``.
+"""The command line: ``pcenet check-data | train | eval | predict | models | doctor``.
 
 Nothing heavy is imported before a command runs, so that help and mistakes in the options cost no time.
 """
@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that help and mistakes in th
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -14,20 +15,33 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_origin
 
 from pcenet import __version__
 from pcenet.choices import did_you_mean
-from pcenet.training.config import CheckDataConfig, EvalConfig, TrainConfig, choices_of, options_of
+from pcenet.training.config import CheckDataConfig, EvalConfig, PredictConfig, TrainConfig, choices_of, options_of
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-C = TypeVar("C", TrainConfig, EvalConfig, CheckDataConfig)
+C = TypeVar("C", TrainConfig, EvalConfig, PredictConfig, CheckDataConfig)
 
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "tensorboard", "torchmetrics", "yaml")
 TRACEBACK = "PCENET_TRACEBACK"
 KINDS = {"int": "a whole number", "float": "a number", "dict": 'a mapping such as {"num_experts": 8}'}
+
+OTHER_PATH = "choose another path"
+WAYS_OUT = {
+    errno.EACCES: f"allow it to be read and written, or {OTHER_PATH}",
+    errno.EPERM: f"allow it to be read and written, or {OTHER_PATH}",
+    errno.EROFS: OTHER_PATH,
+    errno.EEXIST: OTHER_PATH,
+    errno.ENOTDIR: OTHER_PATH,
+    errno.EISDIR: OTHER_PATH,
+    errno.ENAMETOOLONG: OTHER_PATH,
+    errno.ENOSPC: f"make room, or {OTHER_PATH}",
+    errno.EDQUOT: f"make room, or {OTHER_PATH}",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return fail(str(error))
     except OSError as error:
-        known = error.filename and error.strerror
-        return fail(f"{error.filename}: {error.strerror}" if known else str(error))
+        return fail(explain_system(error))
     except ValueError as error:
         return fail(str(error))
     except SystemExit as error:  # argparse leaves this way after --help and --version
@@ -68,6 +81,14 @@ def fail(message: str, code: int = 2) -> int:
         traceback.print_exc()
     print(f"pcenet: error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def explain_system(error: OSError) -> str:
+    """What the operating system refused, and the way out."""
+    if not (error.filename and error.strerror):
+        return str(error)
+    way_out = WAYS_OUT.get(error.errno or 0, "check the path and whether its disk is in order")
+    return f"{error.filename}: {error.strerror}; {way_out}"
 
 
 def show_warnings() -> None:
@@ -149,10 +170,13 @@ def config_parser(command: str, config_class: type[C]) -> ArgumentParser:
     for name, (kind, option) in options_of(config_class).items():
         choices = choices_of(kind)
         settings: dict[str, Any] = {"type": str if choices else kind, "help": option.help}
+        if kind is bool:
+            settings = {"action": "store_true", "help": option.help}
         if choices:  # the config itself checks them, and suggests the nearest
             settings["metavar"] = "{" + ",".join(choices) + "}"
         if option.positional:
-            parser.add_argument(name, **settings)
+            words = {"nargs": "+", "type": str} if get_origin(kind) is list else {}
+            parser.add_argument(name, **settings | words)
         else:
             parser.add_argument(option_name(name), default=defaults[name], **settings)
     return parser
@@ -215,12 +239,18 @@ def run_check_data(arguments: list[str]) -> int:
     return 0 if check_data(config).usable else 1
 
 
+def run_predict(arguments: list[str]) -> int:
+    """apply a trained network to image files, folders and archives"""
+    config = parse("predict", PredictConfig, arguments)
+    from pcenet.inference.predict import predict
+
+    result = predict(config)
+    return 0 if result.predicted else fail(f"none of {len(result.left_out)} files could be predicted", code=1)
+
+
 def run_models(arguments: list[str]) -> None:
     """list the networks with their cost and their dense twins"""
-    parser = OneLineParser(prog="pcenet models", description=run_models.__doc__, allow_abbrev=False)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    spellings = {name: name for name in ("-h", "--help", "--json")}
-    options = parser.parse_args([respell(word, spellings) for word in arguments])
+    options = parse_json_flag("models", arguments)
     rows = catalogue()
     if options.json:
         print(json.dumps(rows, indent=2))
@@ -243,6 +273,23 @@ def run_models(arguments: list[str]) -> None:
             row["twin"] or "",
         )
     console().print(table)
+
+
+def run_doctor(arguments: list[str]) -> None:
+    """show versions, hardware and speed, for a bug report"""
+    options = parse_json_flag("doctor", arguments)
+    from pcenet.doctor import as_text, examine
+
+    report = examine()
+    print(json.dumps(report, indent=2) if options.json else as_text(report))
+
+
+def parse_json_flag(command: str, arguments: list[str]) -> argparse.Namespace:
+    """The options of a command that takes ``--json`` alone."""
+    parser = OneLineParser(prog=f"pcenet {command}", description=COMMANDS[command].__doc__, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    spellings = {name: name for name in ("-h", "--help", "--json")}
+    return parser.parse_args([respell(word, spellings) for word in arguments])
 
 
 def catalogue() -> list[dict[str, Any]]:
@@ -270,5 +317,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": run_train,
     "eval": run_eval,
     "check-data": run_check_data,
+    "predict": run_predict,
     "models": run_models,
+    "doctor": run_doctor,
 }

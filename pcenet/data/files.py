@@ -61,10 +61,13 @@ class FolderTree(FileTree):
 
     def read(self, name: str) -> bytes:
         """The content of one file. Raises ``DataError`` where it cannot be read."""
+        path = self.path / name
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise DataError(f"{path}: it is no regular file. Remove it.")
         try:
-            return (self.path / name).read_bytes()
+            return path.read_bytes()
         except OSError as error:
-            raise DataError(f"{self.path / name}: the file cannot be read ({error.strerror}).") from error
+            raise DataError(f"{path}: the file cannot be read ({error.strerror}).") from error
 
 
 class ZipTree(FileTree):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pcenet.data.base import DataError
 
@@ -72,8 +72,10 @@ def _decode(data: bytes, name: str, convert: Callable[[Image.Image], T]) -> T:
             f" Shrink or remove it."
         ) from error
     except Exception as error:  # Pillow's plugins raise nearly any type on damaged data
+        unknown = "it is in no known format" if data else "it is empty"
+        reason = unknown if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
-            f"{name}: the file cannot be read as an image ({error}). Replace or remove the file."
+            f"{name}: the file cannot be read as an image ({reason}). Replace or remove the file."
         ) from error
 
 

@@ -105,7 +105,7 @@ def find_layout(names: Iterable[str]) -> tuple[Layout, list[Fault]]:
 
 def data_paths(names: Iterable[str], faults: list[Fault]) -> list[Parts]:
     """The names that count, in parts; an archive among them is a fault, since it is not looked into."""
-    paths = [path for path in (tuple(name.split("/")) for name in names) if _visible(path)]
+    paths = [path for path in (tuple(name.split("/")) for name in names) if is_visible(path)]
     for name in ("/".join(path) for path in paths if _is_archive(path)):
         text = f"'{name}' is an archive inside the data set and is not opened. Unpack it there, or move it elsewhere."
         faults.append(Fault(name, text))
@@ -133,7 +133,8 @@ def split_roots(paths: list[Parts], folders: list[Parts], faults: list[Fault]) -
     return roots
 
 
-def _visible(path: Parts) -> bool:
+def is_visible(path: Parts) -> bool:
+    """Whether a path is neither hidden nor made by a file manager."""
     return not any(part.startswith(".") or part in _IGNORED for part in path)
 
 

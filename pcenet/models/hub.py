@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from pcenet.choices import Task
 
@@ -146,8 +147,21 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{config_path} is no configuration of a PCE network: {reason}") from error
     _load_weights(model, weights_path)
-    model.class_names = config.get("label_names")
+    model.class_names = _label_names(config, model, config_path)
     return model.eval()
+
+
+def _label_names(config: dict[str, Any], model: SavableModel, path: Path) -> list[str] | None:
+    names: list[str] | None = config.get("label_names")
+    if names is None or model.num_classes != config["num_classes"]:  # an override makes other classes
+        return names
+    if (
+        not isinstance(names, list)
+        or len(names) != model.num_classes
+        or not all(isinstance(name, str) for name in names)
+    ):
+        raise ValueError(f"{path}: label_names must be {model.num_classes} names, one per class, got {names}")
+    return names
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
@@ -155,14 +169,25 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or a broken one: {error}") from error
-    expected = model.state_dict()
-    misfit = f"{path} does not fit {path.with_name(CONFIG)}"
-    for name in sorted(expected.keys() | weights.keys()):
-        if name not in weights:
-            raise ValueError(f"{misfit}: tensor {name} is missing")
-        if name not in expected:
-            raise ValueError(f"{misfit}: tensor {name} is not part of the network")
-        found, wanted = tuple(weights[name].shape), tuple(expected[name].shape)
-        if found != wanted:
-            raise ValueError(f"{misfit}: tensor {name} has shape {found}, expected {wanted}")
+    check_tensors(weights, model, f"{path} does not fit {path.with_name(CONFIG)}", "save them together anew")
     model.load_state_dict(weights)
+
+
+def check_tensors(found: Mapping[str, Tensor], model: nn.Module, misfit: str, way_out: str) -> None:
+    """Raise a ``ValueError`` that names the first tensor which does not fit a network, and its shapes.
+
+    Args:
+        found: tensors by name, as of ``model.state_dict()``.
+        model: the network.
+        misfit: how the error begins, such as "FILE does not fit".
+        way_out: how it ends: what the user can do.
+    """
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise ValueError(f"{misfit}: tensor {name} is missing; {way_out}")
+        if name not in expected:
+            raise ValueError(f"{misfit}: tensor {name} is not part of the network; {way_out}")
+        shape, wanted = tuple(found[name].shape), tuple(expected[name].shape)
+        if shape != wanted:
+            raise ValueError(f"{misfit}: tensor {name} has shape {shape}, expected {wanted}; {way_out}")

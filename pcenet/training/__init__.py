@@ -4,6 +4,6 @@ Importing this package is cheap, because the command line's help needs the optio
 load torch, and `task`, `callbacks` and `run` load Lightning.
 """
 
-from pcenet.training.config import EvalConfig, TrainConfig
+from pcenet.training.config import EvalConfig, PredictConfig, TrainConfig
 
-__all__ = ["EvalConfig", "TrainConfig"]
+__all__ = ["EvalConfig", "PredictConfig", "TrainConfig"]

@@ -27,12 +27,13 @@ class Option:
 
     Attributes:
         help: the explanation that ``--help`` gives.
-        at_least, above, below: bounds of the values that are allowed.
-        positional: on the command line it is an argument, not an option.
+        at_least, at_most, above, below: bounds of the values that are allowed.
+        positional: on the command line it is an argument, not an option; a list takes one or more words.
     """
 
     help: str
     at_least: float | None = None
+    at_most: float | None = None
     above: float | None = None
     below: float | None = None
     positional: bool = False
@@ -83,12 +84,15 @@ def check(config: Any) -> None:
         if choices and value not in choices:
             hint = did_you_mean(str(value), choices)
             raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}{hint}")
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value}")
         if not isinstance(value, int | float):
             continue
         for rule, bound, holds in (
             ("at least", option.at_least, lambda a, b: a >= b),
+            ("at most", option.at_most, lambda a, b: a <= b),
             ("above", option.above, lambda a, b: a > b),
             ("below", option.below, lambda a, b: a < b),
         ):
@@ -260,6 +264,41 @@ class CheckDataConfig:
     ignore_index: IgnoreIndexOption = None
     out: Annotated[str | None, Option("Folder for samples.png, a sheet of training images; null: none.")] = None
     json: Annotated[str | None, Option("File for the whole report as JSON; null: none.")] = None
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """What ``pcenet predict`` needs to know. Creating one checks every value, as for `TrainConfig`."""
+
+    run: Annotated[str, Option("A run folder, or a model folder (model.safetensors and config.json).", positional=True)]
+    inputs: Annotated[
+        list[str],
+        Option(
+            "Image files, folders (with all that is below them) and .zip archives (read in place).", positional=True
+        ),
+    ]
+    out: Annotated[
+        str | None,
+        Option("Folder for the results, new or empty; null: predictions, with a number where that exists."),
+    ] = None
+    top: Annotated[
+        int, Option("Classification: how many classes to list for each image, most probable first.", at_least=1)
+    ] = 5
+    overlay_opacity: Annotated[
+        float,
+        Option("Segmentation: how strongly the classes' colours cover the image, from 0 to 1.", at_least=0, at_most=1),
+    ] = 0.5
+    routing: Annotated[
+        bool, Option("Write the expert of each patch, per layer, to predictions.json as rows of columns.")
+    ] = False
+    batch_size: Annotated[int | None, Option("Images per step; null: 256, or 8 to segment.", at_least=1)] = None
+    precision: PrecisionOption = "auto"
+    device: DeviceOption = "auto"
+    workers: WorkersOption = None
+    threads: ThreadsOption = None
 
     def __post_init__(self) -> None:
         check(self)

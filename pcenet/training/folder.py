@@ -59,6 +59,28 @@ def check_same(saved: TrainConfig, config: TrainConfig, where: str, way_out: str
         raise ValueError(f"resume: {where} was started with other options ({', '.join(changed)}); {way_out}")
 
 
+def saved_config(values: Any, where: str) -> TrainConfig:
+    """The options that a run saved.
+
+    Args:
+        values: option to value, as they were read.
+        where: the file that holds them.
+
+    Raises:
+        ValueError: if they are no such mapping, or of another version of pcenet: an option or value that there is not.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is damaged: it holds no options; train anew in another --out")
+    unknown = [name for name in values if name not in {item.name for item in fields(TrainConfig)}]
+    way_out = "use the version that made it, or train anew in another --out"
+    if unknown:
+        raise ValueError(f"{where} is of another version of pcenet: unknown option {unknown[0]!r}; {way_out}")
+    try:
+        return TrainConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} is damaged or of another version of pcenet: {error}; {way_out}") from error
+
+
 class RunFolder:
     """Paths of a run folder and the rules for entering it.
 
@@ -133,9 +155,10 @@ class RunFolder:
             ValueError: if ``config.yaml`` is not what `create` writes.
         """
         try:
-            return TrainConfig(**yaml.safe_load(self.config.read_text(encoding="utf-8")))
-        except (yaml.YAMLError, TypeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.config} is damaged or of another version: {error}") from error
+            values = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.config} is damaged: {error}; train anew in another --out") from error
+        return saved_config(values, str(self.config))
 
     def create(self, config: TrainConfig, environment: dict[str, Any]) -> None:
         """Make the folder, with ``config.yaml`` (which ``pcenet train --config`` reads) and ``environment.json``."""

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from pcenet.models.hub import check_tensors
 from pcenet.training.config import TrainConfig
 from pcenet.training.evaluate import check_classes
-from pcenet.training.folder import RunFolder, check_same
+from pcenet.training.folder import RunFolder, check_same, saved_config
+
+MODEL = "model."  # how the names of the network's tensors begin in a checkpoint
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -42,10 +46,7 @@ def epochs_behind(checkpoint: Path, folder: RunFolder, config: TrainConfig, clas
             epochs behind it; names the difference.
     """
     content = read_checkpoint(checkpoint)
-    try:
-        saved = TrainConfig(**content["run"]["config"])
-    except TypeError as error:
-        raise ValueError(f"{checkpoint} is of another version of pcenet: {error}") from error
+    saved = saved_config(content["run"]["config"], str(checkpoint))
     check_same(saved, config, str(checkpoint), "give the same ones, or start afresh without --resume")
     check_classes(content["run"]["classes"], classes, str(checkpoint), config.data)
     done = len(content["callbacks"]["History"]["rows"])
@@ -56,3 +57,14 @@ def epochs_behind(checkpoint: Path, folder: RunFolder, config: TrainConfig, clas
             f" with --epochs above {config.epochs} and without --resume"
         )
     return done
+
+
+def check_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Raise a ``ValueError`` naming the first tensor of a checkpoint that does not fit the network, and its shapes."""
+    content = read_checkpoint(checkpoint)
+    for key in ("state_dict", "current_model_state"):  # averaged weights, and where there are such, those of now
+        tensors = {
+            name.removeprefix(MODEL): tensor for name, tensor in content.get(key, {}).items() if name.startswith(MODEL)
+        }
+        if key in content:
+            check_tensors(tensors, model, f"resume: {checkpoint} does not fit", "start afresh without --resume")

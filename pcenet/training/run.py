@@ -39,7 +39,7 @@ from pcenet.training.folder import RunFolder, write_atomically, write_json
 from pcenet.training.kinds import Kind, kind_of
 from pcenet.training.measures import cost_of
 from pcenet.training.network import build_model, check_model, default_input_size, naming_model_args
-from pcenet.training.resume import epochs_behind, read_checkpoint
+from pcenet.training.resume import check_weights, epochs_behind, read_checkpoint
 from pcenet.training.tables import console, router_table
 
 LOG_EVERY = 50
@@ -118,6 +118,8 @@ def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, checkp
     with naming_model_args(config.model_args):
         model = build_model(config, len(classes))
         cost = cost_of(model)
+    if checkpoint:
+        check_weights(checkpoint, model)
     model.class_names = list(classes)
     workers = resolve_workers(config.workers, device)
     assert config.batch_size is not None

@@ -81,9 +81,18 @@ def test_the_first_frame_of_an_animation() -> None:
 JPEG = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)), "JPEG")
 
 
-@pytest.mark.parametrize("data", [b"", b"no image at all", JPEG[: len(JPEG) // 2], JPEG[:20]])
-def test_data_that_cannot_be_read_names_the_file(data: bytes) -> None:
-    with pytest.raises(DataError, match=r"^cat/7\.jpg: the file cannot be read as an image .*Replace or remove"):
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"<!DOCTYPE html>", "it is in no known format"),
+        (JPEG[: len(JPEG) // 2], "image file is truncated"),
+        (JPEG[:20], ""),
+    ],
+)
+def test_data_that_cannot_be_read_names_the_file(data: bytes, reason: str) -> None:
+    message = rf"^cat/7\.jpg: the file cannot be read as an image \({reason}.*Replace or remove"
+    with pytest.raises(DataError, match=message):
         decode_image(data, "cat/7.jpg")
 
 

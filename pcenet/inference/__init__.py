@@ -1,0 +1,5 @@
+"""Applying a trained network to images of any origin: what ``pcenet predict`` does.
+
+`inputs` finds the files, `batches` reads and prepares them, `network` computes, `classify` and `segment` make of its
+logits what a user wants to know, `outputs` writes it; `predict` is the order in which it happens.
+"""

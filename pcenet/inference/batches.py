@@ -1,0 +1,78 @@
+"""Image files -> batches, prepared as ``pcenet eval`` prepares them; what cannot be read comes along as a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pcenet.data import DataError, Transform
+from pcenet.inference.inputs import InputFile, LeftOut, printable
+
+Sample = tuple[int, Tensor | str]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some files in their order: neighbours that were read and whose images have one size, or that were not read.
+
+    Attributes:
+        files: what was read.
+        images: ``[len(files), 3, H, W]`` float32, normalised.
+        left_out: what was not; then there are no files.
+    """
+
+    files: Sequence[InputFile]
+    images: Tensor
+    left_out: Sequence[LeftOut] = ()
+
+
+class FileDataset(Dataset[Sample]):
+    """Prepared images by the number of their file; the reason, as a text, for one that cannot be read."""
+
+    def __init__(self, files: Sequence[InputFile], transform: Transform) -> None:
+        self.files = files
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        file = self.files[index]
+        try:
+            return index, self.transform(file.image())
+        except DataError as error:
+            return index, printable(str(error).removeprefix(f"{file.file}: "))
+
+
+def read_batches(files: Sequence[InputFile], transform: Transform, *, batch_size: int, workers: int) -> Iterator[Batch]:
+    """All files in their order, ``batch_size`` at a time; only a few batches are in memory at once.
+
+    Args:
+        files: the files.
+        transform: PIL image -> tensor.
+        batch_size: files that are read together; a broken one or a change of size cuts a batch short.
+        workers: processes that load; 0 loads in this one.
+    """
+    loader = DataLoader(
+        FileDataset(files, transform),
+        batch_size=batch_size,
+        collate_fn=list,
+        num_workers=workers,
+        generator=torch.Generator(),  # for the workers' base seed, else drawn from the default generator
+    )
+    for samples in loader:
+        for _, run in groupby(samples, key=lambda sample: getattr(sample[1], "shape", None)):
+            yield _batch(files, list(run))
+
+
+def _batch(files: Sequence[InputFile], run: Sequence[Sample]) -> Batch:
+    images = [content for _, content in run if isinstance(content, Tensor)]
+    if images:
+        return Batch([files[index] for index, _ in run], torch.stack(images))
+    left_out = [LeftOut(files[index].file, content) for index, content in run if isinstance(content, str)]
+    return Batch([], torch.empty(0), left_out)

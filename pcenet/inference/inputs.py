@@ -1,0 +1,114 @@
+"""What the user named -> the files to predict, and those that cannot be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from pcenet.choices import did_you_mean
+from pcenet.data.base import DataError
+from pcenet.data.files import FileTree, FolderTree, ZipTree
+from pcenet.data.images import decode_image
+from pcenet.data.layout import IMAGE_SUFFIXES, is_image, is_visible
+
+ARCHIVE = ".zip"
+SIMILAR = 0.6  # how like a word a path must be for a suggestion
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One image file.
+
+    Attributes:
+        file: what it is called in the results: the path that the user gave, and the path within it.
+        tree: what it is read from.
+        name: its path within the tree.
+        origin: the last component of the path that the user gave; empty for a file that was given itself.
+    """
+
+    file: str
+    tree: FileTree
+    name: str
+    origin: str = ""
+
+    def image(self) -> Image.Image:
+        """The image, upright, in mode RGB. Raises ``DataError`` where it cannot be read."""
+        return decode_image(self.tree.read(self.name), self.file)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that was not predicted, and why."""
+
+    file: str
+    reason: str
+
+
+def find_inputs(paths: Sequence[str]) -> tuple[list[InputFile], list[LeftOut]]:
+    """The image files that paths name, each once, in the order of the paths and sorted below each.
+
+    Args:
+        paths: image files, which may be called anything; folders, searched with all that is below them, and ``.zip``
+            archives, where files that are not named like images are left out. Hidden files do not count.
+
+    Raises:
+        ValueError: if a path does not exist, or if nothing was found at all.
+    """
+    for path in paths:
+        if not os.path.lexists(path):
+            hint = did_you_mean(path, _beside(Path(path)), SIMILAR)
+            raise ValueError(f"inputs: {path!r} does not exist; give files, folders or .zip archives{hint}")
+    found: dict[str, InputFile | LeftOut] = {}
+    for path in paths:
+        for item in _below(Path(path)):
+            found.setdefault(item.file, item)
+    if not found:
+        raise ValueError(
+            f"inputs: no image file in {', '.join(paths)}; give files, or folders or .zip archives with files that end"
+            f" in {', '.join(IMAGE_SUFFIXES)}"
+        )
+    files = [item for item in found.values() if isinstance(item, InputFile)]
+    return files, [item for item in found.values() if isinstance(item, LeftOut)]
+
+
+def printable(text: str) -> str:
+    """A file's name in one line and in valid Unicode, which names on disk need not be."""
+    return " ".join(text.encode(errors="surrogateescape").decode(errors="backslashreplace").split())
+
+
+def _below(path: Path) -> Iterator[InputFile | LeftOut]:
+    tree: FileTree
+    if path.is_dir():
+        tree = FolderTree(path)
+    elif path.suffix.lower() == ARCHIVE:
+        tree = ZipTree(path)
+    else:
+        yield InputFile(printable(str(path)), FolderTree(path.parent), path.name)
+        return
+    try:
+        names = sorted(tree.names())
+    except DataError as error:
+        yield LeftOut(printable(str(path)), printable(str(error)))
+        return
+    for name in names:
+        parts = tuple(name.split("/"))
+        if not parts[-1] or not is_visible(parts):
+            continue
+        file = printable(f"{path}/{name}")
+        if is_image(parts):
+            yield InputFile(file, tree, name, origin=path.resolve().name)
+        elif name.lower().endswith(ARCHIVE):
+            yield LeftOut(file, "an archive inside a folder or an archive is not read; give it by itself")
+        else:
+            yield LeftOut(file, "it is not named like an image")
+
+
+def _beside(path: Path) -> Iterable[str]:
+    try:
+        return [str(path.with_name(name)) for name in os.listdir(path.parent)]
+    except (OSError, ValueError):
+        return []

@@ -1,0 +1,61 @@
+"""A trained network, ready to be applied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcenet.analysis import expert_map
+from pcenet.models import SavableModel
+from pcenet.nn import Routing, record_routing
+from pcenet.training.config import Precision
+from pcenet.training.device import autocast
+
+Records = dict[str, list[Routing]]
+Grids = dict[str, Any]
+"""``{"routing": {layer: rows of columns}}`` of one image, or nothing."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with what is needed to apply it.
+
+    Attributes:
+        model: in evaluation mode.
+        classes: class names, by class number.
+        routing: whether to note the expert of each patch.
+        device: where to compute, and where the model is.
+        precision: ``"bf16"`` or ``"fp32"``.
+    """
+
+    model: SavableModel
+    classes: Sequence[str]
+    routing: bool
+    device: torch.device
+    precision: Precision
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, list[Grids]]:
+        """Logits of a batch, float32, and for each image the entries that `routing` adds to its record.
+
+        Raises:
+            ValueError: if the logits are not finite, so that they say nothing.
+        """
+        images = images.to(self.device, memory_format=torch.channels_last)
+        recorder: AbstractContextManager[Records] = record_routing(self.model) if self.routing else nullcontext({})
+        with autocast(self.precision, self.device), recorder as records:
+            logits = self.model(images).float()
+        if not logits.isfinite().all():
+            raise ValueError("run: the network's outputs are not finite numbers; its training diverged, train it anew")
+        grids = expert_grids(records, len(images))
+        return logits, [{"routing": grid} for grid in grids] if self.routing else [{} for _ in grids]
+
+
+def expert_grids(records: Records, images: int) -> list[dict[str, list[list[int]]]]:
+    """For each image, by layer name, the expert of each patch (its first choice) as rows of columns; -1: dropped."""
+    maps = {name: expert_map(routings[-1]).tolist() for name, routings in records.items()}
+    return [{name: layer[image] for name, layer in maps.items()} for image in range(images)]

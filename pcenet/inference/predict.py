@@ -1,0 +1,132 @@
+"""``pcenet predict`` from its options to its files: the order in which everything happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from pcenet.inference.batches import Batch, read_batches
+from pcenet.inference.classify import Classifier
+from pcenet.inference.colours import legend
+from pcenet.inference.inputs import LeftOut, find_inputs
+from pcenet.inference.network import Network
+from pcenet.inference.outputs import ResultFiles, Row, output_folder
+from pcenet.inference.segment import Segmenter
+from pcenet.models import load_model
+from pcenet.training.config import PredictConfig
+from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
+from pcenet.training.evaluate import EVAL_BATCH_SIZE, find_model
+from pcenet.training.tables import console
+
+SHOWN = 20  # rows of the table, and lines about files that were left out; the files hold all
+STEPS = 10  # lines of progress where there is no terminal
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What became of the files.
+
+    Attributes:
+        predicted: how many have a prediction.
+        left_out: the others, with the reason.
+        folder: where the results are.
+    """
+
+    predicted: int
+    left_out: list[LeftOut]
+    folder: Path
+
+
+def predict(config: PredictConfig) -> Predicted:
+    """Predict every image that ``config.inputs`` names; write ``predictions.csv`` and ``predictions.json``.
+
+    A segmentation network also leaves ``legend.png`` and, for each image and at its size, a mask whose pixel values are
+    class numbers and an overlay: the image under the classes' colours.
+
+    A file that cannot be read stops nothing: it is named at the end, on the terminal and in the JSON file.
+
+    Raises:
+        FileNotFoundError: if there is no model where ``config.run`` points.
+        ValueError: if an input does not exist or holds no images, or if the folder for the results is in use.
+    """
+    set_threads(config.threads)
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    model_folder, _ = find_model(Path(config.run))
+    files, left_out = find_inputs(config.inputs)
+    folder = output_folder(config.out)
+    model = load_model(model_folder).to(device).to(memory_format=torch.channels_last)
+    classes = model.class_names or [str(number) for number in range(model.num_classes)]
+    network = Network(model, classes, config.routing, device, precision)
+    predictor = make_predictor(network, config, folder)
+    batches = read_batches(
+        files,
+        predictor.transform,
+        batch_size=config.batch_size or EVAL_BATCH_SIZE[model.task],
+        workers=resolve_workers(config.workers, device),
+    )
+    about = {"model": model.pretrained_cfg["architecture"], "run": config.run, "classes": list(classes)}
+    first: list[Row] = []
+    predicted = 0
+    with ResultFiles(folder, about, predictor.columns) as results:
+        results.leave_out(left_out)
+        for batch in progress(batches, len(files)):
+            rows = predictor(batch) if batch.files else []
+            for row in rows:
+                results.add(row)
+            results.leave_out(batch.left_out)
+            left_out += batch.left_out
+            predicted += len(rows)
+            first += rows[: SHOWN - len(first)]
+        if isinstance(predictor, Segmenter) and predicted:
+            legend(classes).save(folder / "legend.png")
+    report(predictor.headings, first, Predicted(predicted, left_out, folder))
+    return Predicted(predicted, left_out, folder)
+
+
+def make_predictor(network: Network, config: PredictConfig, folder: Path) -> Classifier | Segmenter:
+    """What predicts for the network's task; to segment it writes pictures into ``folder``."""
+    if network.model.task == "classify":
+        return Classifier(network, config.top)
+    return Segmenter(network, folder, config.overlay_opacity)
+
+
+def progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
+    """The batches, with a bar of files on a terminal and about ten plain lines where there is none."""
+    screen = console()
+    columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=screen, transient=True) if screen.is_terminal else None
+    done = 0
+    with bar or nullcontext():
+        task = bar.add_task("", total=total) if bar else None
+        for batch in batches:
+            yield batch
+            before, done = done, done + len(batch.files) + len(batch.left_out)
+            if bar and task is not None:
+                bar.update(task, completed=done)
+            elif done * STEPS // total > before * STEPS // total:
+                print(f"predicted {done} of {total} files", flush=True)
+
+
+def report(headings: Sequence[str], rows: list[Row], result: Predicted) -> None:
+    """Print the first predictions, the files that were left out, and where everything is."""
+    if rows:
+        table = Table(*(Column(heading, overflow="fold") for heading in headings))
+        for row in rows:
+            table.add_row(*map(escape, row.shown))
+        console().print(table)
+        if result.predicted > len(rows):
+            print(f"and {result.predicted - len(rows)} more")
+    for file in result.left_out[:SHOWN]:
+        print(f"left out: {file.file}: {file.reason}")
+    if len(result.left_out) > SHOWN:
+        print(f"left out: {len(result.left_out) - SHOWN} more, all named in predictions.json")
+    print(f"{result.predicted} predicted, {len(result.left_out)} left out")
+    print(f"wrote {result.folder}")

@@ -1,0 +1,96 @@
+"""A class for each pixel: masks, overlays and shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pcenet.data import Transform, cover_transform
+from pcenet.inference.batches import Batch
+from pcenet.inference.colours import palette
+from pcenet.inference.inputs import InputFile
+from pcenet.inference.network import Grids, Network
+from pcenet.inference.outputs import OutputNames, Row
+from pcenet.training.measures import image_size, preprocessing
+from pcenet.training.pixels import upsample
+from pcenet.training.tables import percent
+
+MASKS, OVERLAYS = "masks", "overlays"
+MOST_SHOWN = 3  # classes in a row of the table on the terminal
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """Segments images; writes a mask and an overlay for each.
+
+    Attributes:
+        network: gives logits ``[B, len(network.classes), H, W]``.
+        folder: where to.
+        opacity: of the colours in the overlay, from 0 to 1.
+    """
+
+    network: Network
+    folder: Path
+    opacity: float
+    names: OutputNames = field(default_factory=OutputNames)
+
+    headings = ("file", "largest shares")
+
+    @property
+    def transform(self) -> Transform:
+        """What prepares an image, as `pcenet eval` does."""
+        values = preprocessing(self.network.model)
+        return cover_transform(image_size(self.network.model), mean=values["mean"], std=values["std"])
+
+    @property
+    def columns(self) -> list[str]:
+        """``file, mask, overlay``, then the share of each class."""
+        return ["file", MASKS.removesuffix("s"), OVERLAYS.removesuffix("s"), *self._share_names]
+
+    @property
+    def _share_names(self) -> list[str]:
+        return [f"share_{name}" for name in self.network.classes]
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> list[Row]:
+        """A row per file of the batch; the files are written when it returns."""
+        logits, grids = self.network(batch.images)
+        return [self._row(*each) for each in zip(batch.files, logits, grids, strict=True)]
+
+    def _row(self, file: InputFile, logits: Tensor, grids: Grids) -> Row:
+        image = file.image()  # read again: the full-size images of a whole batch would take gigabytes
+        numbers = upsample(logits, (image.height, image.width)).argmax(0).to(torch.uint8).cpu()
+        name = self.names.take(file)
+        mask, overlay = f"{MASKS}/{name}.png", f"{OVERLAYS}/{name}.jpg"
+        picture = Image.fromarray(numbers.numpy())
+        picture.putpalette(palette(len(self.network.classes)))
+        write_picture(picture, self.folder / mask)
+        write_picture(Image.blend(image, picture.convert("RGB"), self.opacity), self.folder / overlay)
+        counts = np.bincount(numbers.flatten(), minlength=len(self.network.classes))
+        shares = (counts / numbers.numel()).tolist()
+        record = {
+            "file": file.file,
+            "mask": mask,
+            "overlay": overlay,
+            "shares": dict(zip(self.network.classes, shares, strict=True)),
+        }
+        shown = [file.file, largest(self.network.classes, shares)]
+        return Row([file.file, mask, overlay, *shares], record | grids, shown)
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write an image file, and the folders that it needs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+def largest(classes: Sequence[str], shares: Sequence[float]) -> str:
+    """The classes with the largest shares, in words."""
+    ranked = sorted(zip(shares, classes, strict=True), key=lambda pair: -pair[0])[:MOST_SHOWN]
+    return ", ".join(f"{name} {percent(share)}" for share, name in ranked if share)

@@ -1,0 +1,176 @@
+"""``pcenet predict`` with a segmentation network: masks, overlays, shares, and names that do not collide."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pcenet.cli import main
+from pcenet.data import cover_transform
+from pcenet.inference.colours import class_colours, legend
+from pcenet.inference.inputs import InputFile
+from pcenet.inference.outputs import OutputNames
+from pcenet.models import load_model
+
+CPU = ["--device", "cpu", "--precision", "fp32", "--workers", "0"]
+CLASSES = ["sky", "road", "tree", "car"]
+# Okabe and Ito's first four colours.
+COLOURS = [(0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00), (0x00, 0x9E, 0x73), (0xCC, 0x79, 0xA7)]
+
+
+def written(folder: str = "predictions") -> list[dict[str, Any]]:
+    return json.loads(Path(folder, "predictions.json").read_text())["predictions"]
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def expected(model_folder: Path, image: Image.Image) -> np.ndarray:
+    """Class numbers of the pixels of one image, by the model alone."""
+    with torch.inference_mode():
+        logits = load_model(model_folder)(cover_transform((32, 48))(image)[None])
+        enlarged = torch.nn.functional.interpolate(logits, (image.height, image.width), mode="bilinear")
+    return enlarged[0].argmax(0).numpy()
+
+
+def test_masks_overlays_and_shares(
+    segmenter_folder: Path,
+    noise: Callable[..., Image.Image],
+    encode: Callable[..., bytes],
+    lay_out: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    images = {"pics/a.png": noise(0, 60, 40), "pics/b.png": noise(1, 60, 40), "pics/tall.png": noise(2, 30, 70)}
+    lay_out({name: encode(image) for name, image in images.items()} | {"pics/c.png": b"broken"})
+    assert main(["predict", str(segmenter_folder), "pics", "--overlay-opacity", "0.25", *CPU]) == 0
+    with open("predictions/predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    seen = set()
+    for record, row in zip(written(), rows, strict=True):
+        image = images[record["file"]]
+        numbers = expected(segmenter_folder, image)
+        mask = Image.open(Path("predictions", record["mask"]))
+        assert (mask.format, mask.mode, mask.size) == ("PNG", "P", image.size)
+        assert np.mean(np.asarray(mask) != numbers) < 0.002  # another batch may round two equal logits otherwise
+        truth = np.asarray(mask)
+        assert np.array_equal(np.asarray(mask.convert("RGB")), np.array(COLOURS)[truth])
+        overlay = pixels(Path("predictions", record["overlay"]))
+        blended = 0.75 * np.asarray(image) + 0.25 * np.array(COLOURS)[truth]
+        assert np.abs(overlay - blended).mean() < 8  # JPEG
+        shares = [np.mean(truth == number) for number in range(4)]
+        assert list(record["shares"]) == CLASSES
+        assert list(record["shares"].values()) == pytest.approx(shares)
+        assert [float(row[f"share_{name}"]) for name in CLASSES] == pytest.approx(shares)
+        assert (row["file"], row["mask"], row["overlay"]) == (record["file"], record["mask"], record["overlay"])
+        seen |= set(truth.flatten())
+    assert len(seen) > 1, "the network must tell pixels apart for this test to mean something"
+    assert [record["mask"] for record in written()] == ["masks/pics/a.png", "masks/pics/b.png", "masks/pics/tall.png"]
+    assert Path("predictions/legend.png").is_file()
+    output = capsys.readouterr().out
+    assert "left out: pics/c.png" in output
+    assert "3 predicted, 1 left out" in output
+
+
+def test_masks_agree_with_eval_for_any_batch(
+    segmenter_folder: Path,
+    noise: Callable[..., Image.Image],
+    encode: Callable[..., bytes],
+    lay_out: Callable[..., None],
+) -> None:
+    truth = {name: np.random.default_rng(n).integers(0, 4, (40, 60), dtype=np.uint8) for n, name in enumerate("abc")}
+    lay_out({f"data/val/images/{name}.png": encode(noise(n, 60, 40)) for n, name in enumerate(truth)})
+    lay_out({f"data/val/masks/{name}.png": encode(Image.fromarray(mask)) for name, mask in truth.items()})
+    lay_out({"data/classes.txt": "\n".join(CLASSES).encode()})
+    masks = []
+    for size in ("1", "2"):
+        command = [
+            "predict",
+            str(segmenter_folder),
+            "data/val/images",
+            "--batch-size",
+            size,
+            "--out",
+            size,
+            "--routing",
+        ]
+        assert main([*command, *CPU]) == 0
+        masks.append({Path(record["file"]).stem: pixels(Path(size, record["mask"])) for record in written(size)})
+        for record in written(size):
+            grids = {name: (len(grid), len(grid[0])) for name, grid in record["routing"].items()}
+            # 16 x 24 in patches of 32; 8 x 12 in patches of 8; 4 x 6 in patches of 4; and up again.
+            assert list(grids.values()) == [(1, 1), (1, 2), (1, 2), (1, 2), (1, 1)]
+    assert np.mean([masks[0][name] != masks[1][name] for name in truth]) < 0.002
+    assert main(["eval", str(segmenter_folder), "--data", "data", "--out", ".", "--batch-size", "2", *CPU]) == 0
+    confusion = np.zeros((4, 4), dtype=int)
+    for name in truth:
+        np.add.at(confusion, (truth[name].astype(int), masks[1][name]), 1)
+    assert json.loads(Path("eval-data-val.json").read_text())["confusion"] == confusion.tolist()
+
+
+def test_files_of_one_name_from_two_places(
+    segmenter_folder: Path,
+    noise: Callable[..., Image.Image],
+    encode: Callable[..., bytes],
+    lay_out: Callable[..., None],
+) -> None:
+    names = ["a.png", "x/pics/a.png", "y/pics/a.png", "y/pics/A.PNG", "y/pics/a.jpg", "x/pics.zip!a.png"]
+    lay_out({name: encode(noise(number, 12 + number, 12)) for number, name in enumerate(names)})
+    assert main(["predict", str(segmenter_folder), "a.png", "x/pics", "y/pics", "x/pics.zip", "y/../x", *CPU]) == 0
+    records = written()
+    masks = [record["mask"] for record in records]
+    assert masks == [
+        "masks/a.png",
+        "masks/pics/a.png",
+        "masks/pics/A-2.png",
+        "masks/pics/a-3.png",
+        "masks/pics/a-4.png",
+        "masks/pics.zip/a.png",
+        "masks/x/pics/a.png",
+    ]
+    assert [pixels(Path("predictions", mask)).shape[1] for mask in masks] == [12, 13, 15, 16, 14, 17, 13]
+    files = {path.relative_to("predictions").as_posix() for path in Path("predictions").rglob("*") if path.is_file()}
+    overlays = {record["overlay"] for record in records}
+    assert files == {*masks, *overlays, "predictions.csv", "predictions.json", "legend.png"}
+
+
+def test_names_stay_below_the_folder() -> None:
+    class Tree:
+        path = Path("x")
+
+        def names(self) -> list[str]:
+            return []
+
+        def read(self, name: str) -> bytes:
+            return b""
+
+    names = OutputNames()
+    taken = [names.take(InputFile("f", Tree(), name, origin)) for name, origin in [("a.b.png", "o"), (".png", "")]]
+    assert taken == ["o/a.b", ".png"]
+
+
+def test_colours_differ_and_the_legend_shows_them() -> None:
+    colours = class_colours()
+    assert colours[:4] == tuple(COLOURS)
+    assert len(set(colours)) == 256
+    assert all(len(colour) == 3 and set(colour) <= set(range(256)) for colour in colours)
+    # Among 24 classes no two are alike: a step in one channel of a quarter is seen.
+    assert min(math.dist(a, b) for a, b in combinations(colours[:24], 2)) > 64
+    picture = legend(["sky", "a rather long name of a class"])
+    array = np.asarray(picture).astype(int)
+    for number in range(2):
+        band = array[8 + 28 * number : 28 + 28 * number]
+        assert (band == COLOURS[number]).all(-1).sum() > 300
+        assert ((band == 0).all(-1)[:, 44:]).sum() > 10, "the name stands beside its colour"
+    assert legend(["x"]).width < picture.width
