@@ -242,6 +242,12 @@ def test_layer_options_reach_every_layer():
         assert (layer.experts.norm1.kind, layer.experts.dropout, layer.shortcut) == ("group", 0.1, None)
 
 
+@pytest.mark.parametrize(("name", "factor"), [("pce_nano", 1.25), ("pce_nano_s2", 2.0), ("pce_tiny_s2", 2.0)])
+def test_encoders_for_segmentation_give_experts_more_room(name, factor):
+    layers = [m for m in create(name, device="meta").modules() if isinstance(m, PCELayer)]
+    assert {layer.router.capacity_factor for layer in layers} == {factor}
+
+
 def test_the_specification_to_the_letter():
     for layer in (m for m in create("pce_nano_spec").modules() if isinstance(m, PCELayer)):
         router = layer.router
