@@ -521,7 +521,7 @@ def test_files_that_may_not_be_read_or_written(here: Path, unprivileged: list[st
     denied = "Permission denied"
     for name, code, parts in (
         ("image", 2, ["pics/train/cat/1.png: the file cannot be read", denied]),
-        ("folder", 2, ["locked/val: the folder cannot be read", denied]),
+        ("folder", 2, ["the folder 'val' cannot be read", denied]),
         ("weights", 2, ["other/model/model.safetensors", denied, "allow it to be read"]),
         ("options", 2, ["other/config.yaml", denied, "allow it to be read"]),
         ("checkpoint", 2, ["notes.txt", denied, "allow it to be read"]),

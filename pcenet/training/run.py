@@ -56,7 +56,7 @@ class Run:
     folder: RunFolder
     device: torch.device
     workers: int
-    sources: Mapping[str, Any]
+    sources: Mapping[data.Split, Any]
     model: SavableModel
     cost: dict[str, Any]
     loaders: dict[str, DataLoader[Any]]
