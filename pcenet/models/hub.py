@@ -165,6 +165,8 @@ def _label_names(config: dict[str, Any], model: SavableModel, path: Path) -> lis
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
+    with path.open("rb"):  # safetensors reports a file that may not be read as one that does not exist
+        pass
     try:
         weights = load_file(path)
     except SafetensorError as error:
