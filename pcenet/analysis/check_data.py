@@ -49,11 +49,10 @@ def show(report: data.CheckReport) -> None:
     screen = console()
     if report.images:
         what = "images of each class" if report.task == "classify" else "share of each class in the pixels that count"
-        table = Table("", *report.images, "share in train", title=f"{report.source}: {what}")
-        table.add_row("images", *map(str, report.images.values()), "")
-        for name, share in report.shares.items():
-            counts = [_count(report, split, name) for split in report.images]
-            table.add_row(escape(name), *counts, percent(share))
+        table = Table("", *report.images, title=f"{report.source}: {what}")
+        table.add_row("images", *map(str, report.images.values()))
+        for name in report.classes:
+            table.add_row(escape(name), *(_count(report, split, name) for split in report.images))
         screen.print(table)
         facts = Table(show_header=False, title="files")
         facts.add_row("sizes, width x height", _frequent(report.sizes))

@@ -160,7 +160,7 @@ def check_data(
     return _check_segmentation(str(source), names, notes, progress, classes, ignore_index)
 
 
-def quick_check(sources: Mapping[Split, Source]) -> list[Finding]:
+def quick_check(sources: Mapping[str, Source]) -> list[Finding]:
     """What can be found out about opened sources in less than a second, which is worth knowing before training.
 
     Opening has checked names, classes and splits. Here some images of each split are read, and training images
@@ -432,8 +432,9 @@ def _balance(counts: Mapping[str, int], task: Task) -> list[Finding]:
         if count <= 1:
             text = f"class '{name}' has {'a single' if count else 'no'} {what}. Add {enough}."
             findings.append(Finding("warning", "class balance", name, text))
-    rarest, commonest = (pick(counts, key=counts.__getitem__, default="") for pick in (min, max))
-    if counts and 1 < counts[rarest] * IMBALANCE[task] < counts[commonest]:
+    several = {name: count for name, count in counts.items() if count > 1}
+    rarest, commonest = (pick(several, key=several.__getitem__, default="") for pick in (min, max))
+    if several and several[rarest] * IMBALANCE[task] < several[commonest]:
         text = (
             f"class '{commonest}' has {counts[commonest]} {what}s, class '{rarest}' {counts[rarest]}, more than"
             f" {IMBALANCE[task]} times fewer: a network may never choose it. Add {enough}."

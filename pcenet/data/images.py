@@ -72,11 +72,20 @@ def _decode(data: bytes, name: str, convert: Callable[[Image.Image], T]) -> T:
             f" Shrink or remove it."
         ) from error
     except Exception as error:  # Pillow's plugins raise nearly any type on damaged data
-        unknown = "it is in no known format" if data else "it is empty"
-        reason = unknown if isinstance(error, UnidentifiedImageError) else error
+        reason = _unknown(data) if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
             f"{name}: the file cannot be read as an image ({reason}). Replace or remove the file."
         ) from error
+
+
+def _unknown(data: bytes) -> str:
+    """What data that is no image is instead."""
+    if not data:
+        return "it is empty"
+    start = data[:256]
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "it is a web page"
+    return "it is text" if start.isascii() and b"\0" not in start else "it is in no known format"
 
 
 def _inspect(image: Image.Image) -> Inspection:

@@ -21,7 +21,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 import pcenet.data as data
-from pcenet.choices import Split
 from pcenet.models import SavableModel
 from pcenet.training.callbacks import (
     AtomicCheckpointIO,
@@ -105,7 +104,7 @@ def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, checkp
         ValueError: for faulty data or arguments of the network, or a checkpoint that is not of this run.
     """
     kind = kind_of(config.task)
-    sources: dict[Split, Any] = {
+    sources: dict[str, Any] = {
         "train": kind.open(config, config.data, "train"),
         "val": kind.open(config, config.data, "val"),
     }

@@ -55,8 +55,8 @@ def make_pairs(tmp_path: Path) -> Tree:
             for kind in ("images", "masks"):
                 (root / folder / kind).mkdir(parents=True)
             for index in range(count):
-                blocks = np.random.default_rng((number, index)).permutation(np.arange(6, dtype=np.uint8) % 3)
-                mask = blocks.reshape(2, 3).repeat(4, axis=0).repeat(4, axis=1)
+                blocks = np.random.default_rng((number, index)).permutation(np.arange(24, dtype=np.uint8) % 3)
+                mask = blocks.reshape(4, 6).repeat(2, axis=0).repeat(2, axis=1)
                 Image.fromarray(np.eye(3, dtype=np.uint8)[mask] * 255).save(root / folder / f"images/{index:03}.png")
                 Image.fromarray(mask).save(root / folder / f"masks/{index:03}.png")
         return root

@@ -1,0 +1,107 @@
+"""The real command line on sound and faulty data, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pcenet.analysis.samples import overlay
+from pcenet.cli import main
+
+
+def picture(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    files = [
+        f"{split}/{name}/{index}.png" for split in ("train", "val") for name in ("cat", "dog") for index in range(3)
+    ]
+    for seed, file in enumerate(files):
+        picture(tmp_path / "pets" / file, seed)
+    return tmp_path / "pets"
+
+
+@pytest.fixture
+def street(tmp_path: Path) -> Path:
+    for seed, split in enumerate(("train", "val")):
+        picture(tmp_path / f"street/{split}/images/a.png", seed)
+        (tmp_path / f"street/{split}/masks").mkdir()
+        Image.fromarray(np.arange(81, dtype=np.uint8).reshape(9, 9) % 2).save(tmp_path / f"street/{split}/masks/a.png")
+    return tmp_path / "street"
+
+
+def test_the_real_command_line_names_a_fault_and_exits_with_1(pets: Path) -> None:
+    (pets / "val/dog/2.png").write_bytes(b"<html>")
+    run = [sys.executable, "-m", "pcenet", "check-data", str(pets), "--json", str(pets.parent / "r.json")]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == ""
+    assert "val/dog/2.png" in done.stdout
+    assert "1 error(s), 0 warning(s): training would refuse" in done.stdout
+    report = json.loads((pets.parent / "r.json").read_text())
+    assert report["usable"] is False
+    assert report["counts"]["val"] == {"cat": 3, "dog": 3}
+    assert [finding["file"] for finding in report["findings"]] == ["val/dog/2.png"]
+
+
+def test_a_sound_set_exits_with_0_and_leaves_a_sheet(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = pets.parent / "sheet"
+    assert main(["check-data", str(pets), "--out", str(out)]) == 0
+    assert "0 error(s), 0 warning(s): training would accept" in capsys.readouterr().out
+    with Image.open(out / "samples.png") as sheet:
+        assert len(sheet.convert("RGB").getcolors(1 << 20)) > 81  # the pixels of the noise
+
+
+def test_masks(street: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = street.parent / "sheet"
+    command = ["check-data", str(street), "--task", "segment", "--classes", '["sky", "road"]', "--out", str(out)]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "50.62%" in shown  # 41 of 81 pixels
+    assert "sky" in shown
+    assert (out / "samples.png").is_file()
+    assert main([*command, "--ignore-index", "1"]) == 1  # one class is left
+    assert "two or more classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.zip"], "'nowhere.zip' does not exist"),
+        (["digits"], "comes with the program"),
+        (["PETS", "--task", "segmnt"], "did you mean 'segment'?"),
+        (["PETS", "--ignore-index", "300"], "ignore_index must be a mask value from 0 to 255, not 300"),
+    ],
+)
+def test_wrong_usage_exits_with_2(
+    arguments: list[str], message: str, pets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check-data", *(str(pets) if word == "PETS" else word for word in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_many_findings_of_one_kind_are_counted(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index in range(14):
+        (pets / f"train/cat/x{index:02}.png").write_bytes(b"")
+    assert main(["check-data", str(pets)]) == 1
+    shown = capsys.readouterr().out
+    assert "train/cat/x09.png" in shown
+    assert "train/cat/x10.png" not in shown
+    assert "and 4 more" in shown
+    assert "14 error(s)" in shown
+
+
+def test_an_overlay_is_half_image_and_half_colour() -> None:
+    image = Image.new("RGB", (3, 1), (255, 0, 51))
+    mask = Image.fromarray(np.array([[0, 1, 255]], dtype=np.uint8))
+    laid = overlay(image, mask, [(0, 1, 0), (1, 0, 0.2)])
+    assert np.allclose(laid, [[[0.5, 0.5, 0.1], [1, 0, 0.2], [0.5, 0, 0.1]]])
