@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import statistics
 import sys
@@ -40,6 +41,8 @@ from pcenet.training.kinds import Kind, kind_of
 from pcenet.training.measures import cost_of
 from pcenet.training.network import build_model, check_model, default_input_size, naming_model_args
 from pcenet.training.resume import epochs_behind, read_checkpoint
+from pcenet.training.router_schedules import RouterSchedules
+from pcenet.training.schedules import Schedules
 from pcenet.training.tables import console, router_table
 
 LOG_EVERY = 50
@@ -157,10 +160,14 @@ def set_epoch(loader: DataLoader[Any], epoch: int) -> None:
 
 def fit(run: Run) -> tuple[History, RouterHealth]:
     """Train with Lightning; the averaged weights end up in ``last.ckpt``."""
-    config, folder, steps = run.config, run.folder, len(run.loaders["train"])
+    config, folder = run.config, run.folder
+    steps = math.ceil(len(run.loaders["train"]) / config.accumulate)
     history, health = History(folder.logs / "metrics.csv"), RouterHealth()
     checkpoints = Checkpoints(folder, {"config": asdict(config), "classes": list(run.sources["train"].classes)})
     callbacks = [moving_average(config.ema_decay), Throughput(), health, history, checkpoints]
+    schedules = Schedules(config, steps)
+    if schedules.of_the_routers:
+        callbacks.append(RouterSchedules(schedules))
     terminal = sys.stdout.isatty()
     logger = TensorBoardLogger(folder.logs, name="", version="tensorboard", purge_step=run.first_epoch * steps)
     with quiet():
@@ -169,6 +176,7 @@ def fit(run: Run) -> tuple[History, RouterHealth]:
             devices=1,
             precision="bf16-mixed" if config.precision == "bf16" else "32-true",
             max_epochs=config.epochs,
+            accumulate_grad_batches=config.accumulate,
             gradient_clip_val=config.clip_grad or None,
             callbacks=[*callbacks, TrainingBar()] if terminal else callbacks,
             enable_progress_bar=terminal,
