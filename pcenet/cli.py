@@ -149,6 +149,8 @@ def config_parser(command: str, config_class: type[C]) -> ArgumentParser:
     for name, (kind, option) in options_of(config_class).items():
         choices = choices_of(kind)
         settings: dict[str, Any] = {"type": str if choices else kind, "help": option.help}
+        if kind is bool:
+            settings = {"action": "store_true", "help": option.help}
         if choices:  # the config itself checks them, and suggests the nearest
             settings["metavar"] = "{" + ",".join(choices) + "}"
         if option.positional:
@@ -194,9 +196,18 @@ def explain(message: str, config_class: type[C]) -> str:
 def run_train(arguments: list[str]) -> None:
     """train a network on images"""
     config = parse("train", TrainConfig, arguments)
-    from pcenet.training.run import train
+    if config.dry_run:
+        from pcenet.training.rehearsal import dry_run
 
-    train(config)
+        dry_run(config)
+    elif config.find != "none":
+        from pcenet.training.find import find
+
+        find(config)
+    else:
+        from pcenet.training.run import train
+
+        train(config)
 
 
 def run_eval(arguments: list[str]) -> None:

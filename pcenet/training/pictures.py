@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,8 +14,26 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 LABELLED = 40  # classes up to which the confusion matrix names them
 NUMBERED = 15  # and writes its shares down
+RESOLUTION = 110  # pixels per inch
 
 Row = Mapping[str, float]
+
+
+def pictures_of(
+    rows: Sequence[Row], matrix: Sequence[Sequence[int]], classes: Sequence[str], scores: Sequence[str]
+) -> dict[str, Figure]:
+    """All pictures of a run by name: ``curves``, ``confusion`` and, of a network with PCE layers, ``expert_load``."""
+    pictures = {"curves": curves(rows, scores), "confusion": confusion(matrix, classes)}
+    if layers_of(rows):
+        pictures["expert_load"] = expert_load(rows)
+    return pictures
+
+
+def save_pictures(pictures: Mapping[str, Figure], folder: Path) -> None:
+    """Write each picture as a PNG file of its name into a new folder."""
+    folder.mkdir()
+    for name, figure in pictures.items():
+        figure.savefig(folder / f"{name}.png", dpi=RESOLUTION)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -47,6 +66,7 @@ def curves(rows: Sequence[Row], scores: Sequence[str]) -> Figure:
         for colour, name in enumerate(names):
             plot(axis, rows, name, colour)
         axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=8)
     return figure
 
@@ -85,7 +105,7 @@ def expert_load(rows: Sequence[Row]) -> Figure:
     Raises:
         ValueError: for the figures of a dense network.
     """
-    layers = list(dict.fromkeys(match[1] for name in rows[-1] if (match := re.match(r"router/(.*)/load_0$", name))))
+    layers = layers_of(rows)
     if not layers:
         raise ValueError("rows are of a network without PCE layers: there is no load to draw")
     figure = new_figure(9, 2.1 * len(layers))
@@ -100,9 +120,15 @@ def expert_load(rows: Sequence[Row]) -> Figure:
         load.legend(title="expert", fontsize=7, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         plot(dropped, rows, f"router/{layer}/drop_rate", 0)
         dropped.set(ylim=(0, None), ylabel="dropped")
-        load.set_xlabel("epoch")
-        dropped.set_xlabel("epoch")
+        for axis in (load, dropped):
+            axis.set_xlabel("epoch")
+            axis.xaxis.get_major_locator().set_params(integer=True)
     return figure
+
+
+def layers_of(rows: Sequence[Row]) -> list[str]:
+    """Names of the PCE layers that the figures tell of."""
+    return [match[1] for name in rows[-1] if (match := re.match(r"router/(.*)/load_0$", name))]
 
 
 def plot(axis: Any, rows: Sequence[Row], name: str, colour: int) -> None:

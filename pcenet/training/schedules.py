@@ -54,6 +54,11 @@ class Schedules:
     steps_per_epoch: int
 
     @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.config.epochs * self.steps_per_epoch
+
+    @property
     def of_the_routers(self) -> dict[str, Callable[[int], float]]:
         """Those concerning the routers that change anything, by name; empty by default."""
         config = self.config
@@ -71,7 +76,7 @@ class Schedules:
         """Share of the peak learning rate."""
         return learning_rate_factor(
             step,
-            total_steps=self.config.epochs * self.steps_per_epoch,
+            total_steps=self.total_steps,
             warmup_steps=round(self.config.warmup_epochs * self.steps_per_epoch),
             schedule=self.config.schedule,
         )

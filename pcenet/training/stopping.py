@@ -59,7 +59,8 @@ def stopped_by(trainer: L.Trainer, total_steps: int) -> str | None:
         trainer: after an epoch, or after training.
         total_steps: steps of the optimiser in the whole run.
     """
-    if trainer.global_step >= total_steps:
+    if trainer.global_step >= total_steps or not trainer.should_stop:
         return None
-    stoppers = [callback for callback in trainer.callbacks if isinstance(callback, NoProgress | TimeLimit)]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    stoppers = [callback for callback in callbacks if isinstance(callback, NoProgress | TimeLimit)]
     return next((callback.option for callback in stoppers if callback.over), None)

@@ -120,7 +120,7 @@ class TrainingTask(L.LightningModule, ABC):
 
 
 class ClassificationTask(TrainingTask):
-    """Logits ``[B, num_classes]``, class numbers ``[B]`` or, of mixed images, shares of the classes ``[B, num_classes]``."""
+    """Logits ``[B, num_classes]``, class numbers ``[B]``, or, of mixed images, shares ``[B, num_classes]``."""
 
     score = "top1"
     train_score = "top1"
