@@ -52,7 +52,8 @@ def epochs_behind(checkpoint: Path, folder: RunFolder, config: TrainConfig, clas
     if (stopped := content["run"].get("stopped")) and checkpoint != folder.last:
         raise ValueError(
             f"resume: {checkpoint} was stopped by {stopped} in epoch {done}, where its run ends; its own run folder"
-            f" holds the model (or completes it with --resume auto); to train for longer, start afresh with another {stopped}"
+            " holds the model (or completes it with --resume auto); to train for longer, start afresh with another"
+            f" {stopped}"
         )
     if done >= config.epochs and checkpoint != folder.last:
         raise ValueError(
