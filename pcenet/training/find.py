@@ -102,3 +102,7 @@ class Batches(L.LightningDataModule):
         return run.kind.train_loader(
             run.model, run.sources["train"], config, workers=run.workers, pin_memory=run.device.type == "cuda"
         )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The run's validation images, which the tuner asks for."""
+        return self.run.loaders["val"]

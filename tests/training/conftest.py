@@ -15,7 +15,7 @@ from pcenet.training.config import TrainConfig
 def _no_drawing() -> Iterator[None]:
     """Drawing the pictures of a run takes longer than the runs of these tests; it has tests of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pcenet.training.run.draw", lambda *_: None)
+        patch.setattr("pcenet.training.run.pictures_of", lambda *_: {})
         yield
 
 
