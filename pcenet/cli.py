@@ -218,9 +218,18 @@ def explain(message: str, config_class: type[C]) -> str:
 def run_train(arguments: list[str]) -> None:
     """train a network on images"""
     config = parse("train", TrainConfig, arguments)
-    from pcenet.training.run import train
+    if config.dry_run:
+        from pcenet.training.rehearsal import dry_run
 
-    train(config)
+        dry_run(config)
+    elif config.find != "none":
+        from pcenet.training.find import find
+
+        find(config)
+    else:
+        from pcenet.training.run import train
+
+        train(config)
 
 
 def run_eval(arguments: list[str]) -> None:

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from pcenet.nn import Routing
+from pcenet.training.pictures import PALETTE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart; repeated beyond eight experts.
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 
 
 def expert_map(routing: Routing) -> Tensor:
@@ -48,13 +46,8 @@ def routing_picture(
     for name, routing in latest.items():
         if routing.grid.batch != len(images):
             raise ValueError(f"records of {name!r} are of {routing.grid.batch} images, but {len(images)} were given")
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("pictures need matplotlib: pip install 'pcenet[plot]'") from error
-
     rows, columns = len(latest) + 1, len(images)
-    figure = Figure(figsize=(1.3 * columns + 2.2, 1.45 * rows), layout="constrained")
+    figure = new_figure(1.3 * columns + 2.2, 1.45 * rows)
     axes = figure.subplots(rows, columns, squeeze=False)
     pixels = images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
     grey = pixels.mean(axis=3)

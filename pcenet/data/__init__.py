@@ -31,6 +31,7 @@ from pcenet.data.segment_transforms import (
     segment_train_transform,
 )
 from pcenet.data.sources import SOURCE_NAMES, default_root, open_segmentation_source, open_source
+from pcenet.data.subsets import first_images
 from pcenet.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -64,6 +65,7 @@ __all__ = [
     "cover_transform",
     "default_root",
     "eval_transform",
+    "first_images",
     "open_segmentation_source",
     "open_source",
     "quick_check",

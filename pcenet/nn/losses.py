@@ -42,7 +42,7 @@ def z_loss(routing: Routing, squared: bool = True) -> Tensor:
 
 
 def load_balance_loss(routing: Routing) -> Tensor:
-    """`load_balance_loss_from_logits` of a routing."""
+    """`load_balance_loss_from_logits` of a routing, with its probabilities, which have the router's temperature."""
     return _load_balance(routing.probs, routing.load, routing.choice.numel())
 
 

@@ -6,6 +6,7 @@ Axes: N patches in the batch, E experts, k experts per patch (choices).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -32,7 +33,7 @@ class Routing:
 
     Attributes:
         logits: ``[N, E]``, float32 or float64.
-        probs: ``[N, E]``, their softmax.
+        probs: ``[N, E]``, their softmax, at the router's temperature.
         choice: ``[N, k]`` int64, the chosen experts, best first.
         choice_weight: ``[N, k]``, the factor of each chosen expert's output (differentiable).
         kept: ``[N, k]`` bool, False where the choice was dropped for lack of capacity.
@@ -160,6 +161,7 @@ def route(
     capacity_factor: float | None = None,
     priority: Priority = "gate",
     gate: Gate = "prob",
+    temperature: float = 1.0,
 ) -> Routing:
     """Top-k routing of patches by their logits, for the router below or one of your own.
 
@@ -170,6 +172,8 @@ def route(
         capacity_factor: see `expert_capacity`; None drops nothing.
         priority: see `select_within_capacity`.
         gate: see `gate_weights`.
+        temperature: T of ``probs = softmax(logits / T)``. It changes no choice, only how sure the gate values are, and
+            with them who is dropped first where the gate decides.
 
     Raises:
         ValueError: where an argument breaks its rule, or the logits are not one row per patch in float32 or float64.
@@ -181,8 +185,8 @@ def route(
     if logits.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"logits are {logits.dtype}; routing compares them, so they must be float32 or float64")
     num_patches, num_experts = logits.shape
-    check_selection(num_experts, top_k, priority, gate, capacity_factor=capacity_factor)
-    probs = logits.softmax(dim=1)
+    check_selection(num_experts, top_k, priority, gate, temperature, capacity_factor=capacity_factor)
+    probs = (logits if temperature == 1 else logits / temperature).softmax(dim=1)
     # Chosen by logit: the order is that of the probabilities, without the ties that a saturated softmax makes.
     choice = logits.detach().topk(top_k, dim=1).indices
     chosen_probs = probs.gather(1, choice)
@@ -205,7 +209,12 @@ def route(
 
 
 def check_selection(
-    num_experts: int, top_k: int, priority: Priority, gate: Gate, **capacity_factors: float | None
+    num_experts: int,
+    top_k: int,
+    priority: Priority,
+    gate: Gate,
+    temperature: float,
+    **capacity_factors: float | None,
 ) -> None:
     """Raise a ValueError that names the first argument of `route` that breaks its rule."""
     check_at_least(1, num_experts=num_experts)
@@ -213,6 +222,8 @@ def check_selection(
         raise ValueError(f"top_k={top_k!r} must be a whole number between 1 and num_experts={num_experts}")
     check_choice("priority", priority, get_args(Priority))
     check_choice("gate", gate, get_args(Gate))
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature={temperature} must be a positive number")
     for name, factor in capacity_factors.items():
         if factor is not None and not (is_number(factor) and factor > 0 and math.isfinite(factor)):
             raise ValueError(f"{name}={factor!r} must be a positive number, or None to drop nothing")
@@ -243,6 +254,15 @@ class Router(nn.Module):
         gate_input: ``"pixels"``: the perceptron's hidden layer is applied to every enriched pixel and averaged over the
             patch's real pixels; ``"flat"``: to the whole enriched patch, flattened.
         num_bands: K, bands of the position features.
+        temperature: T of ``probs = softmax(logits / T)``, in training and at evaluation. Gate values and the balance
+            loss see these probabilities; the z-loss sees the logits before the division, so that it bounds what the
+            perceptron puts out whatever T is.
+
+    Attributes:
+        temperature: as above; a training loop may change it between forward passes.
+        perturb: in training, a function from logits ``[N, E]`` to the logits that are routed by, such as noise for
+            exploration; None, the default, is the identity. Losses and statistics see what it returns. The router has
+            no chance of its own: whoever sets this decides where its numbers come from.
 
     Raises:
         ValueError: where an argument breaks its rule.
@@ -262,6 +282,7 @@ class Router(nn.Module):
         gate: Gate = "prob",
         gate_input: GateInput = "pixels",
         num_bands: int = 4,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         check_choice("gate_input", gate_input, get_args(GateInput))
@@ -272,6 +293,7 @@ class Router(nn.Module):
             top_k,
             priority,
             gate,
+            temperature,
             capacity_factor=capacity_factor,
             eval_capacity_factor=eval_capacity_factor,
         )
@@ -287,6 +309,8 @@ class Router(nn.Module):
         self.gate = gate
         self.gate_input = gate_input
         self.num_bands = num_bands
+        self.temperature = temperature
+        self.perturb: Callable[[Tensor], Tensor] | None = None
         # One convolution over the enriched map: a perceptron on each pixel, or on each flattened patch.
         kernel = patch_size if gate_input == "flat" else 1
         self.hidden = nn.Conv2d(in_channels + 8 * num_bands, hidden, kernel, stride=kernel)
@@ -339,13 +363,17 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """Route the patches of a map ``[B, C, H, W]``."""
+        logits = self.compute_logits(x)
+        if self.training and self.perturb is not None:
+            logits = self.perturb(logits)
         return route(
-            self.compute_logits(x),
+            logits,
             grid_of(x, self.patch_size),
             top_k=self.top_k,
             capacity_factor=self.capacity_factor if self.training else self.eval_capacity_factor,
             priority=self.priority,
             gate=self.gate,
+            temperature=self.temperature,
         )
 
     def extra_repr(self) -> str:

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from pcenet.training.folder import RunFolder, write_text
 from pcenet.training.measures import health_of
+from pcenet.training.stopping import stopped_by
 from pcenet.training.task import TrainingTask
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Throughput(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.images += len(batch[0])
-        if trainer.is_last_batch:  # validation comes next and does not count
+        if trainer.is_last_batch or trainer.should_stop:  # validation comes next and does not count
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize(pl_module.device)
             self.seconds = time.perf_counter() - self.start
@@ -214,7 +215,8 @@ class Checkpoints(Checkpoint):
 
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["run"] = self.run
+        assert isinstance(pl_module, TrainingTask)
+        checkpoint["run"] = self.run | {"stopped": stopped_by(trainer, pl_module.schedules.total_steps)}
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Classification(Kind):
             image_side(model),
             augment=config.augment,
             horizontal_flip=source.horizontal_flip,
+            random_erasing=config.random_erasing,
             mean=values["mean"],
             std=values["std"],
         )

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pcenet.choices import Augment, Split, Task, did_you_mean
+from pcenet.training.rules import check_together
 
 ClassWeights = Literal["none", "median"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp32"]
+Schedule = Literal["cosine", "poly", "constant"]
+Log = Literal["tensorboard", "wandb"]
+Find = Literal["none", "batch-size", "lr"]
 
 DEFAULT_MODEL: dict[Task, str] = {"classify": "pce_nano", "segment": "pce_unet_nano"}
 DEFAULT_BATCH_SIZE: dict[Task, int] = {"classify": 128, "segment": 8}
@@ -151,8 +155,23 @@ class TrainConfig:
         ),
     ] = None
     epochs: Annotated[int, Option("Passes over the training images.", at_least=1)] = 15
-    batch_size: Annotated[int | None, Option("Images per step; null: 128, or 8 to segment.", at_least=1)] = None
-    lr: Annotated[float, Option("Peak learning rate of AdamW; a cosine takes it down to zero.", above=0)] = 3e-3
+    batch_size: Annotated[int | None, Option("Images per batch; null: 128, or 8 to segment.", at_least=1)] = None
+    accumulate: Annotated[
+        int,
+        Option(
+            "Batches whose gradients are averaged for one step of the optimiser. What the last batches of an epoch "
+            "leave over makes a step of its own, divided by as many all the same.",
+            at_least=1,
+        ),
+    ] = 1
+    lr: Annotated[float, Option("Peak learning rate of AdamW.", above=0)] = 3e-3
+    schedule: Annotated[
+        Schedule,
+        Option(
+            "What the learning rate does after its rise: cosine and poly (power 0.9, usual in segmentation) take it "
+            "down to zero over the epochs, constant keeps it."
+        ),
+    ] = "cosine"
     warmup_epochs: Annotated[float, Option("Epochs over which the learning rate rises to its peak.", at_least=0)] = 1.0
     weight_decay: Annotated[float, Option("AdamW's weight decay; norms and biases have none.", at_least=0)] = 0.05
     label_smoothing: Annotated[
@@ -164,7 +183,38 @@ class TrainConfig:
         Option("Decay of the weights' moving average, which is what a run keeps; 0: none.", at_least=0, below=1),
     ] = 0.998
     balance: Annotated[float, Option("Weight of the load-balance loss.", at_least=0)] = 0.01
+    balance_start: Annotated[
+        float | None,
+        Option(
+            "Weight of the load-balance loss at the start, from where it goes to --balance; null: that.", at_least=0
+        ),
+    ] = None
+    balance_epochs: Annotated[
+        float | None, Option("Epochs that it takes from --balance-start; null: half of the run.", at_least=0)
+    ] = None
     z: Annotated[float, Option("Weight of the z-loss, which keeps the routers' logits small.", at_least=0)] = 0.001
+    temperature: Annotated[
+        float,
+        Option(
+            "The routers divide their logits by it before the softmax; above 1, experts are told apart less at the "
+            "start. It falls to 1. Validation and the finished network are at 1.",
+            above=0,
+        ),
+    ] = 1.0
+    temperature_epochs: Annotated[
+        float | None, Option("Epochs in which --temperature falls to 1; null: half of the run.", at_least=0)
+    ] = None
+    router_noise: Annotated[
+        float,
+        Option(
+            "Standard deviation of Gaussian noise on the routers' logits in training, so that patches try other "
+            "experts; it falls to 0.",
+            at_least=0,
+        ),
+    ] = 0.0
+    router_noise_epochs: Annotated[
+        float | None, Option("Epochs in which --router-noise falls to 0; null: half of the run.", at_least=0)
+    ] = None
     augment: Annotated[
         Augment,
         Option(
@@ -185,6 +235,22 @@ class TrainConfig:
             "over the class's own."
         ),
     ] = "none"
+    random_erasing: Annotated[
+        float,
+        Option("Share of the training images in which a rectangle is erased (classification).", at_least=0, at_most=1),
+    ] = 0.0
+    mixup: Annotated[
+        float,
+        Option("Mix pairs of images and their labels by a share from Beta(a, a); 0: no (classification).", at_least=0),
+    ] = 0.0
+    cutmix: Annotated[
+        float,
+        Option(
+            "Paste a rectangle of one image into another, its area from Beta(a, a), labels by area; 0: no "
+            "(classification). With --mixup each batch gets one of the two.",
+            at_least=0,
+        ),
+    ] = 0.0
     drop: Annotated[float, Option("Dropout rate before the classifier.", at_least=0, below=1)] = 0.0
     drop_path: Annotated[
         float, Option("Stochastic depth: rate at which the last block is skipped.", at_least=0, below=1)
@@ -196,6 +262,34 @@ class TrainConfig:
     seed: Annotated[
         int, Option("Decides initial weights, order of the images and augmentation.", at_least=0, below=2**32)
     ] = 0
+    early_stopping: Annotated[
+        int | None, Option("Stop after so many epochs without a better validation score; null: never.", at_least=1)
+    ] = None
+    max_time: Annotated[
+        str | None,
+        Option(
+            "Stop after this time of training, as DD:HH:MM:SS or in minutes, and finish the run with what it has. "
+            "Schedules do not know of it."
+        ),
+    ] = None
+    overfit: Annotated[
+        int | None,
+        Option(
+            "Train and validate on the first so many training images, without augmentation: whether the network can "
+            "learn them at all.",
+            at_least=1,
+        ),
+    ] = None
+    dry_run: Annotated[
+        bool, Option("Do everything with two batches, in a folder that is removed: whether a run would work.")
+    ] = False
+    find: Annotated[
+        Find,
+        Option("Print a suggestion for the batch size (GPU only) or the peak learning rate, and train nothing."),
+    ] = "none"
+    log: Annotated[
+        Log, Option("wandb: figures go to Weights & Biases too, beside TensorBoard's files and metrics.csv.")
+    ] = "tensorboard"
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"
     workers: WorkersOption = None
@@ -208,6 +302,7 @@ class TrainConfig:
             raise ValueError(f"min_scale {self.min_scale:g} is above max_scale {self.max_scale:g}")
         if self.task == "segment" and self.augment not in ("auto", "none"):
             raise ValueError(f"augment {self.augment!r} is for classification; to segment give auto or none")
+        check_together(self)
 
     @property
     def model_name(self) -> str:

@@ -14,7 +14,7 @@ import yaml  # type: ignore[import-untyped]
 
 from pcenet.training.config import TrainConfig
 
-SAFE_TO_CHANGE = {"out", "resume", "device", "workers", "threads"}
+SAFE_TO_CHANGE = {"out", "resume", "log", "device", "workers", "threads"}
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -98,6 +98,7 @@ class RunFolder:
         self.best = self.checkpoints / "best.ckpt"
         self.metrics = path / "metrics.json"
         self.model = path / "model"
+        self.pictures = path / "pictures"
 
     @property
     def finished(self) -> bool:

@@ -50,6 +50,12 @@ def epochs_behind(checkpoint: Path, folder: RunFolder, config: TrainConfig, clas
     check_same(saved, config, str(checkpoint), "give the same ones, or start afresh without --resume")
     check_classes(content["run"]["classes"], classes, str(checkpoint), config.data)
     done = len(content["callbacks"]["History"]["rows"])
+    if (stopped := content["run"].get("stopped")) and checkpoint != folder.last:
+        raise ValueError(
+            f"resume: {checkpoint} was stopped by {stopped} in epoch {done}, where its run ends; its own run folder"
+            " holds the model (or completes it with --resume auto); to train for longer, start afresh with another"
+            f" {stopped}"
+        )
     if done >= config.epochs and checkpoint != folder.last:
         raise ValueError(
             f"resume: {checkpoint} has {done} of {config.epochs} epochs behind it, nothing is left to train; its own"

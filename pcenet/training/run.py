@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import statistics
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 import pcenet.data as data
@@ -36,9 +37,14 @@ from pcenet.training.device import environment, resolve_device, resolve_precisio
 from pcenet.training.evaluate import check_classes
 from pcenet.training.folder import RunFolder, write_atomically, write_json
 from pcenet.training.kinds import Kind, kind_of
+from pcenet.training.loggers import check_logging, run_loggers
 from pcenet.training.measures import cost_of
 from pcenet.training.network import build_model, check_model, default_input_size, naming_model_args
+from pcenet.training.pictures import pictures_of, save_pictures
 from pcenet.training.resume import check_weights, epochs_behind, read_checkpoint
+from pcenet.training.router_schedules import RouterSchedules
+from pcenet.training.schedules import Schedules
+from pcenet.training.stopping import stopped_by, stopping_callbacks
 from pcenet.training.tables import console, router_table
 
 LOG_EVERY = 50
@@ -63,7 +69,7 @@ class Run:
     first_epoch: int
 
 
-def train(config: TrainConfig) -> RunFolder:
+def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
     """``pcenet train``: train a network and leave the run folder.
 
     On the CPU two runs with the same options leave the same ``model/``, bit for bit, on one kind of processor
@@ -71,17 +77,21 @@ def train(config: TrainConfig) -> RunFolder:
 
     Args:
         config: the options.
+        batches: train and validate on so many batches of images only, to try everything out; None: on all.
 
     Returns:
         The run folder with ``config.yaml``, ``environment.json``, ``logs/``, ``checkpoints/``,
-        ``metrics.json`` and ``model/``.
+        ``metrics.json``, ``pictures/`` and ``model/``.
 
     Raises:
         ValueError: for an unknown model, for faulty data, or if folder or checkpoint are of another run.
         FileNotFoundError: if ``config.resume`` names a checkpoint that does not exist.
         KeyboardInterrupt: if it was interrupted; ``last.ckpt`` holds the state after the last whole epoch.
     """
+    if config.dry_run or config.find != "none":
+        raise ValueError("dry_run and find leave no run: see pcenet.training.rehearsal and pcenet.training.find")
     set_threads(config.threads)
+    check_logging(config)
     device = resolve_device(config.device)
     config = resolve(config, device)
     folder = RunFolder(config.folder)
@@ -89,15 +99,21 @@ def train(config: TrainConfig) -> RunFolder:
     if folder.finished:
         print(f"{folder.path} is finished; nothing to do")
         return folder
-    run = prepare(config, folder, device, checkpoint)
+    run = prepare(config, folder, device, checkpoint, batches)
     announce(run)
     folder.create(config, environment(device, config.precision) | {"workers": run.workers})
-    history, health = fit(run)
-    finish(run, history, health)
+    fitted = fit(run)
+    finish(run, fitted)
     return folder
 
 
-def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, checkpoint: Path | None) -> Run:
+def prepare(
+    config: TrainConfig,
+    folder: RunFolder,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    batches: int | None = None,
+) -> Run:
     """Open the data, seed, build network and loaders; nothing is written.
 
     Raises:
@@ -112,6 +128,7 @@ def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, checkp
     check_classes(classes, sources["val"].classes, "train", "val")
     for finding in data.quick_check(sources):
         log.warning("%s: %s", config.data, finding.message)
+    sources = choose_images(sources, config, batches)
     first_epoch = epochs_behind(checkpoint, folder, config, classes) if checkpoint else 0
     L.seed_everything(config.seed, workers=True, verbose=False)
     with naming_model_args(config.model_args):
@@ -133,6 +150,24 @@ def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, checkp
     return Run(config, kind, folder, device, workers, sources, model, cost, loaders, checkpoint, first_epoch)
 
 
+def choose_images(sources: dict[Split, Any], config: TrainConfig, batches: int | None) -> dict[Split, Any]:
+    """All images of the sources, or as few as the options or ``batches`` ask for.
+
+    Raises:
+        ValueError: if there are fewer images than are to be overfitted.
+    """
+    train, count = sources["train"], config.overfit
+    if count is not None:
+        if count > len(train):
+            raise ValueError(f"overfit {count}: {train.name} has {len(train)} training images; give that or fewer")
+        sources = dict.fromkeys(sources, data.first_images(train, count, config.seed))
+    if batches is not None:
+        assert config.batch_size is not None
+        images = batches * config.batch_size
+        sources = {split: data.first_images(source, images, config.seed) for split, source in sources.items()}
+    return sources
+
+
 def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
     """The options with what is left to the program filled in: ``out``, ``model``, ``precision``, sizes.
 
@@ -146,6 +181,7 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
         model=config.model_name,
         batch_size=config.batch_size or DEFAULT_BATCH_SIZE[config.task],
         precision=resolve_precision(config.precision, device),
+        augment=config.augment if config.overfit is None else "none",
         input_size=config.input_size or default_input_size(config.model_name),
     )
 
@@ -156,34 +192,66 @@ def set_epoch(loader: DataLoader[Any], epoch: int) -> None:
     loader.sampler.set_epoch(epoch)
 
 
-def fit(run: Run) -> tuple[History, RouterHealth]:
+def steps_per_epoch(run: Run) -> int:
+    """Steps of the optimiser in one pass over the training images."""
+    return math.ceil(len(run.loaders["train"]) / run.config.accumulate)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training left beside its checkpoints.
+
+    Attributes:
+        history: the figures of each epoch.
+        health: those of the routers.
+        stopped: the option that ended training early, if any did.
+    """
+
+    history: History
+    health: RouterHealth
+    stopped: str | None
+
+
+def fit(run: Run) -> Fitted:
     """Train with Lightning; the averaged weights end up in ``last.ckpt``."""
-    config, folder, steps = run.config, run.folder, len(run.loaders["train"])
+    config, folder = run.config, run.folder
+    steps = steps_per_epoch(run)
     history, health = History(folder.logs / "metrics.csv"), RouterHealth()
     checkpoints = Checkpoints(folder, {"config": asdict(config), "classes": list(run.sources["train"].classes)})
-    callbacks = [moving_average(config.ema_decay), Throughput(), health, history, checkpoints]
+    callbacks = stopping_callbacks(config, f"val/{run.kind.task.score}")
+    callbacks += [moving_average(config.ema_decay), Throughput(), health, history, checkpoints]
+    schedules = Schedules(config, steps)
+    if schedules.of_the_routers:
+        callbacks.append(RouterSchedules(schedules))
     terminal = sys.stdout.isatty()
-    logger = TensorBoardLogger(folder.logs, name="", version="tensorboard", purge_step=run.first_epoch * steps)
-    with quiet():
+    with quiet(), run_loggers(config, folder, run.first_epoch * steps) as loggers:
         trainer = L.Trainer(
-            accelerator=run.device.type,
-            devices=1,
-            precision="bf16-mixed" if config.precision == "bf16" else "32-true",
+            **trainer_options(run),
             max_epochs=config.epochs,
-            gradient_clip_val=config.clip_grad or None,
             callbacks=[*callbacks, TrainingBar()] if terminal else callbacks,
             enable_progress_bar=terminal,
-            enable_model_summary=False,
-            logger=logger,
+            logger=loggers,
             log_every_n_steps=min(LOG_EVERY, steps),
-            num_sanity_val_steps=0,
             plugins=[AtomicCheckpointIO()],
             default_root_dir=folder.path,
         )
         task = run.kind.make_task(run.model, config, run.sources["train"], steps)
         with interruptible(trainer):
             trainer.fit(task, run.loaders["train"], run.loaders["val"], ckpt_path=run.checkpoint, weights_only=True)
-    return history, health
+        return Fitted(history, health, stopped_by(trainer, schedules.total_steps))
+
+
+def trainer_options(run: Run) -> dict[str, Any]:
+    """What Lightning's trainer is told of how to compute, whatever it does."""
+    return {
+        "accelerator": run.device.type,
+        "devices": 1,
+        "precision": "bf16-mixed" if run.config.precision == "bf16" else "32-true",
+        "accumulate_grad_batches": run.config.accumulate,
+        "gradient_clip_val": run.config.clip_grad or None,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
 
 
 @contextmanager
@@ -236,34 +304,52 @@ def announce(run: Run) -> None:
     print("\n".join(lines), flush=True)
 
 
-def finish(run: Run, history: History, health: RouterHealth) -> None:
-    """Write ``model/`` from the averaged weights of ``last.ckpt``, measure it, write ``metrics.json``."""
+def finish(run: Run, fitted: Fitted) -> None:
+    """Write ``model/`` from the averaged weights of ``last.ckpt``, measure it, draw it, write ``metrics.json``."""
     config, folder, model, source = run.config, run.folder, run.model, run.sources["val"]
     averaged = read_checkpoint(folder.last)["state_dict"]
     model.load_state_dict({name.removeprefix("model."): value for name, value in averaged.items()})
     write_atomically(folder.model, model.save_pretrained)
     result = run.kind.evaluate(model, run.loaders["val"], source.classes, device=run.device, precision=config.precision)
-    write_json(folder.metrics, summary(run, history, health, result))
+    draw(run, fitted.history.rows, result)
+    write_json(folder.metrics, summary(run, fitted, result))
+    if fitted.stopped:
+        print(f"stopped by {fitted.stopped} in epoch {len(fitted.history.rows)} of {config.epochs}")
     print(f"validation {run.kind.headline(result)}")
-    if health.health:
-        console().print(router_table(health.health))
+    if fitted.health.health:
+        console().print(router_table(fitted.health.health))
     print(f"model: {folder.model}")
 
 
-def summary(run: Run, history: History, health: RouterHealth, result: Any) -> dict[str, Any]:
+def draw(run: Run, rows: Sequence[Mapping[str, float]], result: Any) -> None:
+    """Write ``pictures/``, or say what that needs."""
+    task = run.kind.task
+    try:
+        pictures = pictures_of(
+            rows, result.confusion, list(result.per_class), (f"train/{task.train_score}", f"val/{task.score}")
+        )
+    except ModuleNotFoundError as error:
+        log.warning("%s; none were drawn", error)
+        return
+    write_atomically(run.folder.pictures, partial(save_pictures, pictures))
+
+
+def summary(run: Run, fitted: Fitted, result: Any) -> dict[str, Any]:
     """The content of ``metrics.json``."""
-    score = run.kind.task.score
-    best = max(history.rows, key=lambda row: row[f"val/{score}"])
+    score, rows = run.kind.task.score, fitted.history.rows
+    best = max(rows, key=lambda row: row[f"val/{score}"])
     return {
         "task": run.config.task,
         "model": run.config.model,
         "data": run.config.data,
         "seed": run.config.seed,
-        "epochs": len(history.rows),
+        "epochs": len(rows),
+        "steps": int(rows[-1]["step"]),
+        "stopped": fitted.stopped,
         "val": run.kind.summary(result),
         "best": {"epoch": int(best["epoch"]), score: best[f"val/{score}"]},
-        "epoch_seconds": statistics.median(row["train/epoch_seconds"] for row in history.rows),
-        "images_per_second": statistics.median(row["train/images_per_second"] for row in history.rows),
+        "epoch_seconds": statistics.median(row["train/epoch_seconds"] for row in rows),
+        "images_per_second": statistics.median(row["train/images_per_second"] for row in rows),
         "complexity": run.cost,
-        "router": health.health,
+        "router": fitted.health.health,
     }

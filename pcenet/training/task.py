@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Collection
@@ -22,18 +21,9 @@ from pcenet.data import IGNORE
 from pcenet.nn import RoutingStatistics, aux_terms, record_routing
 from pcenet.training.config import TrainConfig
 from pcenet.training.measures import TOP_K
+from pcenet.training.mixing import make_mixing
 from pcenet.training.pixels import PixelBatches, PixelScores
-
-
-def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int) -> float:
-    """Share of the peak learning rate at ``step`` (0 is the first): a linear rise, then a cosine to zero.
-
-    Step ``warmup_steps - 1`` is the first at the peak; step ``total_steps`` would be the first at zero.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+from pcenet.training.schedules import Schedules
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -47,7 +37,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The random seed of one training step: dropout in step t depends on (seed, t) alone."""
+    """The random seed of one batch: dropout, mixing and noise in batch t depend on (seed, t) alone."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
 
 
@@ -57,7 +47,7 @@ class TrainingTask(L.LightningModule, ABC):
     Args:
         model: images ``[B, 3, H, W]`` to logits.
         config: the options.
-        steps_per_epoch: batches in one pass over the training images.
+        steps_per_epoch: steps of the optimiser in one pass over the training images.
 
     Attributes:
         score: name of the figure of merit that `validation_step` logs as ``val/<score>``; higher is better.
@@ -72,8 +62,12 @@ class TrainingTask(L.LightningModule, ABC):
         super().__init__()
         self.model = model
         self.config = config
-        self.steps_per_epoch = steps_per_epoch
+        self.schedules = Schedules(config, steps_per_epoch)
         self.routing: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch that is trained on; a task may mix its images."""
+        return images, targets
 
     @abstractmethod
     def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -88,16 +82,22 @@ class TrainingTask(L.LightningModule, ABC):
         logits: Tensor = self.model(images.to(memory_format=torch.channels_last))
         return logits.float()
 
+    def batch_number(self, batch_idx: int) -> int:
+        """A number for each batch of the run; the optimiser's step where every batch makes one."""
+        return self.current_epoch * self.schedules.steps_per_epoch * self.config.accumulate + batch_idx
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Task loss plus auxiliary losses; `routing` counts, without a transfer to the host."""
         images, targets = batch
-        torch.manual_seed(step_seed(self.config.seed, self.global_step))
+        torch.manual_seed(step_seed(self.config.seed, self.batch_number(batch_idx)))
+        images, targets = self.mix(images, targets)
         with record_routing(self.model) as records:
             logits = self(images)
         task = self.task_loss(logits, targets)
         balance, z = aux_terms(records)
         # A term of weight 0 is left out, not multiplied: it may be infinite.
-        weighted = [w * term for w, term in ((self.config.balance, balance), (self.config.z, z)) if w]
+        weights = (self.schedules.balance(self.global_step), self.config.z)
+        weighted = [w * term for w, term in zip(weights, (balance, z), strict=True) if w]
         loss = sum(weighted, task)
         for name, routings in records.items():
             for routing in routings:
@@ -115,27 +115,34 @@ class TrainingTask(L.LightningModule, ABC):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, its learning rate a pure function of the step."""
         optimizer = torch.optim.AdamW(parameter_groups(self.model, self.config.weight_decay), lr=self.config.lr)
-        schedule = partial(
-            learning_rate_factor,
-            total_steps=self.config.epochs * self.steps_per_epoch,
-            warmup_steps=round(self.config.warmup_epochs * self.steps_per_epoch),
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedules.learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class ClassificationTask(TrainingTask):
-    """Logits ``[B, num_classes]``, class numbers ``[B]``."""
+    """Logits ``[B, num_classes]``, class numbers ``[B]``, or, of mixed images, shares ``[B, num_classes]``."""
 
     score = "top1"
     train_score = "top1"
+
+    def __init__(self, model: nn.Module, config: TrainConfig, steps_per_epoch: int) -> None:
+        super().__init__(model, config, steps_per_epoch)
+        self.mixing = make_mixing(config.mixup, config.cutmix)
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch with mixup or cutmix, where the options ask for it."""
+        if self.mixing is None:
+            return images, targets
+        assert isinstance(self.model.num_classes, int)
+        return self.mixing(images, F.one_hot(targets, self.model.num_classes).float())
 
     def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy with label smoothing."""
         return F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
 
     def right(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Top-1 accuracy."""
+        """Top-1 accuracy; of a mixed image the class with the largest share counts."""
+        targets = targets if targets.ndim == 1 else targets.argmax(1)
         return (logits.argmax(1) == targets).float().mean()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

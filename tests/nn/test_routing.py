@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pcenet.nn import Grid, PatchExtractor, Router, Routing, route
+from pcenet.nn import Grid, PatchExtractor, Router, Routing, load_balance_loss, route, z_loss
 
 
 def table(rows: list[list[float]], **options: object) -> Routing:
@@ -326,6 +326,42 @@ def test_float64_stays_float64(gate_input: str, autocast: bool) -> None:
     torch.testing.assert_close(routing.logits, reference.router_logits(router, x), rtol=1e-10, atol=1e-10)
 
 
+# Temperature and perturbation
+
+
+def test_temperature_shapes_probabilities_and_balance_but_neither_choice_nor_z() -> None:
+    # Logits (ln 9, 0): 0.9 and 0.1 at temperature 1; at 2 they are (ln 3, 0): 0.75 and 0.25.
+    logits = torch.tensor([[math.log(9), 0.0]], dtype=torch.float64)
+    for temperature, first in ((1.0, 0.9), (2.0, 0.75)):
+        routing = route(logits, Grid(1, 1, 1), temperature=temperature)
+        assert routing.choice.tolist() == [[0]]
+        assert routing.probs.tolist() == [pytest.approx([first, 1 - first])]
+        assert routing.choice_weight.item() == pytest.approx(first)
+        assert load_balance_loss(routing).item() == pytest.approx(2 * first)  # E * (p_0 * 1 + p_1 * 0)
+        assert z_loss(routing).item() == pytest.approx(math.log(10) ** 2)  # logsumexp of (ln 9, 0)
+
+
+def test_a_routers_temperature_holds_in_training_and_at_evaluation() -> None:
+    router = Router(3, 4, 4, temperature=5.0)
+    x = torch.randn(2, 3, 8, 8)
+    for module in (router, router.eval()):
+        routing = module(x)
+        torch.testing.assert_close(routing.probs, (routing.logits / 5).softmax(dim=1))
+    router.temperature = 1.0
+    assert torch.equal(router(x).probs, routing.logits.softmax(dim=1))
+
+
+def test_logits_are_perturbed_in_training_alone() -> None:
+    router = Router(3, 4, 4)
+    x = torch.randn(2, 3, 8, 8)
+    plain = router(x)
+    router.perturb = lambda logits: logits.flip(1)
+    routing = router(x)
+    assert torch.equal(routing.logits, plain.logits.flip(1))
+    assert torch.equal(routing.choice, 3 - plain.choice)
+    assert torch.equal(router.eval()(x).logits, plain.logits)
+
+
 # Degenerate tables
 
 
@@ -365,6 +401,8 @@ def test_a_saturated_softmax_chooses_by_logit() -> None:
         ({"num_bands": -1}, "num_bands=-1"),
         ({"in_channels": 0}, "in_channels=0"),
         ({"patch_size": 0}, "patch_size=0"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"temperature": math.inf}, "temperature=inf"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, object], name: str) -> None:
@@ -381,6 +419,7 @@ def test_wrong_arguments_are_named(options: dict[str, object], name: str) -> Non
         ({"top_k": 0}, "top_k=0 must be a whole number between 1 and num_experts=3"),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be a positive number"),
         ({"capacity_factor": float("nan")}, "capacity_factor=nan must be a positive number"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be a positive number"),
         ({"grid": Grid(1, 3, 3)}, r"logits of shape \(6, 3\) must be \[N, E\] with N = 9"),
         ({"logits": torch.zeros(6)}, r"logits of shape \(6,\) must be"),
         ({"logits": torch.zeros(6, 3).bfloat16()}, "must be float32 or float64"),

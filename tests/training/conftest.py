@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,14 @@ import pytest
 from PIL import Image
 
 from pcenet.training.config import TrainConfig
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_drawing() -> Iterator[None]:
+    """Drawing the pictures of a run takes longer than the runs of these tests; it has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pcenet.training.run.pictures_of", lambda *_: {})
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -33,3 +33,29 @@ def test_every_field_explains_itself(config_class: type) -> None:
 def test_run_folder_is_named_after_model_data_and_seed() -> None:
     assert str(TrainConfig(data="some/where/birds.zip", seed=3).folder) == "runs/pce_nano-birds-3"
     assert str(TrainConfig(out="elsewhere").folder) == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixup": 0.2, "task": "segment"}, "mixup is for classification: leave it out to segment"),
+        ({"cutmix": 0.2, "task": "segment"}, "cutmix is for classification"),
+        ({"random_erasing": 0.2, "task": "segment"}, "random_erasing is for classification"),
+        ({"mixup": 0.2, "batch_size": 1}, "mixup mixes the images of a batch, so batch_size must be at least 2, got 1"),
+        ({"random_erasing": 1.5}, "random_erasing must be at most 1, got 1.5"),
+        ({"temperature_epochs": 3.0}, "temperature_epochs 3 has no effect without temperature: give both, or neither"),
+        ({"balance_epochs": 3.0}, "balance_epochs 3 has no effect without balance_start"),
+        ({"router_noise_epochs": 0.5}, "router_noise_epochs 0.5 has no effect without router_noise"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"schedule": "cosinus"}, "did you mean 'cosine'?"),
+        ({"overfit": 8, "mixup": 0.2}, "mixup changes the images, and overfit learns them as they are"),
+        ({"overfit": 8, "random_erasing": 0.2}, "random_erasing changes the images, and overfit"),
+        ({"overfit": 8, "augment": "crop"}, "augment 'crop' changes the images, and overfit"),
+        ({"dry_run": True, "find": "lr"}, "dry_run and find 'lr' exclude each other"),
+        ({"find": "batchsize"}, "did you mean 'batch-size'?"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TrainConfig(**changes)

@@ -86,7 +86,7 @@ def interrupted(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
 
 def test_run_folder_is_complete(finished: RunFolder, pictures: Path) -> None:
     names = {path.name for path in finished.path.iterdir()}
-    assert names == {"config.yaml", "environment.json", "logs", "checkpoints", "metrics.json", "model"}
+    assert names == {"config.yaml", "environment.json", "logs", "checkpoints", "metrics.json", "model", "pictures"}
     assert {path.name for path in finished.checkpoints.iterdir()} == {"last.ckpt", "best.ckpt"}
     assert list(finished.logs.glob("tensorboard/events*"))
     assert not list(finished.path.rglob("*.tmp"))

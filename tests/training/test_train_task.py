@@ -13,31 +13,7 @@ from pcenet.nn import PCELayer
 from pcenet.nn.experts import StackedNorm
 from pcenet.training.callbacks import moving_average, update_average
 from pcenet.training.config import TrainConfig
-from pcenet.training.task import ClassificationTask, learning_rate_factor, parameter_groups, step_seed
-
-
-@pytest.mark.parametrize(
-    ("step", "factor"),
-    [
-        (0, 0.5),  # first of two steps of warm-up
-        (1, 1.0),
-        (2, 1.0),  # cos(0)
-        (4, (1 + math.sqrt(0.5)) / 2),  # a quarter of the way: cos(pi / 4)
-        (6, 0.5),  # half way: cos(pi / 2)
-        (10, 0.0),
-        (99, 0.0),
-    ],
-)
-def test_schedule(step: int, factor: float) -> None:
-    assert learning_rate_factor(step, total_steps=10, warmup_steps=2) == pytest.approx(factor, abs=1e-12)
-
-
-def test_schedule_without_warmup_starts_at_the_peak() -> None:
-    assert learning_rate_factor(0, total_steps=4, warmup_steps=0) == 1.0
-
-
-def test_schedule_that_is_all_warmup_stays_defined() -> None:
-    assert [learning_rate_factor(s, total_steps=2, warmup_steps=2) for s in range(3)] == [0.5, 1.0, 1.0]
+from pcenet.training.task import ClassificationTask, parameter_groups, step_seed
 
 
 @pytest.mark.parametrize("name", ["pce_nano", "dense_nano"])

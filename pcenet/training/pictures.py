@@ -1,0 +1,137 @@
+"""Pictures of a run, drawn from its figures. matplotlib is imported when something is drawn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; repeated beyond eight.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+LABELLED = 40  # classes up to which the confusion matrix names them
+NUMBERED = 15  # and writes its shares down
+RESOLUTION = 110  # pixels per inch
+
+Row = Mapping[str, float]
+
+
+def pictures_of(
+    rows: Sequence[Row], matrix: Sequence[Sequence[int]], classes: Sequence[str], scores: Sequence[str]
+) -> dict[str, Figure]:
+    """All pictures of a run by name: ``curves``, ``confusion`` and, of a network with PCE layers, ``expert_load``."""
+    pictures = {"curves": curves(rows, scores), "confusion": confusion(matrix, classes)}
+    if layers_of(rows):
+        pictures["expert_load"] = expert_load(rows)
+    return pictures
+
+
+def save_pictures(pictures: Mapping[str, Figure], folder: Path) -> None:
+    """Write each picture as a PNG file of its name into a new folder."""
+    folder.mkdir()
+    for name, figure in pictures.items():
+        figure.savefig(folder / f"{name}.png", dpi=RESOLUTION)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib; names what to install.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("pictures need matplotlib: pip install 'pcenet[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def curves(rows: Sequence[Row], scores: Sequence[str]) -> Figure:
+    """Losses, scores and learning rate over the epochs.
+
+    Args:
+        rows: the figures of each epoch, as in ``metrics.csv``.
+        scores: which of them are scores, between 0 and 1.
+    """
+    figure = new_figure(12, 3.4)
+    panels = {
+        "loss": ("train/loss", "train/task_loss", "val/loss"),
+        "score": tuple(scores),
+        "learning rate": ("train/lr",),
+    }
+    for axis, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for colour, name in enumerate(names):
+            plot(axis, rows, name, colour)
+        axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
+    """The confusion matrix, each row as shares of its class.
+
+    Args:
+        matrix: ``matrix[i][j]`` of class i were predicted as class j.
+        classes: their names.
+    """
+    count = len(classes)
+    figure = new_figure(3 + 0.35 * min(count, LABELLED), 2.4 + 0.35 * min(count, LABELLED))
+    axis = figure.subplots()
+    shares = [[value / max(1, sum(row)) for value in row] for row in matrix]
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axis, label="share of the class", shrink=0.8)
+    axis.set(xlabel="predicted", ylabel="class")
+    if count <= LABELLED:
+        axis.set_xticks(range(count), classes, rotation=90, fontsize=8)
+        axis.set_yticks(range(count), classes, fontsize=8)
+    if count <= NUMBERED:
+        for i, row in enumerate(shares):
+            for j, share in enumerate(row):
+                colour = "white" if share > 0.5 else "black"
+                axis.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=7, color=colour)
+    return figure
+
+
+def expert_load(rows: Sequence[Row]) -> Figure:
+    """For each PCE layer the load of its experts over the epochs, and the share of the choices that were dropped.
+
+    Args:
+        rows: the figures of each epoch, as in ``metrics.csv``.
+
+    Raises:
+        ValueError: for the figures of a dense network.
+    """
+    layers = layers_of(rows)
+    if not layers:
+        raise ValueError("rows are of a network without PCE layers: there is no load to draw")
+    figure = new_figure(9, 2.1 * len(layers))
+    epochs = [row["epoch"] for row in rows]
+    for (load, dropped), layer in zip(figure.subplots(len(layers), 2, squeeze=False), layers, strict=True):
+        below = [0.0] * len(rows)
+        for expert, name in enumerate(name for name in rows[-1] if name.startswith(f"router/{layer}/load_")):
+            shares = [row[name] for row in rows]
+            load.bar(epochs, shares, bottom=below, width=1, color=PALETTE[expert % len(PALETTE)], label=str(expert))
+            below = [a + b for a, b in zip(below, shares, strict=True)]
+        load.set(ylim=(0, 1), ylabel=layer.removesuffix(".body"))
+        load.legend(title="expert", fontsize=7, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        plot(dropped, rows, f"router/{layer}/drop_rate", 0)
+        dropped.set(ylim=(0, None), ylabel="dropped")
+        for axis in (load, dropped):
+            axis.set_xlabel("epoch")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def layers_of(rows: Sequence[Row]) -> list[str]:
+    """Names of the PCE layers that the figures tell of."""
+    return [match[1] for name in rows[-1] if (match := re.match(r"router/(.*)/load_0$", name))]
+
+
+def plot(axis: Any, rows: Sequence[Row], name: str, colour: int) -> None:
+    """One figure over the epochs that have it; with dots, so that a single epoch shows."""
+    points = [(row["epoch"], row[name]) for row in rows if name in row]
+    axis.plot(*zip(*points, strict=True), marker=".", color=PALETTE[colour % len(PALETTE)], label=name)

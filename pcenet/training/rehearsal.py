@@ -1,0 +1,37 @@
+"""``pcenet train --dry-run``: everything that a run does, with two batches, leaving nothing."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from pcenet.training.config import TrainConfig
+from pcenet.training.device import resolve_device
+from pcenet.training.folder import RunFolder
+from pcenet.training.run import resolve, train
+
+BATCHES = 2
+
+
+def dry_run(config: TrainConfig) -> None:
+    """Train and validate on two batches of images in a folder that is removed, and say that it works.
+
+    Weights & Biases is left out, and so are the limits of epochs and time.
+
+    Args:
+        config: the options of the run to come.
+
+    Raises:
+        ValueError: for whatever the run itself would refuse, its run folder included.
+        FileNotFoundError: if ``config.resume`` names a checkpoint that does not exist.
+    """
+    config = replace(config, dry_run=False)
+    RunFolder(config.folder).enter(resolve(config, resolve_device(config.device)))
+    with tempfile.TemporaryDirectory(prefix="pcenet-") as folder:
+        out = str(Path(folder) / "run")
+        train(
+            replace(config, out=out, resume=None, epochs=1, early_stopping=None, max_time=None, log="tensorboard"),
+            batches=BATCHES,
+        )
+    print(f"dry run: everything works, and nothing of it is left; the run itself would be {config.folder}")

@@ -1,0 +1,71 @@
+"""What options mean together: combinations that are refused, and how long a time is."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pcenet.training.config import TrainConfig
+
+# Options that say how long a schedule takes, and those without which there is none.
+LASTS = {
+    "temperature_epochs": ("temperature", 1.0),
+    "balance_epochs": ("balance_start", None),
+    "router_noise_epochs": ("router_noise", 0.0),
+}
+MIXING = ("mixup", "cutmix")
+
+
+def duration(text: str) -> timedelta:
+    """A time as ``DD:HH:MM:SS``, with or without its leading parts, or as a number of minutes.
+
+    >>> duration("1:30:00") == duration("90") == timedelta(minutes=90)
+    True
+
+    Raises:
+        ValueError: for anything else, and for no time at all.
+    """
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        time = timedelta(minutes=float(text))
+    elif re.fullmatch(r"\d+(:\d\d){1,3}", text):
+        days, hours, minutes, seconds = [0, 0, 0, *map(int, text.split(":"))][-4:]
+        time = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    else:
+        time = timedelta()
+    if not time:
+        raise ValueError(
+            f"max_time must be a time such as 1:30:00 (DD:HH:MM:SS) or 90 (minutes), above 0, got {text!r}"
+        )
+    return time
+
+
+def check_together(config: TrainConfig) -> None:
+    """Raise a ``ValueError`` that names the first two options of a training run that do not go together."""
+    if config.max_time is not None:
+        duration(config.max_time)
+    for name, (start, off) in LASTS.items():
+        if getattr(config, name) is not None and getattr(config, start) == off:
+            raise ValueError(f"{name} {getattr(config, name):g} has no effect without {start}: give both, or neither")
+    for name in (*MIXING, "random_erasing"):
+        if getattr(config, name) and config.task != "classify":
+            raise ValueError(f"{name} is for classification: leave it out to {config.task}")
+    for name in MIXING:
+        if getattr(config, name) and config.batch_size == 1:
+            raise ValueError(f"{name} mixes the images of a batch, so batch_size must be at least 2, got 1")
+    if config.overfit is not None:
+        check_overfit(config)
+    if config.dry_run and config.find != "none":
+        raise ValueError(f"dry_run and find {config.find!r} exclude each other: both end without a run; give one")
+
+
+def check_overfit(config: TrainConfig) -> None:
+    """Overfitting shows whether a network can learn some images as they are: nothing may change them."""
+    for name in (*MIXING, "random_erasing"):
+        if getattr(config, name):
+            raise ValueError(f"{name} changes the images, and overfit learns them as they are: leave one of them out")
+    if config.augment not in ("auto", "none"):
+        raise ValueError(
+            f"augment {config.augment!r} changes the images, and overfit learns them as they are: leave one of them out"
+        )

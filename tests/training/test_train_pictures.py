@@ -1,0 +1,98 @@
+"""Pictures of a run, from figures made by hand."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pcenet.training import run
+from pcenet.training.folder import RunFolder
+from pcenet.training.pictures import confusion, curves, expert_load, pictures_of
+from pcenet.training.task import ClassificationTask
+
+DENSE = [
+    {"epoch": 1, "train/loss": 2.0, "train/task_loss": 1.9, "val/loss": 1.5, "val/top1": 0.4, "train/lr": 0.003},
+    {"epoch": 2, "train/loss": 1.0, "train/task_loss": 0.9, "val/loss": 1.2, "val/top1": 0.6, "train/lr": 0.001},
+]
+ROUTED = [
+    row
+    | {"router/stages.0.0.body/load_0": load, "router/stages.0.0.body/load_1": 1 - load}
+    | {"router/stages.0.0.body/drop_rate": load / 2}
+    for row, load in zip(DENSE, (0.25, 0.75), strict=True)
+]
+
+
+def run_in(folder: Path) -> Any:
+    return SimpleNamespace(folder=RunFolder(folder), kind=SimpleNamespace(task=ClassificationTask))
+
+
+RESULT = SimpleNamespace(confusion=[[3, 1], [0, 2]], per_class={"leaf": {}, "sky": {}})
+
+
+@pytest.fixture
+def draw(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The drawing of a run, which the tests of this folder do without."""
+    monkeypatch.setattr(run, "pictures_of", pictures_of)
+    return run.draw
+
+
+def test_curves_show_the_figures_of_every_epoch() -> None:
+    losses, scores, rate = curves(DENSE, ("val/top1",)).axes
+    assert {line.get_label(): list(line.get_ydata()) for line in losses.lines} == {
+        "train/loss": [2.0, 1.0],
+        "train/task_loss": [1.9, 0.9],
+        "val/loss": [1.5, 1.2],
+    }
+    assert list(scores.lines[0].get_xdata()) == [1, 2]
+    assert list(scores.lines[0].get_ydata()) == [0.4, 0.6]
+    assert list(rate.lines[0].get_ydata()) == [0.003, 0.001]
+
+
+def test_confusion_is_in_shares_of_each_class() -> None:
+    axis = confusion([[3, 1], [0, 2]], ["leaf", "sky"]).axes[0]
+    assert axis.images[0].get_array().tolist() == [[0.75, 0.25], [0.0, 1.0]]
+    assert [text.get_text() for text in axis.texts] == ["75%", "25%", "0%", "100%"]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["leaf", "sky"]
+
+
+def test_a_class_without_images_has_an_empty_row() -> None:
+    axis = confusion([[1, 1], [0, 0]], ["leaf", "sky"]).axes[0]
+    assert axis.images[0].get_array().tolist() == [[0.5, 0.5], [0.0, 0.0]]
+
+
+def test_loads_are_stacked_and_drops_drawn_beside() -> None:
+    load, dropped = expert_load(ROUTED).axes
+    bars = [[(bar.get_y(), bar.get_height()) for bar in container] for container in load.containers]
+    assert bars == [[(0, 0.25), (0, 0.75)], [(0.25, 0.75), (0.75, 0.25)]]
+    assert load.get_ylabel() == "stages.0.0"
+    assert list(dropped.lines[0].get_ydata()) == [0.125, 0.375]
+
+
+def test_a_dense_network_has_no_load() -> None:
+    assert set(pictures_of(DENSE, RESULT.confusion, ["leaf", "sky"], ["val/top1"])) == {"curves", "confusion"}
+    with pytest.raises(ValueError, match="network without PCE layers"):
+        expert_load(DENSE)
+
+
+def test_the_run_folder_gets_them(draw: Any, tmp_path: Path) -> None:
+    rows = [row | {"train/top1": 0.5} for row in ROUTED]
+    for _ in range(2):  # those of an earlier attempt are replaced
+        draw(run_in(tmp_path), rows, RESULT)
+    files = {path.name: path.read_bytes()[:8] for path in (tmp_path / "pictures").iterdir()}
+    assert files == dict.fromkeys(("curves.png", "confusion.png", "expert_load.png"), b"\x89PNG\r\n\x1a\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+def test_without_matplotlib_one_warning_and_no_folder(
+    draw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with caplog.at_level(logging.WARNING, "pcenet"):
+        draw(run_in(tmp_path), ROUTED, RESULT)
+    assert caplog.messages == ["pictures need matplotlib: pip install 'pcenet[plot]'; none were drawn"]
+    assert list(tmp_path.iterdir()) == []
