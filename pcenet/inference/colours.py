@@ -9,7 +9,7 @@ from itertools import chain, product
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from pcenet.analysis.pictures import PALETTE
+from pcenet.training.pictures import PALETTE
 
 MOST = 256  # colours of a palette
 LEVELS = range(0, 256, 36)  # of red, green and blue, of the colours to choose from
