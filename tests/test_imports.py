@@ -27,7 +27,7 @@ ALLOWED = {
     "data": {"choices"},
     "training": {"choices", "nn", "models", "data"},
     "analysis": {"nn", "models", "data", "training"},
-    "inference": {"choices", "nn", "models", "data", "training"},
+    "inference": {"choices", "nn", "models", "data", "training", "analysis"},
 }
 
 
