@@ -17,7 +17,7 @@ from PIL import Image
 
 from pcenet.cli import main
 from pcenet.data import cover_transform
-from pcenet.inference.colours import class_colours, legend
+from pcenet.analysis.colours import class_colours, legend
 from pcenet.inference.inputs import InputFile
 from pcenet.inference.outputs import OutputNames
 from pcenet.models import load_model
