@@ -72,7 +72,7 @@ def _masked(report: CheckReport) -> Figure:
         axis.imshow(overlay(sample.image, sample.mask))
         axis.set_title(sample.file.rpartition("/")[2], fontsize=8)
     legend = [
-        Patch(color=[channel / 255 for channel in colour], label=f"{name}: {shares[name]:.1%}")
+        Patch(color="#{:02x}{:02x}{:02x}".format(*colour), label=f"{name}: {shares[name]:.1%}")
         for name, colour in zip(report.classes, class_colours(), strict=False)
     ]
     legend.append(Patch(facecolor="none", edgecolor="grey", label="uncoloured: does not count"))
