@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from pcenet.analysis.colours import class_colours, palette
 from pcenet.data import IGNORE, CheckReport
 
 if TYPE_CHECKING:
@@ -16,7 +14,6 @@ if TYPE_CHECKING:
 
 MOST_CLASSES, COLUMNS = 20, 4  # rows of a sheet of labelled images; columns of one of masks
 OPACITY = 0.5  # of a mask over its image
-IGNORED_COLOUR = (0.0, 0.0, 0.0)
 
 
 def sample_sheet(report: CheckReport) -> Figure:
@@ -38,21 +35,12 @@ def sample_sheet(report: CheckReport) -> Figure:
     return _labelled(report) if report.task == "classify" else _masked(report)
 
 
-def class_colours(count: int) -> list[tuple[float, float, float]]:
-    """RGB colours from 0 to 1 for classes: matplotlib's 20 of ``tab20``, repeated."""
-    from matplotlib import colormaps
-
-    palette = colormaps["tab20"]
-    return [palette(number % palette.N)[:3] for number in range(count)]
-
-
-def overlay(
-    image: Image.Image, mask: Image.Image, colours: Sequence[tuple[float, float, float]]
-) -> npt.NDArray[np.float64]:
-    """An image with its mask laid over it, ``[H, W, 3]`` from 0 to 1; pixels that do not count are darkened."""
-    table = np.array([IGNORED_COLOUR] * (IGNORE + 1))
-    table[: len(colours)] = colours
-    return (1 - OPACITY) * np.asarray(image) / 255 + OPACITY * table[np.asarray(mask)]
+def overlay(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """An image with its mask laid over it in the colours of the classes; pixels that do not count stay as they are."""
+    colours = mask.copy()
+    colours.putpalette(palette(IGNORE))
+    counts = mask.point([255] * IGNORE + [0])
+    return Image.composite(Image.blend(image, colours.convert("RGB"), OPACITY), image, counts)
 
 
 def _labelled(report: CheckReport) -> Figure:
@@ -75,17 +63,19 @@ def _masked(report: CheckReport) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    colours, shares = class_colours(len(report.classes)), report.shares
+    shares = report.shares
     rows = -(-len(report.samples) // COLUMNS)
     figure = Figure(figsize=(3 * COLUMNS, 2.6 * rows + 1.2), layout="constrained")
     axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axis, sample in zip(axes, report.samples, strict=False):
         assert sample.mask is not None
-        axis.imshow(overlay(sample.image, sample.mask, colours))
+        axis.imshow(overlay(sample.image, sample.mask))
         axis.set_title(sample.file.rpartition("/")[2], fontsize=8)
-    named = zip(report.classes, colours, strict=True)
-    legend = [Patch(color=colour, label=f"{name}: {shares[name]:.1%}") for name, colour in named]
-    legend.append(Patch(color=IGNORED_COLOUR, label="does not count"))
+    legend = [
+        Patch(color="#{:02x}{:02x}{:02x}".format(*colour), label=f"{name}: {shares[name]:.1%}")
+        for name, colour in zip(report.classes, class_colours(), strict=False)
+    ]
+    legend.append(Patch(facecolor="none", edgecolor="grey", label="uncoloured: does not count"))
     figure.legend(handles=legend, loc="outside lower center", ncols=6)
     return _finished(figure, f"{report.source}: training images with their masks; share of the pixels")
 

@@ -30,7 +30,7 @@ from pcenet.data.masks import (
     number_classes,
     size_fault,
 )
-from pcenet.data.pairs import Pair, PairLayout, find_pairs
+from pcenet.data.pairs import IMAGES, MASKS, Pair, PairLayout, find_pairs
 from pcenet.data.sources import open_tree
 from pcenet.data.splits import held_out_parts, hold_out_alike
 
@@ -185,6 +185,7 @@ def quick_check(sources: Mapping[str, Source]) -> list[Finding]:
     findings = _few_images(len(train), train.classes)
     if isinstance(train, ImageSource):
         counts = Counter(train.labels)
+        findings += _other_task(train.classes)
         findings += _balance({name: counts[number] for number, name in enumerate(train.classes)}, "classify")
     return findings
 
@@ -263,6 +264,7 @@ class _Notes:
 def _check_classification(source: str, names: list[str], notes: _Notes, progress: Progress) -> CheckReport:
     layout, faults = find_layout(names)
     notes.refuse_all("names and folders", faults)
+    notes.findings += _other_task(layout.classes)
     _refuse_small_classes(layout, notes)
     splits = _splits_of(layout, notes)
     by_class = _by_class(splits.get("train", [])).values()
@@ -413,6 +415,14 @@ def _duplicate(first: _Seen, this: _Seen) -> Finding:
         return Finding("warning", "duplicate", this.file, f"{text}. Remove one of them.")
     text += f", but it is in {this.split} and that in {first.split}. Remove one: what was learnt cannot test."
     return Finding("warning", "duplicate between splits", this.file, text)
+
+
+def _other_task(classes: Sequence[str]) -> list[Finding]:
+    """Folders for segmentation read as two classes: training would accept them and learn to tell masks."""
+    if set(classes) != {IMAGES, MASKS}:
+        return []
+    text = "the classes are 'images' and 'masks': to learn the class of each pixel, the task is segment."
+    return [Finding("warning", "task", "", text)]
 
 
 def _few_images(count: int, classes: Sequence[str]) -> list[Finding]:

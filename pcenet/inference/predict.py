@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from pcenet.analysis.colours import legend
 from pcenet.inference.batches import Batch, read_batches
 from pcenet.inference.classify import Classifier
-from pcenet.inference.colours import legend
 from pcenet.inference.inputs import LeftOut, find_inputs
 from pcenet.inference.network import Network
 from pcenet.inference.outputs import ResultFiles, Row, output_folder

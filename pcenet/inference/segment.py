@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pcenet.analysis.colours import palette
 from pcenet.data import Transform, cover_transform
 from pcenet.inference.batches import Batch
-from pcenet.inference.colours import palette
 from pcenet.inference.inputs import InputFile
 from pcenet.inference.network import Grids, Network
 from pcenet.inference.outputs import OutputNames, Row

@@ -211,6 +211,11 @@ def test_class_balance(make_tree: Tree) -> None:
     assert report.findings == ()
 
 
+def test_images_and_masks_are_no_classes(street: Path) -> None:
+    assert ("warning", "task", "") in found(check_data(street))
+    assert [finding.kind for finding in quick_check({"train": open_source(street, "train")})] == ["task"]
+
+
 def test_no_split_to_train_or_to_validate_on(make_tree: Tree) -> None:
     report = check_data(make_tree("pets", {"test/cat": 2, "test/dog": 2}))
     assert [finding.message.partition(",")[0] for finding in report.findings] == [

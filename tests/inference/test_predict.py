@@ -194,7 +194,7 @@ def test_broken_files_are_reported_and_stop_nothing(
         "pics/empty.png": "(it is empty)",
         "pics/gone.png": "the file cannot be read (No such file or directory)",
         "pics/notes.txt": "it is not named like an image",
-        "pics/page.jpg": "(it is in no known format)",
+        "pics/page.jpg": "(it is a web page)",
         "pics/parts.zip": "an archive inside a folder or an archive is not read; give it by itself",
         "pics/pipe.png": "it is no regular file",
         "broken.zip": "cannot be read as a zip archive",

@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pcenet.analysis.colours import class_colours, legend
 from pcenet.cli import main
 from pcenet.data import cover_transform
-from pcenet.inference.colours import class_colours, legend
 from pcenet.inference.inputs import InputFile
 from pcenet.inference.outputs import OutputNames
 from pcenet.models import load_model
