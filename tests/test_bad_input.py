@@ -253,7 +253,7 @@ CASES = [
     Case(
         "image that is none",
         [*CLASSIFY, "pics"],
-        ["'train/cat/1.png': the file cannot be read as an image (it is in no known format)", "Replace or remove"],
+        ["'train/cat/1.png': the file cannot be read as an image (it is a web page)", "Replace or remove"],
         write("pics/train/cat/1.png", "<!DOCTYPE html>"),
         leaves="new",
     ),

@@ -126,10 +126,10 @@ def prepare(
     }
     classes = sources["train"].classes
     check_classes(classes, sources["val"].classes, "train", "val")
+    first_epoch = epochs_behind(checkpoint, folder, config, classes) if checkpoint else 0
     for finding in data.quick_check(sources):
         log.warning("%s: %s", config.data, finding.message)
     sources = choose_images(sources, config, batches)
-    first_epoch = epochs_behind(checkpoint, folder, config, classes) if checkpoint else 0
     L.seed_everything(config.seed, workers=True, verbose=False)
     with naming_model_args(config.model_args):
         model = build_model(config, len(classes))
