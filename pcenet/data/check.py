@@ -160,7 +160,7 @@ def check_data(
     return _check_segmentation(str(source), names, notes, progress, classes, ignore_index)
 
 
-def quick_check(sources: Mapping[str, Source]) -> list[Finding]:
+def quick_check(sources: Mapping[Split, Source]) -> list[Finding]:
     """What can be found out about opened sources in less than a second, which is worth knowing before training.
 
     Opening has checked names, classes and splits. Here some images of each split are read, and training images
