@@ -48,12 +48,14 @@ def test_the_layer_takes_six_lines():
 
 def test_commands_run(pictures):
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("pcenet ")]
-    assert [command.split()[1] for command in commands] == ["train", "eval"]
+    assert [command.split()[1] for command in commands] == ["check-data", "train", "eval", "predict"]
     for command in commands:
-        assert main([*shlex.split(command)[1:], "--workers", "0", "--threads", "1"]) == 0
+        quick = [] if "check-data" in command else ["--workers", "0", "--threads", "1"]
+        assert main([*shlex.split(command)[1:], *quick]) == 0
     result = json.loads((pictures / "runs/pictures/eval-pictures-test.json").read_text())
     assert result["images"] == 4
     assert set(result["per_class"]) == {"leaf", "sky"}
+    assert len((pictures / "predictions" / "predictions.csv").read_text().splitlines()) == 1 + 20
 
 
 def test_make_targets_exist():
