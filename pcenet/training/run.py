@@ -61,7 +61,7 @@ class Run:
     folder: RunFolder
     device: torch.device
     workers: int
-    sources: Mapping[str, Any]
+    sources: Mapping[data.Split, Any]
     model: SavableModel
     cost: dict[str, Any]
     loaders: dict[str, DataLoader[Any]]
@@ -120,7 +120,7 @@ def prepare(
         ValueError: for faulty data or arguments of the network, or a checkpoint that is not of this run.
     """
     kind = kind_of(config.task)
-    sources: dict[str, Any] = {
+    sources: dict[data.Split, Any] = {
         "train": kind.open(config, config.data, "train"),
         "val": kind.open(config, config.data, "val"),
     }
@@ -150,7 +150,7 @@ def prepare(
     return Run(config, kind, folder, device, workers, sources, model, cost, loaders, checkpoint, first_epoch)
 
 
-def choose_images(sources: dict[str, Any], config: TrainConfig, batches: int | None) -> dict[str, Any]:
+def choose_images(sources: dict[data.Split, Any], config: TrainConfig, batches: int | None) -> dict[data.Split, Any]:
     """All images of the sources, or as few as the options or ``batches`` ask for.
 
     Raises:
