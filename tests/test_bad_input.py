@@ -496,6 +496,7 @@ def unprivileged() -> list[str]:
 def test_files_that_may_not_be_read_or_written(here: Path, unprivileged: list[str]) -> None:
     shutil.copytree("run", "other")
     shutil.copytree("pics", "locked")
+    shutil.copytree("pics", "open")
     for name in ("pics/train/cat/1.png", "notes.txt"):  # links to the good input's files, whose permissions must stay
         content = Path(name).read_bytes()
         write(name, content)()
@@ -508,7 +509,7 @@ def test_files_that_may_not_be_read_or_written(here: Path, unprivileged: list[st
         "folder": [*CLASSIFY, "locked", "--out", "run/new"],
         "weights": ["predict", "other/model", "notes.txt", "--out", "run/new", *QUICK],
         "options": ["eval", "other", *QUICK],
-        "checkpoint": [*CLASSIFY, "pics", "--out", "run/new", "--resume", "notes.txt"],
+        "checkpoint": [*CLASSIFY, "open", "--out", "run/new", "--resume", "notes.txt"],
         "results": ["predict", "run", "pics/val", "--out", "new", *QUICK],
         "input": ["predict", "run", "notes.txt", "--out", "run/out", *QUICK],
     }
