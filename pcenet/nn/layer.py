@@ -128,7 +128,7 @@ class PCELayer(nn.Module):
 
     def forward_given_routing(self, x: Tensor, routing: Routing) -> Tensor:
         """The output under a given routing, for interventions and for comparing implementations."""
-        patches = run_experts(
+        out = run_experts(
             x,
             routing,
             self.experts,
@@ -136,7 +136,6 @@ class PCELayer(nn.Module):
             border=self.border,
             dispatch=self.dispatch,
         )
-        out = self.extractor.merge(patches, routing.grid, (x.shape[2], x.shape[3]))
         return out if self.shortcut is None else self.shortcut(x) + out
 
     def extra_repr(self) -> str:
