@@ -93,28 +93,32 @@ class StackedNorm(nn.Module):
             self.register_buffer("running_mean", torch.zeros(num_experts, channels))
             self.register_buffer("running_var", torch.ones(num_experts, channels))
 
-    def forward_experts(self, batches: list[Tensor], experts: list[int]) -> list[Tensor]:
-        """Normalise each expert's own batch ``[n_e, C, S, S]``, all cells real."""
-        weights, biases = self.weight.unbind(0), self.bias.unbind(0)
+    def forward_expert(self, x: Tensor, expert: int, weight: Tensor, bias: Tensor, real: Tensor | None) -> Tensor:
+        """Normalise one expert's own batch.
+
+        Args:
+            x: ``[n_e, C, S, S]``.
+            expert: e.
+            weight: ``[C]``, its slice of the parameter.
+            bias: ``[C]``, likewise.
+            real: ``[n_e, 1, S, S]`` bool, False for cells that are padding; None where every cell is real.
+        """
+        if real is not None:
+            first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            return self._forward_real(x, first, real, weight[None], bias[None], slice(expert, expert + 1))
         if self.kind == "group":
-            return [
-                # not F.group_norm, which refuses an expert's single value per group
-                torch.group_norm(x, self.groups, weights[e].to(x.dtype), biases[e].to(x.dtype), NORM_EPS)
-                for x, e in zip(batches, experts, strict=True)
-            ]
-        return [
-            F.batch_norm(
-                x,
-                self.running_mean[e],
-                self.running_var[e],
-                weights[e],
-                biases[e],
-                training=self.training and x.numel() // x.shape[1] >= 2,
-                momentum=NORM_MOMENTUM,
-                eps=NORM_EPS,
-            )
-            for x, e in zip(batches, experts, strict=True)
-        ]
+            # not F.group_norm, which refuses an expert's single value per group
+            return torch.group_norm(x, self.groups, weight.to(x.dtype), bias.to(x.dtype), NORM_EPS)
+        return F.batch_norm(
+            x,
+            self.running_mean[expert],
+            self.running_var[expert],
+            weight,
+            bias,
+            training=self.training and x.numel() // x.shape[1] >= 2,
+            momentum=NORM_MOMENTUM,
+            eps=NORM_EPS,
+        )
 
     def forward_slots(self, x: Tensor, expert: Tensor, real: Tensor) -> Tensor:
         """Normalise slots of several experts at once, without a shape that depends on the routing.
@@ -124,15 +128,23 @@ class StackedNorm(nn.Module):
             expert: ``[T]`` int64, the expert of each slot.
             real: ``[T, 1, S, S]`` bool, False for cells that are padding; they enter no statistics.
         """
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        return self._forward_real(x, expert, real, self.weight, self.bias, slice(None))
+
+    def _forward_real(
+        self, x: Tensor, expert: Tensor, real: Tensor, weight: Tensor, bias: Tensor, experts: slice
+    ) -> Tensor:
+        """`forward_slots` for some of the experts, of which ``weight`` and ``bias`` are the parameters."""
+        dtype = torch.promote_types(x.dtype, weight.dtype)
         values, mask = x.to(dtype), real.to(dtype)
         if self.kind == "group":
             normalised = self._group_normalised(values, mask)
         else:
-            mean, variance = self._batch_moments(values, mask, expert) if self.training else self._running_moments()
+            mean, variance = self.running_mean[experts], self.running_var[experts]
+            if self.training:
+                mean, variance = _batch_moments(values, mask, expert, mean, variance)
             scale = torch.rsqrt(variance + NORM_EPS)
             normalised = (values - _per_slot(mean, expert)) * _per_slot(scale, expert)
-        return (normalised * _per_slot(self.weight, expert) + _per_slot(self.bias, expert)).to(x.dtype)
+        return (normalised * _per_slot(weight, expert) + _per_slot(bias, expert)).to(x.dtype)
 
     def _group_normalised(self, values: Tensor, mask: Tensor) -> Tensor:
         grouped: Tensor = values.unflatten(1, (self.groups, -1))
@@ -142,27 +154,30 @@ class StackedNorm(nn.Module):
         variance = (centred.square() * weight).sum((2, 3, 4), keepdim=True) / count
         return (centred * torch.rsqrt(variance + NORM_EPS)).flatten(1, 2)
 
-    def _running_moments(self) -> tuple[Tensor, Tensor]:
-        return self.running_mean, self.running_var
-
-    def _batch_moments(self, values: Tensor, mask: Tensor, expert: Tensor) -> tuple[Tensor, Tensor]:
-        def expert_sum(per_slot: Tensor) -> Tensor:
-            return per_slot.new_zeros(len(self.weight), per_slot.shape[1]).index_add(0, expert, per_slot)
-
-        count = expert_sum(mask.sum((2, 3)))
-        mean = expert_sum((values * mask).sum((2, 3))) / count.clamp(min=1)
-        centred = (values - _per_slot(mean, expert)) * mask
-        variance = expert_sum(centred.square().sum((2, 3))) / count.clamp(min=1)
-        enough = count >= 2
-        with torch.no_grad():
-            unbiased = variance * count / (count - 1).clamp(min=1)
-            for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
-                running.copy_(torch.where(enough, running.lerp(batch.to(running.dtype), NORM_MOMENTUM), running))
-        return torch.where(enough, mean, self.running_mean), torch.where(enough, variance, self.running_var)
-
     def extra_repr(self) -> str:
         """What ``repr`` shows of the module\'s settings."""
         return f"num_experts={len(self.weight)}, channels={self.weight.shape[1]}, kind={self.kind!r}"
+
+
+def _batch_moments(
+    values: Tensor, mask: Tensor, expert: Tensor, running_mean: Tensor, running_var: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance ``[E, C]`` of the cells that ``mask`` marks, which the running ones ``[E, C]`` then follow; for
+    an expert with fewer than 2 values the running ones, which stay."""
+
+    def expert_sum(per_slot: Tensor) -> Tensor:
+        return per_slot.new_zeros(len(running_mean), per_slot.shape[1]).index_add(0, expert, per_slot)
+
+    count = expert_sum(mask.sum((2, 3)))
+    mean = expert_sum((values * mask).sum((2, 3))) / count.clamp(min=1)
+    centred = (values - _per_slot(mean, expert)) * mask
+    variance = expert_sum(centred.square().sum((2, 3))) / count.clamp(min=1)
+    enough = count >= 2
+    with torch.no_grad():
+        unbiased = variance * count / (count - 1).clamp(min=1)
+        for running, batch in ((running_mean, mean), (running_var, unbiased)):
+            running.copy_(torch.where(enough, running.lerp(batch.to(running.dtype), NORM_MOMENTUM), running))
+    return torch.where(enough, mean, running_mean), torch.where(enough, variance, running_var)
 
 
 def _per_slot(per_expert: Tensor, expert: Tensor) -> Tensor:

@@ -341,8 +341,9 @@ class Router(nn.Module):
             line = F.linear(features[0], absolute) + F.linear(features[1], relative)
             lines.append(line[:size])
         row, column = lines
-        position = (row[:, None] + column[None]).permute(2, 0, 1)
-        activation = F.gelu(_project_pixels(x, content_weight[:, :, 0, 0], self._bias(x)) + position)
+        # Channels last, and so added: the gradient of the position is then a sum over images of contiguous maps.
+        content = _project_pixels(x, content_weight[:, :, 0, 0], self._bias(x)).permute(0, 2, 3, 1)
+        activation = F.gelu(content.add_(row[:, None] + column)).permute(0, 3, 1, 2)
         # With ceil_mode a window that leaves the map is averaged over the pixels it has: padding never counts.
         pooled = F.avg_pool2d(activation, self.patch_size, ceil_mode=True)
         return pooled.permute(0, 2, 3, 1).reshape(grid.patches, -1)
