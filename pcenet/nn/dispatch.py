@@ -42,11 +42,12 @@ def run_experts(
     Returns:
         The map ``[B, C_out, H, W]``, channels-last in memory, zero where a patch was dropped.
     """
-    x = _autocast(x)
-    first = make_kernel(_autocast(experts.conv1.weight), patch_size, margin=0 if border == "zero" else 1)
-    second = make_kernel(_autocast(experts.conv2.weight), patch_size, margin=1 if border == "exchange" else 0)
     # On the meta device there are no counts to sort by, only shapes.
-    run = run_static if dispatch == "static" or x.is_meta else _run_sorted_uncompiled
+    plain = dispatch == "static" or x.is_meta
+    x, weight1, weight2 = _autocast(x), _autocast(experts.conv1.weight), _autocast(experts.conv2.weight)
+    first = make_kernel(weight1, patch_size, margin=0 if border == "zero" else 1, plain=plain)
+    second = make_kernel(weight2, patch_size, margin=1 if border == "exchange" else 0, plain=plain)
+    run = run_static if plain else _run_sorted_uncompiled
     return run(x, routing, experts, first, second)
 
 

@@ -1,4 +1,4 @@
-"""How an expert's 3x3 convolution runs on a batch of patches: as a convolution, or as a matrix product.
+"""How an expert's 3x3 convolution runs on a batch of patches: as a convolution, or as one or several matrix products.
 
 Axes: n patches, S patch side, m margin (pixels of a patch's surroundings that are read: 0 or 1), C channels in, D
 channels out, G blocks of b patches each. What a patch's convolution reads comes as a window ``[cells, C]``.
@@ -15,6 +15,9 @@ from torch import Tensor
 # Up to this side a patch is multiplied instead of convolved: a kernel of 3x3 sees so little of it that the libraries'
 # convolutions fall to a third of their speed and less (docs/performance.md).
 MATRIX_SIDE = 2
+# Patches of these sides are one tile of Winograd's algorithm, each with its points. The usual points of 4, with 1 and 2
+# instead of 2/3 and 3/2, give twice the rounding errors.
+_POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)}
 
 
 class Kernel(ABC):
@@ -29,11 +32,13 @@ class Kernel(ABC):
         margin: m.
         spots: number of spots on each axis.
         taps: number of taps on each axis.
+        prepares_sizes: whether the library prepares itself for every new number of patches, at a cost.
     """
 
     weight: Tensor
     spots: int
     taps: int
+    prepares_sizes: bool
 
     def __init__(self, side: int, margin: int) -> None:
         self.side = side
@@ -52,13 +57,25 @@ class Kernel(ABC):
         """Windows ``[G * b, cells, C]`` through G weights ``[G, ...]``, one for each block."""
 
 
-def make_kernel(weight: Tensor, side: int, margin: int) -> Kernel:
-    """The faster form of convolutions ``[E, D, C, 3, 3]`` on patches of a side."""
+def make_kernel(weight: Tensor, side: int, margin: int, *, plain: bool) -> Kernel:
+    """The fastest form of convolutions ``[E, D, C, 3, 3]`` on patches of a side (docs/performance.md).
+
+    Args:
+        weight: the experts' weights.
+        side: S.
+        margin: m.
+        plain: use only what every exporter knows.
+    """
+    precise = weight.dtype in (torch.float32, torch.float64)
+    if side in _POINTS and precise and weight.device.type == "cpu" and not plain:
+        return WinogradKernel(weight, side, margin)
     return MatrixKernel(weight, side, margin) if side <= MATRIX_SIDE else WindowKernel(weight, side, margin)
 
 
 class WindowKernel(Kernel):
     """A convolution on windows of S + 2m pixels a side; without margin it pads with zeros."""
+
+    prepares_sizes = True
 
     def __init__(self, weight: Tensor, side: int, margin: int) -> None:
         super().__init__(side, margin)
@@ -91,6 +108,8 @@ class MatrixKernel(Kernel):
     so is the output: ``S**2 * C`` by ``S**2 * D`` numbers, of which none is multiplied by padding.
     """
 
+    prepares_sizes = True
+
     def __init__(self, weight: Tensor, side: int, margin: int) -> None:
         super().__init__(side, margin)
         self.out_channels = weight.shape[1]
@@ -121,6 +140,92 @@ class MatrixKernel(Kernel):
     def apply_blocks(self, windows: Tensor, weight: Tensor) -> Tensor:
         vectors = windows.reshape(len(weight), -1, weight.shape[2])
         return self._patches(vectors @ weight[..., 0, 0].mT)
+
+
+class WinogradKernel(Kernel):
+    """Winograd's algorithm F(S x S, 3 x 3), with a patch as its tile: ``(S + 2)**2`` products for each pair of channels
+    instead of ``9 * S**2`` (Lavin and Gray, "Fast algorithms for convolutional neural networks", 2015).
+
+    ``y = A [(G w G') * (B x B')] A'`` on each patch x, ``*`` by elements and summed over channels: products of small
+    constant matrices with the patches, and between them ``(S + 2)**2`` ordinary matrix products ``[n, C] @ [C, D]``.
+    Without margin the patch's surroundings are zeros, and the columns of B that would read them are left out.
+
+    Its rounding errors are up to four times those of a direct convolution, so that it is for float32 and float64 alone.
+    """
+
+    prepares_sizes = False
+
+    def __init__(self, weight: Tensor, side: int, margin: int) -> None:
+        super().__init__(side, margin)
+        self.weight = weight
+        self.spots, self.taps = 1, side + 2 * margin
+        read, kernel, write = winograd_matrices(side)
+        if not margin:
+            read = read[:, 1:-1]
+        self._read, self._kernel, self._write = (
+            torch.kron(matrix, matrix).to(weight) for matrix in (read, kernel, write)
+        )
+
+    def _chunks(self, count: int, weight: Tensor) -> list[slice]:
+        """Stretches of patches whose transforms stay in the cache."""
+        numbers = len(self._kernel) * max(weight.shape[:2])
+        size = max(1, _CACHED_NUMBERS // numbers)
+        return [slice(start, start + size) for start in range(0, count, size)] or [slice(0, 0)]
+
+    def _transformed(self, weight: Tensor) -> Tensor:
+        """``[D, C, 3, 3]`` to ``[D, (S + 2)**2, C]``."""
+        return torch.matmul(self._kernel, weight.permute(0, 2, 3, 1).flatten(1, 2))
+
+    def apply(self, windows: Tensor, weight: Tensor) -> Tensor:
+        kernel = self._transformed(weight).permute(1, 2, 0)
+        out = windows.new_empty(len(windows), self.side, self.side, len(weight))
+        for chunk in self._chunks(len(windows), weight):
+            products = torch.matmul(self._read, windows[chunk]).transpose(0, 1) @ kernel
+            out[chunk] = torch.matmul(self._write, products.transpose(0, 1)).view_as(out[chunk])
+        return out.permute(0, 3, 1, 2)
+
+    def gradients(self, windows: Tensor, weight: Tensor, grad: Tensor, needed: bool) -> tuple[Tensor, Tensor]:
+        kernel = self._transformed(weight).transpose(0, 1)
+        pixels = grad.permute(0, 2, 3, 1).flatten(1, 2)
+        for_windows = torch.empty_like(windows)
+        for_kernel = torch.zeros_like(kernel)
+        for chunk in self._chunks(len(windows), weight):
+            for_products = torch.matmul(self._write.T, pixels[chunk]).transpose(0, 1)
+            read = torch.matmul(self._read, windows[chunk]).transpose(0, 1)
+            for_kernel.baddbmm_(for_products.mT, read)
+            if needed:
+                for_windows[chunk] = torch.matmul(self._read.T, (for_products @ kernel).transpose(0, 1))
+        for_weight = torch.matmul(self._kernel.T, for_kernel.transpose(0, 1)).unflatten(1, (3, 3))
+        return for_windows, for_weight.permute(0, 3, 1, 2)
+
+    def apply_blocks(self, windows: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError("blocks are for plain kernels")
+
+
+# What may be transformed at a time: 4 MiB in float32, about a second-level cache.
+_CACHED_NUMBERS = 2**20
+
+
+def winograd_matrices(side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """B ``[S + 2, S + 2]``, G ``[S + 2, 3]`` and A ``[S, S + 2]`` of F(S, 3), float64.
+
+    By Toom and Cook: polynomials of lengths S and 3 are multiplied by their values at S + 2 points, of which one is
+    infinity, and a correlation is the transpose of such a product.
+
+    >>> read, kernel, write = winograd_matrices(2)
+    >>> x, w = torch.tensor([1.0, 2, 3, 4]).double(), torch.tensor([1.0, 10, 100]).double()
+    >>> write @ ((kernel @ w) * (read @ x))
+    tensor([321., 432.], dtype=torch.float64)
+    """
+    points = torch.tensor(_POINTS[side], dtype=torch.float64)
+
+    def values(length: int) -> Tensor:
+        at_points = points[:, None] ** torch.arange(length)
+        at_infinity = torch.zeros(1, length, dtype=torch.float64)
+        at_infinity[0, -1] = 1
+        return torch.cat((at_points, at_infinity))
+
+    return torch.linalg.inv(values(side + 2)).T, values(3), values(side).T
 
 
 def _convolution_gradients(

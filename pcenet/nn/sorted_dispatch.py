@@ -45,7 +45,7 @@ def run_sorted(x: Tensor, routing: Routing, experts: ConvExperts, first: Kernel,
         hidden = activated(hidden, share, w1, b1)
         return weighted(_ConvolveBatch.apply(hidden, kernel, second, share.padded_count), share, w2, b2, gate)
 
-    turns = _Turns(x, routing, first.side)
+    turns = _Turns(x, routing, first)
     gate = routing.choice_weight.flatten()[turns.pair_of_slot]
     rows = map_to_rows(x, zeros=turns.padded_map or first.margin > 0)
     if second.margin:
@@ -86,7 +86,8 @@ class _Turns:
         complete: whether every patch is taken exactly once.
     """
 
-    def __init__(self, x: Tensor, routing: Routing, patch_size: int) -> None:
+    def __init__(self, x: Tensor, routing: Routing, kernel: Kernel) -> None:
+        patch_size = kernel.side
         self.grid, self.size, self.top_k = routing.grid, (x.shape[2], x.shape[3]), routing.top_k
         load = routing.kept_load
         loads: list[int] = load.tolist()  # the one synchronisation with the host
@@ -100,7 +101,7 @@ class _Turns:
         cells = real_cells(x, patch_size)
         self.padded_map = cells is not None
 
-        step = max(1, total // (len(loads) * _SIZES_PER_SHARE))
+        step = max(1, total // (len(loads) * _SIZES_PER_SHARE)) if kernel.prepares_sizes else 1
         padded_counts = [-(-count // step) * step for count in counts]
         # Padding repeats an expert's own last patch: whatever that holds, it reaches no other expert.
         padded_load = (load + step - 1) // step * step
