@@ -12,19 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcenet.nn.patches import Grid
+from pcenet.nn.windows import Windows, append_zeros, make_windows
+
 # Up to this side a patch is multiplied instead of convolved: a kernel of 3x3 sees so little of it that the libraries'
 # convolutions fall to a third of their speed and less (docs/performance.md).
 MATRIX_SIDE = 2
-# Patches of these sides are one tile of Winograd's algorithm, each with its points. The usual points of 4, with 1 and 2
-# instead of 2/3 and 3/2, give twice the rounding errors.
+# The points of Winograd's algorithm for tiles of 2 and 4. The usual ones of 4, with 1 and 2 instead of 2/3 and 3/2, give
+# twice the rounding errors.
 _POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)}
 
 
 class Kernel(ABC):
     """E convolutions 3x3 in the form in which they are run.
 
-    A window lists, for patch (r, c) of the grid, the pixels ``r * S + spot + tap - m`` by ``c * S + spot + tap - m``
-    in the order row spot, column spot, row tap, column tap.
+    What a window lists is described by `pcenet.nn.windows.make_windows`.
 
     Attributes:
         weight: ``[E, ...]``, differentiable.
@@ -43,6 +45,18 @@ class Kernel(ABC):
     def __init__(self, side: int, margin: int) -> None:
         self.side = side
         self.margin = margin
+
+    def windows(self, grid: Grid, size: tuple[int, int], device: torch.device) -> Windows:
+        """What patches read of maps of a ``size`` = (H, W)."""
+        return make_windows(
+            grid,
+            size,
+            self.side,
+            spots=self.spots,
+            taps=self.taps,
+            margin=self.margin,
+            device=device,
+        )
 
     @abstractmethod
     def apply(self, windows: Tensor, weight: Tensor) -> Tensor:
@@ -143,12 +157,12 @@ class MatrixKernel(Kernel):
 
 
 class WinogradKernel(Kernel):
-    """Winograd's algorithm F(S x S, 3 x 3), with a patch as its tile: ``(S + 2)**2`` products for each pair of channels
+    """Winograd's algorithm F(S x S, 3 x 3) with a patch as its tile: ``(S + 2)**2`` products for each pair of channels
     instead of ``9 * S**2`` (Lavin and Gray, "Fast algorithms for convolutional neural networks", 2015).
 
     ``y = A [(G w G') * (B x B')] A'`` on each patch x, ``*`` by elements and summed over channels: products of small
-    constant matrices with the patches, and between them ``(S + 2)**2`` ordinary matrix products ``[n, C] @ [C, D]``.
-    Without margin the patch's surroundings are zeros, and the columns of B that would read them are left out.
+    constant matrices with the patches, and between them ``(S + 2)**2`` ordinary matrix products of patches by channels.
+    Without margin a patch's surroundings are zeros, and the columns of B that would read them are left out.
 
     Its rounding errors are up to four times those of a direct convolution, so that it is for float32 and float64 alone.
     """
@@ -168,31 +182,34 @@ class WinogradKernel(Kernel):
 
     def _chunks(self, count: int, weight: Tensor) -> list[slice]:
         """Stretches of patches whose transforms stay in the cache."""
-        numbers = len(self._kernel) * max(weight.shape[:2])
-        size = max(1, _CACHED_NUMBERS // numbers)
+        size = max(1, _CACHED_NUMBERS // (len(self._kernel) * max(weight.shape[:2])))
         return [slice(start, start + size) for start in range(0, count, size)] or [slice(0, 0)]
 
-    def _transformed(self, weight: Tensor) -> Tensor:
-        """``[D, C, 3, 3]`` to ``[D, (S + 2)**2, C]``."""
-        return torch.matmul(self._kernel, weight.permute(0, 2, 3, 1).flatten(1, 2))
+    def _transformed_weight(self, weight: Tensor) -> Tensor:
+        """``[D, C, 3, 3]`` to ``[(S + 2)**2, D, C]``."""
+        return torch.matmul(self._kernel, weight.permute(0, 2, 3, 1).flatten(1, 2)).transpose(0, 1)
+
+    def _transformed(self, windows: Tensor) -> Tensor:
+        """``[n, cells, C]`` to ``[(S + 2)**2, n, C]``."""
+        return torch.matmul(self._read, windows).transpose(0, 1)
 
     def apply(self, windows: Tensor, weight: Tensor) -> Tensor:
-        kernel = self._transformed(weight).permute(1, 2, 0)
-        out = windows.new_empty(len(windows), self.side, self.side, len(weight))
-        for chunk in self._chunks(len(windows), weight):
-            products = torch.matmul(self._read, windows[chunk]).transpose(0, 1) @ kernel
-            out[chunk] = torch.matmul(self._write, products.transpose(0, 1)).view_as(out[chunk])
-        return out.permute(0, 3, 1, 2)
+        kernel = self._transformed_weight(weight).mT
+        parts = [
+            torch.matmul(self._write, (self._transformed(windows[chunk]) @ kernel).transpose(0, 1))
+            for chunk in self._chunks(len(windows), weight)
+        ]
+        pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return pixels.unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
 
     def gradients(self, windows: Tensor, weight: Tensor, grad: Tensor, needed: bool) -> tuple[Tensor, Tensor]:
-        kernel = self._transformed(weight).transpose(0, 1)
+        kernel = self._transformed_weight(weight)
+        for_kernel = torch.zeros((), dtype=weight.dtype)
         pixels = grad.permute(0, 2, 3, 1).flatten(1, 2)
         for_windows = torch.empty_like(windows)
-        for_kernel = torch.zeros_like(kernel)
         for chunk in self._chunks(len(windows), weight):
             for_products = torch.matmul(self._write.T, pixels[chunk]).transpose(0, 1)
-            read = torch.matmul(self._read, windows[chunk]).transpose(0, 1)
-            for_kernel.baddbmm_(for_products.mT, read)
+            for_kernel = for_kernel + for_products.mT @ self._transformed(windows[chunk])
             if needed:
                 for_windows[chunk] = torch.matmul(self._read.T, (for_products @ kernel).transpose(0, 1))
         for_weight = torch.matmul(self._kernel.T, for_kernel.transpose(0, 1)).unflatten(1, (3, 3))

@@ -21,7 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 from pcenet.nn.experts import ConvExperts
 from pcenet.nn.kernels import Kernel
 from pcenet.nn.routing import Routing
-from pcenet.nn.windows import append_zeros, kernel_windows, map_to_rows, patch_windows, real_cells, rows_to_map
+from pcenet.nn.windows import append_zeros, make_windows, map_to_rows, real_cells, rows_to_map
 
 # Libraries prepare a kernel for every new size of a batch, and routing would make new sizes in every step. Batches are
 # therefore padded to multiples of this part of an expert's fair share, 3 % of the work on average.
@@ -111,7 +111,7 @@ class _Turns:
         slot = torch.minimum(rank, load[expert] - 1) + (load.cumsum(0) - load)[expert]
         self._padded_patch = patch_of_slot[slot]
 
-        writes = patch_windows(self.grid, self.size, patch_size, x.device).rows(patch_of_slot)
+        writes = make_windows(self.grid, self.size, patch_size, taps=patch_size, device=x.device).rows(patch_of_slot)
         self.shares = [
             _Share(*fields)
             for fields in zip(
@@ -144,7 +144,7 @@ class _Turns:
         Returns:
             ``[R, F]``.
         """
-        reads = kernel_windows(kernel, self.grid, self.size, rows.device).rows(self._padded_patch)
+        reads = kernel.windows(self.grid, self.size, rows.device).rows(self._padded_patch)
         own_reads = reads.split([share.padded_count for share in self.shares])
         tensors = [rows, kernel.weight, *parameters] + ([] if gate is None else [gate])
         tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

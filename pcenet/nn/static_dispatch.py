@@ -14,7 +14,7 @@ from pcenet.nn.experts import ConvExperts
 from pcenet.nn.kernels import Kernel
 from pcenet.nn.patches import merge_patches
 from pcenet.nn.routing import Routing
-from pcenet.nn.windows import kernel_windows, map_to_rows, real_cells
+from pcenet.nn.windows import map_to_rows, real_cells
 
 
 def run_static(x: Tensor, routing: Routing, experts: ConvExperts, first: Kernel, second: Kernel) -> Tensor:
@@ -75,7 +75,7 @@ class _Slots:
     def take(self, x: Tensor, kernel: Kernel) -> Tensor:
         """What a kernel reads of a map for each slot, ``[T, cells, C]``; zeros for padding."""
         size = (x.shape[2], x.shape[3])
-        index = kernel_windows(kernel, self._grid, size, x.device).rows(self._patch_of_slot)
+        index = kernel.windows(self._grid, size, x.device).rows(self._patch_of_slot)
         return map_to_rows(x, zeros=True).index_select(0, index.flatten()).unflatten(0, index.shape)
 
     def convolve(self, windows: Tensor, kernel: Kernel) -> Tensor:

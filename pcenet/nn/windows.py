@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pcenet.nn.kernels import Kernel
 from pcenet.nn.patches import Grid, split_map
 
 
@@ -38,10 +37,17 @@ class Windows:
 
 
 def make_windows(
-    grid: Grid, size: tuple[int, int], patch_size: int, *, spots: int, taps: int, margin: int, device: torch.device
+    grid: Grid,
+    size: tuple[int, int],
+    patch_size: int,
+    *,
+    spots: int = 1,
+    taps: int,
+    margin: int = 0,
+    device: torch.device,
 ) -> Windows:
-    """Windows whose cells are row ``r * S + spot + tap - m`` and column ``c * S + spot + tap - m`` of the map for patch
-    (r, c), in the order row spot, column spot, row tap, column tap.
+    """Windows whose cells are row ``r * S + spot + tap - m`` and column ``c * S + spot + tap - m`` of the
+    map for patch (r, c), in the order row spot, column spot, row tap, column tap.
 
     Args:
         grid: how the patches lie.
@@ -64,18 +70,6 @@ def make_windows(
     on_map = ((rows >= 0) & (rows < height)) & ((columns >= 0) & (columns < width))
     pixels = torch.where(on_map, rows * width + columns, beyond)
     return Windows(pixels.flatten(2).flatten(0, 1), height * width, beyond)
-
-
-def kernel_windows(kernel: Kernel, grid: Grid, size: tuple[int, int], device: torch.device) -> Windows:
-    """What a kernel reads for each patch."""
-    return make_windows(
-        grid, size, kernel.side, spots=kernel.spots, taps=kernel.taps, margin=kernel.margin, device=device
-    )
-
-
-def patch_windows(grid: Grid, size: tuple[int, int], patch_size: int, device: torch.device) -> Windows:
-    """The patches themselves, ``cells = S * S``."""
-    return make_windows(grid, size, patch_size, spots=1, taps=patch_size, margin=0, device=device)
 
 
 def map_to_rows(x: Tensor, *, zeros: bool) -> Tensor:
