@@ -21,7 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 from pcenet.nn.experts import ConvExperts
 from pcenet.nn.kernels import Kernel
 from pcenet.nn.routing import Routing
-from pcenet.nn.windows import append_zeros, make_windows, map_to_rows, real_cells, rows_to_map
+from pcenet.nn.windows import append_zeros, make_windows, map_to_rows, real_cells
 
 # Libraries prepare a kernel for every new size of a batch, and routing would make new sizes in every step. Batches are
 # therefore padded to multiples of this part of an expert's fair share, 3 % of the work on average.
@@ -49,12 +49,12 @@ def run_sorted(x: Tensor, routing: Routing, experts: ConvExperts, first: Kernel,
     gate = routing.choice_weight.flatten()[turns.pair_of_slot]
     rows = map_to_rows(x, zeros=turns.padded_map or first.margin > 0)
     if second.margin:
-        rows = turns.run(rows, first, activated, [norm1.weight, norm1.bias])
+        rows = turns.run(rows, first, activated, [norm1.weight, norm1.bias], keep_zeros=True)
         rows = turns.run(rows, second, weighted, [norm2.weight, norm2.bias], gate)
     else:
         parameters = [norm1.weight, norm1.bias, second.weight, norm2.weight, norm2.bias]
         rows = turns.run(rows, first, block, parameters, gate)
-    return rows_to_map(rows, routing.grid, turns.size)
+    return rows.view(routing.grid.batch, *turns.size, -1).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,8 @@ class _Turns:
         body: Callable[..., Tensor],
         parameters: Sequence[Tensor],
         gate: Tensor | None = None,
+        *,
+        keep_zeros: bool = False,
     ) -> Tensor:
         """Every expert's convolution of what its patches read of a map, then ``body``, summed into a map.
 
@@ -140,15 +142,16 @@ class _Turns:
             body: ``body(convolved [n_e, D, S, S], share, *own parameters, own gate values) -> [n_e, F, S, S]``.
             parameters: ``[E, ...]`` each.
             gate: ``[T]``, a value for each slot.
+            keep_zeros: put a row of zeros behind the output's rows, too.
 
         Returns:
-            ``[R, F]``.
+            ``[B*H*W, F]``, or one row more.
         """
         reads = kernel.windows(self.grid, self.size, rows.device).rows(self._padded_patch)
         own_reads = reads.split([share.padded_count for share in self.shares])
         tensors = [rows, kernel.weight, *parameters] + ([] if gate is None else [gate])
         tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        job = _Job(kernel, self, own_reads, body, gate is not None, tracked)
+        job = _Job(kernel, self, own_reads, body, gate is not None, keep_zeros, tracked)
         return _TakeTurns.apply(job, *tensors)
 
 
@@ -161,6 +164,7 @@ class _Job:
     reads: tuple[Tensor, ...]
     body: Callable[..., Tensor]
     gated: bool
+    keep_zeros: bool
     tracked: bool
 
     def parts(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -209,21 +213,22 @@ class _TakeTurns(torch.autograd.Function):
         source = _Source(rows, adds=job.kernel.margin > 0 or turns.top_k > 1)
         needed = ctx.needs_input_grad[2:]
         out, ctx.graphs = rows, []
+        pixels = turns.grid.batch * turns.size[0] * turns.size[1]
         for share, reads, parts in zip(turns.shares, job.reads, job.parts(tensors), strict=True):
             leaves = [part.detach().requires_grad_(n and job.tracked) for part, n in zip(parts, needed, strict=True)]
             with torch.set_grad_enabled(job.tracked):
                 hidden = _ConvolveMap.apply(source.anchor, leaves[0], source, job.kernel, reads, share.count)
                 patches = job.body(hidden, share, *leaves[1:])
             if out is rows:
-                out = _blank(patches, (len(rows), patches.shape[1]), turns.complete)
+                out = _blank(patches, (pixels + (job.keep_zeros or turns.padded_map), patches.shape[1]), turns.complete)
             _write(out, share.writes, patches.detach().permute(0, 2, 3, 1).flatten(0, 2), turns.top_k > 1)
             if job.tracked:
                 ctx.graphs.append((leaves, get_gradient_edge(patches)))
-        _clear_zeros(out, turns)
+        out[pixels:] = 0
         source.rows = None
         ctx.job, ctx.source = job, source
         ctx.save_for_backward(rows, *tensors)
-        return out
+        return out if job.keep_zeros else out[:pixels]
 
     @staticmethod
     @once_differentiable
@@ -231,6 +236,8 @@ class _TakeTurns(torch.autograd.Function):
         job, source = ctx.job, ctx.source
         rows, *tensors = ctx.saved_tensors
         turns, side = job.turns, job.kernel.side
+        if turns.padded_map and not job.keep_zeros:
+            grad = append_zeros(grad, 1)
         source.rows = rows
         if ctx.needs_input_grad[1]:
             source.grad = _blank(rows, tuple(rows.shape), turns.complete and job.kernel.margin == 0)
@@ -249,7 +256,8 @@ class _TakeTurns(torch.autograd.Function):
                 own_sums[index].copy_(value)
         rows_grad, source.rows, source.grad = source.grad, None, None
         if rows_grad is not None:
-            _clear_zeros(rows_grad, turns)
+            # What was read beyond the map is a constant, and cells beyond it were read here.
+            rows_grad[turns.grid.batch * turns.size[0] * turns.size[1] :] = 0
         return None, rows_grad, *(s if n else None for s, n in zip(sums, ctx.needs_input_grad[2:], strict=True))
 
 
@@ -314,11 +322,6 @@ def _write(rows: Tensor, index: Tensor, values: Tensor, adds: bool) -> None:
         rows.index_add_(0, index, values)
     else:
         rows.index_copy_(0, index, values)
-
-
-def _clear_zeros(rows: Tensor, turns: _Turns) -> None:
-    """Make the row of zeros, if there is one, zeros again: cells beyond the map were written there."""
-    rows[turns.grid.batch * turns.size[0] * turns.size[1] :] = 0
 
 
 def _keeps_graph() -> bool:

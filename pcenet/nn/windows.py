@@ -78,13 +78,6 @@ def map_to_rows(x: Tensor, *, zeros: bool) -> Tensor:
     return append_zeros(rows, 1) if zeros else rows
 
 
-def rows_to_map(rows: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
-    """The inverse of `map_to_rows`, whether or not there is a row of zeros."""
-    height, width = size
-    pixels = rows[: grid.batch * height * width]
-    return pixels.view(grid.batch, height, width, -1).permute(0, 3, 1, 2)
-
-
 def append_zeros(x: Tensor, count: int) -> Tensor:
     """x, contiguous, with ``count`` entries of zeros after it along the first axis."""
     return torch.cat((x, x.new_zeros(count, *x.shape[1:]))) if count else x.contiguous()

@@ -262,8 +262,8 @@ def test_an_images_routing_does_not_depend_on_its_batch(gate_input: str) -> None
     torch.testing.assert_close(permuted, whole.logits.unflatten(0, (4, per_image))[order], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("channels", "width"), [(3, 16), (32, 16), (48, 24), (128, 64), (512, 64)])
-def test_width_is_half_the_channels_within_16_and_64(channels: int, width: int) -> None:
+@pytest.mark.parametrize(("channels", "width"), [(3, 16), (64, 16), (96, 24), (256, 64), (512, 64)])
+def test_width_is_a_quarter_of_the_channels_within_16_and_64(channels: int, width: int) -> None:
     assert Router(channels, 2, 4).hidden.out_channels == width
 
 
