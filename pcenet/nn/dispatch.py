@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pcenet.nn.experts import ConvExperts
-from pcenet.nn.kernels import make_kernel
+from pcenet.nn.kernels import make_kernel, make_plain_kernel
 from pcenet.nn.routing import Routing
 from pcenet.nn.sorted_dispatch import run_sorted
 from pcenet.nn.static_dispatch import run_static
@@ -22,7 +22,7 @@ Border = Literal["zero", "halo", "exchange"]
 Dispatch = Literal["sorted", "static"]
 
 # Batches whose sizes change from step to step would be compiled again in each.
-_run_sorted_uncompiled = torch.compiler.disable(run_sorted)
+_run_sorted = torch.compiler.disable(run_sorted)
 
 
 def run_experts(
@@ -42,13 +42,15 @@ def run_experts(
     Returns:
         The map ``[B, C_out, H, W]``, channels-last in memory, zero where a patch was dropped.
     """
-    # On the meta device there are no counts to sort by, only shapes.
-    plain = dispatch == "static" or x.is_meta
     x, weight1, weight2 = _autocast(x), _autocast(experts.conv1.weight), _autocast(experts.conv2.weight)
-    first = make_kernel(weight1, patch_size, margin=0 if border == "zero" else 1, plain=plain)
-    second = make_kernel(weight2, patch_size, margin=1 if border == "exchange" else 0, plain=plain)
-    run = run_static if plain else _run_sorted_uncompiled
-    return run(x, routing, experts, first, second)
+    margin1, margin2 = int(border != "zero"), int(border == "exchange")
+    # On the meta device there are no counts to sort by, only shapes.
+    if dispatch == "static" or x.is_meta:
+        first = make_plain_kernel(weight1, patch_size, margin1)
+        return run_static(x, routing, experts, first, make_plain_kernel(weight2, patch_size, margin2))
+    return _run_sorted(
+        x, routing, experts, make_kernel(weight1, patch_size, margin1), make_kernel(weight2, patch_size, margin2)
+    )
 
 
 def _autocast(x: Tensor) -> Tensor:

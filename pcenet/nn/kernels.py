@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcenet.nn.patches import Grid
-from pcenet.nn.windows import Windows, append_zeros, make_windows
+from pcenet.nn.windows import Windows, make_windows
 
 # Up to this side a patch is multiplied instead of convolved: a kernel of 3x3 sees so little of it that the libraries'
 # convolutions fall to a third of their speed and less (docs/performance.md).
 MATRIX_SIDE = 2
-# The points of Winograd's algorithm for tiles of 2 and 4. The usual ones of 4, with 1 and 2 instead of 2/3 and 3/2, give
-# twice the rounding errors.
+# The points of Winograd's algorithm for tiles of 2 and 4. The usual ones of 4, with 1 and 2 instead of 2/3 and 3/2,
+# double the rounding errors.
 _POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)}
 
 
@@ -66,27 +66,29 @@ class Kernel(ABC):
     def gradients(self, windows: Tensor, weight: Tensor, grad: Tensor, needed: bool) -> tuple[Tensor, Tensor]:
         """The gradients of `apply` for the windows (only where ``needed``; else undefined) and for the weight."""
 
+
+class PlainKernel(Kernel):
+    """A kernel of operators that every compiler and exporter knows."""
+
     @abstractmethod
     def apply_blocks(self, windows: Tensor, weight: Tensor) -> Tensor:
-        """Windows ``[G * b, cells, C]`` through G weights ``[G, ...]``, one for each block."""
+        """Windows ``[G * b, cells, C]`` through G weights ``[G, ...]``, one for each block: ``[G * b, D, S, S]``."""
 
 
-def make_kernel(weight: Tensor, side: int, margin: int, *, plain: bool) -> Kernel:
-    """The fastest form of convolutions ``[E, D, C, 3, 3]`` on patches of a side (docs/performance.md).
-
-    Args:
-        weight: the experts' weights.
-        side: S.
-        margin: m.
-        plain: use only what every exporter knows.
-    """
-    precise = weight.dtype in (torch.float32, torch.float64)
-    if side in _POINTS and precise and weight.device.type == "cpu" and not plain:
-        return WinogradKernel(weight, side, margin)
+def make_plain_kernel(weight: Tensor, side: int, margin: int) -> PlainKernel:
+    """Convolutions ``[E, D, C, 3, 3]`` on patches of a side, read with a margin."""
     return MatrixKernel(weight, side, margin) if side <= MATRIX_SIDE else WindowKernel(weight, side, margin)
 
 
-class WindowKernel(Kernel):
+def make_kernel(weight: Tensor, side: int, margin: int) -> Kernel:
+    """The fastest form of convolutions ``[E, D, C, 3, 3]`` on patches of a side (docs/performance.md)."""
+    precise = weight.dtype in (torch.float32, torch.float64)
+    if side in _POINTS and precise and weight.device.type == "cpu":
+        return WinogradKernel(weight, side, margin)
+    return make_plain_kernel(weight, side, margin)
+
+
+class WindowKernel(PlainKernel):
     """A convolution on windows of S + 2m pixels a side; without margin it pads with zeros."""
 
     prepares_sizes = True
@@ -101,13 +103,16 @@ class WindowKernel(Kernel):
         return windows.unflatten(1, (self.taps, self.taps)).permute(0, 3, 1, 2)
 
     def apply(self, windows: Tensor, weight: Tensor) -> Tensor:
+        """See `Kernel.apply`."""
         return F.conv2d(self._maps(windows), weight, padding=self.padding)
 
     def gradients(self, windows: Tensor, weight: Tensor, grad: Tensor, needed: bool) -> tuple[Tensor, Tensor]:
+        """See `Kernel.gradients`."""
         for_maps, for_weight = _convolution_gradients(grad, self._maps(windows), weight, self.padding, needed)
         return for_maps.permute(0, 2, 3, 1).flatten(1, 2) if needed else for_maps, for_weight
 
     def apply_blocks(self, windows: Tensor, weight: Tensor) -> Tensor:
+        """See `PlainKernel.apply_blocks`."""
         # One grouped convolution: group g of the channels is convolved with block g's kernel.
         blocks = len(weight)
         grouped = self._maps(windows).unflatten(0, (blocks, -1)).transpose(0, 1).flatten(1, 2)
@@ -115,7 +120,7 @@ class WindowKernel(Kernel):
         return out.unflatten(1, (blocks, -1)).transpose(0, 1).flatten(0, 1)
 
 
-class MatrixKernel(Kernel):
+class MatrixKernel(PlainKernel):
     """A matrix product, run as a 1x1 convolution, which every library does at full speed.
 
     With a margin, a window lists the 9 pixels that each output pixel reads. Without, the whole patch is one vector and
@@ -144,14 +149,17 @@ class MatrixKernel(Kernel):
         return vectors.reshape(-1, self.side, self.side, self.out_channels).permute(0, 3, 1, 2)
 
     def apply(self, windows: Tensor, weight: Tensor) -> Tensor:
+        """See `Kernel.apply`."""
         return self._patches(F.conv2d(self._vectors(windows, weight), weight).permute(0, 2, 3, 1))
 
     def gradients(self, windows: Tensor, weight: Tensor, grad: Tensor, needed: bool) -> tuple[Tensor, Tensor]:
+        """See `Kernel.gradients`."""
         vectors = grad.permute(0, 2, 3, 1).reshape(1, -1, 1, len(weight)).permute(0, 3, 1, 2)
         for_windows, for_weight = _convolution_gradients(vectors, self._vectors(windows, weight), weight, 0, needed)
         return for_windows.permute(0, 2, 3, 1).reshape(windows.shape) if needed else for_windows, for_weight
 
     def apply_blocks(self, windows: Tensor, weight: Tensor) -> Tensor:
+        """See `PlainKernel.apply_blocks`."""
         vectors = windows.reshape(len(weight), -1, weight.shape[2])
         return self._patches(vectors @ weight[..., 0, 0].mT)
 
@@ -194,6 +202,7 @@ class WinogradKernel(Kernel):
         return torch.matmul(self._read, windows).transpose(0, 1)
 
     def apply(self, windows: Tensor, weight: Tensor) -> Tensor:
+        """See `Kernel.apply`."""
         kernel = self._transformed_weight(weight).mT
         parts = [
             torch.matmul(self._write, (self._transformed(windows[chunk]) @ kernel).transpose(0, 1))
@@ -203,6 +212,7 @@ class WinogradKernel(Kernel):
         return pixels.unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
 
     def gradients(self, windows: Tensor, weight: Tensor, grad: Tensor, needed: bool) -> tuple[Tensor, Tensor]:
+        """See `Kernel.gradients`."""
         kernel = self._transformed_weight(weight)
         for_kernel = torch.zeros((), dtype=weight.dtype)
         pixels = grad.permute(0, 2, 3, 1).flatten(1, 2)
@@ -214,9 +224,6 @@ class WinogradKernel(Kernel):
                 for_windows[chunk] = torch.matmul(self._read.T, (for_products @ kernel).transpose(0, 1))
         for_weight = torch.matmul(self._kernel.T, for_kernel.transpose(0, 1)).unflatten(1, (3, 3))
         return for_windows, for_weight.permute(0, 3, 1, 2)
-
-    def apply_blocks(self, windows: Tensor, weight: Tensor) -> Tensor:
-        raise NotImplementedError("blocks are for plain kernels")
 
 
 # What may be transformed at a time: 4 MiB in float32, about a second-level cache.

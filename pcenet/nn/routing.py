@@ -244,8 +244,8 @@ class Router(nn.Module):
         in_channels: C, channels of the map.
         patch_size: S.
         num_experts: E.
-        hidden: width of the perceptron; None: a quarter of C, at least 16 and at most 64, which keeps the router near 1 %
-            of the expert's multiply-adds (and, at the speed of single pixels, near 5 % of its time).
+        hidden: width of the perceptron; None: a quarter of C, at least 16 and at most 64, which keeps the router near
+            1 % of the expert's multiply-adds (and near 5 % of its time: a pixel is little work at a time).
         top_k: k, experts per patch.
         capacity_factor: in training, see `expert_capacity`; None drops nothing.
         eval_capacity_factor: the same at evaluation; the default None makes a prediction independent of its batch.

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcenet.nn.experts import ConvExperts
-from pcenet.nn.kernels import Kernel
+from pcenet.nn.kernels import PlainKernel
 from pcenet.nn.patches import merge_patches
 from pcenet.nn.routing import Routing
 from pcenet.nn.windows import map_to_rows, real_cells
 
 
-def run_static(x: Tensor, routing: Routing, experts: ConvExperts, first: Kernel, second: Kernel) -> Tensor:
+def run_static(x: Tensor, routing: Routing, experts: ConvExperts, first: PlainKernel, second: PlainKernel) -> Tensor:
     """See `pcenet.nn.dispatch.run_experts`; ``first`` and ``second`` are the experts' convolutions."""
     size = (x.shape[2], x.shape[3])
     slots = _Slots(x, routing, first.side)
@@ -72,13 +72,13 @@ class _Slots:
         else:
             self.real = F.pad(cells, (0, 0, 0, 0, 0, 0, 0, 1))[self._patch_of_slot]
 
-    def take(self, x: Tensor, kernel: Kernel) -> Tensor:
+    def take(self, x: Tensor, kernel: PlainKernel) -> Tensor:
         """What a kernel reads of a map for each slot, ``[T, cells, C]``; zeros for padding."""
         size = (x.shape[2], x.shape[3])
         index = kernel.windows(self._grid, size, x.device).rows(self._patch_of_slot)
         return map_to_rows(x, zeros=True).index_select(0, index.flatten()).unflatten(0, index.shape)
 
-    def convolve(self, windows: Tensor, kernel: Kernel) -> Tensor:
+    def convolve(self, windows: Tensor, kernel: PlainKernel) -> Tensor:
         """Each slot through its expert's convolution, ``[T, D, S, S]``."""
         return kernel.apply_blocks(windows, kernel.weight.index_select(0, self._expert_of_block))
 
@@ -86,5 +86,6 @@ class _Slots:
         """Slots ``[T, C, S, S]`` summed into patches ``[N, C, S, S]``; zeros for a patch without a slot."""
         pixels_last = batch.permute(0, 2, 3, 1)
         rows = F.pad(pixels_last.flatten(1), (0, 0, 0, 1))
-        patches = sum(rows.index_select(0, column) for column in self._slot_of_pair.unbind(1))
+        first, *others = (rows.index_select(0, column) for column in self._slot_of_pair.unbind(1))
+        patches = sum(others, start=first)
         return patches.view(-1, *pixels_last.shape[1:]).permute(0, 3, 1, 2)
