@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint clean
+.PHONY: help demo bench test lint clean
 
 help:
 	@echo "make demo   train pce_nano and its dense twin on digits, compare them, draw the routing"
+	@echo "make bench  time and memory against the dense twin, the whole table (about 15 minutes)"
 	@echo "make test   ruff, mypy and the default test suite"
 	@echo "make clean  remove the virtual environment and the demo's runs"
 
@@ -17,6 +18,10 @@ $(VENV)/installed: pyproject.toml
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
+
+bench: $(VENV)/installed
+	$(BIN)/pcenet bench --against benchmarks/einsum_dispatch.py --json benchmarks/results/table.json
+	$(BIN)/pcenet bench --suite scaling --json benchmarks/results/scaling.json --plot docs/images/scaling.png
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check

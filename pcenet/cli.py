@@ -1,4 +1,4 @@
-"""The command line: ``pcenet check-data | train | eval | predict | models | doctor``.
+"""The command line: ``pcenet check-data | train | eval | predict | models | bench | doctor``.
 
 Nothing heavy is imported before a command runs, so that help and mistakes in the options cost no time.
 """
@@ -18,13 +18,14 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_origin
 
 from pcenet import __version__
+from pcenet.benchmark.config import BenchConfig
 from pcenet.choices import did_you_mean
 from pcenet.training.config import CheckDataConfig, EvalConfig, PredictConfig, TrainConfig, choices_of, options_of
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-C = TypeVar("C", TrainConfig, EvalConfig, PredictConfig, CheckDataConfig)
+C = TypeVar("C", TrainConfig, EvalConfig, PredictConfig, CheckDataConfig, BenchConfig)
 
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "tensorboard", "torchmetrics", "yaml")
 TRACEBACK = "PCENET_TRACEBACK"
@@ -284,6 +285,14 @@ def run_models(arguments: list[str]) -> None:
     console().print(table)
 
 
+def run_bench(arguments: list[str]) -> None:
+    """measure time, latency and memory against the dense twin"""
+    config = parse("bench", BenchConfig, arguments)
+    from pcenet.benchmark.run import bench
+
+    bench(config)
+
+
 def run_doctor(arguments: list[str]) -> None:
     """show versions, hardware and speed, for a bug report"""
     options = parse_json_flag("doctor", arguments)
@@ -328,5 +337,6 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "check-data": run_check_data,
     "predict": run_predict,
     "models": run_models,
+    "bench": run_bench,
     "doctor": run_doctor,
 }

@@ -1,0 +1,1 @@
+"""Cost of PCE against its dense twin: time, latency and memory, side by side in one process."""

@@ -1,0 +1,138 @@
+"""The options of ``pcenet bench``. Imports no torch, so that ``--help`` is fast."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_args
+
+from pcenet.choices import did_you_mean
+from pcenet.training.config import DeviceOption, Option, ThreadsOption
+
+Suite = Literal["table", "scaling"]
+Measure = Literal["forward", "step", "latency", "memory"]
+LAYER_MEASURES: tuple[Measure, ...] = ("forward", "step")
+MODEL_MEASURES: tuple[Measure, ...] = get_args(Measure)
+BORDERS = ("zero", "halo", "exchange")
+DISPATCHES = ("sorted", "static")
+PRECISIONS = ("fp32", "bf16")
+
+
+class Shape(NamedTuple):
+    """Where a layer is measured: B images, C channels in and out, a map of ``side`` x ``side``, patches of ``patch``."""
+
+    batch: int
+    channels: int
+    side: int
+    patch: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+
+def parse_shape(text: str) -> Shape:
+    """A shape from ``BxCxSIDExPATCH``.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    numbers = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", text)
+    if not numbers or "0" in numbers.groups():
+        raise ValueError(
+            f"layers={text!r} must be BATCHxCHANNELSxSIDExPATCH in positive whole numbers, such as 64x128x16x4"
+        )
+    shape = Shape(*map(int, numbers.groups()))
+    if shape.patch > shape.side:
+        raise ValueError(f"layers={text!r}: the patch of {shape.patch} is larger than the map of {shape.side}")
+    return shape
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured; the annotations hold the explanations.
+
+    Raises:
+        ValueError: for a value that breaks its rule, naming it.
+    """
+
+    suite: Annotated[
+        Suite,
+        Option(
+            "table: every line of the table of targets. scaling: cost against the number of experts and the side of "
+            "the map. Without effect where layers or models are given."
+        ),
+    ] = "table"
+    models: Annotated[
+        list[str], Option("Names of PCE networks, each measured beside its dense twin, such as '[pce_nano]'.")
+    ] = field(default_factory=list)
+    layers: Annotated[
+        list[str],
+        Option("Single layers, each beside the dense block of its shape: BATCHxCHANNELSxSIDExPATCH, '[64x128x16x4]'."),
+    ] = field(default_factory=list)
+    measures: Annotated[
+        list[str],
+        Option(
+            "forward (evaluation, no gradients), step (training: forward and backward, and of a network the loss and "
+            "the optimiser), latency (evaluation, one image), memory (peak of a training step)."
+        ),
+    ] = field(default_factory=lambda: list(LAYER_MEASURES))
+    experts: Annotated[list[int], Option("Numbers of experts of layers.", at_least=1)] = field(
+        default_factory=lambda: [4]
+    )
+    borders: Annotated[list[str], Option(f"Borders of layers: {', '.join(BORDERS)}.")] = field(
+        default_factory=lambda: list(BORDERS)
+    )
+    dispatches: Annotated[list[str], Option(f"Dispatches: {', '.join(DISPATCHES)}.")] = field(
+        default_factory=lambda: ["sorted"]
+    )
+    precisions: Annotated[list[str], Option("fp32, or bf16: bfloat16 autocast.")] = field(
+        default_factory=lambda: ["fp32"]
+    )
+    batch_size: Annotated[
+        int | None, Option("Images of a network's step; null: 128 up to 64 x 64 pixels, else 16.", at_least=1)
+    ] = None
+    compile: Annotated[bool, Option("Measure both sides under torch.compile, too.")] = False
+    against: Annotated[
+        str | None,
+        Option(
+            "A Python file with make_layer(layer: PCELayer) -> Module, another implementation of a layer: measured "
+            "beside the layers with border zero."
+        ),
+    ] = None
+    rounds: Annotated[int, Option("Rounds of each comparison, after warming up.", at_least=3)] = 9
+    device: DeviceOption = "auto"
+    threads: ThreadsOption = None
+    json: Annotated[str | None, Option("Write every figure, with machine and versions, to this file.")] = None
+    plot: Annotated[str | None, Option("Draw cost against experts and side to this file (suite scaling).")] = None
+
+    def __post_init__(self) -> None:
+        for text in self.layers:
+            parse_shape(text)
+        allowed = {
+            "measures": get_args(Measure),
+            "borders": BORDERS,
+            "dispatches": DISPATCHES,
+            "precisions": PRECISIONS,
+        }
+        for name, choices in allowed.items():
+            values = getattr(self, name)
+            if not values:
+                raise ValueError(f"{name} is empty; give one or more of {', '.join(choices)}")
+            for value in values:
+                if value not in choices:
+                    raise ValueError(
+                        f"{name}={value!r} must be one of {', '.join(choices)}{did_you_mean(value, choices)}"
+                    )
+        if any(count < 1 for count in self.experts) or not self.experts:
+            raise ValueError(f"experts={self.experts} must be whole numbers, each at least 1")
+        if self.rounds < 3:
+            raise ValueError(f"rounds={self.rounds} must be at least 3: a median of fewer says nothing")
+        if self.against is not None and not Path(self.against).is_file():
+            raise ValueError(f"against={self.against!r}: there is no such file")
+        if self.plot and (self.suite != "scaling" or self.layers or self.models):
+            raise ValueError(f"plot={self.plot!r} is drawn of the suite scaling; give --suite scaling, or leave it out")
+        for name in ("json", "plot"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).absolute().parent.is_dir():
+                raise ValueError(f"{name}={path!r}: there is no folder {str(Path(path).parent)!r}; make it first")

@@ -1,0 +1,64 @@
+"""Fair clocks: what is compared runs in turns, in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+Call = Callable[[int], Any]
+
+
+def interleaved(calls: Mapping[str, Call], *, rounds: int, warm_up: int = 4) -> dict[str, list[float]]:
+    """Seconds of each call in each round, the calls in turns and every other round backwards.
+
+    Args:
+        calls: by name, each called with the number of the round.
+        rounds: those that count.
+        warm_up: rounds before, not timed.
+    """
+    names = list(calls)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(warm_up + rounds):
+        for name in names if index % 2 else reversed(names):
+            synchronise()
+            start = time.perf_counter()
+            calls[name](index)
+            synchronise()
+            if index >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronise() -> None:
+    """Wait for a GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def compare(seconds: list[float], base: list[float]) -> dict[str, float]:
+    """Median times in milliseconds and the ratio pair by pair: its median and quartiles."""
+    ratios = [ours / theirs for ours, theirs in zip(seconds, base, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {
+        "ms": statistics.median(seconds) * 1e3,
+        "base_ms": statistics.median(base) * 1e3,
+        "ratio": middle,
+        "ratio_low": low,
+        "ratio_high": high,
+    }
+
+
+def peak_memory(model: nn.Module, step: Callable[[], Any]) -> int:
+    """Bytes of all tensors at the peak of a call, by torch's own tracker; the model's parameters are among them."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        step()
+    return max(int(kinds["Total"]) for kinds in tracker.get_tracker_snapshot("peak").values())
