@@ -20,7 +20,7 @@ PRECISIONS = ("fp32", "bf16")
 
 
 class Shape(NamedTuple):
-    """Where a layer is measured: B images, C channels in and out, a map of ``side`` x ``side``, patches of ``patch``."""
+    """Where a layer is measured: B images, C channels in and out, a square map of a side, patches of a side."""
 
     batch: int
     channels: int

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -88,8 +88,7 @@ class Bench:
     def prepared(self, module: nn.Module) -> nn.Module:
         """Compiled where the config asks for it."""
         if self.config.compile:
-            compiled: nn.Module = torch.compile(module)
-            return compiled
+            return cast(nn.Module, torch.compile(module))
         return module
 
     def layer_batches(self, shape: Shape) -> list[Tensor]:
@@ -113,13 +112,13 @@ class Bench:
         line: Callable[[str, str], str | None] = lambda _measure, _border: None,
     ) -> None:
         """A shape's layers, one for each border and dispatch, beside the dense block and perhaps the rival."""
-        dense = DenseLayer(shape.channels).to(self.device, memory_format=torch.channels_last)
+        dense = DenseLayer(shape.channels).to(self.device).to(memory_format=torch.channels_last)
         batches = self.layer_batches(shape)
         subjects: dict[str, tuple[nn.Module, Record]] = {}
         for border in borders:
             for dispatch in dispatches:
                 layer = self.layer(shape, experts, border, dispatch)
-                about = {"border": border, "dispatch": dispatch, "max_min_load": balance(layer, batches)}
+                about: Record = {"border": border, "dispatch": dispatch, "max_min_load": balance(layer, batches)}
                 subjects[f"{border} {dispatch}"] = (self.prepared(layer), about)
                 if self.rival is not None and (border, dispatch) == ("zero", "sorted"):
                     subjects["rival"] = (self.prepared(self.rival(layer)), about)
@@ -132,13 +131,13 @@ class Bench:
             "batch": shape.batch,
         }
         for measure in measures:
-            make = forward_call if measure == "forward" else layer_step_call
+            make: Callable[..., Call] = forward_call if measure == "forward" else layer_step_call
             modules = {"dense": self.prepared(dense)} | {name: module for name, (module, _) in subjects.items()}
             calls: dict[str, Call] = {name: make(module, batches, precision) for name, module in modules.items()}
             seconds = interleaved(calls, rounds=self.rounds(precision))
             for name, (_, about) in subjects.items():
                 if name == "rival":
-                    beside = {"beside": "rival", "line": "beside one-hot einsum dispatch"}
+                    beside: Record = {"beside": "rival", "line": "beside one-hot einsum dispatch"}
                     figures = compare(seconds["zero sorted"], seconds["rival"])
                 else:
                     beside = {"beside": "dense", "line": line(measure, about["border"])}
@@ -151,7 +150,8 @@ class Bench:
         batches = self.layer_batches(shape)
         layers = {count: self.layer(shape, count, "halo", "sorted") for count in (few, many)}
         load = max(balance(layer, batches) for layer in layers.values())
-        for measure, make in (("forward", forward_call), ("step", layer_step_call)):
+        makers: dict[str, Callable[..., Call]] = {"forward": forward_call, "step": layer_step_call}
+        for measure, make in makers.items():
             calls = {str(count): make(layer, batches, precision) for count, layer in layers.items()}
             seconds = interleaved(calls, rounds=self.rounds(precision))
             about = {
@@ -188,7 +188,7 @@ class Bench:
         batch = self.config.batch_size or (128 if height * width <= 64 * 64 else 16)
         batches = make_batches(batch, 3, (height, width), self.device)
         for network in networks.values():
-            network.to(self.device, memory_format=torch.channels_last)
+            network.to(self.device).to(memory_format=torch.channels_last)
         load = balance(ours.eval(), batches)
         for measure in measures:
             size = 1 if measure == "latency" else batch

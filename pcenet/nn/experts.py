@@ -235,6 +235,12 @@ class ConvExperts(nn.Module):
         """What lies between the first normalisation and the second convolution: GELU and dropout."""
         return F.dropout(F.gelu(x), self.dropout, self.training)
 
+    def keep_mask(self, x: Tensor) -> Tensor | None:
+        """The factors that dropout multiplies activations like x by, 0 or ``1 / (1 - p)``; None where it does not."""
+        if not (self.training and self.dropout):
+            return None
+        return F.dropout(torch.ones_like(x), self.dropout)
+
     def to_sequential(self, expert: int) -> nn.Sequential:
         """A copy of one expert as ordinary modules, both convolutions with padding 1 whatever the layer's border is."""
         self._check_expert(expert)

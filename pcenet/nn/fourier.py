@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from pcenet.nn.constants import constant
+
 
 def centre_coordinates(n: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
     """Centres of n equal cells of the interval (-1, 1): ``u_i = (2i + 1)/n - 1``, shape ``[n]``.
@@ -32,6 +34,7 @@ def fourier_features(coordinates: Tensor, num_bands: int) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
+@constant
 def axis_features(
     cells: int,
     patch_size: int,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcenet.nn.constants import constant
 from pcenet.nn.patches import Grid
 from pcenet.nn.windows import Windows, make_windows
 
@@ -181,12 +182,7 @@ class WinogradKernel(Kernel):
         super().__init__(side, margin)
         self.weight = weight
         self.spots, self.taps = 1, side + 2 * margin
-        read, kernel, write = winograd_matrices(side)
-        if not margin:
-            read = read[:, 1:-1]
-        self._read, self._kernel, self._write = (
-            torch.kron(matrix, matrix).to(weight) for matrix in (read, kernel, write)
-        )
+        self._read, self._kernel, self._write = _patch_matrices(side, margin, weight.dtype, weight.device)
 
     def _chunks(self, count: int, weight: Tensor) -> list[slice]:
         """Stretches of patches whose transforms stay in the cache."""
@@ -228,6 +224,19 @@ class WinogradKernel(Kernel):
 
 # What may be transformed at a time: 4 MiB in float32, about a second-level cache.
 _CACHED_NUMBERS = 2**20
+
+
+@constant
+def _patch_matrices(side: int, margin: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The matrices of `winograd_matrices` for both axes at once, acting on flattened patches."""
+    read, kernel, write = winograd_matrices(side)
+    if not margin:
+        read = read[:, 1:-1]
+    return (
+        torch.kron(read, read).to(device, dtype),
+        torch.kron(kernel, kernel).to(device, dtype),
+        torch.kron(write, write).to(device, dtype),
+    )
 
 
 def winograd_matrices(side: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -331,22 +331,17 @@ class Router(nn.Module):
     def _from_pixels(self, x: Tensor, content_weight: Tensor, position_weight: Tensor, grid: Grid) -> Tensor:
         height, width = x.shape[2:]
         # Position is a sum of a term of the row and one of the column, so a line of features per axis is enough.
-        absolute_row, absolute_column, relative_row, relative_column = position_weight[:, :, 0, 0].chunk(4, dim=1)
+        by_axis = position_weight[:, :, 0, 0].unflatten(1, (2, 2, 2 * self.num_bands))
         lines = []
-        for cells, size, absolute, relative in (
-            (grid.rows, height, absolute_row, relative_row),
-            (grid.columns, width, absolute_column, relative_column),
-        ):
-            features = axis_features(cells, self.patch_size, self.num_bands, dtype=x.dtype, device=x.device)
-            line = F.linear(features[0], absolute) + F.linear(features[1], relative)
-            lines.append(line[:size])
+        for axis, (cells, size) in enumerate(((grid.rows, height), (grid.columns, width))):
+            absolute, relative = axis_features(cells, self.patch_size, self.num_bands, dtype=x.dtype, device=x.device)
+            features = torch.cat((absolute[:size], relative[:size]), dim=1)
+            lines.append(F.linear(features, by_axis[:, :, axis].flatten(1)))
         row, column = lines
         # Channels last, and so added: the gradient of the position is then a sum over images of contiguous maps.
         content = _project_pixels(x, content_weight[:, :, 0, 0], self._bias(x)).permute(0, 2, 3, 1)
-        activation = F.gelu(content.add_(row[:, None] + column)).permute(0, 3, 1, 2)
-        # With ceil_mode a window that leaves the map is averaged over the pixels it has: padding never counts.
-        pooled = F.avg_pool2d(activation, self.patch_size, ceil_mode=True)
-        return pooled.permute(0, 2, 3, 1).reshape(grid.patches, -1)
+        hidden: Tensor = _GeluPool.apply(content.add_(row[:, None] + column), self.patch_size)
+        return hidden
 
     def _from_flat(self, x: Tensor, content_weight: Tensor, position_weight: Tensor, grid: Grid) -> Tensor:
         hidden = _project_patches(x, content_weight, self._bias(x), self.patch_size)
@@ -383,6 +378,33 @@ class Router(nn.Module):
             f"patch_size={self.patch_size}, num_experts={self.num_experts}, top_k={self.top_k}, "
             f"gate={self.gate!r}, gate_input={self.gate_input!r}"
         )
+
+
+class _GeluPool(torch.autograd.Function):
+    """GELU, then the mean over each patch's pixels: ``[B, H, W, C]`` to ``[N, C]``. What lies between is not kept."""
+
+    @staticmethod
+    def forward(x: Tensor, patch_size: int) -> Tensor:
+        # With ceil_mode a window that leaves the map is averaged over the pixels it has: padding never counts.
+        pooled = F.avg_pool2d(F.gelu(x).permute(0, 3, 1, 2), patch_size, ceil_mode=True)
+        return pooled.permute(0, 2, 3, 1).flatten(0, 2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.patch_size = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (x,), side = ctx.saved_tensors, ctx.patch_size
+        batch, height, width, channels = x.shape
+        rows, columns = (
+            (size - torch.arange(0, size, side, device=x.device)).clamp_(max=side) for size in (height, width)
+        )
+        share = grad.view(batch, len(rows), len(columns), channels) / (rows[:, None] * columns)[:, :, None]
+        spread = share[:, :, None, :, None].expand(-1, -1, side, -1, side, -1)
+        spread = spread.reshape(batch, len(rows) * side, len(columns) * side, channels)[:, :height, :width]
+        return torch.ops.aten.gelu_backward(spread, x), None
 
 
 def _project_pixels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
@@ -32,8 +33,11 @@ def run_sorted(x: Tensor, routing: Routing, experts: ConvExperts, first: Kernel,
     """See `pcenet.nn.dispatch.run_experts`; ``first`` and ``second`` are the experts' convolutions."""
     norm1, norm2 = experts.norm1, experts.norm2
 
+    def normalised(hidden: Tensor, share: _Share, weight: Tensor, bias: Tensor) -> Tensor:
+        return norm1.forward_expert(hidden, share.expert, weight, bias, share.real)
+
     def activated(hidden: Tensor, share: _Share, weight: Tensor, bias: Tensor) -> Tensor:
-        return experts.activate(norm1.forward_expert(hidden, share.expert, weight, bias, share.real))
+        return experts.activate(normalised(hidden, share, weight, bias))
 
     def weighted(out: Tensor, share: _Share, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
         out = norm2.forward_expert(out, share.expert, weight, bias, share.real)
@@ -42,14 +46,15 @@ def run_sorted(x: Tensor, routing: Routing, experts: ConvExperts, first: Kernel,
     def block(
         hidden: Tensor, share: _Share, w1: Tensor, b1: Tensor, kernel: Tensor, w2: Tensor, b2: Tensor, gate: Tensor
     ) -> Tensor:
-        hidden = activated(hidden, share, w1, b1)
-        return weighted(_ConvolveBatch.apply(hidden, kernel, second, share.padded_count), share, w2, b2, gate)
+        hidden = normalised(hidden, share, w1, b1)
+        hidden = _ActivateAndConvolve.apply(hidden, kernel, experts.keep_mask(hidden), second, share.padded_count)
+        return weighted(hidden, share, w2, b2, gate)
 
     turns = _Turns(x, routing, first)
     gate = routing.choice_weight.flatten()[turns.pair_of_slot]
-    rows = map_to_rows(x, zeros=turns.padded_map or first.margin > 0)
+    rows = map_to_rows(x)
     if second.margin:
-        rows = turns.run(rows, first, activated, [norm1.weight, norm1.bias], keep_zeros=True)
+        rows = turns.run(rows, first, activated, [norm1.weight, norm1.bias])
         rows = turns.run(rows, second, weighted, [norm2.weight, norm2.bias], gate)
     else:
         parameters = [norm1.weight, norm1.bias, second.weight, norm2.weight, norm2.bias]
@@ -131,27 +136,24 @@ class _Turns:
         body: Callable[..., Tensor],
         parameters: Sequence[Tensor],
         gate: Tensor | None = None,
-        *,
-        keep_zeros: bool = False,
     ) -> Tensor:
         """Every expert's convolution of what its patches read of a map, then ``body``, summed into a map.
 
         Args:
-            rows: ``[R, C]``, with a row of zeros where the kernel reads beyond the map.
+            rows: ``[R, C]``, one for each pixel.
             kernel: the experts' convolutions.
             body: ``body(convolved [n_e, D, S, S], share, *own parameters, own gate values) -> [n_e, F, S, S]``.
             parameters: ``[E, ...]`` each.
             gate: ``[T]``, a value for each slot.
-            keep_zeros: put a row of zeros behind the output's rows, too.
 
         Returns:
-            ``[B*H*W, F]``, or one row more.
+            ``[R, F]``.
         """
         reads = kernel.windows(self.grid, self.size, rows.device).rows(self._padded_patch)
         own_reads = reads.split([share.padded_count for share in self.shares])
         tensors = [rows, kernel.weight, *parameters] + ([] if gate is None else [gate])
         tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        job = _Job(kernel, self, own_reads, body, gate is not None, keep_zeros, tracked)
+        job = _Job(kernel, self, own_reads, body, gate is not None, tracked)
         return _TakeTurns.apply(job, *tensors)
 
 
@@ -164,18 +166,23 @@ class _Job:
     reads: tuple[Tensor, ...]
     body: Callable[..., Tensor]
     gated: bool
-    keep_zeros: bool
     tracked: bool
 
-    def parts(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    def with_zeros(self, rows: Tensor) -> Tensor:
+        """Rows of a map as the kernel reads them: with zeros behind, where it reads beyond the map."""
+        return append_zeros(rows, 1) if self.kernel.margin or self.turns.padded_map else rows
+
+    def parts(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """Of each tensor every expert's own part: of stacked ones a slice, of the gate values (the last) a stretch."""
         shares = self.turns.shares
         stacked = tensors[:-1] if self.gated else tensors
-        parts = [[tensor[share.expert] for tensor in stacked] for share in shares]
+        columns: list[Sequence[Tensor]] = []
+        for tensor in stacked:
+            slices = tensor.unbind(0)
+            columns.append([slices[share.expert] for share in shares])
         if self.gated:
-            for own, stretch in zip(parts, tensors[-1].split([share.count for share in shares]), strict=True):
-                own.append(stretch)
-        return parts
+            columns.append(tensors[-1].split([share.count for share in shares]))
+        return list(zip(*columns, strict=True))
 
 
 class _Source:
@@ -187,11 +194,12 @@ class _Source:
         anchor: makes reading the map part of every expert's graph, whichever of its parameters are frozen.
     """
 
-    def __init__(self, rows: Tensor, adds: bool) -> None:
-        self.rows: Tensor | None = rows
+    def __init__(self, job: _Job) -> None:
+        self.rows: Tensor | None = None
         self.grad: Tensor | None = None
         self.anchor = torch.empty(0, requires_grad=True)
-        self._adds = adds
+        # Windows with a margin overlap, and a patch may be several experts'.
+        self._adds = job.kernel.margin > 0 or job.turns.top_k > 1
 
     def take(self, index: Tensor) -> Tensor:
         """Windows ``[n, cells, C]`` by ``[n, cells]``."""
@@ -210,25 +218,28 @@ class _TakeTurns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: _Job, rows: Tensor, *tensors: Tensor) -> Tensor:
         turns = job.turns
-        source = _Source(rows, adds=job.kernel.margin > 0 or turns.top_k > 1)
+        source = _Source(job)
+        source.rows = job.with_zeros(rows)
         needed = ctx.needs_input_grad[2:]
         out, ctx.graphs = rows, []
-        pixels = turns.grid.batch * turns.size[0] * turns.size[1]
         for share, reads, parts in zip(turns.shares, job.reads, job.parts(tensors), strict=True):
-            leaves = [part.detach().requires_grad_(n and job.tracked) for part, n in zip(parts, needed, strict=True)]
-            with torch.set_grad_enabled(job.tracked):
-                hidden = _ConvolveMap.apply(source.anchor, leaves[0], source, job.kernel, reads, share.count)
-                patches = job.body(hidden, share, *leaves[1:])
-            if out is rows:
-                out = _blank(patches, (pixels + (job.keep_zeros or turns.padded_map), patches.shape[1]), turns.complete)
-            _write(out, share.writes, patches.detach().permute(0, 2, 3, 1).flatten(0, 2), turns.top_k > 1)
             if job.tracked:
+                leaves = [part.detach().requires_grad_(n) for part, n in zip(parts, needed, strict=True)]
+                with torch.enable_grad():
+                    hidden = _ConvolveMap.apply(source.anchor, leaves[0], source, job.kernel, reads, share.count)
+                    patches = job.body(hidden, share, *leaves[1:])
                 ctx.graphs.append((leaves, get_gradient_edge(patches)))
-        out[pixels:] = 0
+            else:
+                hidden = job.kernel.apply(source.take(reads), parts[0])[: share.count]
+                patches = job.body(hidden, share, *parts[1:])
+            if out is rows:
+                # Cells beyond the map are written behind its rows.
+                out = _blank(patches, (len(rows) + turns.padded_map, patches.shape[1]), turns.complete)
+            _write(out, share.writes, patches.detach().permute(0, 2, 3, 1).flatten(0, 2), turns.top_k > 1)
         source.rows = None
         ctx.job, ctx.source = job, source
         ctx.save_for_backward(rows, *tensors)
-        return out if job.keep_zeros else out[:pixels]
+        return out[: len(rows)]
 
     @staticmethod
     @once_differentiable
@@ -236,11 +247,11 @@ class _TakeTurns(torch.autograd.Function):
         job, source = ctx.job, ctx.source
         rows, *tensors = ctx.saved_tensors
         turns, side = job.turns, job.kernel.side
-        if turns.padded_map and not job.keep_zeros:
+        if turns.padded_map:
             grad = append_zeros(grad, 1)
-        source.rows = rows
+        source.rows = job.with_zeros(rows)
         if ctx.needs_input_grad[1]:
-            source.grad = _blank(rows, tuple(rows.shape), turns.complete and job.kernel.margin == 0)
+            source.grad = _blank(rows, tuple(source.rows.shape), turns.complete and job.kernel.margin == 0)
         sums = [torch.zeros_like(tensor) for tensor in tensors]
         for share, (leaves, edge), own_sums in zip(turns.shares, ctx.graphs, job.parts(sums), strict=True):
             own_grad = grad.index_select(0, share.writes).view(share.count, side, side, grad.shape[1])
@@ -256,8 +267,7 @@ class _TakeTurns(torch.autograd.Function):
                 own_sums[index].copy_(value)
         rows_grad, source.rows, source.grad = source.grad, None, None
         if rows_grad is not None:
-            # What was read beyond the map is a constant, and cells beyond it were read here.
-            rows_grad[turns.grid.batch * turns.size[0] * turns.size[1] :] = 0
+            rows_grad = rows_grad[: len(rows)]
         return None, rows_grad, *(s if n else None for s, n in zip(sums, ctx.needs_input_grad[2:], strict=True))
 
 
@@ -288,23 +298,34 @@ class _ConvolveMap(torch.autograd.Function):
         return None, for_weight, None, None, None, None
 
 
-class _ConvolveBatch(torch.autograd.Function):
-    """An expert's convolution of its own batch ``[n_e, C, S, S]``."""
+class _ActivateAndConvolve(torch.autograd.Function):
+    """What lies between an expert's normalisations: GELU, dropout by a mask of factors, and the second convolution of
+    its own batch ``[n_e, C, S, S]``. The activation is computed again in the backward pass, not kept."""
 
     @staticmethod
-    def forward(ctx: Any, batch: Tensor, weight: Tensor, kernel: Kernel, padded_count: int) -> Tensor:
-        windows = _pad_batch(batch, padded_count).permute(0, 2, 3, 1).flatten(1, 2)
-        ctx.kernel = kernel
-        ctx.save_for_backward(windows, weight)
-        return kernel.apply(windows, weight)[: len(batch)]
+    def forward(
+        ctx: Any, batch: Tensor, weight: Tensor, mask: Tensor | None, kernel: Kernel, padded_count: int
+    ) -> Tensor:
+        ctx.kernel, ctx.padded_count = kernel, padded_count
+        ctx.save_for_backward(batch, weight, mask)
+        return kernel.apply(_activated_windows(batch, mask, padded_count), weight)[: len(batch)]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        windows, weight = ctx.saved_tensors
+        batch, weight, mask = ctx.saved_tensors
+        count, side = len(batch), ctx.kernel.side
+        windows = _activated_windows(batch, mask, ctx.padded_count)
         for_windows, for_weight = ctx.kernel.gradients(windows, weight, _pad_batch(grad, len(windows)), True)
-        side = ctx.kernel.side
-        return for_windows[: len(grad)].unflatten(1, (side, side)).permute(0, 3, 1, 2), for_weight, None, None
+        for_batch = for_windows[:count].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        if mask is not None:
+            for_batch = for_batch * mask
+        return torch.ops.aten.gelu_backward(for_batch, batch), for_weight, None, None, None
+
+
+def _activated_windows(batch: Tensor, mask: Tensor | None, padded_count: int) -> Tensor:
+    activated = F.gelu(batch) if mask is None else F.gelu(batch) * mask
+    return _pad_batch(activated, padded_count).permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _pad_batch(batch: Tensor, count: int) -> Tensor:

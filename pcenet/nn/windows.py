@@ -7,16 +7,16 @@ pixel beyond the map.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pcenet.nn.constants import constant
 from pcenet.nn.patches import Grid, split_map
 
 
-@dataclass(frozen=True)
-class Windows:
+class Windows(NamedTuple):
     """The rows of a batch of maps that patches read.
 
     Attributes:
@@ -32,10 +32,11 @@ class Windows:
     def rows(self, patch: Tensor) -> Tensor:
         """The rows that patches ``[n]`` read, ``[n, cells]``; for a patch of number N, which there is not, zeros."""
         image = patch // len(self.pixels)
-        rows = self.pixels[patch % len(self.pixels)] + (image * self.pixels_per_image)[:, None]
-        return rows.clamp_(max=self.beyond)
+        rows = self.pixels.index_select(0, patch - image * len(self.pixels))
+        return rows.add_((image * self.pixels_per_image)[:, None]).clamp_(max=self.beyond)
 
 
+@constant
 def make_windows(
     grid: Grid,
     size: tuple[int, int],
@@ -72,10 +73,9 @@ def make_windows(
     return Windows(pixels.flatten(2).flatten(0, 1), height * width, beyond)
 
 
-def map_to_rows(x: Tensor, *, zeros: bool) -> Tensor:
-    """``[B, C, H, W]`` to ``[B*H*W, C]``, with a row of zeros after them where one is asked for."""
-    rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-    return append_zeros(rows, 1) if zeros else rows
+def map_to_rows(x: Tensor) -> Tensor:
+    """``[B, C, H, W]`` to ``[B*H*W, C]``."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def append_zeros(x: Tensor, count: int) -> Tensor:
