@@ -1,4 +1,4 @@
-"""What single decisions of the sorted dispatch bring: each is taken back, and the layer timed beside the layer as it is.
+"""What single decisions of the sorted dispatch bring: each is taken back, and the layer timed beside itself.
 
     python benchmarks/ablations.py --json benchmarks/results/ablations.json
 
@@ -22,7 +22,7 @@ from pcenet.benchmark import subjects
 from pcenet.benchmark.config import Shape
 from pcenet.benchmark.run import describe, machine
 from pcenet.benchmark.timing import Call, compare, interleaved
-from pcenet.nn import dispatch, kernels, sorted_dispatch
+from pcenet.nn import dispatch, kernels
 
 BATCHES = 24  # more than rounds: routing never repeats
 
@@ -35,12 +35,6 @@ def without(target: Any, name: str, value: Any) -> Iterator[None]:
 
 
 CASES: list[tuple[str, Shape, int, Callable[[], Any]]] = [
-    (
-        "batches padded to a few sizes",
-        Shape(64, 64, 32, 8),
-        16,
-        lambda: without(sorted_dispatch, "_SIZES_PER_SHARE", 10**9),
-    ),
     (
         "Winograd for patches of 4x4",
         Shape(64, 128, 16, 4),
@@ -63,6 +57,7 @@ CASES: list[tuple[str, Shape, int, Callable[[], Any]]] = [
 
 
 def main() -> None:
+    """Run the cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json")

@@ -74,6 +74,7 @@ def profile(call: Call) -> dict[str, float]:
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", type=parse_shape, help="BATCHxCHANNELSxSIDExPATCH")
     parser.add_argument("--experts", type=int, default=4)

@@ -35,13 +35,11 @@ class Kernel(ABC):
         margin: m.
         spots: number of spots on each axis.
         taps: number of taps on each axis.
-        prepares_sizes: whether the library prepares itself for every new number of patches, at a cost.
     """
 
     weight: Tensor
     spots: int
     taps: int
-    prepares_sizes: bool
 
     def __init__(self, side: int, margin: int) -> None:
         self.side = side
@@ -92,8 +90,6 @@ def make_kernel(weight: Tensor, side: int, margin: int) -> Kernel:
 class WindowKernel(PlainKernel):
     """A convolution on windows of S + 2m pixels a side; without margin it pads with zeros."""
 
-    prepares_sizes = True
-
     def __init__(self, weight: Tensor, side: int, margin: int) -> None:
         super().__init__(side, margin)
         self.weight = weight
@@ -127,8 +123,6 @@ class MatrixKernel(PlainKernel):
     With a margin, a window lists the 9 pixels that each output pixel reads. Without, the whole patch is one vector and
     so is the output: ``S**2 * C`` by ``S**2 * D`` numbers, of which none is multiplied by padding.
     """
-
-    prepares_sizes = True
 
     def __init__(self, weight: Tensor, side: int, margin: int) -> None:
         super().__init__(side, margin)
@@ -175,8 +169,6 @@ class WinogradKernel(Kernel):
 
     Its rounding errors are up to four times those of a direct convolution, so that it is for float32 and float64 alone.
     """
-
-    prepares_sizes = False
 
     def __init__(self, weight: Tensor, side: int, margin: int) -> None:
         super().__init__(side, margin)

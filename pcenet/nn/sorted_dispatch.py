@@ -24,10 +24,6 @@ from pcenet.nn.kernels import Kernel
 from pcenet.nn.routing import Routing
 from pcenet.nn.windows import append_zeros, make_windows, map_to_rows, real_cells
 
-# Libraries prepare a kernel for every new size of a batch, and routing would make new sizes in every step. Batches are
-# therefore padded to multiples of this part of an expert's fair share, 3 % of the work on average.
-_SIZES_PER_SHARE = 16
-
 
 def run_sorted(x: Tensor, routing: Routing, experts: ConvExperts, first: Kernel, second: Kernel) -> Tensor:
     """See `pcenet.nn.dispatch.run_experts`; ``first`` and ``second`` are the experts' convolutions."""
@@ -47,10 +43,10 @@ def run_sorted(x: Tensor, routing: Routing, experts: ConvExperts, first: Kernel,
         hidden: Tensor, share: _Share, w1: Tensor, b1: Tensor, kernel: Tensor, w2: Tensor, b2: Tensor, gate: Tensor
     ) -> Tensor:
         hidden = normalised(hidden, share, w1, b1)
-        hidden = _ActivateAndConvolve.apply(hidden, kernel, experts.keep_mask(hidden), second, share.padded_count)
+        hidden = _ActivateAndConvolve.apply(hidden, kernel, experts.keep_mask(hidden), second)
         return weighted(hidden, share, w2, b2, gate)
 
-    turns = _Turns(x, routing, first)
+    turns = _Turns(x, routing, first.side)
     gate = routing.choice_weight.flatten()[turns.pair_of_slot]
     rows = map_to_rows(x)
     if second.margin:
@@ -69,14 +65,12 @@ class _Share:
     Attributes:
         expert: e.
         count: n_e, its patches.
-        padded_count: patches in the batch that is convolved.
         writes: ``[n_e * S * S]``, the rows of the map that they are.
         real: ``[n_e, 1, S, S]`` bool, False for cells beyond the map; None where every cell is real.
     """
 
     expert: int
     count: int
-    padded_count: int
     writes: Tensor
     real: Tensor | None
 
@@ -91,8 +85,7 @@ class _Turns:
         complete: whether every patch is taken exactly once.
     """
 
-    def __init__(self, x: Tensor, routing: Routing, kernel: Kernel) -> None:
-        patch_size = kernel.side
+    def __init__(self, x: Tensor, routing: Routing, patch_size: int) -> None:
         self.grid, self.size, self.top_k = routing.grid, (x.shape[2], x.shape[3]), routing.top_k
         load = routing.kept_load
         loads: list[int] = load.tolist()  # the one synchronisation with the host
@@ -101,30 +94,21 @@ class _Turns:
         counts = [loads[e] for e in experts]
         total = sum(counts)
         self.pair_of_slot = routing.kept_pairs(total)
-        patch_of_slot = self.pair_of_slot // self.top_k
+        self._patch_of_slot = self.pair_of_slot // self.top_k
         self.complete = self.top_k == 1 and total == routing.grid.patches
         cells = real_cells(x, patch_size)
         self.padded_map = cells is not None
 
-        step = max(1, total // (len(loads) * _SIZES_PER_SHARE)) if kernel.prepares_sizes else 1
-        padded_counts = [-(-count // step) * step for count in counts]
-        # Padding repeats an expert's own last patch: whatever that holds, it reaches no other expert.
-        padded_load = (load + step - 1) // step * step
-        expert = torch.arange(len(loads), device=x.device)
-        expert = expert.repeat_interleave(padded_load, output_size=sum(padded_counts))
-        rank = torch.arange(len(expert), device=x.device) - (padded_load.cumsum(0) - padded_load)[expert]
-        slot = torch.minimum(rank, load[expert] - 1) + (load.cumsum(0) - load)[expert]
-        self._padded_patch = patch_of_slot[slot]
-
-        writes = make_windows(self.grid, self.size, patch_size, taps=patch_size, device=x.device).rows(patch_of_slot)
+        writes = make_windows(self.grid, self.size, patch_size, taps=patch_size, device=x.device).rows(
+            self._patch_of_slot
+        )
         self.shares = [
             _Share(*fields)
             for fields in zip(
                 experts,
                 counts,
-                padded_counts,
                 [own.flatten() for own in writes.split(counts)],
-                [None] * len(counts) if cells is None else cells[patch_of_slot].split(counts),
+                [None] * len(counts) if cells is None else cells[self._patch_of_slot].split(counts),
                 strict=True,
             )
         ]
@@ -149,8 +133,8 @@ class _Turns:
         Returns:
             ``[R, F]``.
         """
-        reads = kernel.windows(self.grid, self.size, rows.device).rows(self._padded_patch)
-        own_reads = reads.split([share.padded_count for share in self.shares])
+        reads = kernel.windows(self.grid, self.size, rows.device).rows(self._patch_of_slot)
+        own_reads = reads.split([share.count for share in self.shares])
         tensors = [rows, kernel.weight, *parameters] + ([] if gate is None else [gate])
         tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         job = _Job(kernel, self, own_reads, body, gate is not None, tracked)
@@ -170,7 +154,7 @@ class _Job:
 
     def with_zeros(self, rows: Tensor) -> Tensor:
         """Rows of a map as the kernel reads them: with zeros behind, where it reads beyond the map."""
-        return append_zeros(rows, 1) if self.kernel.margin or self.turns.padded_map else rows
+        return append_zeros(rows) if self.kernel.margin or self.turns.padded_map else rows
 
     def parts(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """Of each tensor every expert's own part: of stacked ones a slice, of the gate values (the last) a stretch."""
@@ -226,11 +210,11 @@ class _TakeTurns(torch.autograd.Function):
             if job.tracked:
                 leaves = [part.detach().requires_grad_(n) for part, n in zip(parts, needed, strict=True)]
                 with torch.enable_grad():
-                    hidden = _ConvolveMap.apply(source.anchor, leaves[0], source, job.kernel, reads, share.count)
+                    hidden = _ConvolveMap.apply(source.anchor, leaves[0], source, job.kernel, reads)
                     patches = job.body(hidden, share, *leaves[1:])
                 ctx.graphs.append((leaves, get_gradient_edge(patches)))
             else:
-                hidden = job.kernel.apply(source.take(reads), parts[0])[: share.count]
+                hidden = job.kernel.apply(source.take(reads), parts[0])
                 patches = job.body(hidden, share, *parts[1:])
             if out is rows:
                 # Cells beyond the map are written behind its rows.
@@ -248,7 +232,7 @@ class _TakeTurns(torch.autograd.Function):
         rows, *tensors = ctx.saved_tensors
         turns, side = job.turns, job.kernel.side
         if turns.padded_map:
-            grad = append_zeros(grad, 1)
+            grad = append_zeros(grad)
         source.rows = job.with_zeros(rows)
         if ctx.needs_input_grad[1]:
             source.grad = _blank(rows, tuple(source.rows.shape), turns.complete and job.kernel.margin == 0)
@@ -279,23 +263,20 @@ class _ConvolveMap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, weight: Tensor, source: _Source, kernel: Kernel, reads: Tensor, count: int
-    ) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, weight: Tensor, source: _Source, kernel: Kernel, reads: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.source, ctx.kernel, ctx.reads = source, kernel, reads
-        return kernel.apply(source.take(reads), weight)[:count]
+        return kernel.apply(source.take(reads), weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (weight,), source, count = ctx.saved_tensors, ctx.source, len(grad)
-        windows = source.take(ctx.reads)
-        padded = _pad_batch(grad, len(windows))
-        for_windows, for_weight = ctx.kernel.gradients(windows, weight, padded, source.grad is not None)
-        if source.grad is not None:
-            source.give_back(ctx.reads[:count], for_windows[:count])
-        return None, for_weight, None, None, None, None
+        (weight,), source = ctx.saved_tensors, ctx.source
+        needed = source.grad is not None
+        for_windows, for_weight = ctx.kernel.gradients(source.take(ctx.reads), weight, grad, needed)
+        if needed:
+            source.give_back(ctx.reads, for_windows)
+        return None, for_weight, None, None, None
 
 
 class _ActivateAndConvolve(torch.autograd.Function):
@@ -303,34 +284,25 @@ class _ActivateAndConvolve(torch.autograd.Function):
     its own batch ``[n_e, C, S, S]``. The activation is computed again in the backward pass, not kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any, batch: Tensor, weight: Tensor, mask: Tensor | None, kernel: Kernel, padded_count: int
-    ) -> Tensor:
-        ctx.kernel, ctx.padded_count = kernel, padded_count
+    def forward(ctx: Any, batch: Tensor, weight: Tensor, mask: Tensor | None, kernel: Kernel) -> Tensor:
+        ctx.kernel = kernel
         ctx.save_for_backward(batch, weight, mask)
-        return kernel.apply(_activated_windows(batch, mask, padded_count), weight)[: len(batch)]
+        return kernel.apply(_activated_windows(batch, mask), weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         batch, weight, mask = ctx.saved_tensors
-        count, side = len(batch), ctx.kernel.side
-        windows = _activated_windows(batch, mask, ctx.padded_count)
-        for_windows, for_weight = ctx.kernel.gradients(windows, weight, _pad_batch(grad, len(windows)), True)
-        for_batch = for_windows[:count].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        for_windows, for_weight = ctx.kernel.gradients(_activated_windows(batch, mask), weight, grad, True)
+        for_batch = for_windows.unflatten(1, batch.shape[2:]).permute(0, 3, 1, 2)
         if mask is not None:
             for_batch = for_batch * mask
-        return torch.ops.aten.gelu_backward(for_batch, batch), for_weight, None, None, None
+        return torch.ops.aten.gelu_backward(for_batch, batch), for_weight, None, None
 
 
-def _activated_windows(batch: Tensor, mask: Tensor | None, padded_count: int) -> Tensor:
+def _activated_windows(batch: Tensor, mask: Tensor | None) -> Tensor:
     activated = F.gelu(batch) if mask is None else F.gelu(batch) * mask
-    return _pad_batch(activated, padded_count).permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _pad_batch(batch: Tensor, count: int) -> Tensor:
-    """A batch ``[n, C, S, S]``, channels-last, with zeros up to ``count`` patches."""
-    return append_zeros(batch.permute(0, 2, 3, 1), count - len(batch)).permute(0, 3, 1, 2)
+    return activated.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _blank(like: Tensor, shape: tuple[int, ...], complete: bool) -> Tensor:

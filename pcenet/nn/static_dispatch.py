@@ -76,7 +76,7 @@ class _Slots:
         """What a kernel reads of a map for each slot, ``[T, cells, C]``; zeros for padding."""
         size = (x.shape[2], x.shape[3])
         index = kernel.windows(self._grid, size, x.device).rows(self._patch_of_slot)
-        return append_zeros(map_to_rows(x), 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+        return append_zeros(map_to_rows(x)).index_select(0, index.flatten()).unflatten(0, index.shape)
 
     def convolve(self, windows: Tensor, kernel: PlainKernel) -> Tensor:
         """Each slot through its expert's convolution, ``[T, D, S, S]``."""

@@ -78,9 +78,9 @@ def map_to_rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def append_zeros(x: Tensor, count: int) -> Tensor:
-    """x, contiguous, with ``count`` entries of zeros after it along the first axis."""
-    return torch.cat((x, x.new_zeros(count, *x.shape[1:]))) if count else x.contiguous()
+def append_zeros(rows: Tensor) -> Tensor:
+    """Rows ``[R, C]`` and a row of zeros after them."""
+    return torch.cat((rows, rows.new_zeros(1, rows.shape[1])))
 
 
 def real_cells(x: Tensor, patch_size: int) -> Tensor | None:

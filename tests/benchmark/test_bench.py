@@ -1,0 +1,206 @@
+"""``pcenet bench``: the clock, the judgement and the routing against numbers worked out by hand; small runs, whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pcenet.benchmark import run, subjects, timing
+from pcenet.benchmark.config import BenchConfig, Shape, parse_shape
+from pcenet.benchmark.targets import LINES, judge
+from pcenet.cli import main
+from pcenet.nn import PCELayer
+
+RIVAL = Path(__file__).parents[2] / "benchmarks" / "einsum_dispatch.py"
+
+
+def test_calls_take_turns_and_every_other_round_runs_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[tuple[str, int]] = []
+    clock = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    calls = {name: lambda index, name=name: order.append((name, index)) for name in "ab"}
+    seconds = timing.interleaved(calls, rounds=3, warm_up=1)
+    assert order == [("b", 0), ("a", 0), ("a", 1), ("b", 1), ("b", 2), ("a", 2), ("a", 3), ("b", 3)]
+    # Two looks at the clock for each call, one tick apart.
+    assert seconds == {"a": [1.0] * 3, "b": [1.0] * 3}
+
+
+def test_ratios_are_taken_pair_by_pair() -> None:
+    """Pairs 2/1, 9/3, 4/4, 10/2, 3/3: sorted 1, 1, 2, 3, 5. The ratio of the medians would be 4/3."""
+    figures = timing.compare([2.0, 9.0, 4.0, 10.0, 3.0], [1.0, 3.0, 4.0, 2.0, 3.0])
+    assert figures["ratio"] == 2
+    assert figures["ratio_low"] == 1
+    assert figures["ratio_high"] == 4  # half way from 3 to 5
+    assert figures["ms"] == 4000
+    assert figures["base_ms"] == 3000
+
+
+def test_peak_memory_counts_what_lives_at_once() -> None:
+    """Weights of 4,000 bytes, then 400,000 beside 800,000, then 400,000 freed before another 400,000."""
+    model = nn.Linear(1000, 1, bias=False)
+
+    def step() -> None:
+        first = torch.zeros(100_000)
+        second = torch.zeros(200_000)
+        del first
+        third = torch.zeros(100_000)
+        del second, third
+
+    assert timing.peak_memory(model, step) == pytest.approx(1_204_000, rel=0.01)
+
+
+def record(line: str | None, ratio: float) -> dict[str, Any]:
+    return {"line": line, "ratio": ratio}
+
+
+@pytest.mark.parametrize(
+    ("ratios", "holds"),
+    [
+        ([1.0, 1.21], True),  # geometric mean 1.1
+        ([1.0, 1.22], False),  # the mean is above 1.1
+        ([0.9, 1.2, 1.0], True),
+        ([0.8, 0.8, 1.22], False),  # 1.22 is above 1.1 times 1.1
+    ],
+)
+def test_a_line_holds_by_its_mean_and_its_worst_case(ratios: list[float], holds: bool) -> None:
+    name = "layer, forward, zero"
+    (verdict,) = judge([*(record(name, ratio) for ratio in ratios), record(None, 99)])
+    assert verdict["mean"] == pytest.approx(math.prod(ratios) ** (1 / len(ratios)))
+    assert verdict["worst"] == max(ratios)
+    assert verdict["must"] == 1.1
+    assert verdict["holds"] is holds
+
+
+@pytest.mark.parametrize("experts", [2, 7])
+def test_balanced_routing_is_fair(experts: int) -> None:
+    layer = PCELayer(6, 6, patch_size=2, num_experts=experts)
+    batches = subjects.make_batches(16, 6, (12, 12), torch.device("cpu"))
+    unfair = max(layer.router(batch).load.max().item() for batch in batches)
+    worst = subjects.balance(layer, batches)
+    loads = [layer.router(batch).load for batch in batches]
+    assert worst == max(load.max().item() / load.min().item() for load in loads) < 1.6
+    assert unfair > 1.6 * max(load.max().item() for load in loads), "nothing was to be done"
+
+
+def test_the_rival_computes_the_layer() -> None:
+    layer = PCELayer(6, 6, patch_size=4, num_experts=3, border="zero", capacity_factor=None).double().eval()
+    nn.init.normal_(layer.router.logits.weight, std=20)
+    for parameter in layer.experts.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(3, 6, 8, 12, dtype=torch.float64)
+    assert (layer.router(x).load > 0).sum() > 1
+    torch.testing.assert_close(subjects.load_rival(str(RIVAL))(layer)(x), layer(x), check_stride=False)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def other(): pass", r"has no function make_layer"),
+        ("1 / 0", r"cannot be run: ZeroDivisionError"),
+        ("def", r"cannot be run: SyntaxError"),
+    ],
+)
+def test_a_rival_that_does_not_work_is_named(source: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rival.py"
+    path.write_text(source)
+    with pytest.raises(ValueError, match=message) as caught:
+        subjects.load_rival(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_shapes() -> None:
+    assert parse_shape("64x128x16x4") == Shape(batch=64, channels=128, side=16, patch=4)
+    assert str(Shape(64, 128, 16, 4)) == "64x128x16x4"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": ["64x128x16"]}, "layers='64x128x16' must be"),
+        ({"layers": ["1x1x4x0"]}, "layers='1x1x4x0' must be"),
+        ({"layers": ["1x1x4x8"]}, "the patch of 8 is larger than the map of 4"),
+        ({"measures": ["foward"]}, "measures='foward' must be one of .*did you mean 'forward'"),
+        ({"borders": []}, "borders is empty"),
+        ({"experts": [0]}, r"experts=\[0\] must be"),
+        ({"rounds": 2}, "rounds=2 must be at least 3"),
+        ({"against": "nowhere.py"}, "against='nowhere.py': there is no such file"),
+        ({"plot": "x.png"}, "plot='x.png' is drawn of the suite scaling"),
+        ({"json": "nowhere/x.json"}, "json='nowhere/x.json': there is no folder 'nowhere'"),
+    ],
+)
+def test_options_that_break_a_rule_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BenchConfig(**options)
+
+
+def test_a_model_without_a_twin_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--models", "[dense_nano]"]) == 2
+    assert "models='dense_nano' has no dense twin" in capsys.readouterr().err
+
+
+def test_layers_beside_dense_block_and_rival(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "figures.json"
+    options = ["--layers", "[2x8x8x4]", "--borders", "[zero, halo]", "--rounds", "3", "--json", str(path)]
+    assert main(["bench", *options, "--against", str(RIVAL), "--experts", "[2, 3]"]) == 0
+    report = json.loads(path.read_text())
+    assert report["machine"]["threads"] == torch.get_num_threads()
+    assert report["machine"]["torch"] == torch.__version__
+    found = [(r["experts"], r["measure"], r["border"], r["beside"]) for r in report["records"]]
+    assert sorted(found) == sorted(
+        (experts, measure, border, beside)
+        for experts in (2, 3)
+        for measure in ("forward", "step")
+        for border, beside in (("zero", "dense"), ("zero", "rival"), ("halo", "dense"))
+    )
+    for r in report["records"]:
+        assert r["images_per_s"] == pytest.approx(2 / (r["ms"] / 1e3))
+    assert "2x8x8x4, forward, experts 2, zero" in capsys.readouterr().out
+
+
+def test_every_measure_of_a_network(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    measures = ["forward", "step", "latency", "memory"]
+    run.bench(BenchConfig(models=["pce_nano"], measures=measures, batch_size=2, rounds=3, json=str(path)))
+    records = json.loads(path.read_text())["records"]
+    assert [r["measure"] for r in records] == measures
+    assert [r["batch"] for r in records] == [2, 2, 1, 2]
+    (memory,) = (r for r in records if r["measure"] == "memory")
+    # Parameters, their gradients and the optimiser's two moments, 4 bytes each, are a lower bound.
+    assert memory["mb"] > 4 * 4 * 0.85
+    assert memory["ratio"] == memory["mb"] / memory["base_mb"]
+
+
+def test_the_table_has_every_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With tiny shapes in place of its own."""
+    monkeypatch.setattr(run, "TABLE_SHAPES", (Shape(1, 8, 8, 4),))
+    monkeypatch.setattr(run, "SMALL_PATCHES", (Shape(1, 8, 4, 2), Shape(1, 8, 4, 1)))
+    monkeypatch.setattr(run, "TABLE_EXPERTS", (2,))
+    monkeypatch.setattr(run, "TABLE_MODELS", ("pce_nano",))
+    report = run.bench(BenchConfig(rounds=3, batch_size=2, against=str(RIVAL)))
+    assert [verdict["line"] for verdict in report["verdicts"]] == [line.name for line in LINES]
+    assert {r["precision"] for r in report["records"]} == {"fp32", "bf16"}
+    assert "holds" in capsys.readouterr().out
+
+
+def test_scaling_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(run, "SCALING_SHAPE", Shape(1, 8, 16, 4))
+    monkeypatch.setattr(run, "SCALING_SIDES", (8, 16))
+    monkeypatch.setattr(run, "SCALING_EXPERTS", (1, 2))
+    path = tmp_path / "scaling.png"
+    run.bench(BenchConfig(suite="scaling", rounds=3, plot=str(path)))
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_measured() -> None:
+    if sys.platform == "win32":
+        pytest.skip("torch.compile needs a C++ compiler, which Windows has not")
+    report = run.bench(BenchConfig(layers=["1x8x8x4"], borders=["zero"], dispatches=["static"], rounds=3, compile=True))
+    assert all(r["compiled"] for r in report["records"])
