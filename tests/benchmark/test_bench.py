@@ -81,6 +81,7 @@ def test_a_line_holds_by_its_mean_and_its_worst_case(ratios: list[float], holds:
 @pytest.mark.parametrize("experts", [2, 7])
 def test_balanced_routing_is_fair(experts: int) -> None:
     layer = PCELayer(6, 6, patch_size=2, num_experts=experts)
+    nn.init.constant_(layer.router.logits.bias[:1], 3.0)
     batches = subjects.make_batches(16, 6, (12, 12), torch.device("cpu"))
     unfair = max(layer.router(batch).load.max().item() for batch in batches)
     worst = subjects.balance(layer, batches)
