@@ -21,7 +21,7 @@ import torch
 from pcenet.benchmark import subjects
 from pcenet.benchmark.config import Shape
 from pcenet.benchmark.run import describe, machine
-from pcenet.benchmark.timing import Call, compare, interleaved
+from pcenet.benchmark.timing import Call, compare, interleaved, keep_freed_memory
 from pcenet.nn import dispatch, kernels
 
 BATCHES = 24  # more than rounds: routing never repeats
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.manual_seed(0)
+    keep_freed_memory()
     about = machine(torch.device("cpu"))
     print(describe(about))
     records = []

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcenet.benchmark.config import BORDERS, parse_shape
 from pcenet.benchmark.subjects import DenseLayer, balance, layer_step_call, make_batches, make_layer
-from pcenet.benchmark.timing import Call
+from pcenet.benchmark.timing import Call, keep_freed_memory
 
 ROUNDS = 10
 KINDS = {
@@ -83,6 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    keep_freed_memory()
     shape = options.shape
     size = (shape.side, shape.side)
     batches = make_batches(shape.batch, shape.channels, size, torch.device("cpu"), needs_grad=True)

@@ -30,7 +30,7 @@ from pcenet.benchmark.subjects import (
     model_step_call,
 )
 from pcenet.benchmark.targets import Record, judge
-from pcenet.benchmark.timing import Call, compare, interleaved, peak_memory
+from pcenet.benchmark.timing import Call, compare, interleaved, keep_freed_memory, peak_memory
 from pcenet.models import create_network, task_of, twin_of
 from pcenet.nn import PCELayer
 from pcenet.training.device import processor_name, resolve_device, resolve_precision
@@ -312,6 +312,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     screen = console()
     run = Bench(config, screen)
     report: dict[str, Any] = {"machine": machine(run.device), "config": vars(config)}
+    report["machine"]["freed_memory"] = "kept" if keep_freed_memory() else "returned"
     screen.print(describe(report["machine"]), highlight=False, soft_wrap=True)
     if config.layers or config.models:
         run.chosen()
