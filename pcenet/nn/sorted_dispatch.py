@@ -65,7 +65,7 @@ class _Share:
     Attributes:
         expert: e.
         count: n_e, its patches.
-        writes: ``[n_e * S * S]``, the rows of the map that they are.
+        writes: ``[n_e, S * S / run_length]``, the runs of the map that they are.
         real: ``[n_e, 1, S, S]`` bool, False for cells beyond the map; None where every cell is real.
     """
 
@@ -82,6 +82,7 @@ class _Turns:
         shares: one for each expert that has any patches.
         pair_of_slot: ``[T]`` int64, the kept pairs of patch and expert, sorted by expert.
         padded_map: whether patches have cells beyond the map.
+        run_length: pixels of a patch that lie side by side in the map and are moved at once: S, or 1 for a padded map.
         complete: whether every patch is taken exactly once.
     """
 
@@ -99,15 +100,15 @@ class _Turns:
         cells = real_cells(x, patch_size)
         self.padded_map = cells is not None
 
-        writes = make_windows(self.grid, self.size, patch_size, taps=patch_size, device=x.device).rows(
-            self._patch_of_slot
-        )
+        self.run_length = 1 if self.padded_map else patch_size
+        windows = make_windows(self.grid, self.size, patch_size, taps=patch_size, device=x.device)
+        writes = windows.rows(self._patch_of_slot)[:, :: self.run_length] // self.run_length
         self.shares = [
             _Share(*fields)
             for fields in zip(
                 experts,
                 counts,
-                [own.flatten() for own in writes.split(counts)],
+                writes.split(counts),
                 [None] * len(counts) if cells is None else cells[self._patch_of_slot].split(counts),
                 strict=True,
             )
@@ -133,8 +134,10 @@ class _Turns:
         Returns:
             ``[R, F]``.
         """
-        reads = kernel.windows(self.grid, self.size, rows.device).rows(self._patch_of_slot)
-        own_reads = reads.split([share.count for share in self.shares])
+        own_reads = [share.writes for share in self.shares]
+        if kernel.margin:
+            reads = kernel.windows(self.grid, self.size, rows.device).rows(self._patch_of_slot)
+            own_reads = list(reads.split([share.count for share in self.shares]))
         tensors = [rows, kernel.weight, *parameters] + ([] if gate is None else [gate])
         tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         job = _Job(kernel, self, own_reads, body, gate is not None, tracked)
@@ -147,7 +150,7 @@ class _Job:
 
     kernel: Kernel
     turns: _Turns
-    reads: tuple[Tensor, ...]
+    reads: list[Tensor]
     body: Callable[..., Tensor]
     gated: bool
     tracked: bool
@@ -184,16 +187,17 @@ class _Source:
         self.anchor = torch.empty(0, requires_grad=True)
         # Windows with a margin overlap, and a patch may be several experts'.
         self._adds = job.kernel.margin > 0 or job.turns.top_k > 1
+        self._run_length = 1 if job.kernel.margin else job.turns.run_length
 
     def take(self, index: Tensor) -> Tensor:
-        """Windows ``[n, cells, C]`` by ``[n, cells]``."""
+        """Windows ``[n, cells, C]``, by the runs ``[n, cells / run_length]`` that they are."""
         assert self.rows is not None
-        return self.rows.index_select(0, index.flatten()).unflatten(0, index.shape)
+        return _read(self.rows, index, self._run_length)
 
     def give_back(self, index: Tensor, grad: Tensor) -> None:
         """Add the gradient of what was taken."""
         assert self.grad is not None
-        _write(self.grad, index.flatten(), grad.flatten(0, 1), self._adds)
+        _write(self.grad, index, grad, self._run_length, self._adds)
 
 
 class _TakeTurns(torch.autograd.Function):
@@ -219,7 +223,8 @@ class _TakeTurns(torch.autograd.Function):
             if out is rows:
                 # Cells beyond the map are written behind its rows.
                 out = _blank(patches, (len(rows) + turns.padded_map, patches.shape[1]), turns.complete)
-            _write(out, share.writes, patches.detach().permute(0, 2, 3, 1).flatten(0, 2), turns.top_k > 1)
+            pixels = patches.detach().permute(0, 2, 3, 1).flatten(1, 2)
+            _write(out, share.writes, pixels, turns.run_length, turns.top_k > 1)
         source.rows = None
         ctx.job, ctx.source = job, source
         ctx.save_for_backward(rows, *tensors)
@@ -238,7 +243,7 @@ class _TakeTurns(torch.autograd.Function):
             source.grad = _blank(rows, tuple(source.rows.shape), turns.complete and job.kernel.margin == 0)
         sums = [torch.zeros_like(tensor) for tensor in tensors]
         for share, (leaves, edge), own_sums in zip(turns.shares, ctx.graphs, job.parts(sums), strict=True):
-            own_grad = grad.index_select(0, share.writes).view(share.count, side, side, grad.shape[1])
+            own_grad = _read(grad, share.writes, turns.run_length).unflatten(1, (side, side))
             needed = [index for index, leaf in enumerate(leaves) if leaf.requires_grad]
             _, *found = torch.autograd.grad(
                 [edge],
@@ -310,11 +315,20 @@ def _blank(like: Tensor, shape: tuple[int, ...], complete: bool) -> Tensor:
     return like.new_empty(shape) if complete else like.new_zeros(shape)
 
 
-def _write(rows: Tensor, index: Tensor, values: Tensor, adds: bool) -> None:
+def _read(rows: Tensor, index: Tensor, run_length: int) -> Tensor:
+    """``[n, cells, C]`` from ``[R, C]`` by the runs of rows ``[n, cells / run_length]``."""
+    runs = rows.reshape(-1, run_length * rows.shape[1]).index_select(0, index.flatten())
+    return runs.view(len(index), index.shape[1] * run_length, rows.shape[1])
+
+
+def _write(rows: Tensor, index: Tensor, values: Tensor, run_length: int, adds: bool) -> None:
+    """The converse of `_read`: put ``[n, cells, C]`` there, or add it."""
+    runs = rows.view(-1, run_length * rows.shape[1])
+    values = values.reshape(-1, runs.shape[1])
     if adds:
-        rows.index_add_(0, index, values)
+        runs.index_add_(0, index.flatten(), values)
     else:
-        rows.index_copy_(0, index, values)
+        runs.index_copy_(0, index.flatten(), values)
 
 
 def _keeps_graph() -> bool:
