@@ -65,7 +65,9 @@ def test_make_targets_exist():
 
 
 def test_files_named_exist():
-    names = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"^\| `([^`]*[/.][^`]*)`", README, re.MULTILINE)
+    rows = re.findall(r"^\|((?: ?`[^`|]*[/.][^`|]*`,?)+) \|", README, re.MULTILINE)
+    names = re.findall(r"\]\(([^)#:]+)\)", README) + [name for row in rows for name in re.findall(r"`([^`]*)`", row)]
+    assert "benchmarks/results/" in names
     for name in names:
         assert (ROOT / name).exists(), name
 
@@ -100,3 +102,26 @@ def test_figures_of_the_street_scenes_are_those_of_the_raw_results():
             f"{cost['parameters'] / 1e6:.2f} M",
             f"{cost['active_parameters'] / 1e6:.2f} M",
         ]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_figures_of_cost_are_those_of_the_raw_results(page):
+    """A row per line of the table: cases, geometric mean, worst case, limit, verdict."""
+    table = json.loads((ROOT / "benchmarks" / "results" / "table.json").read_text())
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for verdict in table["verdicts"]:
+        ratios = [record["ratio"] for record in table["records"] if record["line"] == verdict["line"]]
+        mean = float(np.exp(np.mean(np.log(ratios))))
+        row = re.search(rf"^\| {re.escape(verdict['line'])} \|(.*)\|$", text, re.MULTILINE)
+        assert row, verdict["line"]
+        holds = mean <= verdict["must"] and max(ratios) <= 1.1 * verdict["must"]
+        assert [cell.strip() for cell in row[1].split("|")] == [
+            str(len(ratios)),
+            f"{mean:.2f}",
+            f"{max(ratios):.2f}",
+            f"{verdict['must']:.2f}",
+            "yes" if holds else "no",
+        ]
+    machine = table["machine"]
+    assert f"{machine['processor']}, {machine['threads']} threads" in text
+    assert f"torch {machine['torch']}" in text
