@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from pcenet.nn.experts import ConvExperts
 from pcenet.nn.kernels import Kernel
@@ -204,6 +204,29 @@ class _Source:
         _write(self.grad, index.flatten(), grad.flatten(0, 1), self._adds)
 
 
+class _Saved:
+    """What the experts' graphs keep for their backward passes. The node of all experts saves it, as if it were its own:
+    autograd then frees it, and activation checkpointing, which computes a layer again for every backward pass that asks
+    for something of it, does so once and not once for every expert.
+
+    Attributes:
+        tensors: empty between the passes.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: Sequence[Tensor] = ()
+
+    def collect(self) -> saved_tensors_hooks:
+        """A context in which graphs keep their tensors here."""
+        self.tensors = collected = []
+
+        def pack(tensor: Tensor) -> int:
+            collected.append(tensor.detach())
+            return len(collected) - 1
+
+        return saved_tensors_hooks(pack, lambda index: self.tensors[index])
+
+
 class _TakeTurns(torch.autograd.Function):
     """The pass of all experts, one after the other."""
 
@@ -212,11 +235,12 @@ class _TakeTurns(torch.autograd.Function):
         turns = job.turns
         source = _Source(rows, adds=job.kernel.margin > 0 or turns.top_k > 1)
         needed = ctx.needs_input_grad[2:]
-        out, ctx.graphs = rows, []
+        out, ctx.graphs, saved = rows, [], _Saved()
         pixels = turns.grid.batch * turns.size[0] * turns.size[1]
+        collected = saved.collect()
         for share, reads, parts in zip(turns.shares, job.reads, job.parts(tensors), strict=True):
             leaves = [part.detach().requires_grad_(n and job.tracked) for part, n in zip(parts, needed, strict=True)]
-            with torch.set_grad_enabled(job.tracked):
+            with torch.set_grad_enabled(job.tracked), collected:
                 hidden = _ConvolveMap.apply(source.anchor, leaves[0], source, job.kernel, reads, share.count)
                 patches = job.body(hidden, share, *leaves[1:])
             if out is rows:
@@ -226,15 +250,18 @@ class _TakeTurns(torch.autograd.Function):
                 ctx.graphs.append((leaves, get_gradient_edge(patches)))
         out[pixels:] = 0
         source.rows = None
-        ctx.job, ctx.source = job, source
-        ctx.save_for_backward(rows, *tensors)
+        ctx.save_for_backward(rows, *tensors, *saved.tensors)
+        saved.tensors = ()
+        ctx.job, ctx.source, ctx.saved = job, source, saved
         return out if job.keep_zeros else out[:pixels]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        job, source = ctx.job, ctx.source
-        rows, *tensors = ctx.saved_tensors
+        job, source, saved = ctx.job, ctx.source, ctx.saved
+        rows, *kept = ctx.saved_tensors
+        inputs = len(ctx.needs_input_grad) - 2
+        tensors, saved.tensors = kept[:inputs], kept[inputs:]
         turns, side = job.turns, job.kernel.side
         if turns.padded_map and not job.keep_zeros:
             grad = append_zeros(grad, 1)
@@ -249,12 +276,12 @@ class _TakeTurns(torch.autograd.Function):
                 [edge],
                 [source.anchor, *(leaves[index] for index in needed)],
                 [own_grad.permute(0, 3, 1, 2)],
-                retain_graph=_keeps_graph(),
+                retain_graph=True,
                 allow_unused=True,
             )
             for index, value in zip(needed, found, strict=True):
                 own_sums[index].copy_(value)
-        rows_grad, source.rows, source.grad = source.grad, None, None
+        rows_grad, source.rows, source.grad, saved.tensors = source.grad, None, None, ()
         if rows_grad is not None:
             # What was read beyond the map is a constant, and cells beyond it were read here.
             rows_grad[turns.grid.batch * turns.size[0] * turns.size[1] :] = 0
@@ -322,8 +349,3 @@ def _write(rows: Tensor, index: Tensor, values: Tensor, adds: bool) -> None:
         rows.index_add_(0, index, values)
     else:
         rows.index_copy_(0, index, values)
-
-
-def _keeps_graph() -> bool:
-    """Whether the backward pass under way was asked to keep its graph; where torch does not tell, it is kept."""
-    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()

@@ -305,6 +305,75 @@ def graph_nodes(output: Tensor) -> Iterator[Any]:
             waiting += [child for child, _ in node.next_functions]
 
 
+# Autograd's corners, for the node that holds graphs of its own
+
+
+def corner_case(border: str) -> tuple[PCELayer, Routing, Tensor]:
+    layer = make_layer(3, 4, patch_size=3, num_experts=4, border=border)
+    x = torch.randn(2, 3, 5, 7, dtype=torch.float64, requires_grad=True)
+    return layer, make_routing(TABLE, Grid(2, 2, 3), 4, DROPPED), x
+
+
+BORDERS = ["zero", "halo", "exchange"]
+
+
+@pytest.mark.parametrize("border", BORDERS)
+def test_a_kept_graph_gives_its_gradients_twice_and_a_freed_one_says_so(border: str) -> None:
+    layer, routing, x = corner_case(border)
+    tensors = [x, routing.choice_weight, *layer.experts.parameters()]
+    output = layer.forward_given_routing(x, routing)
+    direction = torch.randn_like(output)
+    expected = torch.autograd.grad((naive(layer, x, routing)[0] * direction).sum(), tensors)
+    for keep in (True, True, False):
+        for found, right in zip(
+            torch.autograd.grad(output, tensors, direction, retain_graph=keep), expected, strict=True
+        ):
+            torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-10, check_stride=False)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(output, tensors, direction)
+
+
+def test_an_input_changed_before_the_backward_pass_is_noticed() -> None:
+    """Where the map is read in place; a margin makes a copy, which nobody can change."""
+    layer = make_layer(3, 4, patch_size=3, num_experts=4, border="zero")
+    x = torch.randn(2, 3, 6, 9, dtype=torch.float64, requires_grad=True)
+    own = x.contiguous(memory_format=torch.channels_last)
+    output = layer.forward_given_routing(own, make_routing(TABLE, Grid(2, 2, 3), 4))
+    with torch.no_grad():
+        own.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize(
+    "learning",
+    [
+        pytest.param(("x", "choice_weight", "norm1", "conv2", "norm2"), id="all but conv1"),
+        pytest.param(("x", "choice_weight"), id="frozen experts"),
+        pytest.param(("x",), id="input alone"),
+        pytest.param(("choice_weight",), id="gate alone"),
+        pytest.param(("norm1",), id="a normalisation alone"),
+    ],
+)
+def test_what_is_frozen_has_no_gradient_and_the_rest_the_right_one(learning: tuple[str, ...], border: str) -> None:
+    layer, routing, x = corner_case(border)
+    tensors = {"x": x, "choice_weight": routing.choice_weight, **dict(layer.experts.named_parameters())}
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name.startswith(learning))
+    expected = naive(layer, x, routing)[0]
+    direction = torch.randn_like(expected)
+    wanted = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    right = torch.autograd.grad((expected * direction).sum(), list(wanted.values()), allow_unused=True)
+    layer.forward_given_routing(x, routing).backward(direction)
+    for name, tensor in tensors.items():
+        assert (tensor.grad is not None) == (name in wanted), name
+    for (name, tensor), grad in zip(wanted.items(), right, strict=True):
+        torch.testing.assert_close(
+            tensor.grad, grad, rtol=1e-9, atol=1e-10, check_stride=False, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
 # The host
 
 
