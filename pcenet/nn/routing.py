@@ -345,8 +345,7 @@ class Router(nn.Module):
         # Channels last, and so added: the gradient of the position is then a sum over images of contiguous maps.
         content = _project_pixels(x, content_weight[:, :, 0, 0], self._bias(x)).permute(0, 2, 3, 1)
         activation = F.gelu(content.add_(row[:, None] + column)).permute(0, 3, 1, 2)
-        # With ceil_mode a window that leaves the map is averaged over the pixels it has: padding never counts.
-        pooled = F.avg_pool2d(activation, self.patch_size, ceil_mode=True)
+        pooled = _mean_of_patches(activation, grid, self.patch_size)
         return pooled.permute(0, 2, 3, 1).reshape(grid.patches, -1)
 
     def _from_flat(self, x: Tensor, content_weight: Tensor, position_weight: Tensor, grid: Grid) -> Tensor:
@@ -392,6 +391,20 @@ def _project_pixels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.conv2d(x, weight[:, :, None, None], bias)
     # On recent GPUs torch runs float32 convolutions in TF32, 10 bits of mantissa; matrix products it does not.
     return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+
+
+def _mean_of_patches(x: Tensor, grid: Grid, patch_size: int) -> Tensor:
+    """``[B, C, H, W]`` to ``[B, C, h, w]``, the mean over each patch's real pixels: padding never counts.
+
+    That is `F.avg_pool2d` with ``ceil_mode``, whose gradient is wrong at the map's edge where torch.compile makes it
+    (torch 2.14, inductor).
+    """
+    height, width = x.shape[2:]
+    padding = (0, grid.columns * patch_size - width, 0, grid.rows * patch_size - height)
+    if not any(padding):
+        return F.avg_pool2d(x, patch_size)
+    real_share = F.avg_pool2d(F.pad(x.new_ones(1, 1, height, width), padding), patch_size)
+    return F.avg_pool2d(F.pad(x, padding), patch_size) / real_share
 
 
 def _project_patches(x: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int) -> Tensor:
