@@ -7,22 +7,21 @@ in which the experts take them, perhaps with padding between), E experts, C chan
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from pcenet.nn.experts import ConvExperts
-from pcenet.nn.kernels import make_kernel, make_plain_kernel
+from pcenet.nn.kernels import Kernel, make_kernel, make_plain_kernel
 from pcenet.nn.routing import Routing
 from pcenet.nn.sorted_dispatch import run_sorted
 from pcenet.nn.static_dispatch import run_static
 
 Border = Literal["zero", "halo", "exchange"]
 Dispatch = Literal["sorted", "static"]
-
-# Batches whose sizes change from step to step would be compiled again in each.
-_run_sorted = torch.compiler.disable(run_sorted)
+AnyKernel = TypeVar("AnyKernel", bound=Kernel)
 
 
 def run_experts(
@@ -42,15 +41,31 @@ def run_experts(
     Returns:
         The map ``[B, C_out, H, W]``, channels-last in memory, zero where a patch was dropped.
     """
-    x, weight1, weight2 = _autocast(x), _autocast(experts.conv1.weight), _autocast(experts.conv2.weight)
-    margin1, margin2 = int(border != "zero"), int(border == "exchange")
-    # On the meta device there are no counts to sort by, only shapes.
-    if dispatch == "static" or x.is_meta:
-        first = make_plain_kernel(weight1, patch_size, margin1)
-        return run_static(x, routing, experts, first, make_plain_kernel(weight2, patch_size, margin2))
-    return _run_sorted(
-        x, routing, experts, make_kernel(weight1, patch_size, margin1), make_kernel(weight2, patch_size, margin2)
-    )
+    # On the meta device there are no counts to sort by, only shapes. (`x.is_meta` is an operator to torch.compile, and
+    # would be a graph of its own in every layer.)
+    run = _run_static if dispatch == "static" or x.device.type == "meta" else _run_sorted
+    return run(x, routing, experts, patch_size, border)
+
+
+def _run_static(x: Tensor, routing: Routing, experts: ConvExperts, patch_size: int, border: Border) -> Tensor:
+    first, second = _make_kernels(make_plain_kernel, experts, patch_size, border)
+    return run_static(_autocast(x), routing, experts, first, second)
+
+
+# Batches whose sizes change from step to step would be compiled again in each. Casts and kernels are made in here, too:
+# compiled, they would be a graph of their own for every layer.
+@torch.compiler.disable
+def _run_sorted(x: Tensor, routing: Routing, experts: ConvExperts, patch_size: int, border: Border) -> Tensor:
+    first, second = _make_kernels(make_kernel, experts, patch_size, border)
+    return run_sorted(_autocast(x), routing, experts, first, second)
+
+
+def _make_kernels(
+    make: Callable[[Tensor, int, int], AnyKernel], experts: ConvExperts, patch_size: int, border: Border
+) -> tuple[AnyKernel, AnyKernel]:
+    """Both convolutions of the experts, each with the margin that the border gives it."""
+    first = make(_autocast(experts.conv1.weight), patch_size, int(border != "zero"))
+    return first, make(_autocast(experts.conv2.weight), patch_size, int(border == "exchange"))
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from pcenet.nn.layer import PCELayer
@@ -25,7 +26,9 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
     (['0'], Grid(batch=2, rows=4, columns=4))
 
     Recorders may be nested and the network may be any that contains PCE layers; without one nothing is collected and
-    nothing costs anything. The records keep the autograd graph alive for as long as they are held.
+    nothing costs anything. The records keep the autograd graph alive for as long as they are held. What activation
+    checkpointing computes again in the backward pass is not recorded again. (Its variant ``use_reentrant=True`` makes
+    the first pass without gradients, so that the records of it carry none.)
 
     Raises:
         ValueError: for a compiled network, whose graph calls no hooks that are added later; enter the recorder on the
@@ -44,8 +47,14 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
             if isinstance(module, PCELayer):
 
                 def collect(_module: nn.Module, _args: Any, routing: Routing, name: str = name) -> None:
-                    records.setdefault(name, []).append(routing)
+                    if not _in_backward_pass():
+                        records.setdefault(name, []).append(routing)
 
                 handle = module.router.register_forward_hook(collect)
                 stack.callback(handle.remove)
         yield records
+
+
+def _in_backward_pass() -> bool:
+    """Whether autograd is at work on this thread: a forward pass is then a repetition, by activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1

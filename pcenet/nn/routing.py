@@ -222,7 +222,8 @@ def check_selection(
         raise ValueError(f"top_k={top_k!r} must be a whole number between 1 and num_experts={num_experts}")
     check_choice("priority", priority, get_args(Priority))
     check_choice("gate", gate, get_args(Gate))
-    if not (temperature > 0 and math.isfinite(temperature)):
+    # Not by math.isfinite, which torch.compile cannot follow for a number that changes from step to step.
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be a positive number")
     for name, factor in capacity_factors.items():
         if factor is not None and not (is_number(factor) and factor > 0 and math.isfinite(factor)):

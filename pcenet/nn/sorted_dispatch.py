@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from pcenet.nn.experts import ConvExperts
 from pcenet.nn.kernels import Kernel
@@ -200,6 +200,29 @@ class _Source:
         _write(self.grad, index, grad, self._run_length, self._adds)
 
 
+class _Saved:
+    """What the experts' graphs keep for their backward passes. The node of all experts saves it, as if it were its own:
+    autograd then frees it, and activation checkpointing, which computes a layer again for every backward pass that asks
+    for something of it, does so once and not once for every expert.
+
+    Attributes:
+        tensors: empty between the passes.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: Sequence[Tensor] = ()
+
+    def collect(self) -> saved_tensors_hooks:
+        """A context in which graphs keep their tensors here."""
+        self.tensors = collected = []
+
+        def pack(tensor: Tensor) -> int:
+            collected.append(tensor.detach())
+            return len(collected) - 1
+
+        return saved_tensors_hooks(pack, lambda index: self.tensors[index])
+
+
 class _TakeTurns(torch.autograd.Function):
     """The pass of all experts, one after the other."""
 
@@ -209,11 +232,12 @@ class _TakeTurns(torch.autograd.Function):
         source = _Source(job)
         source.rows = job.with_zeros(rows)
         needed = ctx.needs_input_grad[2:]
-        out, ctx.graphs = rows, []
+        out, ctx.graphs, saved = rows, [], _Saved()
+        collected = saved.collect()
         for share, reads, parts in zip(turns.shares, job.reads, job.parts(tensors), strict=True):
             if job.tracked:
                 leaves = [part.detach().requires_grad_(n) for part, n in zip(parts, needed, strict=True)]
-                with torch.enable_grad():
+                with torch.enable_grad(), collected:
                     hidden = _ConvolveMap.apply(source.anchor, leaves[0], source, job.kernel, reads)
                     patches = job.body(hidden, share, *leaves[1:])
                 ctx.graphs.append((leaves, get_gradient_edge(patches)))
@@ -226,15 +250,18 @@ class _TakeTurns(torch.autograd.Function):
             pixels = patches.detach().permute(0, 2, 3, 1).flatten(1, 2)
             _write(out, share.writes, pixels, turns.run_length, turns.top_k > 1)
         source.rows = None
-        ctx.job, ctx.source = job, source
-        ctx.save_for_backward(rows, *tensors)
+        ctx.save_for_backward(rows, *tensors, *saved.tensors)
+        saved.tensors = ()
+        ctx.job, ctx.source, ctx.saved = job, source, saved
         return out[: len(rows)]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        job, source = ctx.job, ctx.source
-        rows, *tensors = ctx.saved_tensors
+        job, source, saved = ctx.job, ctx.source, ctx.saved
+        rows, *kept = ctx.saved_tensors
+        inputs = len(ctx.needs_input_grad) - 2
+        tensors, saved.tensors = kept[:inputs], kept[inputs:]
         turns, side = job.turns, job.kernel.side
         if turns.padded_map:
             grad = append_zeros(grad)
@@ -249,12 +276,12 @@ class _TakeTurns(torch.autograd.Function):
                 [edge],
                 [source.anchor, *(leaves[index] for index in needed)],
                 [own_grad.permute(0, 3, 1, 2)],
-                retain_graph=_keeps_graph(),
+                retain_graph=True,
                 allow_unused=True,
             )
             for index, value in zip(needed, found, strict=True):
                 own_sums[index].copy_(value)
-        rows_grad, source.rows, source.grad = source.grad, None, None
+        rows_grad, source.rows, source.grad, saved.tensors = source.grad, None, None, ()
         if rows_grad is not None:
             rows_grad = rows_grad[: len(rows)]
         return None, rows_grad, *(s if n else None for s, n in zip(sums, ctx.needs_input_grad[2:], strict=True))
@@ -329,8 +356,3 @@ def _write(rows: Tensor, index: Tensor, values: Tensor, run_length: int, adds: b
         runs.index_add_(0, index.flatten(), values)
     else:
         runs.index_copy_(0, index.flatten(), values)
-
-
-def _keeps_graph() -> bool:
-    """Whether the backward pass under way was asked to keep its graph; where torch does not tell, it is kept."""
-    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from pcenet.nn import PCELayer, Routing, record_routing
+from pcenet.nn import PCELayer, Routing, aux_loss, record_routing
 
 
 class Block(nn.Module):
@@ -128,3 +129,31 @@ def test_records_carry_gradients() -> None:
         layer(torch.randn(1, 3, 4, 4))
     records[""][0].logits.sum().backward()
     assert layer.router.hidden.weight.grad is not None
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("dispatch", ["sorted", "static"])
+def test_what_checkpointing_computes_again_is_recorded_once(dispatch: str, use_reentrant: bool) -> None:
+    model = nn.Sequential(PCELayer(3, 3, patch_size=2, dispatch=dispatch))
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    passes: list[Routing] = []
+    model[0].router.register_forward_hook(lambda _module, _args, routing: passes.append(routing))
+    with record_routing(model) as records:
+        for _ in range(2):
+            checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+    assert len(passes) == 4, "each step computes the layer twice"
+    assert [r.load.sum().item() for r in records["0"]] == [8, 8]
+    assert [r is p for r, p in zip(records["0"], passes[::2], strict=True)] == [True, True]
+
+
+def test_auxiliary_losses_of_a_checkpointed_layer_have_their_gradients() -> None:
+    model = nn.Sequential(PCELayer(3, 3, patch_size=2))
+    x = torch.randn(2, 3, 4, 4)
+    found = []
+    for checkpointed in (False, True):
+        model.zero_grad()
+        with record_routing(model) as records:
+            y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+            (y.sum() + aux_loss(records, balance=1.0, z=1.0)).backward()
+        found.append(model[0].router.hidden.weight.grad)
+    torch.testing.assert_close(found[1], found[0])
