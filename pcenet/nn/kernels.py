@@ -202,14 +202,16 @@ class WinogradKernel(Kernel):
     def gradients(self, windows: Tensor, weight: Tensor, grad: Tensor, needed: bool) -> tuple[Tensor, Tensor]:
         """See `Kernel.gradients`."""
         kernel = self._transformed_weight(weight)
-        for_kernel = torch.zeros((), dtype=weight.dtype)
+        for_kernel: Tensor | None = None
         pixels = grad.permute(0, 2, 3, 1).flatten(1, 2)
         for_windows = torch.empty_like(windows)
         for chunk in self._chunks(len(windows), weight):
             for_products = torch.matmul(self._write.T, pixels[chunk]).transpose(0, 1)
-            for_kernel = for_kernel + for_products.mT @ self._transformed(windows[chunk])
+            own = for_products.mT @ self._transformed(windows[chunk])
+            for_kernel = own if for_kernel is None else for_kernel.add_(own)
             if needed:
                 for_windows[chunk] = torch.matmul(self._read.T, (for_products @ kernel).transpose(0, 1))
+        assert for_kernel is not None
         for_weight = torch.matmul(self._kernel.T, for_kernel.transpose(0, 1)).unflatten(1, (3, 3))
         return for_windows, for_weight.permute(0, 3, 1, 2)
 
