@@ -45,7 +45,8 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
     """Count the parameters and active multiply-adds of a network, with or without PCE layers.
 
     Nothing is counted as dropped; a patch that sticks out of the map counts whole, since it is computed whole; what the
-    router computes once per grid counts once. Normalisation, activation and pooling are not counted.
+    router computes once per grid counts once. A convolution counts as a direct one, however it is run. Normalisation,
+    activation and pooling are not counted.
 
     Args:
         model: any network; it is run once on zeros, in evaluation mode, and left as it was.
