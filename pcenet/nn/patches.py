@@ -35,34 +35,15 @@ def grid_of(x: Tensor, patch_size: int) -> Grid:
     return Grid(batch, -(-height // patch_size), -(-width // patch_size))
 
 
-def patch_windows(x: Tensor, patch_size: int, margin: int = 0) -> Tensor:
-    """Every patch of a map together with ``margin`` pixels of its surroundings, as an overlapping view.
-
-    The map is padded with zeros by the margin on all sides and, at the bottom and right, up to a multiple of S; beyond
-    that nothing is copied.
-
-    Args:
-        x: ``[B, C, H, W]``.
-        patch_size: S.
-        margin: m, pixels of the neighbours on each side.
-
-    Returns:
-        ``[B, h, w, C, S + 2m, S + 2m]``, a view of the padded map.
-    """
+def split_map(x: Tensor, patch_size: int) -> tuple[Tensor, Grid]:
+    """Cut a map ``[B, C, H, W]`` into patches ``[N, C, S, S]``, zeros where they stick out; channels-last."""
     grid = grid_of(x, patch_size)
     below = grid.rows * patch_size - x.shape[2]
     right = grid.columns * patch_size - x.shape[3]
-    if margin or below or right:
-        x = F.pad(x, (margin, margin + right, margin, margin + below))
-    side = patch_size + 2 * margin
-    return x.unfold(2, side, patch_size).unfold(3, side, patch_size).permute(0, 2, 3, 1, 4, 5)
-
-
-def split_map(x: Tensor, patch_size: int) -> tuple[Tensor, Grid]:
-    """Cut a map ``[B, C, H, W]`` into patches ``[N, C, S, S]``, zeros where they stick out; channels-last."""
-    windows = patch_windows(x, patch_size)
-    grid = grid_of(x, patch_size)
-    pixels_last = windows.permute(0, 1, 2, 4, 5, 3).reshape(grid.patches, patch_size, patch_size, x.shape[1])
+    if below or right:
+        x = F.pad(x, (0, right, 0, below))
+    cells = x.permute(0, 2, 3, 1).unflatten(2, (grid.columns, patch_size)).unflatten(1, (grid.rows, patch_size))
+    pixels_last = cells.transpose(2, 3).reshape(grid.patches, patch_size, patch_size, x.shape[1])
     return pixels_last.permute(0, 3, 1, 2), grid
 
 

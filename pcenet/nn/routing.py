@@ -382,7 +382,10 @@ class Router(nn.Module):
 
 
 class _GeluPool(torch.autograd.Function):
-    """GELU, then the mean over each patch's pixels: ``[B, H, W, C]`` to ``[N, C]``. What lies between is not kept."""
+    """GELU, then the mean over each patch's pixels: ``[B, H, W, C]`` to ``[N, C]``. What lies between is not kept.
+
+    The gradient is written out for another reason, too: with ``ceil_mode`` inductor gets it wrong (docs/log.md).
+    """
 
     @staticmethod
     def forward(x: Tensor, patch_size: int) -> Tensor:

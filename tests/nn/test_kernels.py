@@ -36,7 +36,7 @@ def setting(form: type[Kernel], side: int, margin: int) -> tuple[Kernel, Tensor,
     """A kernel of two experts, their weights, and five patches with their margin."""
     weight = torch.randn(2, 4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     patches = torch.randn(5, 3, side + 2 * margin, side + 2 * margin, dtype=torch.float64, requires_grad=True)
-    return form(weight, side, margin), weight, patches  # type: ignore[call-arg]
+    return form(weight, side, margin), weight, patches
 
 
 @pytest.mark.parametrize("margin", [0, 1])
