@@ -272,6 +272,14 @@ class TrainConfig:
             "Schedules do not know of it."
         ),
     ] = None
+    max_images: Annotated[
+        int | None,
+        Option(
+            "Train on so many of the training images, drawn by the seed, and validate on all of val: for trials. "
+            "null: all.",
+            at_least=1,
+        ),
+    ] = None
     overfit: Annotated[
         int | None,
         Option(

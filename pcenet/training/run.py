@@ -161,6 +161,8 @@ def choose_images(sources: dict[data.Split, Any], config: TrainConfig, batches: 
         if count > len(train):
             raise ValueError(f"overfit {count}: {train.name} has {len(train)} training images; give that or fewer")
         sources = dict.fromkeys(sources, data.first_images(train, count, config.seed))
+    elif config.max_images is not None:
+        sources = {**sources, "train": data.first_images(train, config.max_images, config.seed)}
     if batches is not None:
         assert config.batch_size is not None
         images = batches * config.batch_size
