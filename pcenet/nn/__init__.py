@@ -14,7 +14,7 @@ from pcenet.nn.losses import (
 )
 from pcenet.nn.patches import Grid, PatchExtractor
 from pcenet.nn.recording import record_routing
-from pcenet.nn.routing import Router, Routing, route
+from pcenet.nn.routing import Router, Routing, expert_load, route
 from pcenet.nn.statistics import RoutingStatistics, RoutingSummary
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "RoutingSummary",
     "aux_loss",
     "aux_terms",
+    "expert_load",
     "fourier_features",
     "load_balance_loss",
     "load_balance_loss_from_logits",
