@@ -280,7 +280,7 @@ _TINY_S2 = {
 # twice the fair share, as in the U-shaped networks.
 _ROOM = {"capacity_factor": 2.0}
 # The specification to the letter: a patch is an island, scaled by its probability.
-_SPEC = {"border": "zero", "gate": "prob", "top_k": 1}
+_SPEC = {"border": "zero", "gate": "prob", "top_k": 1, "balancing": "none"}
 
 
 def _create(variant: str, pretrained: bool, arguments: dict[str, Any], given: dict[str, Any]) -> PCENet:

@@ -10,7 +10,7 @@ from pcenet.nn.checks import check_at_least, check_choice
 from pcenet.nn.dispatch import Border, Dispatch, run_experts
 from pcenet.nn.experts import ConvExperts, Norm
 from pcenet.nn.patches import PatchExtractor
-from pcenet.nn.routing import Gate, GateInput, Priority, Router, Routing
+from pcenet.nn.routing import Balancing, Gate, GateInput, Priority, Router, Routing
 
 
 class PCELayer(nn.Module):
@@ -38,6 +38,8 @@ class PCELayer(nn.Module):
         gate_input: what the router's perceptron sees: ``"pixels"`` or the ``"flat"`` patch, see `Router`.
         num_bands: K, bands of the position features (8K channels).
         router_hidden: width of the router's perceptron; None: see `Router`.
+        balancing: what keeps the loads even beside the balance loss: ``"batch"``, a bias per expert, or ``"none"``; see
+            `Router`.
         dropout: inside the experts.
         norm: normalisation inside the experts, ``"batch"`` or ``"group"``.
         shortcut: add the input to the output, through a 1x1 convolution where the widths differ.
@@ -65,6 +67,7 @@ class PCELayer(nn.Module):
         gate_input: GateInput = "pixels",
         num_bands: int = 4,
         router_hidden: int | None = None,
+        balancing: Balancing = "batch",
         dropout: float = 0.0,
         norm: Norm = "batch",
         shortcut: bool = True,
@@ -104,6 +107,7 @@ class PCELayer(nn.Module):
             gate=gate,
             gate_input=gate_input,
             num_bands=num_bands,
+            balancing=balancing,
         )
         self.shortcut: nn.Module | None
         if not shortcut:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcenet.nn.balancing import balancing_bias
 from pcenet.nn.checks import check_at_least, check_choice, is_number, is_whole
 from pcenet.nn.fourier import axis_features, position_map
 from pcenet.nn.patches import Grid, grid_of, split_map
@@ -22,6 +23,8 @@ from pcenet.nn.patches import Grid, grid_of, split_map
 Priority = Literal["gate", "order"]
 Gate = Literal["prob", "straight_through"]
 GateInput = Literal["pixels", "flat"]
+Balancing = Literal["batch", "none"]
+BIAS_MOMENTUM = 0.1  # BatchNorm's
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +35,7 @@ class Routing:
     data (`patch`, `expert`, `weight`) is derived on demand.
 
     Attributes:
-        logits: ``[N, E]``, float32 or float64.
+        logits: ``[N, E]``, float32 or float64; what was routed by, a balancing bias included.
         probs: ``[N, E]``, their softmax, at the router's temperature.
         choice: ``[N, k]`` int64, the chosen experts, best first.
         choice_weight: ``[N, k]``, the factor of each chosen expert's output (differentiable).
@@ -255,11 +258,16 @@ class Router(nn.Module):
         gate_input: ``"pixels"``: the perceptron's hidden layer is applied to every enriched pixel and averaged over the
             patch's real pixels; ``"flat"``: to the whole enriched patch, flattened.
         num_bands: K, bands of the position features.
+        balancing: ``"batch"`` adds a bias per expert to the logits. In training it is the one that spreads the batch
+            evenly (see `balancing_bias`), at evaluation its running mean over the batches of training, as BatchNorm has
+            its statistics, so that a prediction does not depend on its batch. No gradient goes through it. ``"none"``
+            leaves balance to the loss alone.
         temperature: T of ``probs = softmax(logits / T)``, in training and at evaluation. Gate values and the balance
             loss see these probabilities; the z-loss sees the logits before the division, so that it bounds what the
             perceptron puts out whatever T is.
 
     Attributes:
+        expert_bias: ``[E]``, the running mean of the bias, a buffer; None without balancing.
         temperature: as above; a training loop may change it between forward passes.
         perturb: in training, a function from logits ``[N, E]`` to the logits that are routed by, such as noise for
             exploration; None, the default, is the identity. Losses and statistics see what it returns. The router has
@@ -268,6 +276,8 @@ class Router(nn.Module):
     Raises:
         ValueError: where an argument breaks its rule.
     """
+
+    expert_bias: Tensor | None
 
     def __init__(
         self,
@@ -283,10 +293,12 @@ class Router(nn.Module):
         gate: Gate = "prob",
         gate_input: GateInput = "pixels",
         num_bands: int = 4,
+        balancing: Balancing = "batch",
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
         check_choice("gate_input", gate_input, get_args(GateInput))
+        check_choice("balancing", balancing, get_args(Balancing))
         check_at_least(1, in_channels=in_channels, patch_size=patch_size)
         check_at_least(0, num_bands=num_bands)
         check_selection(
@@ -316,6 +328,7 @@ class Router(nn.Module):
         kernel = patch_size if gate_input == "flat" else 1
         self.hidden = nn.Conv2d(in_channels + 8 * num_bands, hidden, kernel, stride=kernel)
         self.logits = nn.Linear(hidden, num_experts)
+        self.register_buffer("expert_bias", torch.zeros(num_experts) if balancing == "batch" else None)
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """The logits ``[N, E]`` of a map ``[B, C, H, W]``, differentiable, in float32 at least."""
@@ -363,6 +376,8 @@ class Router(nn.Module):
         logits = self.compute_logits(x)
         if self.training and self.perturb is not None:
             logits = self.perturb(logits)
+        if self.expert_bias is not None:
+            logits = logits + self._balance(logits.detach())
         return route(
             logits,
             grid_of(x, self.patch_size),
@@ -372,6 +387,15 @@ class Router(nn.Module):
             gate=self.gate,
             temperature=self.temperature,
         )
+
+    def _balance(self, logits: Tensor) -> Tensor:
+        assert self.expert_bias is not None
+        if not self.training:
+            return self.expert_bias.to(logits.dtype)
+        bias = balancing_bias(logits, self.top_k)
+        with torch.no_grad():
+            self.expert_bias.lerp_(bias.to(self.expert_bias.dtype), BIAS_MOMENTUM)
+        return bias
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of the module\'s settings."""
