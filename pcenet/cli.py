@@ -282,7 +282,8 @@ def run_models(arguments: list[str]) -> None:
         "twin",
         "weights",
     )
-    table = Table(*columns, box=SIMPLE_HEAD)  # without lines between the columns all names fit into 120 characters
+    # Without lines and with little room between the columns all names fit into 120 characters.
+    table = Table(*columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(
             row["name"],
