@@ -15,17 +15,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pcenet.models import complexity, load_model
+    from pcenet.models import complexity, create_network, load_model
     from pcenet.nn import PCELayer, aux_loss, record_routing
 
 __version__ = "0.1.0"
-__all__ = ["PCELayer", "__version__", "aux_loss", "complexity", "load_model", "record_routing"]
+__all__ = ["PCELayer", "__version__", "aux_loss", "complexity", "create_network", "load_model", "record_routing"]
 
 _HOME = {
     "PCELayer": "pcenet.nn",
     "aux_loss": "pcenet.nn",
     "record_routing": "pcenet.nn",
     "complexity": "pcenet.models",
+    "create_network": "pcenet.models",
     "load_model": "pcenet.models",
 }
 

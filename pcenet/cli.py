@@ -265,11 +265,25 @@ def run_models(arguments: list[str]) -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
         return
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from pcenet.training.tables import console
 
-    table = Table("name", "task", "input", "parameters", "active", "multiply-adds", "router", "routed", "twin")
+    columns = (
+        "name",
+        "task",
+        "input",
+        "parameters",
+        "active",
+        "multiply-\nadds",
+        "router",
+        "routed",
+        "twin",
+        "weights",
+    )
+    # Without lines and with little room between the columns all names fit into 120 characters.
+    table = Table(*columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(
             row["name"],
@@ -281,6 +295,7 @@ def run_models(arguments: list[str]) -> None:
             f"{row['router_share']:.1%}",
             f"{row['routed_share']:.1%}",
             row["twin"] or "",
+            ", ".join(row["weights"]),
         )
     console().print(table)
 
@@ -311,15 +326,17 @@ def parse_json_flag(command: str, arguments: list[str]) -> argparse.Namespace:
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """Cost of every network at its own input size, and its dense twin's name (None for a dense network)."""
+    """Cost of every network at its own input size, its dense twin's name (None for a dense network), and the tags of
+    the weights that come with the package."""
     from pcenet.models import create_network, list_models, task_of, twin_of
+    from pcenet.models.pretrained import weights_of
     from pcenet.training.measures import cost_of, image_size
 
     rows = []
     for name in list_models():
         model = create_network(name)
-        about = {"name": name, "task": task_of(name), "input_size": list(image_size(model)), "twin": twin_of(name)}
-        rows.append(about | cost_of(model))
+        about = {"name": name, "task": task_of(name), "input_size": list(image_size(model))}
+        rows.append(about | cost_of(model) | {"twin": twin_of(name), "weights": list(weights_of(name))})
     return rows
 
 

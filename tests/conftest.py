@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,3 +30,45 @@ def _one_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Puts a network where the package looks for the weights that it brings, and registers it with timm.
+
+    A call takes "DATA/NETWORK", class names and arguments of the network, and returns it. Its weights are random, and
+    so are its statistics, which no fresh network has. Nothing else is bundled.
+    """
+    import timm
+
+    import pcenet.models.pcenet as classifiers
+    from pcenet.models import create_network
+
+    root = tmp_path / "weights"
+
+    def register() -> None:
+        monkeypatch.setattr(classifiers, "default_cfgs", classifiers.make_default_cfgs())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Overwriting .* in registry")
+            for name in classifiers.classifier_names():
+                timm.models.register_model(timm.model_entrypoint(name))
+
+    def put(name: str, class_names: list[str] | None = None, **arguments: Any) -> Any:
+        torch.manual_seed(1)
+        if class_names is not None:
+            arguments["num_classes"] = len(class_names)
+        model = create_network(name.partition("/")[2], **arguments).eval()
+        model.class_names = class_names
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor += 0.1 * torch.rand_like(tensor)
+        model.save_pretrained(root / name)
+        register()
+        return model
+
+    monkeypatch.setattr("pcenet.models.pretrained.weights_root", lambda: root)
+    register()
+    yield put
+    monkeypatch.undo()
+    register()

@@ -59,7 +59,7 @@ def predict(config: PredictConfig) -> Predicted:
     set_threads(config.threads)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    model_folder, _ = find_model(Path(config.run))
+    model_folder, _ = find_model(config.run)
     files, left_out = find_inputs(config.inputs)
     folder = output_folder(config.out)
     model = load_model(model_folder).to(device).to(memory_format=torch.channels_last)

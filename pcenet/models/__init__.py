@@ -4,6 +4,7 @@ from pcenet.models.complexity import Complexity, complexity
 from pcenet.models.decoded import DecodedNet, split_name
 from pcenet.models.hub import SavableModel, load_model
 from pcenet.models.pcenet import PCENet
+from pcenet.models.pretrained import bundled
 from pcenet.models.registry import create_network, input_size_of, list_models, model_options, task_of, twin_of
 from pcenet.models.stages import Stage, make_stages
 from pcenet.models.unet import PCEUNet
@@ -15,6 +16,7 @@ __all__ = [
     "PCEUNet",
     "SavableModel",
     "Stage",
+    "bundled",
     "complexity",
     "create_network",
     "input_size_of",

@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pcenet.choices import Task
+from pcenet.models.pretrained import CONFIG, WEIGHTS, bundled_folder, or_bundled, preprocessing_of
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
 
 
@@ -78,6 +77,27 @@ class SavableModel(
             )
         return super().save_pretrained(save_directory, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load a network from a folder, from the weights that come with the package, or from the Hugging Face Hub.
+
+        Args:
+            pretrained_model_name_or_path: looked for in that order. The weights that come with the package have names
+                such as ``"cifar10/pce_nano"``, see `bundled`; they hide a repository of the same name.
+            kwargs: as in huggingface_hub's ``ModelHubMixin.from_pretrained``, and those of `load_model`.
+
+        Raises:
+            ValueError: as `load_model`, and if the network is of another class, or there is nothing of that name.
+        """
+        name = pretrained_model_name_or_path
+        hint = or_bundled(name)
+        try:
+            return super().from_pretrained(bundled_folder(name) or name, **kwargs)
+        except OSError as error:
+            if not hint:
+                raise
+            raise ValueError(f"there is no folder {name}{hint}; nor could it be had from the Hub: {error}") from error
+
     def _save_pretrained(self, save_directory: Path) -> None:
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         # Not save_file, which makes a file that only its owner may read.
@@ -123,7 +143,8 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
     """Load a network that ``save_pretrained`` wrote, in evaluation mode and float32.
 
     Args:
-        folder: holds ``model.safetensors`` and ``config.json``.
+        folder: holds ``model.safetensors`` and ``config.json``; or, where there is no such path, the name of weights
+            that come with the package, such as ``"cifar10/pce_nano"``, see `bundled`.
         overrides: arguments of the network that replace the saved ones, such as ``dispatch="static"``.
 
     Raises:
@@ -131,18 +152,16 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
     """
     from pcenet.models.registry import create_network  # the networks are made of what this module defines
 
-    folder = Path(folder)
+    hint = or_bundled(folder)
+    folder = bundled_folder(folder) or Path(folder)
     config_path, weights_path = folder / CONFIG, folder / WEIGHTS
     for path in (config_path, weights_path):
         if not path.is_file():
-            raise ValueError(f"{folder} holds no {path.name}; give a folder written by save_pretrained")
+            raise ValueError(f"{folder} holds no {path.name}; give a folder written by save_pretrained{hint}")
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-        preprocessing = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()
-        }
         arguments = {**config["model_args"], "num_classes": config["num_classes"], **overrides}
-        model = create_network(config["architecture"], pretrained_cfg_overlay=preprocessing, **arguments)
+        model = create_network(config["architecture"], pretrained_cfg_overlay=preprocessing_of(config), **arguments)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{config_path} is no configuration of a PCE network: {reason}") from error

@@ -15,6 +15,7 @@ from pcenet.models.blocks import network_options
 from pcenet.models.decoded import DecodedNet, decoded_options
 from pcenet.models.hub import SavableModel
 from pcenet.models.pcenet import PCENet, classifier_names
+from pcenet.models.pretrained import list_bundled, weights_of
 from pcenet.models.unet import INPUT_SIZE, UNETS, PCEUNet
 
 
@@ -56,23 +57,37 @@ def input_size_of(name: str) -> tuple[int, int, int]:
     return INPUT_SIZE if cfg is None else cfg.input_size
 
 
-def create_network(name: str, **arguments: Any) -> SavableModel:
-    """Make a network with fresh weights.
+def create_network(name: str, pretrained: bool = False, **arguments: Any) -> SavableModel:
+    """Make a network.
 
     Args:
         name: see `list_models`, or "DECODER:ENCODER".
+        pretrained: load the weights that come with the package, see `bundled`. The network then has their number of
+            classes and knows the classes' names; where ``num_classes`` says otherwise, its classifier is a fresh one.
+            The first convolution is fitted to another number of channels. By default all weights are fresh.
         arguments: those of its class, and ``pretrained_cfg_overlay`` as in timm. Unlike `timm.create_model` this passes
             arguments on that are None.
 
     Raises:
-        ValueError: for an unknown name, or arguments that break their rules.
+        ValueError: for an unknown name, arguments that break their rules, or, where ``pretrained``, a network that no
+            bundled weights are of, or arguments that they do not fit.
         TypeError: for an argument that the network does not have.
         ModuleNotFoundError: for "DECODER:ENCODER" where segmentation-models-pytorch is not installed.
     """
+    if ":" not in name and name not in list_models():
+        raise ValueError(f"architecture {name!r} is not a network of this package")
+    if pretrained and not weights_of(name):
+        raise ValueError(f"pretrained=True: {name} has no bundled weights; leave it out; {list_bundled()}")
     if ":" in name:
         return DecodedNet(name, **arguments)
-    if name not in list_models():
-        raise ValueError(f"architecture {name!r} is not a network of this package")
     create = UNETS[name] if name in UNETS else timm.model_entrypoint(name)
-    model: SavableModel = create(**arguments)
+    try:
+        model: SavableModel = create(pretrained=pretrained, **arguments)
+    except RuntimeError as error:
+        if not pretrained:
+            raise
+        raise ValueError(
+            f"the bundled weights of {name} do not fit {arguments}; leave out pretrained, or what they do not fit: "
+            f"{error}"
+        ) from error
     return model

@@ -67,6 +67,14 @@ IgnoreIndexOption = Annotated[
     int | None,
     Option("Segmentation: the mask value of pixels that do not count, beside 255, which never does.", at_least=0),
 ]
+RunOption = Annotated[
+    str,
+    Option(
+        "A run folder, a model folder (model.safetensors and config.json), or the name of weights that come with the "
+        "package, such as cifar10/pce_nano; `pcenet models` shows which there are.",
+        positional=True,
+    ),
+]
 ThreadsOption = Annotated[int | None, Option("Threads of torch; null: torch's own choice.", at_least=1)]
 
 
@@ -336,7 +344,7 @@ class TrainConfig:
 class EvalConfig:
     """What ``pcenet eval`` needs to know. Creating one checks every value, as for `TrainConfig`."""
 
-    run: Annotated[str, Option("A run folder, or a model folder (model.safetensors and config.json).", positional=True)]
+    run: RunOption
     data: Annotated[str | None, Option("Images, as in `pcenet train`; null: those of the run.")] = None
     split: Annotated[Split, Option("Which part of the images.")] = "val"
     classes: ClassesOption = None
@@ -376,7 +384,7 @@ class CheckDataConfig:
 class PredictConfig:
     """What ``pcenet predict`` needs to know. Creating one checks every value, as for `TrainConfig`."""
 
-    run: Annotated[str, Option("A run folder, or a model folder (model.safetensors and config.json).", positional=True)]
+    run: RunOption
     inputs: Annotated[
         list[str],
         Option(

@@ -12,6 +12,7 @@ from typing import Any
 import pcenet.data as data
 from pcenet.choices import Task
 from pcenet.models import load_model
+from pcenet.models.pretrained import bundled_folder, or_bundled
 from pcenet.training.config import EvalConfig
 from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.folder import RunFolder, write_json
@@ -50,7 +51,7 @@ def evaluate(config: EvalConfig) -> Any:
     set_threads(config.threads)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    model_folder, run = find_model(Path(config.run))
+    model_folder, run = find_model(config.run)
     name = config.data or (run.read_config().data if run else None)
     if name is None:
         raise ValueError(f"data: {config.run} is a model folder, which names no data; give --data SOURCE")
@@ -98,15 +99,19 @@ def written_for(path: Path) -> str | None:
     return source
 
 
-def find_model(path: Path) -> tuple[Path, RunFolder | None]:
-    """The model folder that ``path`` is or holds, and the run folder around it, if it is one.
+def find_model(name: str) -> tuple[Path, RunFolder | None]:
+    """The model folder that a path is or holds, and the run folder around it, if it is one.
+
+    Args:
+        name: a path or, where there is none, the name of weights that come with the package.
 
     Raises:
         FileNotFoundError: if there is neither.
     """
+    path = bundled_folder(name) or Path(name)
     for folder in (path / "model", path):
         if (folder / "config.json").is_file():
             run = RunFolder(folder.parent)
             return folder, run if run.config.is_file() else None
     reason = "training has not finished there" if (path / "config.yaml").is_file() else "there is no model/config.json"
-    raise FileNotFoundError(f"run: {path} is no run folder or model folder: {reason}")
+    raise FileNotFoundError(f"run: {path} is no run folder or model folder: {reason}{or_bundled(name)}")

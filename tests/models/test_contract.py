@@ -18,6 +18,7 @@ NAMES = ["dense_nano", "dense_small", "dense_tiny"] + [
     f"pce_{size}{suffix}" for size in ("nano", "small", "tiny") for suffix in ("", "_spec")
 ]
 NAMES += [f"{kind}_{size}_s2" for kind in ("dense", "pce") for size in ("nano", "tiny")]
+NAMES += ["dense_nano_wide"]
 NANO = ["dense_nano", "pce_nano", "pce_nano_spec"]
 
 
@@ -40,6 +41,7 @@ def test_twins():
     assert {name: twin_of(name) for name in NAMES} == {
         "dense_nano": None,
         "dense_nano_s2": None,
+        "dense_nano_wide": None,
         "dense_small": None,
         "dense_tiny": None,
         "dense_tiny_s2": None,
@@ -96,7 +98,7 @@ def test_features_of_every_level(name):
     x = images(name)
     outputs = model(x)
     assert len(outputs) == len(model.feature_info) >= 3
-    reductions = {"nano": [1, 2, 4], "nano_s2": [2, 4, 8], "tiny_s2": [2, 4, 8, 16]}
+    reductions = {"nano": [1, 2, 4], "nano_wide": [1, 2, 4], "nano_s2": [2, 4, 8], "tiny_s2": [2, 4, 8, 16]}
     size = name.removesuffix("_spec").partition("_")[2]
     assert model.feature_info.reduction() == reductions.get(size, [4, 8, 16, 32])
     for output, channels, reduction in zip(

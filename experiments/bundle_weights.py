@@ -1,0 +1,124 @@
+"""Put the network of a finished run among the weights that come with the package.
+
+    python experiments/bundle_weights.py runs/pce_nano-0 cifar10/pce_nano
+
+The model folder goes to ``pcenet/weights/cifar10/pce_nano``, where it replaces what was there; its card gets the data,
+the validation score and the recipe of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+
+from pcenet.models import create_network, load_model, pretrained
+from pcenet.models.pretrained import CONFIG, WEIGHTS
+from pcenet.training.config import TrainConfig
+from pcenet.training.folder import SAFE_TO_CHANGE, RunFolder, write_atomically
+
+CARD = "README.md"
+LIMIT = 6 * 10**6  # bytes of a file: whoever installs the package downloads all of them
+SCORES = {"top1": "top-1", "miou": "mIoU"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Bundle a run's network; a mistake ends with one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    parser.add_argument("name", metavar="NAME", help="DATA/NETWORK, such as cifar10/pce_nano")
+    arguments = parser.parse_args(argv)
+    try:
+        print(f"wrote {bundle(RunFolder(arguments.run), arguments.name)}")
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def bundle(run: RunFolder, name: str) -> Path:
+    """Copy a run's model folder to its place in the package, with a card; returns that place.
+
+    Raises:
+        ValueError: if the run is unfinished, or its network may not be bundled under that name.
+    """
+    if not run.finished:
+        raise ValueError(f"RUN {run.path} is no finished run: it lacks metrics.json or model/; finish it")
+    check(run.model, name)
+    metrics = json.loads(run.metrics.read_text(encoding="utf-8"))
+    environment = json.loads(run.environment.read_text(encoding="utf-8"))
+    card = ModelCard.load(run.model / CARD)
+    text = card_text(name, run.read_config(), metrics, environment, load_model(run.model).class_names or [])
+
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        for file in (WEIGHTS, CONFIG):
+            shutil.copyfile(run.model / file, folder / file)
+        (folder / CARD).write_text(f"---\n{card.data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+    place = pretrained.weights_root() / name
+    write_atomically(place, write)
+    return place
+
+
+def check(folder: Path, name: str) -> None:
+    """Raise a ``ValueError`` unless a model folder may be bundled as "DATA/NETWORK"."""
+    data, _, network = name.partition("/")
+    if not data or not network or "/" in network:
+        raise ValueError(f"NAME {name!r} must be DATA/NETWORK, such as cifar10/pce_nano")
+    for file in sorted(folder.iterdir()):
+        size = file.stat().st_size
+        if size >= LIMIT:
+            raise ValueError(f"{file} has {size} bytes, a bundled file at most {LIMIT - 1}; take a smaller network")
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if config["architecture"] != network:
+        raise ValueError(f"{folder} holds a {config['architecture']}, not a {network}; name it {data}/...")
+    made = json.loads(json.dumps(create_network(network).model_args))
+    for key in sorted(made.keys() | config["model_args"].keys()):
+        found, wanted = (arguments.get(key, "nothing") for arguments in (config["model_args"], made))
+        if found != wanted:
+            raise ValueError(
+                f"{folder / CONFIG}: {key} is {found}, {network} has {wanted}; train it without that option"
+            )
+    if load_model(folder).class_names is None:
+        raise ValueError(f"{folder / CONFIG} names no classes (label_names); train it with pcenet train")
+
+
+def card_text(
+    name: str, config: TrainConfig, metrics: dict[str, Any], environment: dict[str, Any], classes: Sequence[str]
+) -> str:
+    """The body of the card. No path of the machine that trained is in it."""
+    network, val = name.partition("/")[2], metrics["val"]
+    score = next(key for key in SCORES if key in val)
+    options = {key: value for key, value in asdict(config).items() if key not in SAFE_TO_CHANGE}
+    for key in ("data", "classes"):
+        if isinstance(options[key], str):
+            options[key] = Path(options[key]).name
+    versions = ", ".join(f"{part} {environment['versions'][part]}" for part in ("torch", "timm"))
+    return f"""# {name}
+
+`{network}` of the package pcenet, trained by `pcenet train`; `pcenet.load_model("{name}")` loads it.
+
+| | |
+|---|---|
+| data | {options["data"]} |
+| classes | {", ".join(classes)} |
+| validation | {SCORES[score]} {val[score]:.2%} of {val["images"]} images |
+| epochs | {metrics["epochs"]} |
+| made with | pcenet {environment["pcenet"]}, {versions}, {environment["precision"]} on {environment["device"]} |
+
+The recipe, as `pcenet train --config` reads it:
+
+```yaml
+{yaml.safe_dump(options, sort_keys=False).strip()}
+```
+"""
+
+
+if __name__ == "__main__":
+    main()
