@@ -127,6 +127,38 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def router_logits(router: nn.Module, x: Tensor) -> Tensor:
+    """What patches are routed by: the perceptron's logits and the bias that evens out the loads."""
+    logits = perceptron_logits(router, x)
+    if router.expert_bias is None:
+        return logits
+    if not router.training:
+        return logits + router.expert_bias
+    return logits + logits.new_tensor(balancing_bias(logits.tolist(), router.top_k))
+
+
+def balancing_bias(logits: list[list[float]], top_k: int) -> list[float]:
+    """Eight rounds in which every expert moves 0.7 of the way to where its share of the patches would choose it."""
+    num_experts, share = len(logits[0]), math.ceil(len(logits) * top_k / len(logits[0]))
+    if share >= len(logits) or top_k == num_experts:
+        return [0.0] * num_experts
+    bias = [-sum(column) / len(logits) for column in zip(*logits, strict=True)]
+    for _ in range(8):
+        steps = []
+        for e in range(num_experts):
+            leads = []  # by how much e would have to fall for a patch to leave it, or to rise for it to come
+            for row in logits:
+                score = [value + shift for value, shift in zip(row, bias, strict=True)]
+                rivals = sorted(score[:e] + score[e + 1 :], reverse=True)
+                leads.append(score[e] - rivals[top_k - 1])
+            leads.sort(reverse=True)
+            steps.append(0.7 * (leads[share - 1] + leads[share]) / 2)
+        bias = [shift - step for shift, step in zip(bias, steps, strict=True)]
+        mean = sum(bias) / num_experts
+        bias = [shift - mean for shift in bias]
+    return bias
+
+
+def perceptron_logits(router: nn.Module, x: Tensor) -> Tensor:
     """``W2 gelu(W1 x + b1) + b2`` on each enriched patch, ``[N, E]``."""
     batch, _, height, width = x.shape
     side = router.patch_size

@@ -76,9 +76,17 @@ def loads(layer: PCELayer, inputs: list[Tensor]) -> list[list[int]]:
 # "static"
 
 
-def make_layer(border: str, patch_size: int, norm: str, training: bool) -> PCELayer:
+def make_layer(border: str, patch_size: int, norm: str, training: bool, balancing: str = "none") -> PCELayer:
     layer = PCELayer(
-        3, 4, patch_size=patch_size, num_experts=EXPERTS, border=border, norm=norm, num_bands=1, dispatch="static"
+        3,
+        4,
+        patch_size=patch_size,
+        num_experts=EXPERTS,
+        border=border,
+        norm=norm,
+        num_bands=1,
+        balancing=balancing,
+        dispatch="static",
     )
     layer = reference.randomise(layer.double()).train(training)
     with torch.no_grad():
@@ -114,6 +122,14 @@ def test_static_dispatch_is_one_graph_for_every_routing(
     assert_same_steps(layer, compiled, inputs, 1e-9, 1e-10)
     with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="recompile"):
         compiled(inputs[0].float())  # the stance sees it where there is something to compile
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_balancing_is_part_of_the_one_graph(training: bool) -> None:
+    layer = make_layer("halo", 2, "batch", training, balancing="batch")
+    inputs = [scale * torch.randn(2, 3, 7, 6, dtype=torch.float64) for scale in (1, 0.1, 3)]
+    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+    assert_same_steps(layer, compiled, inputs, 1e-9, 1e-10)
 
 
 @pytest.mark.slow

@@ -453,7 +453,7 @@ def test_parameter_names_are_a_contract() -> None:
         "router.logits.bias": (5,),
         "shortcut.weight": (4, 3, 1, 1),
     }
-    assert {name for name, _ in layer.named_buffers()} == {
+    assert {name for name, _ in layer.named_buffers()} == {"router.expert_bias"} | {
         f"experts.{norm}.running_{which}" for norm in ("norm1", "norm2") for which in ("mean", "var")
     }
 
@@ -525,6 +525,7 @@ def test_the_signature_is_a_contract() -> None:
         "gate_input": "pixels",
         "num_bands": 4,
         "router_hidden": None,
+        "balancing": "batch",
         "dropout": 0.0,
         "norm": "batch",
         "shortcut": True,
@@ -544,8 +545,10 @@ def test_options_reach_the_parts() -> None:
         gate="straight_through",
         gate_input="flat",
         num_bands=2,
+        balancing="none",
     )
     router = layer.router
+    assert router.expert_bias is None
     assert (router.capacity_factor, router.eval_capacity_factor, router.priority) == (0.5, 2.0, "order")
     assert (router.gate, router.gate_input) == ("straight_through", "flat")
     assert (layer.extractor.patch_size, router.patch_size) == (3, 3)

@@ -352,7 +352,7 @@ def test_a_routers_temperature_holds_in_training_and_at_evaluation() -> None:
 
 
 def test_logits_are_perturbed_in_training_alone() -> None:
-    router = Router(3, 4, 4)
+    router = Router(3, 4, 4, balancing="none")
     x = torch.randn(2, 3, 8, 8)
     plain = router(x)
     router.perturb = lambda logits: logits.flip(1)
