@@ -61,14 +61,14 @@ def command(config: TrainConfig, *more: str) -> list[str]:
 
 
 def test_some_of_the_training_images_and_all_of_val(start: Start) -> None:
-    config = start(max_images=10, seed=3)
+    config = start(max_images=17, seed=3)
     run = prepared(config)
     whole = open_source(config.data, "train")
     first_epoch = [index for _, index in EpochSampler(len(whole), seed=3)]
     chosen = run.sources["train"]
-    assert [chosen.file_name(i) for i in range(len(chosen))] == [whole.file_name(i) for i in first_epoch[:10]]
+    assert [chosen.file_name(i) for i in range(len(chosen))] == [whole.file_name(i) for i in first_epoch[:17]]
     assert len(run.sources["val"]) == 12
-    assert len(run.loaders["train"]) == 2  # batches of 8
+    assert len(run.loaders["train"]) == 2  # whole batches of 8
 
 
 def test_a_dry_run_does_everything_with_two_batches_and_leaves_nothing(
