@@ -193,6 +193,7 @@ CASES = [
     Case("option of doctor", ["doctor", "--jsn"], ["unknown option '--jsn'", "did you mean '--json'?"]),
     # Data.
     Case("missing data", [*CLASSIFY, "pcis"], ["'pcis' does not exist", "a folder or .zip", "did you mean 'pics'?"]),
+    Case("data of the other task", [*CLASSIFY, "scenes"], ["'scenes' has a class for each pixel", "the task segment"]),
     Case("data that is a text", [*CLASSIFY, "notes.txt"], ["'notes.txt' is neither a folder nor a .zip"]),
     Case("empty archive", [*CLASSIFY, "a.zip"], ["a.zip: cannot be read as a zip archive", "anew"], write("a.zip", "")),
     Case(

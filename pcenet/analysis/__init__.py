@@ -1,4 +1,4 @@
-"""Looking at what a trained network does."""
+"""Looking at what a trained network does. Linear probes are in `pcenet.analysis.probes`."""
 
 from pcenet.analysis.pictures import expert_map, routing_picture
 

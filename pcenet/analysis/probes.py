@@ -197,16 +197,18 @@ def probe_modules(
             f"source_train and source_val have different attributes: {source_train.attributes} and"
             f" {source_val.attributes}; give two splits of one data set"
         )
+    classifier = _make_classifier()
     learn, measure = (
         collect(model, source, modules=modules, patch=patch, per_object=per_object, transform=transform, device=device)
         for source in (source_train, source_val)
     )
     common = [name for name in source_train.attributes if name in learn and name in measure]
+    counts = {name: len(source_train.attributes[name]) for name in common}
     return {
         module: ProbeResult(
             module,
             patch,
-            {name: _fit(module, learn[name], measure[name], len(source_train.attributes[name])) for name in common},
+            {name: _fit(classifier, module, learn[name], measure[name], count) for name, count in counts.items()},
         )
         for module in modules
     }
@@ -406,9 +408,9 @@ def _parts(model: nn.Module) -> str:
     return ", ".join(repr(name) for name, _ in model.named_modules() if name.count(".") < 2)
 
 
-def _fit(module: str, learn: Patches, measure: Patches, categories: int) -> AttributeProbe:
-    """A classifier of one attribute by the features of one module."""
-    predicted = _predict(learn.features[module], learn.category, measure.features[module])
+def _fit(classifier: Any, module: str, learn: Patches, measure: Patches, categories: int) -> AttributeProbe:
+    """What a classifier makes of one attribute by the features of one module."""
+    predicted = _predict(classifier, learn.features[module], learn.category, measure.features[module])
     right = predicted == measure.category
     counts = np.bincount(measure.category, minlength=categories)
     hits = np.bincount(measure.category, right, minlength=categories)
@@ -428,19 +430,23 @@ def _fit(module: str, learn: Patches, measure: Patches, categories: int) -> Attr
     )
 
 
-def _predict(features: Floats, category: Ints, others: Floats) -> Ints:
+def _predict(classifier: Any, features: Floats, category: Ints, others: Floats) -> Ints:
     """The category that a linear classifier learnt from some patches gives to others."""
+    if len(np.unique(category)) == 1:  # there is nothing to tell apart, which scikit-learn refuses
+        return np.full(len(others), category[0])
+    predicted: Ints = classifier.fit(features.astype(np.float64), category).predict(others.astype(np.float64))
+    return predicted
+
+
+def _make_classifier() -> Any:
+    """A logistic regression on standardised features, which can be fitted again and again."""
     try:
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("probes need scikit-learn: pip install 'pcenet[digits]'") from error
-    if len(np.unique(category)) == 1:  # there is nothing to tell apart, which scikit-learn refuses
-        return np.full(len(others), category[0])
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MOST_STEPS))
-    predicted: Ints = classifier.fit(features.astype(np.float64), category).predict(others.astype(np.float64))
-    return predicted
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=MOST_STEPS))
 
 
 def _mean(values: Sequence[float]) -> float:
