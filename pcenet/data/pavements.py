@@ -15,6 +15,7 @@ Array = npt.NDArray[np.float32]
 
 PATTERNS = ("plain", "slabs", "bricks", "herringbone", "cobbles")
 STONE = 1.2  # metres: side of a slab, length of a brick; a brick is half as wide, a cobble about as large as that
+FARTHEST = 0.22  # metres of ground in a pixel's height, up to which every pattern is told to be seen
 JOINT = 0.09  # metres: width of the gap between two stones
 ROWS = {"slabs": 1.0, "bricks": 0.5, "herringbone": 0.7, "cobbles": 0.6}  # widths of the rows, in stones
 STONE_CONTRAST = 0.45  # the tones of stones lie so far to both sides of their mean, relative to the depth of a joint

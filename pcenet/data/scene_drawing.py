@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
 from pcenet.data.base import SceneObject
-from pcenet.data.pavements import PATTERNS, Array, pavement_tone
+from pcenet.data.pavements import FARTHEST, PATTERNS, Array, pavement_tone
 
 Bytes = npt.NDArray[np.uint8]
 Colour = tuple[float, float, float]  # red, green, blue, from 0 to 1
@@ -156,12 +156,16 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
         draw(canvas, rng, float(distance), width)
     numbers = np.asarray(canvas.picture)
     image = _light(rng, canvas, numbers, ground_tone, depth)
-    return Scene(image, *_describe(canvas.parts, numbers))
+    # Far away no pattern can be seen, so that such ground shows none, whichever it has.
+    too_far = (numbers > ROAD) & (numbers <= ROAD + 2) & (depth**2 > FARTHEST * camera.focal * camera.height)
+    return Scene(image, *_describe(canvas.parts, numbers, too_far))
 
 
-def _describe(parts: Sequence[Part], numbers: Bytes) -> tuple[Bytes, Bytes, tuple[SceneObject, ...]]:
+def _describe(
+    parts: Sequence[Part], numbers: Bytes, too_far: npt.NDArray[np.bool_]
+) -> tuple[Bytes, Bytes, tuple[SceneObject, ...]]:
     """Mask, numbers of objects, and the objects that can be seen."""
-    seen = np.bincount(numbers.ravel(), minlength=len(parts))
+    seen = np.bincount(numbers[~too_far], minlength=len(parts))
     number_of = np.zeros(len(parts), dtype=np.uint8)
     objects: list[SceneObject] = []
     for number, part in enumerate(parts):
@@ -169,7 +173,7 @@ def _describe(parts: Sequence[Part], numbers: Bytes) -> tuple[Bytes, Bytes, tupl
             objects.append(SceneObject(len(objects) + 1, part.class_name, *part.thing))
             number_of[number] = len(objects)
     class_of = np.array([CLASSES.index(part.class_name) for part in parts], dtype=np.uint8)
-    return class_of[numbers], number_of[numbers], tuple(objects)
+    return class_of[numbers], np.where(too_far, 0, number_of[numbers]).astype(np.uint8), tuple(objects)
 
 
 SKY, ROAD = 0, 1  # numbers of parts; pavements follow

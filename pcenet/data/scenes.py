@@ -31,6 +31,8 @@ class SceneSource(ObjectSource):
     person        ``clothes``    of the upper body: red, yellow, green, blue, violet
     ============  =============  ==================================================
 
+    Of a pavement those pixels count that are so near that every pattern can be seen there.
+
     An object's category is drawn by itself, each as likely as the others: neither class, place nor any other object
     gives it away. An image depends on version, split, index and size alone (and on the versions of numpy and Pillow
     where these change how they draw). What was drawn once is kept, 80 KB for an image of the usual size.
