@@ -29,15 +29,15 @@ SMALL = '{"widths":[8,8,8],"num_experts":2}'
 
 @pytest.fixture(scope="session")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Good input: ``pics`` to classify, ``scenes`` to segment, and ``run``, trained on the former."""
+    """Good input: ``pics`` to classify, ``street`` to segment, and ``run``, trained on the former."""
     root = tmp_path_factory.mktemp("good")
     for number, name in enumerate(f"{split}/{kind}" for split in ("train", "val") for kind in ("cat", "dog")):
         for index in range(3):
             save_pixels(root / "pics" / name / f"{index}.png", (number, index), (12, 12, 3), 256)
     for split in ("train", "val"):
         for index in range(3):
-            save_pixels(root / "scenes" / split / "images" / f"{index}.png", (9, index), (24, 32, 3), 256)
-            save_pixels(root / "scenes" / split / "masks" / f"{index}.png", (8, index), (24, 32), 2)
+            save_pixels(root / "street" / split / "images" / f"{index}.png", (9, index), (24, 32, 3), 256)
+            save_pixels(root / "street" / split / "masks" / f"{index}.png", (8, index), (24, 32), 2)
     (root / "notes.txt").write_text("not an image, not an archive\n")
     before = os.getcwd()
     os.chdir(root)
@@ -117,7 +117,7 @@ def mask(values: list[int] | None = None, shape: tuple[int, ...] = (24, 32)) -> 
     def do() -> None:
         pixels = np.zeros(shape, dtype=np.uint8)
         pixels.flat[: len(values or [])] = values or []
-        name = "scenes/train/masks/1.png"
+        name = "street/train/masks/1.png"
         remove(name)()
         Image.fromarray(pixels).save(name)
 
@@ -193,6 +193,7 @@ CASES = [
     Case("option of doctor", ["doctor", "--jsn"], ["unknown option '--jsn'", "did you mean '--json'?"]),
     # Data.
     Case("missing data", [*CLASSIFY, "pcis"], ["'pcis' does not exist", "a folder or .zip", "did you mean 'pics'?"]),
+    Case("data of the other task", [*CLASSIFY, "scenes"], ["'scenes' has a class for each pixel", "the task segment"]),
     Case("data that is a text", [*CLASSIFY, "notes.txt"], ["'notes.txt' is neither a folder nor a .zip"]),
     Case("empty archive", [*CLASSIFY, "a.zip"], ["a.zip: cannot be read as a zip archive", "anew"], write("a.zip", "")),
     Case(
@@ -273,41 +274,41 @@ CASES = [
     # Masks.
     Case(
         "image without mask",
-        [*SEGMENT, "scenes"],
-        ["scenes: ", "'train/images/1.png'", "mask"],
-        remove("scenes/train/masks/1.png"),
+        [*SEGMENT, "street"],
+        ["street: ", "'train/images/1.png'", "mask"],
+        remove("street/train/masks/1.png"),
     ),
     Case(
         "mask of an unknown value",
-        [*SEGMENT, "scenes", "--classes", '["sky","road"]'],
+        [*SEGMENT, "street", "--classes", '["sky","road"]'],
         ["'train/masks/1.png'", "5"],
         mask([5]),
         leaves="new",
     ),
     Case(
         "mask of another size",
-        [*SEGMENT, "scenes", "--classes", '["sky","road"]'],
+        [*SEGMENT, "street", "--classes", '["sky","road"]'],
         ["'train/masks/1.png'", "size"],
         mask(shape=(20, 32)),
         leaves="new",
     ),
     Case(
         "mask in colour",
-        [*SEGMENT, "scenes", "--classes", '["sky","road"]'],
+        [*SEGMENT, "street", "--classes", '["sky","road"]'],
         ["'train/masks/1.png'", "its mode is RGB; a mask has one channel", "save it as a grey or palette PNG"],
         mask(shape=(24, 32, 3)),
         leaves="new",
     ),
     Case(
         "mask that is empty",
-        [*SEGMENT, "scenes", "--classes", '["sky","road"]'],
+        [*SEGMENT, "street", "--classes", '["sky","road"]'],
         ["'train/masks/1.png': the file cannot be read as an image (it is empty)", "Replace or remove"],
-        write("scenes/train/masks/1.png", ""),
+        write("street/train/masks/1.png", ""),
         leaves="new",
     ),
     Case(
         "classes from a missing file",
-        [*SEGMENT, "scenes", "--classes", "names.txt"],
+        [*SEGMENT, "street", "--classes", "names.txt"],
         ["names.txt: the file of class names cannot be read (No such file"],
     ),
     Case("folders of classes to segment", [*SEGMENT, "pics"], ["pics: ", "images", "masks"]),
@@ -467,7 +468,7 @@ def test_the_good_input_is_good(here: Path) -> None:
     """The cases above fail for the reason that they give alone."""
     assert main([*CLASSIFY, "pics"]) == 0
     shutil.rmtree("new")
-    assert main([*SEGMENT, "scenes", "--classes", '["sky","road"]']) == 0
+    assert main([*SEGMENT, "street", "--classes", '["sky","road"]']) == 0
     shutil.rmtree("new")
     assert main(RESUME) == main(EVAL) == main(PREDICT) == 0
 

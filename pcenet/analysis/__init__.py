@@ -1,4 +1,4 @@
-"""Looking at what a trained network does."""
+"""Looking at what a trained network does. Linear probes are in `pcenet.analysis.probes`."""
 
 from pcenet.analysis.counting import PatchCounts, count_experts, patch_classes
 from pcenet.analysis.interventions import random_expert, redirect

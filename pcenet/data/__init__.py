@@ -14,7 +14,7 @@ and for segmentation::
 """
 
 from pcenet.choices import Augment, Split
-from pcenet.data.base import IGNORE, DataError, ImageSource, SegmentationSource, Source
+from pcenet.data.base import IGNORE, DataError, ImageSource, ObjectSource, SceneObject, SegmentationSource, Source
 from pcenet.data.check import CheckReport, Finding, Sample, check_data, quick_check
 from pcenet.data.loaders import (
     EpochSampler,
@@ -24,13 +24,20 @@ from pcenet.data.loaders import (
     build_segmentation_loader,
 )
 from pcenet.data.masks import read_class_names
+from pcenet.data.scenes import SceneSource
 from pcenet.data.segment_transforms import (
     JointTransform,
     cover_transform,
     segment_eval_transform,
     segment_train_transform,
 )
-from pcenet.data.sources import SOURCE_NAMES, default_root, open_segmentation_source, open_source
+from pcenet.data.sources import (
+    SEGMENTATION_SOURCE_NAMES,
+    SOURCE_NAMES,
+    default_root,
+    open_segmentation_source,
+    open_source,
+)
 from pcenet.data.subsets import first_images
 from pcenet.data.transforms import (
     IMAGENET_MEAN,
@@ -44,6 +51,7 @@ __all__ = [
     "IGNORE",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "SEGMENTATION_SOURCE_NAMES",
     "SOURCE_NAMES",
     "Augment",
     "CheckReport",
@@ -53,7 +61,10 @@ __all__ = [
     "ImageDataset",
     "ImageSource",
     "JointTransform",
+    "ObjectSource",
     "Sample",
+    "SceneObject",
+    "SceneSource",
     "SegmentationDataset",
     "SegmentationSource",
     "Source",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from pcenet.choices import Split
@@ -98,3 +100,41 @@ class SegmentationSource(Source):
             DataError: image or mask cannot be read, their sizes differ, or the mask has a value of no class.
         """
         return self.sample(index)[1]
+
+
+class SceneObject(NamedTuple):
+    """One thing in an image, of which more is known than its class.
+
+    Attributes:
+        number: which it is in `ObjectSource.instances`, from 1 on.
+        class_name: its class.
+        attribute: what is known about it, such as ``"clothes"``.
+        category: that attribute's value, such as ``"red"``.
+    """
+
+    number: int
+    class_name: str
+    attribute: str
+    category: str
+
+
+class ObjectSource(SegmentationSource):
+    """Images with masks whose objects are known, too, each with one fine attribute.
+
+    Attributes:
+        attributes: the categories of each attribute.
+    """
+
+    attributes: Mapping[str, Sequence[str]]
+
+    @abstractmethod
+    def objects(self, index: int) -> tuple[SceneObject, ...]:
+        """The objects that can be seen in image ``index``, numbered 1, 2, ... in this order."""
+
+    @abstractmethod
+    def instances(self, index: int) -> npt.NDArray[np.uint8]:
+        """``[H, W]``: the number of the object whose attribute a pixel of image ``index`` shows, 0 for none.
+
+        These pixels have the object's class, but an object may have others: of a person whose clothes are known the
+        clothes have its number, the face has 0.
+        """

@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 from PIL import Image
 
 from pcenet.choices import Split, Task
-from pcenet.data.arrays import KNOWN_SOURCES
 from pcenet.data.base import DataError, Fault, ImageSource, SegmentationSource, Source
 from pcenet.data.files import FileTree
 from pcenet.data.images import decode_mask, inspect_image
@@ -31,7 +30,7 @@ from pcenet.data.masks import (
     size_fault,
 )
 from pcenet.data.pairs import IMAGES, MASKS, Pair, PairLayout, find_pairs
-from pcenet.data.sources import open_tree
+from pcenet.data.sources import SEGMENTATION_SOURCE_NAMES, SOURCE_NAMES, open_tree
 from pcenet.data.splits import held_out_parts, hold_out_alike
 
 Severity = Literal["error", "warning"]
@@ -144,7 +143,7 @@ def check_data(
     Raises:
         DataError: there is no such folder or ``.zip``, or ``ignore_index`` is no mask value.
     """
-    if source in KNOWN_SOURCES:
+    if source in (*SOURCE_NAMES, *SEGMENTATION_SOURCE_NAMES):
         raise DataError(f"'{source}' comes with the program and needs no check. A folder of that name is './{source}'.")
     check_ignore_index(ignore_index)
     tree = open_tree(source)

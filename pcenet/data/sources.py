@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from pcenet.choices import Split, did_you_mean
+from pcenet.choices import Split, Task, did_you_mean
 from pcenet.data.arrays import KNOWN_SOURCES
 from pcenet.data.base import DataError, ImageSource, SegmentationSource
 from pcenet.data.files import FileSource, FileTree, FolderTree, ZipTree
 from pcenet.data.masks import open_pairs
+from pcenet.data.scenes import NAME, SceneSource
+
+KNOWN_SEGMENTATION_SOURCES: Mapping[str, Callable[[Split], SegmentationSource]] = {NAME: SceneSource}
 
 SOURCE_NAMES = tuple(KNOWN_SOURCES)
+SEGMENTATION_SOURCE_NAMES = tuple(KNOWN_SEGMENTATION_SOURCES)
 SIMILAR = 0.6  # how like a word a name must be for a suggestion: a path may be anything
 
-__all__ = ["SOURCE_NAMES", "ImageSource", "default_root", "open_segmentation_source", "open_source", "open_tree"]
+__all__ = [
+    "SEGMENTATION_SOURCE_NAMES",
+    "SOURCE_NAMES",
+    "ImageSource",
+    "default_root",
+    "open_segmentation_source",
+    "open_source",
+    "open_tree",
+]
 
 
 def open_source(source: str | Path, split: Split, *, root: Path | None = None) -> ImageSource:
@@ -36,6 +48,7 @@ def open_source(source: str | Path, split: Split, *, root: Path | None = None) -
     check_split(split)
     if isinstance(source, str) and source in KNOWN_SOURCES:
         return KNOWN_SOURCES[source](split, root or default_root())
+    _check_task(source, SEGMENTATION_SOURCE_NAMES, "segment")
     return FileSource(open_tree(source, SOURCE_NAMES), split)
 
 
@@ -46,10 +59,12 @@ def open_segmentation_source(
     classes: Sequence[str] | str | None = None,
     ignore_index: int | None = None,
 ) -> SegmentationSource:
-    """Open one split of a folder or ``.zip`` of images and masks (see ``pcenet.data.pairs``).
+    """Open one split of a data set whose images have masks.
 
     Args:
-        source: the path.
+        source: ``"scenes"`` (drawn when asked for, see `SceneSource`), or the path of a folder or ``.zip`` of images
+            and masks (see ``pcenet.data.pairs``). A name goes before a path; write ``./scenes`` for a folder of that
+            name.
         split: ``"train"``, ``"val"`` or ``"test"``.
         classes: the name of each mask value, from 0 on, or the path of a text file with a name per line. By default
             the file ``classes.txt`` of the set; else the values in the masks that came for training, all of which
@@ -58,10 +73,20 @@ def open_segmentation_source(
             the order of the other values.
 
     Raises:
-        DataError: (a ``ValueError``) the source or the split does not exist or is faulty, or the classes are.
+        DataError: (a ``ValueError``) the source or the split does not exist or is faulty, the classes are, or there are
+            some for a source that has its own.
     """
     check_split(split)
-    return open_pairs(open_tree(source), split, classes=classes, ignore_index=ignore_index)
+    if isinstance(source, str) and source in KNOWN_SEGMENTATION_SOURCES:
+        known = KNOWN_SEGMENTATION_SOURCES[source](split)
+        if classes is not None or ignore_index is not None:
+            raise DataError(
+                f"classes and ignore_index are for folders and archives; the data source '{source}' has classes of its"
+                f" own: {', '.join(known.classes)}. Leave both out, or write './{source}' for a folder of that name."
+            )
+        return known
+    _check_task(source, SOURCE_NAMES, "classify")
+    return open_pairs(open_tree(source, SEGMENTATION_SOURCE_NAMES), split, classes=classes, ignore_index=ignore_index)
 
 
 def check_split(split: str) -> None:
@@ -69,6 +94,13 @@ def check_split(split: str) -> None:
     splits = get_args(Split)
     if split not in splits:
         raise DataError(f"split must be one of {', '.join(splits)}, not '{split}'{did_you_mean(split, splits)}")
+
+
+def _check_task(source: str | Path, names: Sequence[str], task: Task) -> None:
+    """Raise a ``DataError`` for a name that another task knows, unless there is a folder or file of that name."""
+    if source in names and not os.path.exists(source):
+        what = "a class for each image" if task == "classify" else "a class for each pixel"
+        raise DataError(f"data source '{source}' has {what}: it is for the task {task}. Choose that task.")
 
 
 def open_tree(source: str | Path, names: Sequence[str] = ()) -> FileTree:

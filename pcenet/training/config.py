@@ -148,8 +148,8 @@ class TrainConfig:
     data: Annotated[
         str,
         Option(
-            "Images: digits, fashion-mnist, cifar10, cifar100, or a folder or .zip of your own: a folder per class "
-            "or, to segment, images/ and masks/."
+            "Images: digits, fashion-mnist, cifar10, cifar100, to segment scenes, or a folder or .zip of your own: a "
+            "folder per class or, to segment, images/ and masks/."
         ),
     ] = "digits"
     classes: ClassesOption = None

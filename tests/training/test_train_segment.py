@@ -48,6 +48,15 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_generated_scenes_are_trained_on_by_name(tmp_path: Path) -> None:
+    options = ["--input-size", "32x32", "--batch-size", "4", "--max-images", "8", "--epochs", "1", "--threads", "1"]
+    run = ["--out", str(tmp_path / "run"), "--model-args", '{"widths": [8, 8, 8], "num_experts": 2}', "--workers", "0"]
+    assert main(["train", "--task", "segment", "--data", "scenes", *options, *run]) == 0
+    model = load_model(tmp_path / "run" / "model")
+    assert model.class_names == ["sky", "building", "road", "pavement", "tree", "person"]
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["val"]["images"] == 200
+
+
 def logits_of(classes: list[list[int]], num_classes: int, sure: float) -> torch.Tensor:
     """Logits ``[1, K, h, w]`` whose softmax is ``e^sure / (e^sure + K - 1)`` at the class given for each pixel."""
     return torch.nn.functional.one_hot(torch.tensor(classes), num_classes).permute(2, 0, 1)[None] * sure
