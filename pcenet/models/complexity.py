@@ -17,8 +17,9 @@ class Complexity:
     """Cost of one image.
 
     Attributes:
-        parameters: all of them.
-        active_parameters: those that one patch meets on its way: of E experts, k.
+        parameters: all of them, as they are trained and stored.
+        active_parameters: those that one patch meets on its way: of E experts, k. (A kernel that the experts share is
+            part of theirs by then.)
         multiply_adds: active ones, of convolutions, linear layers, experts and routers.
         router_multiply_adds: the routers' part of them.
         routed_multiply_adds: the experts' part of them.
@@ -78,8 +79,15 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
                 stack.callback(module.register_forward_hook(count_dense).remove)
             elif isinstance(module, PCELayer):
                 stack.callback(module.router.register_forward_hook(counter_of(module)).remove)
-                one_expert = sum(p[0].numel() for p in module.experts.parameters())
-                inactive += one_expert * (module.router.num_experts - module.router.top_k)
+                experts = module.experts
+                stored = sum(p.numel() for p in experts.parameters())
+                one_expert = sum(
+                    tensor[0].numel()
+                    for part in (experts.conv1, experts.norm1, experts.conv2, experts.norm2)
+                    for tensor in (part.weight, getattr(part, "bias", None))
+                    if tensor is not None
+                )
+                inactive += stored - one_expert * module.router.top_k
         reference = next(model.parameters(), torch.empty(0))
         image = torch.zeros(1, *input_size, device=reference.device, dtype=reference.dtype)
         try:

@@ -291,11 +291,13 @@ _TINY_S2 = {
     "widths": (32, 64, 128, 256),
     "patch_sizes": (32, 16, 4, 2),
 }
+# Both convolutions see the neighbours, as those of the twin do: worth its time (docs/experiments.md).
+_ROUTED = {"border": "exchange"}
 # A batch of a few large images has few patches in its first stages, whose loads vary more from batch to batch: room for
 # twice the fair share, as in the U-shaped networks.
-_ROOM = {"capacity_factor": 2.0}
+_ROOM = {**_ROUTED, "capacity_factor": 2.0}
 # The specification to the letter: a patch is an island, scaled by its probability.
-_SPEC = {"border": "zero", "gate": "prob", "top_k": 1, "balancing": "none"}
+_SPEC = {"border": "zero", "gate": "prob", "top_k": 1, "balancing": "none", "shared_kernel": False}
 
 
 def _create(variant: str, pretrained: bool, arguments: dict[str, Any], given: dict[str, Any]) -> PCENet:
@@ -319,7 +321,7 @@ def _dense(arguments: dict[str, Any]) -> dict[str, Any]:
 @register_model
 def pce_nano(pretrained: bool = False, **kwargs: Any) -> PCENet:
     """PCE for 32 px images, about 35 M multiply-adds."""
-    return _create("pce_nano", pretrained, _NANO, kwargs)
+    return _create("pce_nano", pretrained, {**_NANO, **_ROUTED}, kwargs)
 
 
 @register_model
@@ -343,7 +345,7 @@ def dense_nano_wide(pretrained: bool = False, **kwargs: Any) -> PCENet:
 @register_model
 def pce_tiny(pretrained: bool = False, **kwargs: Any) -> PCENet:
     """PCE for 224 px images, about 0.6 G multiply-adds."""
-    return _create("pce_tiny", pretrained, _TINY, kwargs)
+    return _create("pce_tiny", pretrained, {**_TINY, **_ROUTED}, kwargs)
 
 
 @register_model
@@ -361,7 +363,7 @@ def dense_tiny(pretrained: bool = False, **kwargs: Any) -> PCENet:
 @register_model
 def pce_small(pretrained: bool = False, **kwargs: Any) -> PCENet:
     """PCE for 224 px images, about 2 G multiply-adds."""
-    return _create("pce_small", pretrained, _SMALL, kwargs)
+    return _create("pce_small", pretrained, {**_SMALL, **_ROUTED}, kwargs)
 
 
 @register_model

@@ -62,15 +62,65 @@ class StackedConv2d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, out_channels, in_channels, 3, 3))
         for expert_weight in self.weight.detach().unbind(0):
-            nn.init.kaiming_uniform_(expert_weight, a=math.sqrt(5))
+            _init_like_conv2d(expert_weight)
+
+    @torch.no_grad()
+    def assign(self, expert: int, weight: Tensor) -> None:
+        """Give one expert the weight ``[C_out, C_in, 3, 3]``."""
+        self.weight[expert].copy_(weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `.to(memory_format=torch.channels_last)` is refused by a tensor of five axes; experts and output channels
-        # taken together are an ordinary convolution's weight, and every slice gets the format that it would have alone.
-        def apply_to_slices(tensor: Tensor) -> Tensor:
-            return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+        return super()._apply(_slice_by_slice(fn), recurse)
 
-        return super()._apply(apply_to_slices, recurse)
+
+class SharedConv2d(nn.Module):
+    """As `StackedConv2d`, but the experts share a kernel: expert e has ``shared + difference[e]``.
+
+    All patches train the shared kernel, whoever serves them, so that experts of which each sees a part of the data
+    learn as fast as a dense block does. Differences start at zero and decay towards it; no expert can starve.
+
+    Attributes:
+        shared: ``[C_out, C_in, 3, 3]``, initialised like `nn.Conv2d`.
+        difference: ``[E, C_out, C_in, 3, 3]``.
+    """
+
+    def __init__(self, num_experts: int, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.shared = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
+        _init_like_conv2d(self.shared.detach())
+        self.difference = nn.Parameter(torch.zeros(num_experts, out_channels, in_channels, 3, 3))
+
+    @property
+    def weight(self) -> Tensor:
+        """The experts' kernels ``[E, C_out, C_in, 3, 3]``, differentiable; a new tensor, so `assign` changes them."""
+        return self.shared + self.difference
+
+    @torch.no_grad()
+    def assign(self, expert: int, weight: Tensor) -> None:
+        """Give one expert the weight ``[C_out, C_in, 3, 3]``, by its difference from what is shared."""
+        self.difference[expert].copy_(weight - self.shared)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(_slice_by_slice(fn), recurse)
+
+
+def _init_like_conv2d(weight: Tensor) -> None:
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+
+def _slice_by_slice(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `nn.Module._apply` does to a tensor, for weights with a leading axis E as well.
+
+    `.to(memory_format=torch.channels_last)` is refused by a tensor of five axes; experts and output channels taken
+    together are an ordinary convolution's weight, and every slice gets the format that it would have alone.
+    """
+
+    def apply(tensor: Tensor) -> Tensor:
+        if tensor.ndim < 5:
+            return fn(tensor)
+        return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+
+    return apply
 
 
 class StackedNorm(nn.Module):
@@ -197,6 +247,8 @@ class ConvExperts(nn.Module):
         hidden_channels: channels between the convolutions; None: ``out_channels``.
         dropout: probability of dropping an activation between GELU and the second convolution.
         norm: ``"batch"`` (own statistics per expert) or ``"group"`` (``gcd(channels, 8)`` groups, per patch).
+        shared_kernel: each convolution is the sum of a kernel that all experts share and the expert's own difference
+            from it, see `SharedConv2d`; False: the experts have nothing in common.
 
     Raises:
         ValueError: where an argument breaks its rule.
@@ -211,6 +263,7 @@ class ConvExperts(nn.Module):
         hidden_channels: int | None = None,
         dropout: float = 0.0,
         norm: Norm = "batch",
+        shared_kernel: bool = False,
     ) -> None:
         super().__init__()
         hidden_channels = out_channels if hidden_channels is None else hidden_channels
@@ -226,9 +279,10 @@ class ConvExperts(nn.Module):
         check_choice("norm", norm, get_args(Norm))
         self.num_experts = num_experts
         self.dropout = dropout
-        self.conv1 = StackedConv2d(num_experts, in_channels, hidden_channels)
+        conv = SharedConv2d if shared_kernel else StackedConv2d
+        self.conv1 = conv(num_experts, in_channels, hidden_channels)
         self.norm1 = StackedNorm(num_experts, hidden_channels, norm)
-        self.conv2 = StackedConv2d(num_experts, hidden_channels, out_channels)
+        self.conv2 = conv(num_experts, hidden_channels, out_channels)
         self.norm2 = StackedNorm(num_experts, out_channels, norm)
 
     def activate(self, x: Tensor) -> Tensor:
@@ -251,8 +305,8 @@ class ConvExperts(nn.Module):
         )
         block.to(self.conv1.weight.device, self.conv1.weight.dtype).train(self.training)
         with torch.no_grad():
-            for ours, theirs in self._paired_tensors(expert, block):
-                theirs.copy_(ours)
+            for name, ours in self._tensors_of(expert).items():
+                block.get_submodule(name[0]).state_dict()[name[2:]].copy_(ours)
         return block
 
     def from_sequential(self, expert: int, block: nn.Sequential) -> None:
@@ -262,29 +316,32 @@ class ConvExperts(nn.Module):
             ValueError: if there is no such expert, or a tensor of the block is missing or has another shape.
         """
         self._check_expert(expert)
-        pairs = self._paired_tensors(expert, block)
-        for ours, theirs in pairs:
-            if ours.shape != theirs.shape:
-                raise ValueError(
-                    f"block does not fit expert {expert}: found a tensor of shape {tuple(theirs.shape)} where "
-                    f"{tuple(ours.shape)} is expected; build the block like to_sequential({expert})"
-                )
-        with torch.no_grad():
-            for ours, theirs in pairs:
-                ours.copy_(theirs)
-
-    def _paired_tensors(self, expert: int, block: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
-        """(our slice, the block's tensor), in a fixed order."""
+        ours = self._tensors_of(expert)
         theirs = {name: t for name, t in block.state_dict().items() if not name.endswith("num_batches_tracked")}
-        ours: dict[str, Tensor] = {}
-        for index, module in (("0", self.conv1), ("1", self.norm1), ("4", self.conv2), ("5", self.norm2)):
-            ours |= {f"{index}.{name}": tensor[expert] for name, tensor in module.state_dict().items()}
         if ours.keys() != theirs.keys():
             raise ValueError(
                 f"block does not fit expert {expert}: it has the tensors {sorted(theirs)} where {sorted(ours)} are "
                 f"expected; build the block like to_sequential({expert})"
             )
-        return [(tensor, theirs[name]) for name, tensor in ours.items()]
+        for name, tensor in ours.items():
+            if tensor.shape != theirs[name].shape:
+                raise ValueError(
+                    f"block does not fit expert {expert}: found a tensor of shape {tuple(theirs[name].shape)} where "
+                    f"{tuple(tensor.shape)} is expected; build the block like to_sequential({expert})"
+                )
+        with torch.no_grad():
+            for name, tensor in ours.items():
+                tensor.copy_(theirs[name])
+        self.conv1.assign(expert, theirs["0.weight"])
+        self.conv2.assign(expert, theirs["4.weight"])
+
+    def _tensors_of(self, expert: int) -> dict[str, Tensor]:
+        """Its weights, and views of its other tensors, under the names that they have in `to_sequential`."""
+        tensors = {"0.weight": self.conv1.weight[expert].detach().clone()}
+        tensors["4.weight"] = self.conv2.weight[expert].detach().clone()
+        for index, norm in (("1", self.norm1), ("5", self.norm2)):
+            tensors |= {f"{index}.{name}": tensor[expert] for name, tensor in norm.state_dict().items()}
+        return tensors
 
     def _check_expert(self, expert: int) -> None:
         if not 0 <= expert < self.num_experts:

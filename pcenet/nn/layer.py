@@ -42,6 +42,7 @@ class PCELayer(nn.Module):
             `Router`.
         dropout: inside the experts.
         norm: normalisation inside the experts, ``"batch"`` or ``"group"``.
+        shared_kernel: experts are differences from kernels that they share, see `ConvExperts`.
         shortcut: add the input to the output, through a 1x1 convolution where the widths differ.
         dispatch: ``"sorted"`` (true sparsity, the default) or ``"static"`` (no data-dependent shapes, for compiling and
             exporting); equal in outputs and gradients.
@@ -70,6 +71,7 @@ class PCELayer(nn.Module):
         balancing: Balancing = "batch",
         dropout: float = 0.0,
         norm: Norm = "batch",
+        shared_kernel: bool = True,
         shortcut: bool = True,
         dispatch: Dispatch = "sorted",
     ) -> None:
@@ -93,6 +95,7 @@ class PCELayer(nn.Module):
             hidden_channels=hidden_channels,
             dropout=dropout,
             norm=norm,
+            shared_kernel=shared_kernel,
         )
         self.extractor = PatchExtractor(patch_size, num_bands)
         self.router = Router(

@@ -97,7 +97,8 @@ def hand_layer(border: str, dispatch: str) -> PCELayer:
     """One channel everywhere, at evaluation, with statistics that leave values alone. Expert 0: the first convolution
     is the identity, the second doubles. Expert 1: the first reads the right neighbour; the second adds the right
     neighbour to the pixel; then 1 is added."""
-    layer = PCELayer(1, 1, patch_size=2, num_experts=3, border=border, dispatch=dispatch, shortcut=False).double()
+    options = {"border": border, "dispatch": dispatch, "shared_kernel": False, "shortcut": False}
+    layer = PCELayer(1, 1, patch_size=2, num_experts=3, **options).double()
     experts = layer.experts
     with torch.no_grad():
         for tensor in (experts.conv1.weight, experts.conv2.weight):
@@ -272,6 +273,9 @@ def test_gradients_exist_and_are_zero_for_the_idle_alone(
     (output * torch.randn_like(output)).sum().backward()
     for name, parameter in layer.experts.named_parameters():
         assert parameter.grad is not None, name
+        if name.endswith("shared"):  # by all experts, so that none of them can leave it without
+            assert parameter.grad.abs().max() > 1e-8, name
+            continue
         largest = parameter.grad.flatten(1).abs().amax(dim=1)
         assert largest[2] == 0, f"{name}: expert 2 has no patches"
         assert (largest[[0, 1, 3]] > 1e-8).all(), f"{name}: the others have some"

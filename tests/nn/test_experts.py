@@ -88,6 +88,46 @@ def test_to_sequential_is_the_block_of_the_design(norm: str) -> None:
     assert conv1.weight.dtype == torch.float64
 
 
+def test_experts_that_share_a_kernel() -> None:
+    experts = ConvExperts(16, 32, 3, hidden_channels=8, shared_kernel=True)
+    assert {name: tuple(p.shape) for name, p in experts.named_parameters() if "conv" in name} == {
+        "conv1.shared": (8, 16, 3, 3),
+        "conv1.difference": (3, 8, 16, 3, 3),
+        "conv2.shared": (32, 8, 3, 3),
+        "conv2.difference": (3, 32, 8, 3, 3),
+    }
+    bound = (16 * 9) ** -0.5
+    assert experts.conv1.shared.abs().max() <= bound
+    assert experts.conv1.shared.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert not experts.conv1.difference.any(), "all start as the same expert"
+    experts = reference.randomise(experts.double())
+    for e in range(3):
+        block = experts.to_sequential(e)
+        torch.testing.assert_close(block[0].weight, experts.conv1.shared + experts.conv1.difference[e], rtol=0, atol=0)
+        torch.testing.assert_close(block[4].weight, experts.conv2.shared + experts.conv2.difference[e], rtol=0, atol=0)
+
+
+def test_a_shared_kernel_learns_from_all_patches_and_a_difference_from_its_own() -> None:
+    experts = reference.randomise(ConvExperts(2, 3, 3, shared_kernel=True).double())
+    direction = torch.randn(3, 3, 2, 3, 3, dtype=torch.float64)
+    (experts.conv1.weight[:2] * direction[:2]).sum().backward()
+    torch.testing.assert_close(experts.conv1.shared.grad, direction[0] + direction[1])
+    torch.testing.assert_close(experts.conv1.difference.grad[:2], direction[:2])
+    assert not experts.conv1.difference.grad[2].any()
+
+
+def test_from_sequential_into_experts_that_share_a_kernel() -> None:
+    experts = random_experts(3, 4, 3, shared_kernel=True)
+    others = [experts.to_sequential(e).state_dict() for e in range(2)]
+    block = random_experts(3, 4, 1).to_sequential(0)
+    shared = experts.conv1.shared.clone()
+    experts.from_sequential(2, block)
+    reference.assert_same(experts.to_sequential(2).state_dict(), block.state_dict(), rtol=0, atol=1e-15)
+    for e in range(2):
+        reference.assert_same(experts.to_sequential(e).state_dict(), others[e], rtol=0, atol=0)
+    assert torch.equal(experts.conv1.shared, shared)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_to_sequential_keeps_the_mode(training: bool) -> None:
     block = random_experts(2, 2, 2).train(training).to_sequential(0)

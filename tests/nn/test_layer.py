@@ -421,7 +421,8 @@ def test_deepcopy_is_independent() -> None:
     twin = copy.deepcopy(layer)
     assert torch.equal(twin.eval()(x), layer.eval()(x))
     with torch.no_grad():
-        twin.experts.conv1.weight.zero_()
+        for parameter in twin.experts.conv1.parameters():
+            parameter.zero_()
     assert layer.experts.conv1.weight.abs().min() > 0
 
 
@@ -441,10 +442,12 @@ def test_parameter_names_are_a_contract() -> None:
     layer = PCELayer(3, 4, patch_size=2, num_experts=5, hidden_channels=6, num_bands=2, router_hidden=7)
     shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
     assert shapes == {
-        "experts.conv1.weight": (5, 6, 3, 3, 3),
+        "experts.conv1.shared": (6, 3, 3, 3),
+        "experts.conv1.difference": (5, 6, 3, 3, 3),
         "experts.norm1.weight": (5, 6),
         "experts.norm1.bias": (5, 6),
-        "experts.conv2.weight": (5, 4, 6, 3, 3),
+        "experts.conv2.shared": (4, 6, 3, 3),
+        "experts.conv2.difference": (5, 4, 6, 3, 3),
         "experts.norm2.weight": (5, 4),
         "experts.norm2.bias": (5, 4),
         "router.hidden.weight": (7, 3 + 16, 1, 1),
@@ -528,6 +531,7 @@ def test_the_signature_is_a_contract() -> None:
         "balancing": "batch",
         "dropout": 0.0,
         "norm": "batch",
+        "shared_kernel": True,
         "shortcut": True,
         "dispatch": "sorted",
     }
