@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -60,41 +60,40 @@ class PatchCounts:
 
 
 def patch_classes(
-    masks: Tensor, routing: Routing, patch_size: int, map_size: tuple[int, int], num_classes: int
+    mask: Tensor, grid: tuple[int, int], patch_size: int, map_size: tuple[int, int], num_classes: int
 ) -> Tensor:
-    """The class of most of each patch's pixels, ``[N]`` int64; of equally many the first, `IGNORE` where none counts.
+    """The class of most of each patch's pixels, ``[rows * columns]`` int64; of equally many the first, `IGNORE` where
+    no pixel counts.
 
     Args:
-        masks: ``[B, H, W]`` int64 of whole images, of whatever size; a mask's pixel belongs to the patch in which its
+        mask: ``[H, W]`` int64 of a whole image, of whatever size; a mask's pixel belongs to the patch in which its
             centre lies.
-        routing: of the images' patches.
+        grid: rows and columns of the image's patches.
         patch_size: S.
         map_size: height and width of the map that was cut into patches.
         num_classes: values of the mask that count.
     """
-    grid = routing.grid
     row, column = (
         ((torch.arange(length) + 0.5) * (size / length / patch_size)).long()
-        for length, size in zip(masks.shape[1:], map_size, strict=True)
+        for length, size in zip(mask.shape, map_size, strict=True)
     )
-    image = torch.arange(grid.batch)[:, None, None] * (grid.rows * grid.columns)
-    patch = image + row[:, None] * grid.columns + column
-    counted = masks != IGNORE
-    index = patch[counted] * num_classes + masks[counted]
-    votes = torch.bincount(index, minlength=grid.patches * num_classes).view(grid.patches, num_classes)
+    patch = row[:, None] * grid[1] + column
+    counted = mask != IGNORE
+    index = patch[counted] * num_classes + mask[counted]
+    votes = torch.bincount(index, minlength=grid[0] * grid[1] * num_classes).view(-1, num_classes)
     return torch.where(votes.sum(1) > 0, votes.argmax(1), IGNORE)
 
 
 @torch.inference_mode()
 def count_experts(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | Sequence[Tensor]]], num_classes: int
 ) -> dict[str, PatchCounts]:
     """Counts of every PCE layer of a network over a data set.
 
     Args:
         model: the network, on the device of the images; it is put into evaluation mode.
         batches: images ``[B, 3, H, W]`` with their classes ``[B]``, which each patch of an image then has, or with
-            masks ``[B, h, w]`` of the whole images.
+            masks ``[h, w]`` of the whole images, B of them.
         num_classes: C.
 
     Returns:
@@ -106,11 +105,14 @@ def count_experts(
         with _routings_and_maps(model) as seen:
             model(images.to(memory_format=torch.channels_last))
         for name, (routing, patch_size, map_size) in seen.items():
-            if targets.ndim == 1:
-                grid = routing.grid
-                classes = targets.cpu().repeat_interleave(grid.rows * grid.columns)
+            _, rows, columns = routing.grid
+            if isinstance(targets, Tensor) and targets.ndim == 1:
+                classes = targets.repeat_interleave(rows * columns)
             else:
-                classes = patch_classes(targets.cpu(), routing, patch_size, map_size, num_classes)
+                of_images = [
+                    patch_classes(m.cpu(), (rows, columns), patch_size, map_size, num_classes) for m in targets
+                ]
+                classes = torch.cat(of_images)
             counts.setdefault(name, PatchCounts(num_classes)).update(routing, classes)
     return counts
 
