@@ -45,17 +45,24 @@ def unet(widths: Widths) -> int:
     return trunk(widths) + way_up(widths) + 2 * widths[0] + 11 * widths[0] + 11
 
 
+def kernels(widths: Widths) -> int:
+    """Of `blocks`, the kernels alone."""
+    return sum(2 * 9 * width**2 for width in widths)
+
+
+# What the networks can express. They are trained with a kernel more per convolution, which the experts share.
 PCE = classifier(NARROW) + (EXPERTS - 1) * blocks(NARROW) + routers(NARROW)
 PCE_UNET = unet(NARROW) + (EXPERTS - 1) * (blocks(NARROW) + blocks((24, 48, 0))) + routers((*NARROW, 48, 24))
+SHARED, SHARED_UNET = kernels(NARROW), kernels(NARROW) + kernels((24, 48, 0))
 
 
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("pce_nano", PCE),
+        ("pce_nano", PCE + SHARED),
         ("dense_nano", classifier(NARROW)),
         ("dense_nano_wide", classifier(WIDE)),
-        ("pce_unet_nano", PCE_UNET),
+        ("pce_unet_nano", PCE_UNET + SHARED_UNET),
         ("dense_unet_nano", unet(NARROW)),
         ("dense_unet_nano_wide", unet(WIDE)),
     ],
