@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return dispatch(arguments)
     except KeyboardInterrupt:
-        return fail(f"interrupted{GO_ON.get(arguments[0], '')}", code=130)
+        return fail(f"interrupted{GO_ON.get(next(iter(arguments), ''), '')}", code=130)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in TRAIN_EXTRA:
             return fail(f"{error}; install what this command needs: pip install 'pcenet[train]'")
@@ -201,7 +201,7 @@ def config_parser(command: str, entries: dict[str, Entry]) -> ArgumentParser:
 
     about = COMMANDS[command].__doc__
     parser = ArgumentParser(prog=f"pcenet {command}", description=about, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with options, such as a run's config.yaml.")
+    parser.add_argument("--config", action="config", help="YAML file with options by their names.")
     for name, entry in entries.items():
         choices = choices_of(entry.kind)
         settings: dict[str, Any] = {"type": str if choices else entry.kind, "help": entry.option.help}

@@ -26,15 +26,13 @@ class Result:
     """What a finished run left.
 
     Attributes:
-        seed: that of the run.
-        config: its options.
+        config: the run's options.
         environment: versions and hardware.
         metrics: the content of ``metrics.json``.
         rows: figures of each epoch, as in ``metrics.csv``; None where a figure was no finite number.
         score: the figure of merit of the finished network on ``val``.
     """
 
-    seed: int
     config: TrainConfig
     environment: dict[str, Any]
     metrics: dict[str, Any]
@@ -89,7 +87,7 @@ def read_result(folder: Path) -> Result:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
         score = metrics["val"][kind_of(config.task).task.score]
-        result = Result(metrics["seed"], config, environment, metrics, read_rows(rows_file(folder)), score)
+        result = Result(config, environment, metrics, read_rows(rows_file(folder)), score)
         result.curve(), metrics["best"]["epoch"], metrics["complexity"]["multiply_adds"]
     except (KeyError, TypeError, ValueError) as error:
         way_out = "restore it, or remove the folder to train anew"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def test_the_files(kept: CompareConfig, capsys: pytest.CaptureFixture[str]) -> N
 def test_without_matplotlib_there_are_no_curves(
     kept: CompareConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     write_report(kept, "dense_nano")
     assert (kept.folder / "comparison.md").is_file()
     assert not (kept.folder / "curves.png").exists()
