@@ -1,4 +1,4 @@
-"""The command line: ``pcenet check-data | train | eval | predict | models | bench | doctor``.
+"""The command line: ``pcenet check-data | train | compare | eval | predict | models | bench | doctor``.
 
 Nothing heavy is imported before a command runs, so that help and mistakes in the options cost no time.
 """
@@ -14,22 +14,38 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_origin
 
 from pcenet import __version__
 from pcenet.benchmark.config import BenchConfig
 from pcenet.choices import did_you_mean
-from pcenet.training.config import CheckDataConfig, EvalConfig, PredictConfig, TrainConfig, choices_of, options_of
+from pcenet.compare.config import OF_A_RUN, CompareConfig
+from pcenet.training.config import (
+    CheckDataConfig,
+    EvalConfig,
+    Option,
+    PredictConfig,
+    TrainConfig,
+    choices_of,
+    options_of,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 C = TypeVar("C", TrainConfig, EvalConfig, PredictConfig, CheckDataConfig, BenchConfig)
 
-TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "tensorboard", "torchmetrics", "yaml")
+TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "scipy", "tensorboard", "torchmetrics", "yaml")
 TRACEBACK = "PCENET_TRACEBACK"
-KINDS = {"int": "a whole number", "float": "a number", "dict": 'a mapping such as {"num_experts": 8}'}
+KINDS = {
+    "int | list": "a whole number, or a list of them such as [0, 1]",
+    "list": "a list such as [a, b]",
+    "int": "a whole number",
+    "float": "a number",
+    "dict": 'a mapping such as {"num_experts": 8}',
+}
+GO_ON = {"train": "; --resume auto continues the run", "compare": "; the same command goes on from there"}
 
 OTHER_PATH = "choose another path"
 WAYS_OUT = {
@@ -60,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return dispatch(arguments)
     except KeyboardInterrupt:
-        way_on = "; --resume auto continues the run" if arguments[:1] == ["train"] else ""
-        return fail(f"interrupted{way_on}", code=130)
+        return fail(f"interrupted{GO_ON.get(next(iter(arguments), ''), '')}", code=130)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in TRAIN_EXTRA:
             return fail(f"{error}; install what this command needs: pip install 'pcenet[train]'")
@@ -133,53 +148,72 @@ def dispatch(arguments: list[str]) -> int:
     raise ValueError(f"unknown {kind} {word!r}{did_you_mean(word, known)}")
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What the command line knows of one field of a config: type, explanation and default."""
+
+    kind: Any
+    option: Option
+    default: Any
+
+
+def entries_of(config_class: type[Any]) -> dict[str, Entry]:
+    """The fields of a config class, whose annotations carry an `Option`, by name."""
+    defaults = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(config_class)
+    }
+    return {name: Entry(kind, option, defaults[name]) for name, (kind, option) in options_of(config_class).items()}
+
+
 def parse(command: str, config_class: type[C], arguments: list[str]) -> C:
-    """Options, and YAML given with ``--config``, as a config; of two values for one option the later wins.
+    """The options of a command as its config; see `parse_values`."""
+    return config_class(**parse_values(command, entries_of(config_class), arguments))
+
+
+def parse_values(command: str, entries: dict[str, Entry], arguments: list[str]) -> dict[str, Any]:
+    """Options, and YAML given with ``--config``, by field; of two values for one option the later wins.
 
     Options are spelt with hyphens (``--batch-size``); underscores are understood too.
 
     Args:
         command: its name.
-        config_class: a dataclass whose annotations carry an `Option`.
+        entries: what it knows.
         arguments: what follows the command.
 
     Raises:
         ValueError: for an unknown option or a value that does not fit; names the nearest one that exists.
     """
-    parser = config_parser(command, config_class)
-    known = ["--config", "--help", *(option_name(name) for name in options_of(config_class))]
+    known = ["--config", "--help", *(option_name(name) for name in entries)]
     spellings = {name: name for name in known} | {"-h": "-h", "--print-config": "--print_config"}
+    words = [respell(word, spellings) for word in arguments]
     try:
-        values = parser.parse_args([respell(word, spellings) for word in arguments]).as_dict()
+        values = config_parser(command, entries).parse_args(words).as_dict()
     except argparse.ArgumentError as error:
-        raise ValueError(explain(str(error), config_class)) from error
+        raise ValueError(explain(str(error), entries)) from error
     values.pop("config")
-    return config_class(**values)
+    return dict(values)
 
 
-def config_parser(command: str, config_class: type[C]) -> ArgumentParser:
+def config_parser(command: str, entries: dict[str, Entry]) -> ArgumentParser:
     """A parser with ``--config``, ``--print_config`` and an option, or argument, for each field."""
     from jsonargparse import ArgumentParser
 
     about = COMMANDS[command].__doc__
     parser = ArgumentParser(prog=f"pcenet {command}", description=about, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with options, such as a run's config.yaml.")
-    defaults = {
-        field.name: field.default if field.default_factory is MISSING else field.default_factory()
-        for field in fields(config_class)
-    }
-    for name, (kind, option) in options_of(config_class).items():
-        choices = choices_of(kind)
-        settings: dict[str, Any] = {"type": str if choices else kind, "help": option.help}
-        if kind is bool:
-            settings = {"action": "store_true", "help": option.help}
+    parser.add_argument("--config", action="config", help="YAML file with options by their names.")
+    for name, entry in entries.items():
+        choices = choices_of(entry.kind)
+        settings: dict[str, Any] = {"type": str if choices else entry.kind, "help": entry.option.help}
+        if entry.kind is bool:
+            settings = {"action": "store_true", "help": entry.option.help}
         if choices:  # the config itself checks them, and suggests the nearest
             settings["metavar"] = "{" + ",".join(choices) + "}"
-        if option.positional:
-            words = {"nargs": "+", "type": str} if get_origin(kind) is list else {}
+        if entry.option.positional:
+            words = {"nargs": "+", "type": str} if get_origin(entry.kind) is list else {}
             parser.add_argument(name, **settings | words)
         else:
-            parser.add_argument(option_name(name), default=defaults[name], **settings)
+            parser.add_argument(option_name(name), default=entry.default, **settings)
     return parser
 
 
@@ -203,15 +237,14 @@ def respell(word: str, spellings: dict[str, str]) -> str:
     return spellings[known] + equals + value
 
 
-def explain(message: str, config_class: type[C]) -> str:
+def explain(message: str, entries: dict[str, Entry]) -> str:
     """jsonargparse's message in the user's terms, with the option nearest to an unknown one."""
-    options = options_of(config_class)
     if unknown := re.match(r"Option '(.*)' is not accepted", message):
-        return f"unknown option {unknown[1]!r} in the --config file{did_you_mean(unknown[1], options)}"
+        return f"unknown option {unknown[1]!r} in the --config file{did_you_mean(unknown[1], entries)}"
     wrong = re.match(r'Parser key "(\w+)":.*value: (.*)$', message, re.DOTALL)
-    if wrong and wrong[1] in options:
+    if wrong and wrong[1] in entries:
         name, value = wrong.groups()
-        kind = next((text for kind, text in KINDS.items() if kind in str(options[name][0])), "a text")
+        kind = next((text for kind, text in KINDS.items() if kind in str(entries[name].kind)), "a text")
         return f"{name} must be {kind}, got {value!r}"
     return message.replace('Parser key "config"', "--config")
 
@@ -231,6 +264,37 @@ def run_train(arguments: list[str]) -> None:
         from pcenet.training.run import train
 
         train(config)
+
+
+def run_compare(arguments: list[str]) -> None:
+    """train several networks with several seeds under one recipe, and compare them"""
+    own, recipe = entries_of(CompareConfig), entries_of(TrainConfig)
+    del own["recipe"]  # in its place stand the options of a training run
+    for name in OF_A_RUN:
+        del recipe[name]
+    values = parse_values("compare", recipe | own, arguments)
+    values["variants"] = {str(label): read_variant(label, changes) for label, changes in values["variants"].items()}
+    recipe_config = TrainConfig(**{name: values[name] for name in recipe})
+    config = CompareConfig(**{name: values[name] for name in own}, recipe=recipe_config)
+    from pcenet.compare.run import compare, status
+
+    (status if config.status else compare)(config)
+
+
+def read_variant(label: Any, changes: Any) -> Any:
+    """A variant's options with the types that ``pcenet train`` gives them; what is no mapping is left to the config.
+
+    Raises:
+        ValueError: for an unknown option or a value that does not fit, naming the label.
+    """
+    if not isinstance(changes, dict):
+        return changes
+    entries = entries_of(TrainConfig)
+    try:
+        values = config_parser("train", entries).parse_object(changes)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"variants: {label}: {explain(str(error), entries)}") from error
+    return {name: values[name] for name in changes}
 
 
 def run_eval(arguments: list[str]) -> None:
@@ -350,6 +414,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": run_train,
+    "compare": run_compare,
     "eval": run_eval,
     "check-data": run_check_data,
     "predict": run_predict,

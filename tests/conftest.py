@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 
 settings.register_profile("pcenet", derandomize=True, deadline=None, max_examples=15, database=None)
 settings.load_profile("pcenet")
@@ -72,3 +74,18 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     yield put
     monkeypatch.undo()
     register()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of noisy 32 x 32 pictures, each brightest in one colour: 24 for training, 12 for validation."""
+    root = tmp_path_factory.mktemp("data") / "pictures"
+    for split, count in (("train", 8), ("val", 4)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                rng = np.random.default_rng((len(split), channel, index))
+                pixels = rng.integers(0, 160, (32, 32, 3), dtype=np.uint8)
+                pixels[..., channel] += 90
+                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+    return root

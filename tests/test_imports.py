@@ -17,6 +17,7 @@ HEAVY = {
     "lightning",
     "torchmetrics",
     "jsonargparse",
+    "scipy",
     "sklearn",
     "segmentation_models_pytorch",
 }
@@ -26,6 +27,7 @@ ALLOWED = {
     "models": {"choices", "nn"},
     "data": {"choices"},
     "training": {"choices", "nn", "models", "data"},
+    "compare": {"choices", "models", "training"},
     "analysis": {"nn", "models", "data", "training"},
     "inference": {"choices", "nn", "models", "data", "training", "analysis"},
 }

@@ -4,9 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from pcenet.training.config import TrainConfig
 
@@ -17,21 +15,6 @@ def _no_drawing() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pcenet.training.run.pictures_of", lambda *_: {})
         yield
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of noisy 32 x 32 pictures, each brightest in one colour: 24 for training, 12 for validation."""
-    root = tmp_path_factory.mktemp("data") / "pictures"
-    for split, count in (("train", 8), ("val", 4)):
-        for channel, name in enumerate(("red", "green", "blue")):
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                rng = np.random.default_rng((len(split), channel, index))
-                pixels = rng.integers(0, 160, (32, 32, 3), dtype=np.uint8)
-                pixels[..., channel] += 90
-                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
-    return root
 
 
 @pytest.fixture

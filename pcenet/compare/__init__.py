@@ -1,0 +1,1 @@
+"""``pcenet compare``: several networks, several seeds, one recipe, and what came of it."""

@@ -1,0 +1,143 @@
+"""What a comparison found, as plain values, and the files that say so."""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from pcenet.compare.config import OF_A_RUN, CompareConfig, PlannedRun
+from pcenet.compare.curves import curves, save_curves
+from pcenet.compare.locks import locked
+from pcenet.compare.results import Result, read_results
+from pcenet.compare.statistics import CONFIDENCE, deviation, difference
+from pcenet.compare.tables import markdown
+from pcenet.training.folder import write_atomically, write_json, write_text
+from pcenet.training.kinds import kind_of
+
+log = logging.getLogger(__name__)
+
+Report = dict[str, Any]
+
+
+def write_report(config: CompareConfig, baseline: str | None) -> Report:
+    """Write ``comparison.json``, ``comparison.md`` and ``curves.png`` of the runs that are finished.
+
+    Only one process at a time does this, and reads the results again, so that the last one writes them all.
+
+    Args:
+        config: the options.
+        baseline: the label that the others are compared with, if any.
+
+    Returns:
+        The content of ``comparison.json``. Where no run is finished nothing is written.
+    """
+    folder = config.folder
+    with locked(folder, flags=os.O_RDONLY, wait=True):
+        report = make_report(config, baseline)
+        if report["runs"]:
+            write_json(folder / "comparison.json", report)
+            write_text(folder / "comparison.md", markdown(report))
+            try:
+                figure = curves(report)
+            except ModuleNotFoundError as error:
+                log.warning("%s; %s was not drawn", error, folder / "curves.png")
+            else:
+                write_atomically(folder / "curves.png", partial(save_curves, figure))
+    return report
+
+
+def make_report(config: CompareConfig, baseline: str | None) -> Report:
+    """The content of ``comparison.json``, from the results that lie in the comparison's folder.
+
+    Raises:
+        ValueError: if a file of a result is damaged.
+    """
+    found = read_results(config.folder)
+    done = [(run, found[run.name]) for run in config.runs if run.name in found]
+    task = kind_of(config.recipe.task).task
+    scores = {label: {run.seed: result.score for run, result in done if run.label == label} for label in config.labels}
+    return {
+        "task": config.recipe.task,
+        "score": task.score,
+        "train_score": task.train_score,
+        "models": list(config.labels),
+        "seeds": list(config.seed_list),
+        "baseline": baseline,
+        "confidence": CONFIDENCE,
+        "recipe": {name: value for name, value in asdict(config.recipe).items() if name not in OF_A_RUN},
+        "variants": {label: config.variants[label] or {} for label in config.labels if label in config.variants},
+        "planned": len(config.runs),
+        "environments": environments(done),
+        "summary": [summary(label, scores, baseline, done) for label in config.labels if scores[label]],
+        "runs": [run_figures(run, result) for run, result in done],
+    }
+
+
+def environments(done: Sequence[tuple[PlannedRun, Result]]) -> list[dict[str, Any]]:
+    """Versions and hardware, each with the names of the runs that were made there."""
+    groups: list[tuple[dict[str, Any], list[str]]] = []
+    for run, result in done:
+        names = next((names for environment, names in groups if environment == result.environment), None)
+        if names is None:
+            groups.append((result.environment, [run.name]))
+        else:
+            names.append(run.name)
+    return [environment | {"runs": names} for environment, names in groups]
+
+
+def run_figures(run: PlannedRun, result: Result) -> dict[str, Any]:
+    """What is kept of one run."""
+    kept = ("epochs", "stopped", "best", "val", "epoch_seconds", "images_per_second", "complexity", "router")
+    return {
+        "label": run.label,
+        "seed": run.seed,
+        "name": run.name,
+        "model": result.config.model,
+        "score": result.score,
+        **{name: result.metrics.get(name) for name in kept},
+        "curve": result.curve(),
+    }
+
+
+def summary(
+    label: str,
+    scores: Mapping[str, Mapping[int, float]],
+    baseline: str | None,
+    done: Sequence[tuple[PlannedRun, Result]],
+) -> dict[str, Any]:
+    """What the runs of a label say together: the spread of their scores, and the difference to the baseline's."""
+    values = list(scores[label].values())
+    metrics = [result.metrics for run, result in done if run.label == label]
+    against = None if baseline in (None, label) else difference(scores[label], scores[str(baseline)])
+    return {
+        "label": label,
+        "seeds": list(scores[label]),
+        "mean": statistics.fmean(values),
+        "deviation": deviation(values),
+        "difference": None if against is None else asdict(against),
+        "epoch_seconds": statistics.fmean(figures["epoch_seconds"] for figures in metrics),
+        "complexity": metrics[0]["complexity"],
+        "router": router_extremes([figures.get("router") or {} for figures in metrics]),
+    }
+
+
+def router_extremes(routers: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
+    """The least healthy figures of all layers and seeds at the end of training; None without PCE layers.
+
+    ``max_min`` is None where an expert got no patch, ``dead`` the largest number of such experts in a layer.
+    """
+    layers = [layer for router in routers for layer in router.values()]
+    if not layers:
+        return None
+    ratios = [layer["max_min"] for layer in layers]
+    return {
+        "entropy": min(layer["entropy"] for layer in layers),
+        "max_min": None if None in ratios else max(ratios),
+        "drop_rate": max(layer["drop_rate"] for layer in layers),
+        "dead": max(len(layer["dead"]) for layer in layers),
+    }

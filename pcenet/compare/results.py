@@ -1,0 +1,105 @@
+"""Reading what finished runs left: a run folder, or what is kept of one.
+
+Needed are ``config.yaml``, ``metrics.json``, ``environment.json`` and ``logs/metrics.csv``, or ``metrics.csv`` in the
+folder itself.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pcenet.training.config import TrainConfig
+from pcenet.training.folder import RunFolder
+from pcenet.training.kinds import kind_of
+
+Row = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run left.
+
+    Attributes:
+        config: the run's options.
+        environment: versions and hardware.
+        metrics: the content of ``metrics.json``.
+        rows: figures of each epoch, as in ``metrics.csv``; None where a figure was no finite number.
+        score: the figure of merit of the finished network on ``val``.
+    """
+
+    config: TrainConfig
+    environment: dict[str, Any]
+    metrics: dict[str, Any]
+    rows: tuple[Row, ...]
+    score: float
+
+    def curve(self) -> list[Row]:
+        """Scores and losses of each epoch: ``epoch``, ``train_score``, ``val_score``, ``train_loss``, ``val_loss``."""
+        task = kind_of(self.config.task).task
+        names = {
+            "epoch": "epoch",
+            "train_score": f"train/{task.train_score}",
+            "val_score": f"val/{task.score}",
+            "train_loss": "train/task_loss",
+            "val_loss": "val/loss",
+        }
+        return [{ours: row[theirs] for ours, theirs in names.items()} for row in self.rows]
+
+
+def finished(folder: Path) -> bool:
+    """Whether there is the result of a run: ``metrics.json`` is the last file that it writes."""
+    return (folder / "metrics.json").is_file()
+
+
+def rows_file(folder: Path) -> Path:
+    """Where the figures of each epoch are, or would be."""
+    logged = RunFolder(folder).logs / "metrics.csv"
+    return logged if logged.is_file() else folder / "metrics.csv"
+
+
+def read_rows(path: Path) -> tuple[Row, ...]:
+    """The figures of each epoch."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return tuple({name: number(text) for name, text in row.items()} for row in csv.DictReader(file))
+
+
+def number(text: str) -> float | None:
+    """A finite number, else None: JSON has no other."""
+    value = float(text or "nan")
+    return value if math.isfinite(value) else None
+
+
+def read_result(folder: Path) -> Result:
+    """What a finished run left in its folder.
+
+    Raises:
+        ValueError: if a file is damaged.
+        FileNotFoundError: if one is missing.
+    """
+    config = RunFolder(folder).read_config()
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        score = metrics["val"][kind_of(config.task).task.score]
+        result = Result(config, environment, metrics, read_rows(rows_file(folder)), score)
+        result.curve(), metrics["best"]["epoch"], metrics["complexity"]["multiply_adds"]
+    except (KeyError, TypeError, ValueError) as error:
+        way_out = "restore it, or remove the folder to train anew"
+        raise ValueError(f"{folder}: its figures are damaged ({type(error).__name__}: {error}); {way_out}") from error
+    return result
+
+
+def read_results(folder: Path) -> dict[str, Result]:
+    """The finished runs among the folders ``LABEL-SEED`` in ``folder``, by the names of their folders.
+
+    Raises:
+        ValueError: if a file of theirs is damaged.
+    """
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.name: read_result(path) for path in paths if re.search(r"-\d+$", path.name) and finished(path)}

@@ -1,0 +1,146 @@
+"""A comparison as tables: Markdown for ``comparison.md``, the same on the terminal. Made of `Report` values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+SCORES = {"top1": "top-1", "miou": "mIoU"}
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table that can be shown in several ways: the first column is left-aligned, the others are figures."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        ruler = ["---", *["---:"] * (len(self.header) - 1)]
+        lines = ["| " + " | ".join(cells) + " |" for cells in (self.header, ruler, *self.rows)]
+        return f"## {self.title}\n\n" + "\n".join(lines) + "\n"
+
+    def rich(self) -> Table:
+        """The table for the terminal."""
+        table = Table(title=self.title)
+        for index, name in enumerate(self.header):
+            table.add_column(name, justify="right" if index else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def sheets(report: Mapping[str, Any]) -> list[Sheet]:
+    """The tables of a comparison: labels, routers where there are such, single runs."""
+    routers = [row for row in report["summary"] if row["router"]]
+    tables = [label_sheet(report), router_sheet(routers), run_sheet(report)]
+    return [sheet for sheet in tables if sheet.rows]
+
+
+def label_sheet(report: Mapping[str, Any]) -> Sheet:
+    """A row per label: score, difference to the baseline, cost."""
+    against = report["baseline"]
+    header = ["network", "seeds", f"val {SCORES[report['score']]}"]
+    header += ["difference, points"] if against else []
+    header += ["multiply-adds", "parameters", "active", "s per epoch"]
+    rows = []
+    for row in report["summary"]:
+        cost = row["complexity"]
+        rows.append(
+            [
+                row["label"],
+                str(len(row["seeds"])),
+                with_spread(row["mean"], row["deviation"]),
+                *([difference_text(row["difference"])] if against else []),
+                f"{cost['multiply_adds'] / 1e6:.1f} M",
+                f"{cost['parameters'] / 1e6:.2f} M",
+                f"{cost['active_parameters'] / 1e6:.2f} M",
+                f"{row['epoch_seconds']:.1f}",
+            ]
+        )
+    return Sheet(f"against {against}" if against else "result", header, rows)
+
+
+def router_sheet(summary: Sequence[Mapping[str, Any]]) -> Sheet:
+    """A row per label with PCE layers: the least healthy of their layers in any run."""
+    rows = [
+        [
+            row["label"],
+            f"{row['router']['entropy']:.3f}",
+            "inf" if row["router"]["max_min"] is None else f"{row['router']['max_min']:.2f}",
+            f"{row['router']['drop_rate']:.1%}",
+            str(row["router"]["dead"]),
+        ]
+        for row in summary
+    ]
+    header = ["network", "lowest entropy", "highest max/min load", "highest drop rate", "most dead experts"]
+    return Sheet("routers at the end of training, the worst layer of all runs", header, rows)
+
+
+def run_sheet(report: Mapping[str, Any]) -> Sheet:
+    """A row per run."""
+    score = report["score"]
+    rows = [
+        [
+            run["label"],
+            str(run["seed"]),
+            f"{run['score']:.2%}",
+            f"{run['best'][score]:.2%} ({run['best']['epoch']})",
+            str(run["epochs"]) + (f", {run['stopped']}" if run["stopped"] else ""),
+            f"{run['epoch_seconds']:.1f}",
+        ]
+        for run in report["runs"]
+    ]
+    name = SCORES[score]
+    return Sheet("runs", ["network", "seed", f"val {name}", f"best {name} (epoch)", "epochs", "s per epoch"], rows)
+
+
+def with_spread(mean: float, deviation: float | None) -> str:
+    """A score as a percentage, with its standard deviation where there is one."""
+    return f"{mean:.2%}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
+
+
+def difference_text(difference: Mapping[str, Any] | None) -> str:
+    """A difference in points, with its confidence interval where there is one."""
+    if difference is None:
+        return ""
+    text = f"{100 * difference['mean']:+.2f}"
+    if difference["low"] is None:
+        return text
+    return f"{text} [{100 * difference['low']:+.2f}, {100 * difference['high']:+.2f}]"
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The content of ``comparison.md``."""
+    recipe = report["recipe"]
+    done = f"{len(report['runs'])} of {report['planned']} runs are finished"
+    parts = [f"# {', '.join(report['models'])}\n", f"Data `{recipe['data']}`, {recipe['epochs']} epochs; {done}.\n"]
+    parts += [sheet.markdown() for sheet in sheets(report)]
+    parts.append(legend(report) + "\n")
+    parts += [f"- {machine(environment)}\n" for environment in report["environments"]]
+    return "\n".join(parts)
+
+
+def legend(report: Mapping[str, Any]) -> str:
+    """What the figures mean."""
+    text = "Scores: mean over the seeds ± sample standard deviation, of the finished network."
+    if report["baseline"]:
+        text += (
+            f" Differences: mean over the seeds of a network's score less that of `{report['baseline']}` with the same"
+            f" seed, and its {report['confidence']:.0%} confidence interval by Student's t."
+        )
+    return text + " Every figure, and each epoch, is in `comparison.json`; the curves are in `curves.png`."
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """Where runs were made, in a line."""
+    where = environment["processor"] if environment["device"] == "cpu" else environment["device"]
+    return (
+        f"{', '.join(environment['runs'])}: {where}, {environment['threads']} threads, {environment['precision']};"
+        f" torch {environment['versions']['torch']}, pcenet {environment['pcenet']}, Python {environment['python']}"
+    )
