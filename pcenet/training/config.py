@@ -182,6 +182,14 @@ class TrainConfig:
     ] = "cosine"
     warmup_epochs: Annotated[float, Option("Epochs over which the learning rate rises to its peak.", at_least=0)] = 1.0
     weight_decay: Annotated[float, Option("AdamW's weight decay; norms and biases have none.", at_least=0)] = 0.05
+    difference_decay: Annotated[
+        float | None,
+        Option(
+            "AdamW's weight decay of what tells the experts of a layer apart, their differences from the kernels that "
+            "they share; null: --weight-decay.",
+            at_least=0,
+        ),
+    ] = None
     label_smoothing: Annotated[
         float, Option("Share of the target that is spread over all classes.", at_least=0, below=1)
     ] = 0.1

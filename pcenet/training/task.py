@@ -19,6 +19,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from pcenet.data import IGNORE
 from pcenet.nn import RoutingStatistics, aux_terms, record_routing
+from pcenet.nn.experts import SharedConv2d
 from pcenet.training.config import TrainConfig
 from pcenet.training.measures import TOP_K
 from pcenet.training.mixing import make_mixing
@@ -26,14 +27,27 @@ from pcenet.training.pixels import PixelBatches, PixelScores
 from pcenet.training.schedules import Schedules
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, difference_decay: float | None = None
+) -> list[dict[str, Any]]:
     """AdamW's groups: biases, one-dimensional parameters and what ``no_weight_decay()`` lists do not decay.
 
     Experts are stacked, so a norm's scale has two dimensions ``[E, C]`` there: dimensions alone do not tell.
+
+    Args:
+        model: the network.
+        weight_decay: of all others.
+        difference_decay: of the experts' differences from their shared kernels; None: as the others.
     """
     listed: Collection[str] = getattr(model, "no_weight_decay", tuple)()
     groups: list[dict[str, Any]] = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=listed)
-    return groups
+    if difference_decay is None:
+        return groups
+    differences = [m.difference for m in model.modules() if isinstance(m, SharedConv2d)]
+    apart = {id(parameter) for parameter in differences}
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
+    return [*groups, {"params": differences, "weight_decay": difference_decay}] if differences else groups
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -114,7 +128,9 @@ class TrainingTask(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, its learning rate a pure function of the step."""
-        optimizer = torch.optim.AdamW(parameter_groups(self.model, self.config.weight_decay), lr=self.config.lr)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, self.config.weight_decay, self.config.difference_decay), lr=self.config.lr
+        )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedules.learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -32,6 +32,21 @@ def test_norms_and_biases_do_not_decay_and_everything_else_does(name: str) -> No
         assert {id(p) in exempt for p in group["params"]} == {group["weight_decay"] == 0.0}
 
 
+@pytest.mark.parametrize("weight_decay", [0.05, 0.0])
+def test_differences_of_experts_decay_by_a_rate_of_their_own(weight_decay: float) -> None:
+    model = timm.create_model("pce_nano")
+    rates = {
+        id(parameter): group["weight_decay"]
+        for group in parameter_groups(model, weight_decay, 0.5)
+        for parameter in group["params"]
+    }
+    assert len(rates) == len(list(model.parameters()))
+    differences = [p for name, p in model.named_parameters() if name.endswith("difference")]
+    assert len(differences) == 6  # two convolutions in each of three layers
+    assert all(rates.pop(id(parameter)) == 0.5 for parameter in differences)
+    assert set(rates.values()) == {0.0, weight_decay}
+
+
 def averaged(one: list[float], two: list[float], count: int | Tensor, decay: float) -> list[float]:
     values = [torch.tensor(value) for value in one]
     update_average(values, [torch.tensor(value) for value in two], count, decay)
