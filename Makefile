@@ -3,11 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo bench test lint clean
+# What the experiments train on, as pcenet's --data takes it.
+CIFAR10 ?= cifar10
+CAMVID ?= camvid.zip
+COMPARE = $(BIN)/pcenet compare --config experiments/$(1).yaml --data $(2) --out experiments/results/$(1)
+
+.PHONY: help demo bench experiments test lint clean
 
 help:
 	@echo "make demo   train pce_nano and its dense twin on digits, compare them, draw the routing"
 	@echo "make bench  time and memory against the dense twin, the whole table (about 15 minutes)"
+	@echo "make experiments CIFAR10=... CAMVID=...   show what is left of the runs over three seeds, and go on with it (hours)"
 	@echo "make test   ruff, mypy and the default test suite"
 	@echo "make clean  remove the virtual environment and the demo's runs"
 
@@ -22,6 +28,13 @@ demo: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/pcenet bench --against benchmarks/einsum_dispatch.py --json benchmarks/results/table.json
 	$(BIN)/pcenet bench --suite scaling --json benchmarks/results/scaling.json --plot docs/images/scaling.png
+
+experiments: $(VENV)/installed
+	$(call COMPARE,camvid,$(CAMVID)) --status
+	$(call COMPARE,cifar10,$(CIFAR10)) --status
+	$(call COMPARE,camvid,$(CAMVID))
+	$(call COMPARE,cifar10,$(CIFAR10))
+	$(BIN)/python experiments/report.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check

@@ -1,0 +1,83 @@
+"""docs/experiments.md: the text of experiments/experiments.md with its tables filled in from the raw results.
+
+    python experiments/report.py
+
+A line ``<!-- trials NAME -->`` becomes the table of ``results/trials/NAME.json``, ``<!-- comparison NAME -->`` the
+tables that `pcenet compare` made of the runs of ``NAME.yaml`` under ``results/NAME``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "experiments.md"
+SCORES = {"top1": "top-1", "miou": "mIoU"}
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+def page() -> str:
+    """The content of docs/experiments.md."""
+    text = (HERE / "experiments.md").read_text(encoding="utf-8")
+    return re.sub(r"<!-- (\w+) (\S+) -->", lambda found: TABLES[found[1]](found[2]), text)
+
+
+def trials_table(name: str) -> str:
+    """A row per trial; differences are to the first one."""
+    trials = json.loads((HERE / "results" / "trials" / f"{name}.json").read_text(encoding="utf-8"))
+    score = next(name for name in SCORES if name in trials[0]["val"])
+    header = ["trial", f"val {SCORES[score]}", "points", "train loss", "val loss", "max/min load", "dropped"]
+    rows = []
+    for trial in trials:
+        router = list(trial["router"].values())
+        rows.append(
+            [
+                f"{trial['label']}: {trial['change']}",
+                f"{trial['score']:.2%}",
+                "" if trial is trials[0] else f"{100 * (trial['score'] - trials[0]['score']):+.2f}",
+                f"{trial['train_loss']:.3f}",
+                f"{trial['val']['loss']:.3f}",
+                highest_load_ratio(router),
+                f"{max(layer['drop_rate'] for layer in router):.1%}" if router else "",
+            ]
+        )
+    return markdown(header, rows)
+
+
+def highest_load_ratio(router: list[dict[str, Any]]) -> str:
+    """Of all layers; infinite where an expert had no patch, empty without layers."""
+    ratios = [math.inf if layer["max_min"] is None else layer["max_min"] for layer in router]
+    return f"{max(ratios):.2f}" if ratios else ""
+
+
+def comparison_tables(name: str) -> str:
+    """The tables of `pcenet compare`, from the ``comparison.json`` that it left."""
+    from pcenet.compare.tables import sheets
+
+    path = HERE / "results" / name / "comparison.json"
+    if not path.is_file():
+        return f"No run of `experiments/{name}.yaml` is finished yet."
+    report = json.loads(path.read_text(encoding="utf-8"))
+    done = f"{len(report['runs'])} of {report['planned']} runs are finished.\n\n"
+    return done + "\n".join(sheet.markdown().replace("## ", "#### ") for sheet in sheets(report)).rstrip()
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table: the first column is text, the others are figures."""
+    ruler = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ruler, *rows))
+
+
+TABLES = {"trials": trials_table, "comparison": comparison_tables}
+
+if __name__ == "__main__":
+    main()
