@@ -236,7 +236,7 @@ def test_a_damaged_result_is_named(name: str, content: str, tmp_path: Path) -> N
 def test_the_results_kept_here_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     results = RESULTS / "camvid-24-epochs"
     names = ["pce_unet_nano", "dense_unet_nano", "unet:pce_nano_s2"]
-    line = ["compare", "--status", "--config", str(RESULTS.parent / "camvid.yaml"), "--data", "elsewhere/camvid.zip"]
+    line = ["compare", "--status", "--config", str(results / "recipe.yaml"), "--data", "elsewhere/camvid.zip"]
     assert main([*line, "--models", f"[{','.join(names)}]", "--seeds", "2", "--out", str(results)]) == 0
     shown = capsys.readouterr().out
     assert "6 of 6 runs are finished" in shown

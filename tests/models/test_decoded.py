@@ -119,7 +119,8 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 
 def test_options_reach_the_encoder():
-    model = create("unet:pce_nano_s2", in_chans=1, num_experts=2, top_k=2, drop_path_rate=0.25, capacity_factor=None)
+    options = {"num_experts": 2, "top_k": 2, "border": "halo", "capacity_factor": None}
+    model = create("unet:pce_nano_s2", in_chans=1, drop_path_rate=0.25, **options)
     layers = [m for m in model.modules() if isinstance(m, PCELayer)]
     assert [layer.extractor.patch_size for layer in layers] == [32, 8, 4]
     assert {(layer.router.num_experts, layer.router.top_k, layer.router.capacity_factor) for layer in layers} == {
