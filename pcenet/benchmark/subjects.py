@@ -86,7 +86,8 @@ def balance(model: nn.Module, batches: list[Tensor]) -> float:
     """Give every expert of every layer about the same number of patches, as a trained router does.
 
     An untrained router sends nearly everything to one expert, and the cost of that is not the cost of the network. The
-    last layer of each router is scaled so that its logits have unit variance, and its bias then moves against the load.
+    last layer of each router is scaled so that its logits have unit variance, and its bias then moves against the load;
+    a balancing bias has nothing left to do and is 0.
 
     Returns:
         The largest max/min load that is left, over all layers and batches.
@@ -108,8 +109,8 @@ def balance(model: nn.Module, batches: list[Tensor]) -> float:
 def _logits(model: nn.Module, router: Router, batch: Tensor) -> Tensor:
     found: list[Tensor] = []
 
-    def keep(_module: nn.Module, _args: Any, routing: Routing) -> None:
-        found.append(routing.logits)
+    def keep(_module: nn.Module, args: Any, _routing: Routing) -> None:
+        found.append(router.compute_logits(args[0]))  # those of the routing have the balancing bias in them
 
     handle = router.register_forward_hook(keep)
     try:
@@ -132,6 +133,8 @@ def _balance(router: Router, logits: Tensor) -> None:
         moved -= 0.3 / (1 + step / 10) * (load / fair - 1).clamp(-1, 1)
     weight.mul_(scale[:, None])
     bias.copy_((bias - shift) * scale + moved)
+    if router.expert_bias is not None:
+        router.expert_bias.zero_()
 
 
 def autocast(x: Tensor, precision: str) -> AbstractContextManager[Any]:
