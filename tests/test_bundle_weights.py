@@ -94,8 +94,8 @@ def test_what_it_refuses(
         assert message in capsys.readouterr().err
         assert bundled() == []
 
-    run = finished(border="exchange")
-    refused(run, "pets/pce_nano", "border is exchange, pce_nano has halo")
+    run = finished(border="zero")
+    refused(run, "pets/pce_nano", "border is zero, pce_nano has exchange")
     run = finished(drop_rate=0.1)
     refused(run, "pets/pce_nano", "drop_rate is 0.1, pce_nano has 0.0")
     run = finished(class_names=None)

@@ -20,7 +20,7 @@ Encode = Callable[..., bytes]
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`pce_nano` untrained, with a head that is strong enough for its predictions to differ between images."""
-    torch.manual_seed(0)
+    torch.manual_seed(5)
     model = timm.create_model("pce_nano", num_classes=len(CLASSES))
     model.class_names = CLASSES
     with torch.no_grad():

@@ -88,7 +88,7 @@ def make_layer(border: str, patch_size: int, norm: str, training: bool, balancin
         balancing=balancing,
         dispatch="static",
     )
-    layer = reference.randomise(layer.double()).train(training)
+    layer = reference.randomise(layer.double(), seed=1).train(training)
     with torch.no_grad():
         layer.router.logits.weight.mul_(0.3)  # so that the bias decides for most patches
     return layer

@@ -210,6 +210,7 @@ def test_one_expert_on_one_patch_is_a_dense_block(training: bool, dispatch: str)
         num_experts=1,
         border="zero",
         gate="straight_through",
+        shared_kernel=False,
         shortcut=False,
         dispatch=dispatch,
     ).train(training)
@@ -234,9 +235,8 @@ def test_one_expert_on_one_patch_is_a_dense_block(training: bool, dispatch: str)
 def test_exchange_with_equal_experts_is_a_whole_map_block(side: int, size: tuple[int, int], dispatch: str) -> None:
     """With frozen statistics and gate value 1, at any size: no seam is left between patches. In float32 to five digits
     of the largest value: a product of sums of the inputs, as in Winograd's algorithm, rounds at their scale."""
-    layer = PCELayer(
-        4, 4, patch_size=side, border="exchange", gate="straight_through", shortcut=False, dispatch=dispatch
-    )
+    options = {"gate": "straight_through", "shared_kernel": False, "shortcut": False}  # kernels as they are, unrounded
+    layer = PCELayer(4, 4, patch_size=side, border="exchange", dispatch=dispatch, **options)
     block = reference.randomise(ConvExperts(4, 4, 1)).to_sequential(0).eval()
     for e in range(4):
         layer.experts.from_sequential(e, block)
