@@ -125,9 +125,11 @@ def _routings_and_maps(model: nn.Module) -> Iterator[dict[str, tuple[Routing, in
         for name, module in model.named_modules():
             if isinstance(module, PCELayer):
 
-                def collect(router: nn.Module, args: Any, routing: Routing, name: str = name) -> None:
+                def collect(
+                    _router: nn.Module, args: Any, routing: Routing, name: str = name, layer: PCELayer = module
+                ) -> None:
                     height, width = args[0].shape[2:]
-                    seen[name] = (routing, int(router.patch_size), (height, width))  # type: ignore[arg-type]
+                    seen[name] = (routing, layer.extractor.patch_size, (height, width))
 
                 stack.callback(module.router.register_forward_hook(collect).remove)
         yield seen

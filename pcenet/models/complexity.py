@@ -81,13 +81,8 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
                 stack.callback(module.router.register_forward_hook(counter_of(module)).remove)
                 experts = module.experts
                 stored = sum(p.numel() for p in experts.parameters())
-                one_expert = sum(
-                    tensor[0].numel()
-                    for part in (experts.conv1, experts.norm1, experts.conv2, experts.norm2)
-                    for tensor in (part.weight, getattr(part, "bias", None))
-                    if tensor is not None
-                )
-                inactive += stored - one_expert * module.router.top_k
+                norms = sum(p[0].numel() for norm in (experts.norm1, experts.norm2) for p in norm.parameters())
+                inactive += stored - (_kernel_weights(module) + norms) * module.router.top_k
         reference = next(model.parameters(), torch.empty(0))
         image = torch.zeros(1, *input_size, device=reference.device, dtype=reference.dtype)
         try:
@@ -107,8 +102,12 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
 
 
 def _expert_multiply_adds(layer: PCELayer, routing: Routing) -> int:
-    per_cell = layer.experts.conv1.weight[0].numel() + layer.experts.conv2.weight[0].numel()
-    return routing.choice.numel() * layer.extractor.patch_size**2 * per_cell
+    return routing.choice.numel() * layer.extractor.patch_size**2 * _kernel_weights(layer)
+
+
+def _kernel_weights(layer: PCELayer) -> int:
+    """Of one expert's two convolutions."""
+    return layer.experts.conv1.weight[0].numel() + layer.experts.conv2.weight[0].numel()
 
 
 def _router_multiply_adds(router: Router, x: Tensor, routing: Routing) -> int:

@@ -15,9 +15,9 @@ def balancing_bias(logits: Tensor, top_k: int = 1) -> Tensor:
 
     It is the dual variable of assigning patches to experts of equal capacity (BASE layers, Lewis et al., 2021, solve
     the same by an auction): each expert would be raised or lowered until exactly its share of the patches prefers it to
-    its best rival; here all move at once, damped, for 8 sweeps. With 4 experts the loads are then even up to a few
-    patches; with 16, and logits that differ along one direction alone, within a factor of 2. Patches with equal logits
-    cannot be parted by any bias.
+    its best rival; here all move at once, damped, for 8 sweeps. Random logits of 4 experts are then spread
+    within 2 % of evenly; clustered ones, or those of many experts, less so. Patches with equal logits cannot be parted
+    by any bias.
 
     A pure function of the batch, so that a pass that is repeated (activation checkpointing) routes the same.
 

@@ -55,7 +55,21 @@ def double_conv(
     )
 
 
-class StackedConv2d(nn.Module):
+class _Stacked(nn.Module):
+    """Holds weights with a leading axis E.
+
+    `.to(memory_format=torch.channels_last)` is refused by a tensor of five axes; experts and output channels taken
+    together are an ordinary convolution's weight, and every slice gets the format that it would have alone.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def apply_to_slices(tensor: Tensor) -> Tensor:
+            return fn(tensor) if tensor.ndim < 5 else fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+
+        return super()._apply(apply_to_slices, recurse)
+
+
+class StackedConv2d(_Stacked):
     """The weights of E convolutions 3x3 without bias, ``[E, C_out, C_in, 3, 3]``, each initialised like `nn.Conv2d`."""
 
     def __init__(self, num_experts: int, in_channels: int, out_channels: int) -> None:
@@ -69,15 +83,12 @@ class StackedConv2d(nn.Module):
         """Give one expert the weight ``[C_out, C_in, 3, 3]``."""
         self.weight[expert].copy_(weight)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        return super()._apply(_slice_by_slice(fn), recurse)
 
-
-class SharedConv2d(nn.Module):
+class SharedConv2d(_Stacked):
     """As `StackedConv2d`, but the experts share a kernel: expert e has ``shared + difference[e]``.
 
-    All patches train the shared kernel, whoever serves them, so that experts of which each sees a part of the data
-    learn as fast as a dense block does. Differences start at zero and decay towards it; no expert can starve.
+    All patches train the shared kernel, whoever serves them: what is common to experts, of which each sees a part of
+    the data, is learnt from all of it. Differences start at zero, and weight decay draws them there.
 
     Attributes:
         shared: ``[C_out, C_in, 3, 3]``, initialised like `nn.Conv2d`.
@@ -100,27 +111,9 @@ class SharedConv2d(nn.Module):
         """Give one expert the weight ``[C_out, C_in, 3, 3]``, by its difference from what is shared."""
         self.difference[expert].copy_(weight - self.shared)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        return super()._apply(_slice_by_slice(fn), recurse)
-
 
 def _init_like_conv2d(weight: Tensor) -> None:
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-
-
-def _slice_by_slice(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What `nn.Module._apply` does to a tensor, for weights with a leading axis E as well.
-
-    `.to(memory_format=torch.channels_last)` is refused by a tensor of five axes; experts and output channels taken
-    together are an ordinary convolution's weight, and every slice gets the format that it would have alone.
-    """
-
-    def apply(tensor: Tensor) -> Tensor:
-        if tensor.ndim < 5:
-            return fn(tensor)
-        return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
-
-    return apply
 
 
 class StackedNorm(nn.Module):
