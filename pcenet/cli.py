@@ -1,4 +1,4 @@
-"""The command line: ``pcenet check-data | train | compare | eval | predict | models | bench | doctor``.
+"""The command line: ``pcenet check-data | train | compare | eval | predict | explain | models | bench | doctor``.
 
 Nothing heavy is imported before a command runs, so that help and mistakes in the options cost no time.
 """
@@ -21,6 +21,7 @@ from pcenet import __version__
 from pcenet.benchmark.config import BenchConfig
 from pcenet.choices import did_you_mean
 from pcenet.compare.config import OF_A_RUN, CompareConfig
+from pcenet.explain.config import ExplainConfig
 from pcenet.training.config import (
     CheckDataConfig,
     EvalConfig,
@@ -34,7 +35,7 @@ from pcenet.training.config import (
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-C = TypeVar("C", TrainConfig, EvalConfig, PredictConfig, CheckDataConfig, BenchConfig)
+C = TypeVar("C", TrainConfig, EvalConfig, PredictConfig, ExplainConfig, CheckDataConfig, BenchConfig)
 
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "scipy", "tensorboard", "torchmetrics", "yaml")
 TRACEBACK = "PCENET_TRACEBACK"
@@ -322,6 +323,14 @@ def run_predict(arguments: list[str]) -> int:
     return 0 if result.predicted else fail(f"none of {len(result.left_out)} files could be predicted", code=1)
 
 
+def run_explain(arguments: list[str]) -> None:
+    """write a page on what each expert of a trained network does, and how much it matters"""
+    config = parse("explain", ExplainConfig, arguments)
+    from pcenet.explain.command import explain
+
+    explain(config)
+
+
 def run_models(arguments: list[str]) -> None:
     """list the networks with their cost and their dense twins"""
     options = parse_json_flag("models", arguments)
@@ -418,6 +427,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "eval": run_eval,
     "check-data": run_check_data,
     "predict": run_predict,
+    "explain": run_explain,
     "models": run_models,
     "bench": run_bench,
     "doctor": run_doctor,

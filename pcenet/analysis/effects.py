@@ -71,18 +71,16 @@ class Tally:
 
 @dataclass(frozen=True)
 class Effect:
-    """What one intervention does.
+    """What a change of a network does.
 
     Attributes:
-        intervention: which.
         score: with it.
-        difference: to the untouched network; negative where it does harm.
+        difference: to the network without it; negative where it does harm.
         low: of the 95 % bootstrap interval of the difference, images being drawn with replacement.
         high: its other end.
         by_class: ``[K]``, the difference of each class's accuracy or IoU; NaN where a class has neither.
     """
 
-    intervention: Intervention
     score: float
     difference: float
     low: float
@@ -188,16 +186,21 @@ def score(task: Task, hits: npt.NDArray[np.generic], out_of: npt.NDArray[np.gene
     return np.asarray(np.nansum(shares, -1) / np.maximum(occurs.sum(-1), 1), np.float64)
 
 
-def effect(
-    task: Task, base: Tally, changed: Tally, intervention: Intervention, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Effect:
-    """What an intervention did, from the counts of the same images without it and with it."""
+def effect(task: Task, base: Tally, changed: Tally, *, resamples: int = RESAMPLES, seed: int = 0) -> Effect:
+    """What a change did, from the counts of the same images without it and with it.
+
+    Args:
+        task: decides what the score is.
+        base: counts without the change.
+        changed: counts with it.
+        resamples: draws of the bootstrap.
+        seed: of the draws.
+    """
     sums = [counts.sum(0) for counts in (base.hits, base.out_of, changed.hits, changed.out_of)]
     before, after = score(task, sums[0], sums[1]), score(task, sums[2], sums[3])
     differences = _resampled_differences(task, base, changed, resamples, seed)
     low, high = np.percentile(differences, INTERVAL)
     return Effect(
-        intervention=intervention,
         score=float(after),
         difference=float(after - before),
         low=float(low),
