@@ -89,11 +89,13 @@ class Effect:
 
 
 def standard_interventions(model: nn.Module, seed: int = 0) -> list[Intervention]:
-    """Those of the report: over all layers at once a random expert, each fixed one, the router's second choice, positions
-    shuffled and removed; in each layer alone a random expert, and each expert knocked out.
+    """Those of the report.
 
-    What a network does not allow is left out: experts that not all layers have, a second choice where every expert serves
-    every patch, positions where no router sees any.
+    Over all layers at once: a random expert, the router's second choice, each expert for all, positions shuffled and
+    removed. In each layer alone: a random expert, and each expert knocked out.
+
+    What a network does not allow is left out: experts that not all layers have, a second choice where every expert
+    serves every patch, positions where no router sees any.
     """
     layers = list(pce_layers(model))
     spare = all(layer.router.top_k < layer.router.num_experts for _, layer in layers)

@@ -1,7 +1,7 @@
 """Changing what the router decides or sees: the proof that its choice matters.
 
-A `Redirect` says which experts serve the patches instead; `redirect` puts it into force. What a change costs is measured
-in `pcenet.analysis.effects`.
+A `Redirect` says which experts serve the patches instead; `redirect` puts it into force. What a change costs is
+measured in `pcenet.analysis.effects`.
 """
 
 from __future__ import annotations
@@ -188,7 +188,9 @@ def patch_orders(grid: Grid, whole: tuple[int, int], generator: torch.Generator)
 
 def _check_expert(expert: int, layer: str, routing: Routing) -> None:
     if not 0 <= expert < routing.num_experts:
-        raise ValueError(f"expert={expert} must be one of the experts 0 to {routing.num_experts - 1} of layer {layer!r}")
+        raise ValueError(
+            f"expert={expert} must be one of the experts 0 to {routing.num_experts - 1} of layer {layer!r}"
+        )
 
 
 def _check_spare(layer: str, routing: Routing) -> None:

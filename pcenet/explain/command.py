@@ -27,7 +27,7 @@ from pcenet.explain.figures import row_label
 from pcenet.explain.findings import percent, points, summary
 from pcenet.explain.page import page
 from pcenet.explain.report import Report, intervention_report, twin_report, whole_report
-from pcenet.explain.study import Forward, study
+from pcenet.explain.study import study
 from pcenet.inference.inputs import InputFile, find_inputs
 from pcenet.inference.outputs import output_folder
 from pcenet.models import SavableModel, twin_of
@@ -217,8 +217,8 @@ class Work:
         pixels = self.pixels.of(inputs)[0]
         known = [] if truth is None else [f"It is {truth}."]
         if model.task == "classify":
-            best = int(logits.argmax())
-            answer = f"The network says {self.trained.source.classes[best]} ({percent(float(logits.softmax(0)[best]))})."
+            probability, best = logits.softmax(0).max(0)
+            answer = f"The network says {self.trained.source.classes[int(best)]} ({percent(float(probability))})."
             return Shown(name, " ".join([*known, answer]), pixels, dict(seen))
         masks = {} if mask is None else {"truth": torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8)}
         masks = {kind: values.view(image.height, image.width) for kind, values in masks.items()}
@@ -261,7 +261,7 @@ def _history(run: RunFolder | None) -> list[Row] | None:
     if run is None or not (path := run.logs / "metrics.csv").is_file():
         return None
     with path.open(encoding="utf-8", newline="") as file:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        rows: list[Row] = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
     return rows or None
 
 
@@ -276,7 +276,5 @@ def _show(report: Report) -> None:
     table.add_row("", "nothing", percent(report["interventions"]["score"]))
     for row in report["interventions"]["rows"]:
         interval = f"{points(row['low'])} to {points(row['high'])}"
-        table.add_row(
-            titles[row["layer"]], row_label(row), percent(row["score"]), points(row["difference"]), interval
-        )
+        table.add_row(titles[row["layer"]], row_label(row), percent(row["score"]), points(row["difference"]), interval)
     console().print(table)

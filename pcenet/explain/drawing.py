@@ -10,6 +10,7 @@ from torch import Tensor
 from pcenet.analysis import Gallery, Seen
 from pcenet.explain import figures, overlays
 from pcenet.explain.figures import Picture
+from pcenet.explain.findings import percent
 from pcenet.explain.report import Report
 from pcenet.training.pictures import Row, layers_of
 
@@ -140,7 +141,7 @@ def _overlay(layer: Report, number: int, shown: Shown) -> Picture:
     seen = shown.seen[layer["name"]]
     shares = (seen.routing.load / seen.routing.choice.numel()).tolist()
     alt = f"Experts of {layer['title']} laid over {shown.name}: " + ", ".join(
-        f"expert {expert} {figures.percent(share)} of the patches" for expert, share in enumerate(shares) if share
+        f"expert {expert} {percent(share)} of the patches" for expert, share in enumerate(shares) if share
     )
     image = overlays.expert_overlay(shown.pixels, seen, 0)
     return figures.from_image(f"{figures.slug(layer['title'])}-image-{number}", f"{alt}.", image)

@@ -90,7 +90,8 @@ def class_map(layer: Report) -> Picture | None:
     axis.axhline(len(names) - 0.5, color="black", linewidth=1.5)
     axis.set_title("% of a class's patches, by expert", fontsize=9)
     best = [
-        f"{name}: expert {int(row.argmax())} {percent(row.max())}" for name, row in zip(names, shares[shown], strict=True)
+        f"{name}: expert {int(row.argmax())} {percent(row.max())}"
+        for name, row in zip(names, shares[shown], strict=True)
     ]
     alt = f"Heat map of {layer['title']}, classes by experts. " + "; ".join(best) + "."
     return from_figure(f"{slug(layer['title'])}-classes", alt, figure)
@@ -103,8 +104,8 @@ def place_maps(layer: Report) -> Picture:
     shares = (counts / np.maximum(counts.sum(0), 1)).reshape(-1, rows, columns)
     across = min(2, len(shares))
     down = -(-len(shares) // across)
-    side = (WIDTH - 0.5) / across
-    figure = new_figure(WIDTH, down * (side * rows / columns + 0.3) + 0.2)
+    written = rows * columns <= WRITTEN
+    figure = new_figure(WIDTH, down * (WIDTH / across * rows / columns + 0.25) + (0 if written else 0.6))
     axes = figure.subplots(down, across, squeeze=False).ravel()
     image: Any = None
     for expert, axis in enumerate(axes):
@@ -114,9 +115,10 @@ def place_maps(layer: Report) -> Picture:
             continue
         image = axis.imshow(shares[expert], cmap="Blues", vmin=0, vmax=1)
         axis.set_title(f"expert {expert}", fontsize=9)
-        if rows * columns <= WRITTEN:
+        if written:
             _write_values(axis, shares[expert], lambda value: f"{100 * value:.0f}", lambda value: value > 0.5)
-    figure.colorbar(image, ax=list(axes), shrink=0.6, label="share of the place's patches")
+    if not written:
+        figure.colorbar(image, ax=list(axes), location="bottom", shrink=0.8, label="share of the place's patches")
     alt = f"Maps of {layer['title']}: the share of each place's patches that an expert serves. " + " ".join(
         f"Expert {expert}: from {percent(share.min())} to {percent(share.max())}, most {place_in_words(share)}."
         for expert, share in enumerate(shares)
@@ -168,7 +170,15 @@ def load_now(layer: Report) -> Picture:
     axis.barh(range(len(loads)), [100 * load for load in loads], color=colours, edgecolor="black", linewidth=0.5)
     axis.axvline(100 / len(loads), color="black", linestyle="--", linewidth=1)
     for expert, load in enumerate(loads):
-        axis.text(100 * load, expert, f" {100 * load:.1f}", va="center", fontsize=8)
+        axis.annotate(
+            f"{100 * load:.1f}",
+            (100 * load, expert),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
     axis.set(xlabel="% of the patches; dashed: even", xlim=(0, 118 * max(loads)))
     axis.set_yticks(range(len(loads)), [f"expert {expert}" for expert in range(len(loads))], fontsize=8)
     axis.invert_yaxis()
@@ -186,7 +196,7 @@ def load_history(layer: Report, rows: Sequence[Row]) -> Picture:
         rows: the figures of each epoch, as in ``metrics.csv``.
     """
     figure = new_figure(WIDTH, 2.2)
-    axis = figure.subplots()
+    axis: Any = figure.subplots()
     draw_load(axis, rows, layer["name"])
     axis.set(xlabel="epoch", ylabel="share of the patches")
     axis.xaxis.get_major_locator().set_params(integer=True)

@@ -26,7 +26,7 @@ class Finding:
     """One sentence.
 
     Attributes:
-        sign: ``"good"``: experts differ, and it matters; ``"bad"``: a sign that something is amiss; ``"note"``: neither.
+        sign: ``"good"``: experts differ, and it matters; ``"bad"``: something may be amiss; ``"note"``: neither.
         text: the sentence.
     """
 
@@ -81,7 +81,15 @@ def owners(layer: Report) -> list[Owner]:
 
 def summary(report: Report) -> list[Finding]:
     """What the whole report says, the most important first."""
-    return [*_interventions(report), *_twin(report), *_classes(report), *_places(report), *_knock_out(report)]
+    return [
+        *_random(report),
+        *_single(report),
+        *_knock_out(report),
+        *_classes(report),
+        *_places(report),
+        *_unhealthy(report),
+        *_twin(report),
+    ]
 
 
 def layer_findings(layer: Report) -> list[Finding]:
@@ -89,7 +97,7 @@ def layer_findings(layer: Report) -> list[Finding]:
     return [*_owned(layer), *_place(layer), *_health(layer), *_sharp(layer)]
 
 
-def _interventions(report: Report) -> Iterator[Finding]:
+def _random(report: Report) -> Iterator[Finding]:
     row = _row(report, "random expert")
     if row is None:
         return
@@ -109,6 +117,22 @@ def _interventions(report: Report) -> Iterator[Finding]:
         )
 
 
+def _single(report: Report) -> Iterator[Finding]:
+    rows = [row for row in _rows(report) if row["name"] == "one expert for all"]
+    if not rows:
+        return
+    best = max(rows, key=lambda row: float(row["difference"]))
+    text = (
+        f"expert {best['expert']}, if it serves every patch of every layer: {report['score']['name']} "
+        f"{percent(best['score'])} ({points(best['difference'])} points, 95 % interval {points(best['low'])} to "
+        f"{points(best['high'])})."
+    )
+    if best["high"] < 0:
+        yield Finding("good", f"No single expert does as well as the router's choice; the best is {text}")
+    else:
+        yield Finding("bad", f"It is not shown that more than one expert is needed; see {text}")
+
+
 def _twin(report: Report) -> Iterator[Finding]:
     twin, name = report["twin"], report["score"]["name"]
     if twin is None:
@@ -125,7 +149,9 @@ def _classes(report: Report) -> Iterator[Finding]:
     measured = [layer for layer in report["layers"] if layer["specialisation"] is not None]
     apart = [layer for layer in measured if _tells_class(layer)]
     if measured and not apart:
-        yield Finding("bad", "In no layer does the expert tell anything of the class: no expert specialises in classes.")
+        yield Finding(
+            "bad", "In no layer does the expert tell anything of the class: no expert specialises in classes."
+        )
     if apart:
         best = max(apart, key=lambda layer: float(layer["specialisation"]["with_class"]))
         numbers = best["specialisation"]
@@ -133,16 +159,17 @@ def _classes(report: Report) -> Iterator[Finding]:
             "good",
             f"In {len(apart)} of {len(measured)} layers the expert tells something of the class, most of all in "
             f"{best['title']}: normalised mutual information {numbers['with_class']:.3f} (by chance "
-            f"{numbers['control_class']:.3f}), and {numbers['with_class_given_position']:.3f} among patches of one place "
-            f"(by chance {numbers['control_class_given_position']:.3f}); 0 is nothing, 1 everything.",
+            f"{numbers['control_class']:.3f}), and among patches of one place "
+            f"{numbers['with_class_given_position']:.3f} (by chance {numbers['control_class_given_position']:.3f}); "
+            "0 is nothing, 1 everything.",
         )
     owned = [(owner, layer) for layer in report["layers"] for owner in owners(layer)[:1]]
     if owned:
         owner, layer = max(owned, key=lambda pair: pair[0].share / pair[0].load)
         yield Finding(
             "good",
-            f"The clearest case: in {layer['title']} expert {owner.expert} serves {percent(owner.share)} of the patches "
-            f"of {owner.name}, but {percent(owner.load)} of all patches.",
+            f"The clearest case: in {layer['title']} expert {owner.expert} serves {percent(owner.share)} of the "
+            f'patches of class "{owner.name}", but {percent(owner.load)} of all patches.',
         )
 
 
@@ -159,6 +186,12 @@ def _places(report: Report) -> Iterator[Finding]:
         )
 
 
+def _unhealthy(report: Report) -> Iterator[Finding]:
+    for layer in report["layers"]:
+        for finding in (*_health(layer), *_sharp(layer)):
+            yield Finding(finding.sign, f"{layer['title']}: {finding.text}")
+
+
 def _knock_out(report: Report) -> Iterator[Finding]:
     rows = [row for row in _rows(report) if row["name"] == "knocked out"]
     if not rows:
@@ -168,9 +201,9 @@ def _knock_out(report: Report) -> Iterator[Finding]:
     losses = {name: value for name, value in worst["by_class"].items() if value is not None}
     hardest = min(losses, key=lambda name: float(losses[name]))
     text = (
-        f"The expert that is missed most is {worst['expert']} of {title}: without it, its patches going to the router's "
-        f"next best, {report['score']['name']} changes by {points(worst['difference'])} points (95 % interval "
-        f"{points(worst['low'])} to {points(worst['high'])}), that of {hardest} by {points(losses[hardest])}."
+        f"The expert that is missed most is {worst['expert']} of {title}: without it, its patches going to the "
+        f"router's next best, {report['score']['name']} changes by {points(worst['difference'])} points (95 % interval "
+        f'{points(worst["low"])} to {points(worst["high"])}), that of class "{hardest}" by {points(losses[hardest])}.'
     )
     if worst["high"] < 0:
         yield Finding("good", text)
@@ -184,13 +217,15 @@ def _owned(layer: Report) -> Iterator[Finding]:
         yield Finding("note", "No patch has a class here, so nothing is known of experts and classes.")
     elif found:
         cases = [
-            f"expert {owner.expert} serves {percent(owner.share)} of {owner.name} (of all patches {percent(owner.load)})"
+            f'expert {owner.expert} serves {percent(owner.share)} of "{owner.name}" and {percent(owner.load)} of all'
             for owner in found[:MOST_OWNERS]
         ]
         more = f", and {len(found) - MOST_OWNERS} more classes" if len(found) > MOST_OWNERS else ""
-        yield Finding("good", f"Classes that one expert owns: {'; '.join(cases)}{more}.")
+        yield Finding("good", f"Classes that one expert owns, by shares of patches: {'; '.join(cases)}{more}.")
     elif _tells_class(layer):
         yield Finding("note", "No expert owns a class, but classes are spread over the experts unevenly.")
+    elif _tells_class_at_a_place(layer):
+        yield Finding("note", "On the whole experts do not differ by class, but among patches of one place they do.")
     else:
         yield Finding("bad", "Experts do not differ by class: each class is spread over them as all patches are.")
 
@@ -199,21 +234,18 @@ def _place(layer: Report) -> Iterator[Finding]:
     numbers = layer["specialisation"]
     if numbers is None or numbers["with_position"] <= BY_PLACE:
         return
-    rest = numbers["with_class_given_position"] - numbers["control_class_given_position"]
-    tail = (
-        "among patches of one place the expert still tells something of the class."
-        if rest > APART
-        else "among patches of one place the expert tells nothing of the class."
-    )
-    text = f"The router goes mainly by place (mutual information {numbers['with_position']:.2f}): {tail}"
-    yield Finding("note" if rest > APART else "bad", text)
+    text = f"The router goes mainly by place: mutual information {numbers['with_position']:.2f}"
+    if _tells_class_at_a_place(layer):
+        yield Finding("note", f"{text}; among patches of one place the expert still tells something of the class.")
+    else:
+        yield Finding("bad", f"{text}; among patches of one place the expert tells nothing of the class.")
 
 
 def _health(layer: Report) -> Iterator[Finding]:
     health = layer["health"]
     if health["dead"]:
-        dead = ", ".join(map(str, health["dead"]))
-        yield Finding("bad", f"Dead: expert(s) {dead} got no patch at all.")
+        dead = " or ".join(map(str, health["dead"]))
+        yield Finding("bad", f"Dead: no patch goes to expert {dead}.")
     elif health["max_min"] > UNEVEN:
         yield Finding("bad", f"Uneven: the busiest expert has {health['max_min']:.1f} times the load of the idlest.")
     if health["drop_rate"] > DROPPED:
@@ -233,6 +265,11 @@ def _sharp(layer: Report) -> Iterator[Finding]:
 def _tells_class(layer: Report) -> bool:
     numbers = layer["specialisation"]
     return bool(numbers["with_class"] - numbers["control_class"] > APART)
+
+
+def _tells_class_at_a_place(layer: Report) -> bool:
+    numbers = layer["specialisation"]
+    return bool(numbers["with_class_given_position"] - numbers["control_class_given_position"] > APART)
 
 
 def _rows(report: Report) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from pcenet.analysis.galleries import SIDE, Exhibit
 
 WIDTH = 400  # pixels of an overlay
 FAINTEST, STRONGEST = 0.15, 0.75  # opacity of the colours at gate values 0 and 1
+LIGHT = 0.7  # of the darkness of the image below is left
 NUMBERED = 22  # pixels of a patch from which its expert's number is written into it
 COLUMNS, GAP = 6, 4  # exhibits in a row of a gallery, pixels between them
 DROPPED = (60, 60, 60)
@@ -36,7 +37,8 @@ def expert_overlay(pixels: Tensor, seen: Seen, image: int) -> Image.Image:
         seen: what the layer saw of the batch that holds it.
         image: its number in that batch.
     """
-    grey = picture_of(pixels).convert("L").convert("RGB")
+    # Lightened, because colours cannot be told apart on black.
+    grey = picture_of(pixels).convert("L").point([round(255 - LIGHT * (255 - v)) for v in range(256)]).convert("RGB")
     routing = seen.routing
     _, rows, columns = routing.grid
     gate = routing.probs.gather(1, routing.choice[:, :1])[:, 0].view(*routing.grid)[image].tolist()

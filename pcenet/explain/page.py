@@ -14,6 +14,7 @@ from pcenet.explain.findings import layer_findings, owners, percent, points, sum
 from pcenet.explain.report import Report
 
 TEMPLATE = "page.html"
+MOST_SERVED = 3  # classes named of an expert that owns none
 
 
 def page(report: Report, pictures: Pictures, captions: list[tuple[str, str]]) -> str:
@@ -62,13 +63,13 @@ def colour(number: int) -> str:
 
 
 def served(layer: Report, expert: int) -> list[str]:
-    """The classes that an expert owns, or else the largest of what it serves, in words."""
-    owned = [f"{percent(owner.share)} of {owner.name}" for owner in owners(layer) if owner.expert == expert]
+    """The classes that an expert owns, or else those of which it serves most for its load, in words."""
+    owned = [owner for owner in owners(layer) if owner.expert == expert]
     if owned:
-        return owned
-    counts = {name: of_class[expert] for name, of_class in layer["by_class"].items() if of_class[expert]}
-    largest = sorted(counts, key=lambda name: -counts[name])[:3]
-    return [f"{percent(counts[name] / sum(layer['by_class'][name]))} of {name}" for name in largest]
+        return [f'{percent(owner.share)} of "{owner.name}"' for owner in owned]
+    shares = {name: of_class[expert] / sum(of_class) for name, of_class in layer["by_class"].items() if any(of_class)}
+    most = sorted(shares, key=lambda name: -shares[name])[:MOST_SERVED]
+    return [f'{percent(shares[name])} of "{name}"' for name in most if shares[name]]
 
 
 def without(report: Report, layer: Report, expert: int) -> dict[str, Any] | None:

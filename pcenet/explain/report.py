@@ -50,9 +50,7 @@ def layer_report(
         "agreement": {view: asdict(statistics.compute()) for view, statistics in layer.agreement.items()},
         "specialisation": None if by_class is None else asdict(specialisation(by_class, seed=seed)),
         # Patches of each class, expert by expert.
-        "by_class": {}
-        if by_class is None
-        else dict(zip(classes, by_class.sum(axis=0).T.tolist(), strict=True)),
+        "by_class": {} if by_class is None else dict(zip(classes, by_class.sum(axis=0).T.tolist(), strict=True)),
         # Patches at each place of the most frequent grid, row by row, expert by expert.
         "by_place": by_place[:, :, 0].T.tolist(),
         "gallery": [
