@@ -28,8 +28,9 @@ ALLOWED = {
     "data": {"choices"},
     "training": {"choices", "nn", "models", "data"},
     "compare": {"choices", "models", "training"},
-    "analysis": {"nn", "models", "data", "training"},
+    "analysis": {"choices", "nn", "models", "data", "training"},
     "inference": {"choices", "nn", "models", "data", "training", "analysis"},
+    "explain": {"choices", "nn", "models", "data", "training", "analysis", "inference"},
 }
 
 

@@ -292,7 +292,7 @@ def knock_out_map(layer: Report, report: Report) -> Picture | None:
         len(rows),
         "PuOr",
         (-bound, bound),
-        lambda v: f"{v:+.1f}",
+        lambda v: points(v / 100),
     )
     axis = figure.axes[0]
     axis.axhline(len(labels) - 0.5, color="black", linewidth=1.5)

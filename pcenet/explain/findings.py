@@ -60,7 +60,7 @@ def percent(value: float) -> str:
 
 def points(value: float) -> str:
     """A difference of shares as text, in percentage points."""
-    return f"{100 * value:+.1f}"
+    return f"{round(100 * value, 1) + 0.0:+.1f}"  # + 0.0 turns -0.0 into 0.0
 
 
 def owners(layer: Report) -> list[Owner]:

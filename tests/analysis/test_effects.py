@@ -127,7 +127,11 @@ def test_the_standard_ones() -> None:
 
 def test_what_a_network_does_not_allow_is_left_out() -> None:
     model = nn.Sequential(PCELayer(3, 3, patch_size=2, num_experts=1, num_bands=0))
-    assert names(model) == [("random expert", None, None), ("one expert for all", None, 0), ("random expert", "0", None)]
+    assert names(model) == [
+        ("random expert", None, None),
+        ("one expert for all", None, 0),
+        ("random expert", "0", None),
+    ]
 
 
 @torch.no_grad()
