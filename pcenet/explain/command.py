@@ -37,7 +37,7 @@ from pcenet.training.device import autocast, resolve_device, resolve_precision, 
 from pcenet.training.evaluate import EVAL_BATCH_SIZE, Trained, open_trained
 from pcenet.training.folder import RunFolder, write_json, write_text
 from pcenet.training.measures import cost_of, image_size, preprocessing
-from pcenet.training.pictures import Row
+from pcenet.training.pictures import Row, new_figure
 from pcenet.training.pixels import upsample
 from pcenet.training.tables import console
 
@@ -56,6 +56,7 @@ def explain(config: ExplainConfig) -> Path:
         ModuleNotFoundError: without matplotlib or jinja2.
     """
     set_threads(config.threads)
+    new_figure(1, 1)  # where matplotlib is missing, that shows now and not after the work
     folder = output_folder(config.out, "explanation")
     work = Work(config, open_trained(config.of(config.run)))
     trained = work.trained

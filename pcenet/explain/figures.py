@@ -254,6 +254,7 @@ def interventions_figure(report: Report) -> Picture:
         axis.barh(place, 100 * row["difference"], color=colour, height=0.7)
         axis.plot([100 * row["low"], 100 * row["high"]], [place, place], color="black", linewidth=1)
     axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_ylim(-0.8, len(rows) - 0.2)
     axis.set_yticks(range(len(rows)), labels, fontsize=7)
     axis.tick_params(axis="x", labelsize=8)
     axis.set_xlabel(f"points of {report['score']['name']}", fontsize=8)

@@ -13,7 +13,7 @@ LIFT = 1.5  # times that expert's load
 ENOUGH = 30  # patches of a class, to say anything about it
 MOST_OWNERS = 4  # named of a layer
 APART = 0.02  # by how much mutual information must exceed its control
-BY_PLACE = 0.5  # mutual information with position above which a router goes by place
+BY_PLACE = 0.5  # mutual information with position from which on that is said
 UNEVEN = 3.0  # max/min load
 DROPPED = 0.01
 UNSURE = 1.3  # times the gate value of a router that cannot tell
@@ -182,7 +182,7 @@ def _places(report: Report) -> Iterator[Finding]:
     if titles:
         yield Finding(
             "note",
-            f"In {', '.join(titles)} the router goes mainly by where a patch lies, less by what is in it.",
+            f"In {', '.join(titles)} much of the routing follows from where a patch lies, whatever is in it.",
         )
 
 
@@ -234,7 +234,7 @@ def _place(layer: Report) -> Iterator[Finding]:
     numbers = layer["specialisation"]
     if numbers is None or numbers["with_position"] <= BY_PLACE:
         return
-    text = f"The router goes mainly by place: mutual information {numbers['with_position']:.2f}"
+    text = f"Much of the routing follows from the place alone: mutual information {numbers['with_position']:.2f}"
     if _tells_class_at_a_place(layer):
         yield Finding("note", f"{text}; among patches of one place the expert still tells something of the class.")
     else:

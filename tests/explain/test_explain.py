@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,14 @@ def test_what_cannot_be_read_is_named(awkward: Path, tmp_path: Path, capsys: pyt
     error = refusal(capsys, str(awkward / "routed"), *of_data, "--images", str(tmp_path / "broken.png"))
     assert "broken.png" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_it_says_so_before_any_work(
+    awkward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("pcenet.explain.command.open_trained", None)
+    assert "pip install 'pcenet[plot]'" in refusal(capsys, str(awkward / "routed"), "--out", str(tmp_path / "out"))
 
 
 def test_a_bundled_network_finds_its_twin(bundle: Any, awkward: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_layer_that_does_not() -> None:
     by_place = numbers | {"with_position": 0.8}
     found = texts(layer_findings(layer(specialisation=by_place, by_class=even)))
     assert (
-        "goes mainly by place: mutual information 0.80; among patches of one place the expert tells nothing"
+        "follows from the place alone: mutual information 0.80; among patches of one place the expert tells nothing"
         in (found["bad"][1])
     )
     found = texts(layer_findings(layer(specialisation=None, by_class={})))
@@ -152,4 +152,4 @@ def test_without_any_specialisation() -> None:
     found = texts(summary(report([layer(specialisation=numbers, by_class={"sky": [60, 40]})])))
     assert found["good"] == []
     assert found["bad"] == ["In no layer does the expert tell anything of the class: no expert specialises in classes."]
-    assert found["note"] == ["In a the router goes mainly by where a patch lies, less by what is in it."]
+    assert found["note"] == ["In a much of the routing follows from where a patch lies, whatever is in it."]
