@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_origin
 
@@ -234,8 +234,21 @@ def respell(word: str, spellings: dict[str, str]) -> str:
     name, equals, value = word.partition("=")
     known = name.replace("_", "-")
     if known not in spellings:
-        raise ValueError(f"unknown option {name!r}{did_you_mean(known, spellings)}")
+        likely = did_you_mean(known, spellings, 0.85) or of_the_network(known, spellings)
+        raise ValueError(f"unknown option {name!r}{likely or did_you_mean(known, spellings)}")
     return spellings[known] + equals + value
+
+
+def of_the_network(option: str, spellings: Collection[str]) -> str:
+    """How to give what is an argument of networks, where a command takes such; else nothing."""
+    if "--model-args" not in spellings:
+        return ""
+    from pcenet.models import model_options
+
+    argument = option.lstrip("-").replace("-", "_")
+    if not any(argument in model_options(name) for name in ("pce_nano", "pce_unet_nano")):
+        return ""
+    return f"; it is an argument of the network: give --model-args '{{\"{argument}\": ...}}'"
 
 
 def explain(message: str, entries: dict[str, Entry]) -> str:

@@ -260,8 +260,8 @@ class Router(nn.Module):
         num_bands: K, bands of the position features.
         balancing: ``"batch"`` adds a bias per expert to the logits. In training it is the one that spreads the batch
             evenly (see `balancing_bias`), at evaluation its running mean over the batches of training, as BatchNorm has
-            its statistics, so that a prediction does not depend on its batch. No gradient goes through it. ``"none"``
-            leaves balance to the loss alone.
+            its statistics, so that a prediction does not depend on its batch. No gradient goes through it, nor through
+            the mean of a batch's logits, which it would undo. ``"none"`` leaves balance to the loss alone.
         temperature: T of ``probs = softmax(logits / T)``, in training and at evaluation. Gate values and the balance
             loss see these probabilities; the z-loss sees the logits before the division, so that it bounds what the
             perceptron puts out whatever T is.
@@ -377,7 +377,7 @@ class Router(nn.Module):
         if self.training and self.perturb is not None:
             logits = self.perturb(logits)
         if self.expert_bias is not None:
-            logits = logits + self._balance(logits.detach())
+            logits = self._balanced(logits)
         return route(
             logits,
             grid_of(x, self.patch_size),
@@ -388,14 +388,18 @@ class Router(nn.Module):
             temperature=self.temperature,
         )
 
-    def _balance(self, logits: Tensor) -> Tensor:
+    def _balanced(self, logits: Tensor) -> Tensor:
+        """Logits with the bias that evens out the loads."""
         assert self.expert_bias is not None
         if not self.training:
-            return self.expert_bias.to(logits.dtype)
-        bias = balancing_bias(logits, self.top_k)
+            return logits + self.expert_bias.to(logits.dtype)
+        bias = balancing_bias(logits.detach(), self.top_k)
         with torch.no_grad():
             self.expert_bias.lerp_(bias.to(self.expert_bias.dtype), BIAS_MOMENTUM)
-        return bias
+        # The task raises whatever was chosen. What it raises for all patches alike the bias would lower again, and both
+        # would grow for ever: a batch's mean has no gradient.
+        mean = logits.mean(dim=0)
+        return logits - (mean - mean.detach()) + bias
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of the module\'s settings."""
