@@ -23,6 +23,7 @@ WIDTH = 4.8  # inches: read at full width on a phone, beside others on a desk
 RESOLUTION = 150  # pixels per inch
 MOST_CLASSES = 30  # rows of a heat map
 LONGEST_NAME = 22  # characters
+FEW = 8  # experts whose maps have room for values
 WRITTEN = 100  # cells of a map up to which their values are written into them
 
 Rows = Sequence[Sequence[float]]
@@ -102,9 +103,10 @@ def place_maps(layer: Report) -> Picture:
     rows, columns = layer["grid"]
     counts = np.array(layer["by_place"], float)
     shares = (counts / np.maximum(counts.sum(0), 1)).reshape(-1, rows, columns)
-    across = min(2, len(shares))
+    few = len(shares) <= FEW
+    across = min(2 if few else 4, len(shares))
     down = -(-len(shares) // across)
-    written = rows * columns <= WRITTEN
+    written = few and rows * columns <= WRITTEN
     figure = new_figure(WIDTH, down * (WIDTH / across * rows / columns + 0.25) + (0 if written else 0.6))
     axes = figure.subplots(down, across, squeeze=False).ravel()
     image: Any = None
@@ -166,8 +168,8 @@ def load_now(layer: Report) -> Picture:
     loads = layer["health"]["load"]
     figure = new_figure(WIDTH, 0.6 + 0.28 * len(loads))
     axis = figure.subplots()
-    colours = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in class_colours()[: len(loads)]]
-    axis.barh(range(len(loads)), [100 * load for load in loads], color=colours, edgecolor="black", linewidth=0.5)
+    widths = [100 * load for load in loads]
+    axis.barh(range(len(loads)), widths, color=_colours(len(loads)), edgecolor="black", linewidth=0.5)
     axis.axvline(100 / len(loads), color="black", linestyle="--", linewidth=1)
     for expert, load in enumerate(loads):
         axis.annotate(
@@ -197,7 +199,7 @@ def load_history(layer: Report, rows: Sequence[Row]) -> Picture:
     """
     figure = new_figure(WIDTH, 2.2)
     axis: Any = figure.subplots()
-    draw_load(axis, rows, layer["name"])
+    draw_load(axis, rows, layer["name"], _colours(layer["experts"]))
     axis.set(xlabel="epoch", ylabel="share of the patches")
     axis.xaxis.get_major_locator().set_params(integer=True)
     last = [value for name, value in rows[-1].items() if name.startswith(f"router/{layer['name']}/load_")]
@@ -310,6 +312,11 @@ def short(name: str) -> str:
     return cut.replace("$", r"\$")
 
 
+def _colours(experts: int) -> list[str]:
+    """The experts' colours, as matplotlib has them."""
+    return ["#{:02x}{:02x}{:02x}".format(*colour) for colour in class_colours()[:experts]]
+
+
 def _heat_map(
     values: Any, labels: Sequence[str], experts: int, cmap: str, limits: tuple[float, float], text: Any
 ) -> Figure:
@@ -321,7 +328,8 @@ def _heat_map(
     axis.set_xlabel("expert")
     middle, half = (limits[0] + limits[1]) / 2, (limits[1] - limits[0]) / 2
     dark = (lambda v: v > middle) if limits[0] == 0 else (lambda v: abs(v - middle) > 0.6 * half)
-    _write_values(axis, values, text, dark)
+    if experts <= FEW:
+        _write_values(axis, values, text, dark)
     return figure
 
 

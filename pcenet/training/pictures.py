@@ -120,13 +120,20 @@ def expert_load(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw_load(axis: Any, rows: Sequence[Row], layer: str) -> None:
-    """The load of a layer's experts over the epochs, as bars that add up to 1."""
+def draw_load(axis: Any, rows: Sequence[Row], layer: str, colours: Sequence[str] = PALETTE) -> None:
+    """The load of a layer's experts over the epochs, as bars that add up to 1.
+
+    Args:
+        axis: matplotlib's, to draw on.
+        rows: the figures of each epoch, as in ``metrics.csv``.
+        layer: name of the layer.
+        colours: of the experts, repeated where there are fewer.
+    """
     epochs = [row["epoch"] for row in rows]
     below = [0.0] * len(rows)
     for expert, name in enumerate(name for name in rows[-1] if name.startswith(f"router/{layer}/load_")):
         shares = [row[name] for row in rows]
-        axis.bar(epochs, shares, bottom=below, width=1, color=PALETTE[expert % len(PALETTE)], label=str(expert))
+        axis.bar(epochs, shares, bottom=below, width=1, color=colours[expert % len(colours)], label=str(expert))
         below = [a + b for a, b in zip(below, shares, strict=True)]
     axis.set_ylim(0, 1)
     axis.legend(title="expert", fontsize=7, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from pcenet.analysis import Seen
 from pcenet.analysis.colours import class_colours
-from pcenet.explain.figures import class_map, from_figure, place_in_words, short
+from pcenet.explain.figures import class_map, from_figure, load_history, place_in_words, place_maps, short
 from pcenet.explain.overlays import DROPPED, FAINTEST, LIGHT, STRONGEST, class_overlay, expert_overlay
 from pcenet.nn import Grid, route
 
@@ -85,3 +88,15 @@ def test_a_script_without_glyphs_is_no_error() -> None:
     figure = Figure()
     figure.text(0, 0, "\u6f22\u5b57")
     assert from_figure("name", "alt", figure).png.startswith(b"\x89PNG")
+
+
+def test_many_experts_have_room_and_colours_of_their_own() -> None:
+    layer = {"title": "a", "name": "a", "experts": 12, "grid": [2, 3], "by_place": [[1] * 6] * 12}
+    picture = place_maps(layer)
+    assert "Expert 11: from 8.3 % to 8.3 %, most all over." in picture.alt
+    assert picture.size[0] == 720
+    row = {"epoch": 1.0} | {f"router/a/load_{expert}": 1 / 12 for expert in range(12)}
+    history = load_history(layer, [row, row | {"epoch": 2.0}])
+    with Image.open(BytesIO(history.png)) as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 16)}
+    assert set(class_colours()[:12]) <= colours
