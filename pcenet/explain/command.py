@@ -28,7 +28,7 @@ from pcenet.explain.findings import percent, points, summary
 from pcenet.explain.page import page
 from pcenet.explain.report import Report, intervention_report, twin_report, whole_report
 from pcenet.explain.study import study
-from pcenet.inference.inputs import InputFile, find_inputs
+from pcenet.inference.inputs import InputFile, find_inputs, printable
 from pcenet.inference.outputs import output_folder
 from pcenet.models import SavableModel, twin_of
 from pcenet.models.pretrained import bundled
@@ -69,7 +69,7 @@ def explain(config: ExplainConfig) -> Path:
     found = study(
         trained.model,
         work.batches(trained, work.source, "counting"),
-        len(trained.source.classes),
+        len(work.classes),
         work.pixels,
         work.forward,
     )
@@ -91,8 +91,8 @@ def explain(config: ExplainConfig) -> Path:
         about,
         found,
         task=trained.model.task,
-        classes=trained.source.classes,
-        file_name=work.source.file_name,
+        classes=work.classes,
+        file_name=lambda index: printable(work.source.file_name(index)),
         seed=config.seed,
     )
     shown = [work.of_file(file) for file in files] or list(work.of_data())
@@ -113,6 +113,11 @@ class Work:
     Args:
         config: the options.
         trained: the network and its data.
+
+    Attributes:
+        classes: class names, by class number, in valid Unicode.
+        pixels: between the network's inputs and what they show.
+        source: the images that are counted over.
     """
 
     def __init__(self, config: ExplainConfig, trained: Trained) -> None:
@@ -120,6 +125,10 @@ class Work:
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
         values = preprocessing(trained.model)
+        # Names on disk need not be valid Unicode; what is written and drawn must be.
+        self.classes = [
+            name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in trained.source.classes
+        ]
         self.pixels = Pixels(values["mean"], values["std"])
         self.source = self.some(config.max_images)
         self._place(trained.model)
@@ -166,7 +175,7 @@ class Work:
             )
         self._place(twin.model)
         batches = self.batches(twin, self.source, "the dense twin")
-        counts, _ = tallies(twin.model, batches, [], len(twin.source.classes), self.forward)
+        counts, _ = tallies(twin.model, batches, [], len(self.classes), self.forward)
         task = self.trained.model.task
         return twin_report(task, name, counts, network, cost_of(twin.model), self.config.seed)
 
@@ -181,14 +190,13 @@ class Work:
             return None
         source = self.some(min(config.intervention_images, len(self.source)))
         tried = standard_interventions(trained.model, config.seed)
-        classes = trained.source.classes
         batches = self.batches(trained, source, "interventions")
-        base, changed = tallies(trained.model, batches, tried, len(classes), self.forward)
+        base, changed = tallies(trained.model, batches, tried, len(self.classes), self.forward)
         return intervention_report(
             trained.model.task,
             base,
             list(zip(tried, changed, strict=True)),
-            classes=classes,
+            classes=self.classes,
             layers=layers,
             seed=config.seed,
         )
@@ -198,9 +206,9 @@ class Work:
         source, count = self.trained.source, min(self.config.shown, len(self.trained.source))
         for number in range(count):
             index = (2 * number + 1) * len(source) // (2 * count)
-            name = source.file_name(index)
+            name = printable(source.file_name(index))
             if self.trained.model.task == "classify":
-                yield self._shown(source.image(index), name, truth=source.classes[source.labels[index]])
+                yield self._shown(source.image(index), name, truth=self.classes[source.labels[index]])
             else:
                 image, mask = source.sample(index)
                 yield self._shown(image, name, mask=mask)
@@ -219,7 +227,7 @@ class Work:
         known = [] if truth is None else [f"It is {truth}."]
         if model.task == "classify":
             probability, best = logits.softmax(0).max(0)
-            answer = f"The network says {self.trained.source.classes[int(best)]} ({percent(float(probability))})."
+            answer = f"The network says {self.classes[int(best)]} ({percent(float(probability))})."
             return Shown(name, " ".join([*known, answer]), pixels, dict(seen))
         masks = {} if mask is None else {"truth": torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8)}
         masks = {kind: values.view(image.height, image.width) for kind, values in masks.items()}
