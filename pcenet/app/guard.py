@@ -1,7 +1,7 @@
 """What a request must be before gradio sees it, and what is said to the browser with every answer.
 
-gradio serves far more than this page needs (proxies, recordings, its own history, files of several folders). Whatever is
-not named here does not exist.
+gradio serves far more than this page needs (proxies, recordings, its own history, files of several folders). Whatever
+is not named here does not exist.
 """
 
 from __future__ import annotations

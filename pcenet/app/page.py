@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio_client.utils import is_http_url_like
 from PIL import Image
 
 from pcenet.app import pictures, words
@@ -54,18 +53,6 @@ class Limits:
     size: int
 
 
-class ImageFile(gr.File):
-    """A file that was uploaded to this page. gradio's own would also fetch one from an address that a request names."""
-
-    is_template = True  # the browser's part is that of gradio's own
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        """Where a file lies. Raises a ``ValueError`` for an address."""
-        if is_http_url_like(str(url_or_file_path)):
-            raise ValueError("an address is no uploaded file")
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
-
-
 class Page:
     """All parts of the page.
 
@@ -105,38 +92,47 @@ class Page:
         step("5. What changed")
         self.report = text("", "report")
         with gr.Row(visible=False) as self.comparison:
-            self.router_picture = picture("As the router chose", "router-picture")
-            self.changed = picture("Pixels whose class changed", "changed")
+            with gr.Column(min_width=320):
+                self.router_picture = picture("The classes as the router chose the experts", "router-picture")
+            with gr.Column(min_width=320):
+                self.changed = picture("The pixels whose class changed", "changed")
 
     def _lay_out_choice(self) -> None:
         step("1. Choose an image")
         self.gallery = gr.Gallery(
             [(fitted(sample.load(), THUMBNAIL), sample.title) for sample in self.samples],
             label="Samples",
-            columns=3,
-            height="auto",
+            columns=4,
+            height=340,
+            object_fit="cover",
             allow_preview=False,
             interactive=False,
             buttons=[],
             visible=bool(self.samples),
             elem_id="samples",
         )
-        self.file = ImageFile(
+        self.file = gr.File(
             label=f"Drop an image here ({', '.join(FORMATS)}; {self.limits.size // 2**20} MB at most)",
             height=140,
             elem_id="upload",
         )
+        take_no_addresses(self.file)
 
     def _lay_out_prediction(self) -> None:
         step("2. What the network makes of it")
         self.headline = text("", "headline")
-        self.prediction = picture("Classes of the pixels" if self.segment else "What the network sees", "prediction")
+        self.prediction = picture(
+            "The image under the colours of its pixels' classes"
+            if self.segment
+            else "The image as the network sees it",
+            "prediction",
+        )
         self.table = text("", "classes")
 
     def _lay_out_layer(self) -> None:
         step("3. Which expert serves which patch")
         self.layer = gr.Radio([], label="Layer, from the image to the prediction", elem_id="layer")
-        self.experts = picture("Experts; click on a patch", "experts")
+        self.experts = picture("The image with the expert of each patch; click on a patch to point at it", "experts")
         self.legend = text("", "legend")
         text(words.HOW_TO_READ, "how-to-read")
 
@@ -276,6 +272,21 @@ class Page:
         }
 
 
+def take_no_addresses(file: gr.File) -> None:
+    """Let a component take uploaded files alone. By itself it would fetch a file from any address that a request names.
+
+    (A subclass would be cleaner, but for each one gradio writes a ``.pyi`` file beside the module.)
+    """
+    move = file.async_move_resource_to_block_cache
+
+    async def checked(url_or_file_path: str | Path | None) -> str | None:
+        if "://" in str(url_or_file_path):
+            raise ValueError("an address is no uploaded file")
+        return await move(url_or_file_path)
+
+    file.async_move_resource_to_block_cache = checked  # type: ignore[method-assign]
+
+
 def with_event_data(fulfil: Callable[..., Answer]) -> Callable[..., Answer]:
     """The same, and gradio gives it the event: it looks for that in the types of the arguments."""
 
@@ -303,8 +314,11 @@ def text(content: str, name: str | None = None) -> gr.Markdown:
 
 
 def picture(label: str, name: str) -> gr.Image:
-    """A picture that the page shows."""
-    return gr.Image(label=label, alt_text=label, format="png", interactive=False, buttons=[], elem_id=name)
+    """A picture that the page shows, under its caption: gradio's own would cover a part of it."""
+    text(f"<p>{label}</p>")
+    return gr.Image(
+        label=label, alt_text=label, show_label=False, format="png", interactive=False, buttons=[], elem_id=name
+    )
 
 
 def theme() -> gr.themes.Base:

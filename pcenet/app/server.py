@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -102,7 +102,9 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise ValueError(f"port {port} on {host} is in use; give another with --port, or 0 for any free one") from error
+            raise ValueError(
+                f"port {port} on {host} is in use; give another with --port, or 0 for any free one"
+            ) from error
         raise ValueError(f"host {host!r}, port {port}: cannot listen there ({error.strerror or error})") from error
     with listener:
         yield listener

@@ -330,9 +330,9 @@ def transform_of(model: SavableModel) -> Transform:
 
 
 def fitted(image: Image.Image, side: int) -> Image.Image:
-    """An image enlarged in whole pixels, or shrunk, until its longer side is about ``side`` pixels and no more."""
+    """An image of another size, whose longer side has ``side`` pixels; of a small one every pixel becomes a square."""
     factor = side / max(image.size)
-    if factor >= 1:
+    if factor >= 2:
         whole = math.floor(factor)
         return image.resize((image.width * whole, image.height * whole), Image.Resampling.NEAREST)
     width, height = (max(1, round(length * factor)) for length in image.size)

@@ -12,7 +12,7 @@ from pcenet.app.pictures import expert_colour
 from pcenet.app.session import Change, Floats, LayerRouting, Visit, change
 
 MOST_ROWS = 8  # classes in a table
-SMALLEST = 0.0005  # a difference of shares below it is shown as 0.0
+SMALLEST = 0.00005  # a difference of shares below it is shown as 0
 HOW_TO_READ = (
     '<p class="pce-hint">Colour and number: the expert. Stronger colour: higher gate value. Thick frame: the patch that is'
     " pointed at; white frame: sent elsewhere.</p>"
@@ -64,7 +64,7 @@ def percent(share: float) -> str:
 
 def points(difference: float) -> str:
     """A difference of shares in percentage points, with its sign."""
-    return "0.0" if abs(difference) < SMALLEST else f"{100 * difference:+.1f}"
+    return "0" if abs(difference) < SMALLEST else f"{100 * difference:+.2f}"
 
 
 def class_table(visit: Visit, classes: Sequence[str]) -> str:
@@ -93,7 +93,9 @@ def headline(visit: Visit, classes: Sequence[str]) -> str:
     if visit.after.mask is None:
         best = largest[0]
         return f"<p><strong>{escape(classes[best])}</strong>, probability {percent(visit.after.shares[best])}</p>"
-    named = ", ".join(f"{escape(classes[n])} {percent(visit.after.shares[n])}" for n in largest if visit.after.shares[n])
+    named = ", ".join(
+        f"{escape(classes[n])} {percent(visit.after.shares[n])}" for n in largest if visit.after.shares[n]
+    )
     return f"<p>Mostly <strong>{named}</strong> of the pixels.</p>"
 
 
@@ -190,25 +192,26 @@ def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) ->
         f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
         for first, *rest in rows
     )
-    return (
-        f'<table class="pce-table"><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    )
+    return f'<table class="pce-table"><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
 STYLE = """
-.gradio-container {max-width: 1240px !important; margin: 0 auto !important}
-.pce-notice {border: 2px solid #b3261e; border-left-width: 10px; padding: .6em 1em; border-radius: 4px; font-weight: 600;
-  overflow-wrap: anywhere}
-.pce-swatch {display: inline-grid; place-items: center; min-width: 1.7em; height: 1.5em; border: 1px solid #444;
+.gradio-container {max-width: 1280px !important; margin: 0 auto !important}
+.pce-notice {border: 2px solid #b3261e; border-left-width: 10px; padding: .6em 1em; border-radius: 4px;
+  font-weight: 600; overflow-wrap: anywhere}
+.pce-swatch {display: inline-grid; place-items: center; min-width: 1.9em; height: 1.6em; border: 1px solid #444;
   border-radius: 3px; vertical-align: middle; font-size: .8em; margin-right: .3em}
 .pce-swatch span {background: #fff; color: #000; border-radius: 2px; padding: 0 .25em; line-height: 1.2}
-.pce-legend {display: flex; flex-wrap: wrap; gap: .3em 1.2em; list-style: none; padding: 0; margin: .2em 0}
-.pce-table {border-collapse: collapse; width: 100%}
-.pce-table caption {text-align: left; font-size: .9em; padding: .3em 0}
-.pce-table th {text-align: left; font-weight: normal}
-.pce-table thead th {font-weight: 600; border-bottom: 1px solid currentColor}
-.pce-table th, .pce-table td {padding: .2em .6em .2em 0; font-variant-numeric: tabular-nums; vertical-align: middle}
-.pce-bar {display: inline-block; width: 6em; height: .8em; vertical-align: baseline; border: 1px solid currentColor;
-  background: linear-gradient(to right, #0072B2 calc(var(--share) * 100%), transparent 0); margin-right: .4em}
+.prose ul.pce-legend {display: flex; flex-wrap: wrap; gap: .3em 1.2em; list-style: none; padding: 0; margin: .2em 0}
+.prose ul.pce-legend li {margin: 0; padding: 0; list-style: none}
+.prose table.pce-table {border-collapse: collapse; width: 100%; border: 0}
+.prose table.pce-table caption {text-align: left; padding: .3em 0}
+.prose table.pce-table tr {border: 0; border-bottom: 1px solid var(--border-color-primary)}
+.prose table.pce-table th, .prose table.pce-table td {text-align: left; font-weight: normal; border: 0;
+  padding: .25em .6em .25em 0; font-variant-numeric: tabular-nums; vertical-align: middle}
+.prose table.pce-table thead th {font-weight: 600}
+.pce-bar {display: inline-block; width: 6em; height: .8em; border: 1px solid currentColor; margin-right: .4em;
+  background: linear-gradient(to right, #0072B2 calc(var(--share) * 100%), transparent 0)}
 .pce-hint {opacity: .85}
+#experts img {cursor: crosshair}
 """

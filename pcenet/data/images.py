@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -24,7 +24,7 @@ class Inspection(NamedTuple):
 
 
 def decode_image(
-    data: bytes, name: str, *, max_pixels: int | None = None, formats: Sequence[str] | None = None
+    data: bytes, name: str, *, max_pixels: int | None = None, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """Decode one image file to an upright image in mode RGB.
 
@@ -35,7 +35,7 @@ def decode_image(
         data: the file's content.
         name: what to call the file in an error.
         max_pixels: the most pixels that it may have; None: ``PIL.Image.MAX_IMAGE_PIXELS``, which always holds.
-        formats: Pillow's names of the formats to read, such as ``["PNG"]``; None: all that it knows.
+        formats: Pillow's names of the formats to read, such as ``("PNG",)``; None: all that it knows.
 
     Raises:
         DataError: the data is no image, is cut off or damaged, has more pixels than allowed, or has floating-point
@@ -69,7 +69,7 @@ def _decode(
     name: str,
     convert: Callable[[Image.Image], T],
     max_pixels: int | None = None,
-    formats: Sequence[str] | None = None,
+    formats: tuple[str, ...] | None = None,
 ) -> T:
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
