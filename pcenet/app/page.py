@@ -32,11 +32,11 @@ class Sample:
     """An image that the page offers.
 
     Attributes:
-        title: what to call it.
+        title: what to write beneath it, if anything.
         load: reads it.
     """
 
-    title: str
+    title: str | None
     load: Callable[[], Image.Image]
 
 
@@ -95,7 +95,7 @@ class Page:
             with gr.Column(min_width=320):
                 self.router_picture = picture("The classes as the router chose the experts", "router-picture")
             with gr.Column(min_width=320):
-                self.changed = picture("The pixels whose class changed", "changed")
+                self.changed = picture("The pixels whose class changed, drawn larger", "changed")
 
     def _lay_out_choice(self) -> None:
         step("1. Choose an image")
@@ -139,8 +139,8 @@ class Page:
     def _lay_out_patch(self) -> None:
         step("4. One patch")
         with gr.Row():
-            self.row = gr.Number(0, label="Row, from 0", precision=0, minimum=0, min_width=80, elem_id="row")
-            self.column = gr.Number(0, label="Column, from 0", precision=0, minimum=0, min_width=80, elem_id="column")
+            self.row = gr.Number(0, label="Row", precision=0, minimum=0, min_width=80, elem_id="row")
+            self.column = gr.Number(0, label="Column", precision=0, minimum=0, min_width=80, elem_id="column")
             self.point = gr.Button("Look", min_width=80, elem_id="point")
         self.answer = text("", "answer")
         self.expert = gr.Radio([], label="Send this patch to", elem_id="expert")
@@ -150,9 +150,9 @@ class Page:
 
     def _connect(self) -> None:
         everything = [
-            self.visit, self.notice, self.headline, self.prediction, self.table, self.layer, self.experts, self.legend,
-            self.row, self.column, self.answer, self.expert, self.report, self.comparison, self.router_picture, self.changed,
-            self.file,
+            self.visit, self.notice, self.file, self.headline, self.prediction, self.table, self.layer, self.experts,
+            self.legend, self.row, self.column, self.answer, self.expert, self.report, self.comparison,
+            self.router_picture, self.changed,
         ]  # fmt: skip
 
         def on(listen: Callable[..., Any], wish: Callable[..., Answer], *inputs: Any) -> None:
@@ -169,7 +169,7 @@ class Page:
         on(self.reset.click, self.reset_all, self.visit)
 
     def _guarded(self, wish: Callable[..., Answer]) -> Callable[..., Answer]:
-        """A wish that is answered by a message where it cannot be fulfilled. The server's own faults stay on its screen."""
+        """A wish that is answered by a message where it cannot be fulfilled. Our faults are told on the terminal."""
 
         def fulfil(*inputs: Any) -> Answer:
             try:
@@ -309,7 +309,7 @@ def step(title: str) -> None:
 
 
 def text(content: str, name: str | None = None) -> gr.Markdown:
-    """HTML on the page, whose foreign parts are escaped. (gradio's own component for it evaluates strings as programs.)"""
+    """HTML on the page, whose foreign parts are escaped. (gradio's part for HTML evaluates strings as programs.)"""
     return gr.Markdown(content, sanitize_html=False, latex_delimiters=[], elem_id=name)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont
 
 from pcenet.analysis.colours import class_colours
 from pcenet.analysis.samples import overlay
@@ -27,8 +27,8 @@ def opacity_of(gate: float) -> float:
 def expert_picture(visit: Visit) -> Image.Image:
     """The image in grey, each patch in its expert's colour, the stronger the higher its gate value.
 
-    A number in a patch is its expert's; a patch that was sent elsewhere has a white frame, one that was dropped is grey,
-    the one that is pointed at has a thick frame.
+    A number in a patch is its expert's; a patch that was sent elsewhere has a white frame, one that was dropped is
+    grey, the one that is pointed at has a thick frame.
     """
     routing, picture = visit.routing, visit.image.picture
     result = picture.convert("L").convert("RGB")
@@ -67,9 +67,9 @@ def _draw_marks(
             text = "-" if expert < 0 else str(expert)
             draw.text(middle, text, "white", font, anchor="mm", stroke_width=2, stroke_fill="black")
     for patch in moved:
-        _frame(draw, routing.box(*patch, picture.size), ("white", "black"))
+        _frame(draw, routing.box(*patch, picture.size), ("white", "white", "black"))
     if selected is not None:
-        _frame(draw, routing.box(*selected, picture.size), ("black", "black", "white", "white", "black"))
+        _frame(draw, routing.box(*selected, picture.size), ("black",) * 3 + ("white",) * 3 + ("black",) * 2)
 
 
 def _frame(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colours: Collection[str]) -> None:
@@ -85,6 +85,7 @@ def class_picture(picture: Image.Image, mask: npt.NDArray[np.uint8]) -> Image.Im
 
 
 def changed_picture(picture: Image.Image, changed: npt.NDArray[np.bool_]) -> Image.Image:
-    """The image in dim grey, the pixels whose class changed in one bright colour."""
+    """The image in dim grey, the pixels whose class changed in one bright colour, and those beside them."""
     grey = picture.convert("L").point([round(value * DIM) for value in range(256)]).convert("RGB")
-    return Image.composite(Image.new("RGB", picture.size, CHANGED), grey, Image.fromarray(changed))
+    marks = Image.fromarray(changed).convert("L").filter(ImageFilter.MaxFilter(3))  # single pixels would be overlooked
+    return Image.composite(Image.new("RGB", picture.size, CHANGED), grey, marks)

@@ -75,19 +75,16 @@ def open_samples(config: AppConfig, task: Any, run: RunFolder | None) -> Source 
 
 
 def samples_of(source: Source, count: int) -> list[Sample]:
-    """So many images of a source, evenly spread over it, named by their class or their file."""
+    """So many images of a source, evenly spread over it, with the class of each where it has one."""
     from pcenet.app.page import Sample
 
     count = min(count, len(source))
     numbers = [(2 * position + 1) * len(source) // (2 * count) for position in range(count)]
-    return [Sample(title_of(source, number), partial(source.image, number)) for number in numbers]
-
-
-def title_of(source: Source, number: int) -> str:
-    """What to call an image: its class where it has one, else its file."""
-    if isinstance(source, ImageSource):
-        return source.classes[source.labels[number]]
-    return Path(source.file_name(number)).stem
+    labels = source.labels if isinstance(source, ImageSource) else None
+    return [
+        Sample(None if labels is None else source.classes[labels[number]], partial(source.image, number))
+        for number in numbers
+    ]
 
 
 @contextmanager

@@ -219,8 +219,8 @@ class Explorer:
         self._pass = Lock()  # hooks on the network are every thread's
         if not any(isinstance(module, PCELayer) for module in model.modules()):
             raise ValueError(
-                f"run: {model.pretrained_cfg['architecture']} has no PCE layer, so that there are no experts to look at;"
-                " give a PCE network's run"
+                f"run: {model.pretrained_cfg['architecture']} has no PCE layer, and so no experts to look at;"
+                " give the run of a PCE network"
             )
 
     def prepare(self, image: Image.Image) -> Prepared:

@@ -14,8 +14,8 @@ from pcenet.app.session import Change, Floats, LayerRouting, Visit, change
 MOST_ROWS = 8  # classes in a table
 SMALLEST = 0.00005  # a difference of shares below it is shown as 0
 HOW_TO_READ = (
-    '<p class="pce-hint">Colour and number: the expert. Stronger colour: higher gate value. Thick frame: the patch that is'
-    " pointed at; white frame: sent elsewhere.</p>"
+    '<p class="pce-hint">Colour and number: the expert. Stronger colour: higher gate value. Thick frame: the patch that'
+    " is pointed at. White frame: sent elsewhere.</p>"
 )
 
 
@@ -76,8 +76,8 @@ def class_table(visit: Visit, classes: Sequence[str]) -> str:
     segment, moved = before.mask is not None, bool(visit.moves)
     kind = "share of pixels" if segment else "probability"
     largest = np.argsort(-np.maximum(before.shares, after.shares), kind="stable")[:MOST_ROWS]
-    heads = ["class", *(("router", "now", "points") if moved else (kind,))]
-    caption = f"{kind}, as the router chose and now" if moved else f"Classes by their {kind}"
+    heads = ["class", *(("router's choice", "now", "points") if moved else (kind,))]
+    caption = f"Classes by their {kind}" + (", with the router's choices and now" if moved else "")
     rows = []
     for number in largest.tolist():
         spot = swatch(expert_colour(number), str(number)) if segment else ""
@@ -151,8 +151,8 @@ def change_report(visit: Visit, classes: Sequence[str]) -> str:
     """What sending patches elsewhere did to the prediction."""
     if not visit.moves:
         return (
-            '<p class="pce-hint">Nothing is changed yet. Point at a patch, choose another expert and send the patch there;'
-            " patches that you send one after the other add up.</p>"
+            '<p class="pce-hint">Nothing is changed yet. Point at a patch, choose another expert and send the patch'
+            " there; patches that you send one after the other add up.</p>"
         )
     found = change(visit)
     sent = "".join(
@@ -192,7 +192,8 @@ def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) ->
         f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
         for first, *rest in rows
     )
-    return f'<table class="pce-table"><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    head, body = f"<thead><tr>{head}</tr></thead>", f"<tbody>{body}</tbody>"
+    return f'<table class="pce-table"><caption>{caption}</caption>{head}{body}</table>'
 
 
 STYLE = """
@@ -214,4 +215,5 @@ STYLE = """
   background: linear-gradient(to right, #0072B2 calc(var(--share) * 100%), transparent 0)}
 .pce-hint {opacity: .85}
 #experts img {cursor: crosshair}
+#samples .grid-container {grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)) !important}
 """
