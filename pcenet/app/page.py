@@ -103,7 +103,6 @@ class Page:
             [(fitted(sample.load(), THUMBNAIL), sample.title) for sample in self.samples],
             label="Samples",
             columns=4,
-            height=340,
             object_fit="cover",
             allow_preview=False,
             interactive=False,
@@ -112,22 +111,25 @@ class Page:
             elem_id="samples",
         )
         self.file = gr.File(
-            label=f"Drop an image here ({', '.join(FORMATS)}; {self.limits.size // 2**20} MB at most)",
+            label="Or drop an image of your own",
             height=140,
             elem_id="upload",
         )
+        size, pixels = self.limits.size // 2**20, self.limits.pixels / 1e6
+        text(f'<p class="pce-hint">{", ".join(FORMATS)}; at most {size} MB and {pixels:g} million pixels.</p>')
         take_no_addresses(self.file)
 
     def _lay_out_prediction(self) -> None:
         step("2. What the network makes of it")
         self.headline = text("", "headline")
-        self.prediction = picture(
-            "The image under the colours of its pixels' classes"
-            if self.segment
-            else "The image as the network sees it",
-            "prediction",
-        )
-        self.table = text("", "classes")
+        with gr.Column() if self.segment else gr.Row():  # a small picture leaves room beside it
+            with gr.Column(min_width=280):
+                seen = (
+                    "The classes of the pixels over the image" if self.segment else "The image as the network sees it"
+                )
+                self.prediction = picture(seen, "prediction")
+            with gr.Column(min_width=280):
+                self.table = text("", "classes")
 
     def _lay_out_layer(self) -> None:
         step("3. Which expert serves which patch")

@@ -15,6 +15,7 @@ from pcenet.app.session import LayerRouting, Visit
 DROPPED = (128, 128, 128)
 CHANGED = ImageColor.getrgb("#D55E00")
 FAINTEST, STRONGEST = 0.15, 0.75  # opacity at gate value 0 and 1
+SMALLEST_TEXT, LARGEST_TEXT = 11, 36  # pixels
 NUMBERED = 18  # side in pixels from which a patch has its expert's number in it
 DIM = 0.45  # of an image's brightness under what is marked in it
 
@@ -57,7 +58,7 @@ def _draw_marks(
     draw = ImageDraw.Draw(picture)
     first = routing.box(0, 0, picture.size)
     side = min(first.right - first.left, first.bottom - first.top)
-    font = ImageFont.load_default(max(11, min(20, side // 3)))
+    font = ImageFont.load_default(min(max(side // 3, SMALLEST_TEXT), LARGEST_TEXT))
     for row, column in np.ndindex(*routing.grid):
         left, top, right, bottom = routing.box(row, column, picture.size)
         expert = int(routing.serving[row, column])

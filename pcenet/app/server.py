@@ -20,6 +20,7 @@ from pcenet.app.guard import LOOPBACK, Guard, host_name
 from pcenet.app.session import Explorer
 from pcenet.data import DataError, ImageSource, Source
 from pcenet.models import load_model
+from pcenet.models.pretrained import bundled_folder
 from pcenet.training.config import EvalConfig
 from pcenet.training.device import resolve_device, resolve_precision, set_threads
 from pcenet.training.evaluate import find_model, masks_as_trained
@@ -145,7 +146,9 @@ def make_page(explorer: Explorer, source: Source | None, config: AppConfig) -> P
             raise
         raise ModuleNotFoundError("the page needs gradio: pip install 'pcenet[app]'") from error
     samples = samples_of(source, SAMPLES) if source else []
-    title = f"{explorer.model.pretrained_cfg['architecture']} ({config.run})"
+    # To whom a path on this machine means nothing should not learn it.
+    name = config.run if bundled_folder(config.run) else Path(config.run).resolve().name
+    title = f"{explorer.model.pretrained_cfg['architecture']} ({name})"
     return Page(explorer, samples, Limits(config.max_pixels, config.max_megabytes * 2**20), title)
 
 

@@ -210,10 +210,13 @@ STYLE = """
 .prose table.pce-table tr {border: 0; border-bottom: 1px solid var(--border-color-primary)}
 .prose table.pce-table th, .prose table.pce-table td {text-align: left; font-weight: normal; border: 0;
   padding: .25em .6em .25em 0; font-variant-numeric: tabular-nums; vertical-align: middle}
+.prose table.pce-table td {white-space: nowrap}
 .prose table.pce-table thead th {font-weight: 600}
 .pce-bar {display: inline-block; width: 6em; height: .8em; border: 1px solid currentColor; margin-right: .4em;
   background: linear-gradient(to right, #0072B2 calc(var(--share) * 100%), transparent 0)}
 .pce-hint {opacity: .85}
 #experts img {cursor: crosshair}
+@media (max-width: 480px) {.pce-bar {width: 3.5em}}
+#samples .grid-wrap {height: auto !important; max-height: none !important; min-height: 0}
 #samples .grid-container {grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)) !important}
 """

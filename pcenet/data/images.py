@@ -71,20 +71,14 @@ def _decode(
     max_pixels: int | None = None,
     formats: tuple[str, ...] | None = None,
 ) -> T:
+    limit, limit_name = _limit(max_pixels)
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
-        if max_pixels is not None and image.width * image.height > max_pixels:
-            raise _TooLargeError(f"{name}: the image has more than {max_pixels} pixels. Shrink it.")
-        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError  # up to twice the limit Pillow only warns
+        if limit is not None and image.width * image.height > limit:
+            raise Image.DecompressionBombError  # up to twice its own limit Pillow only warns
         return convert(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(
-            f"{name}: the image has more than PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS} pixels."
-            f" Shrink or remove it."
-        ) from error
-    except _TooLargeError:
-        raise
+        raise DataError(f"{name}: the image has more than {limit_name} pixels. Shrink or remove it.") from error
     except Exception as error:  # Pillow's plugins raise nearly any type on damaged data
         reason = _unknown(data) if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
@@ -92,8 +86,11 @@ def _decode(
         ) from error
 
 
-class _TooLargeError(DataError):
-    """An image that has more pixels than the caller allows."""
+def _limit(max_pixels: int | None) -> tuple[int | None, str]:
+    """The most pixels of an image: the caller's limit or Pillow's, whichever is lower, and what to call it."""
+    if max_pixels is not None and max_pixels <= (Image.MAX_IMAGE_PIXELS or max_pixels):
+        return max_pixels, str(max_pixels)
+    return Image.MAX_IMAGE_PIXELS, f"PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS}"
 
 
 def _unknown(data: bytes) -> str:

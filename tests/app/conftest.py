@@ -61,8 +61,8 @@ def by_brightness(threshold: float, outputs: list[tuple[float, float, float]], p
 class HandMade(nn.Module):
     """Two PCE layers of 2 x 2 patches on images of 8 x 8 pixels that come as they are, between 0 and 1.
 
-    ``first``: expert 0 makes nothing, expert 1 a red of 1. ``second``: expert 0 votes for class 0, expert 1 for class 1;
-    nobody votes for class 2. A vote counts its gate value.
+    ``first``: expert 0 makes nothing, expert 1 a red of 1. ``second``: expert 0 votes for class 0, expert 1 for class
+    1; nobody votes for class 2. A vote counts its gate value.
     """
 
     def __init__(self, task: str) -> None:
@@ -84,7 +84,7 @@ class HandMade(nn.Module):
         return votes.mean(dim=(2, 3)) if self.task == "classify" else votes
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def explorer() -> Callable[[str], Explorer]:
     """An explorer of a `HandMade` network for a task."""
 
@@ -107,7 +107,7 @@ def encode() -> Encode:
     return to_bytes
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def corner() -> Image.Image:
     """8 x 8 pixels, black, the upper left quarter white."""
     image = Image.new("RGB", (SIDE, SIDE))

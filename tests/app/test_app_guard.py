@@ -55,11 +55,12 @@ def test_what_the_page_needs_is_there(files, path):
 
 @pytest.mark.parametrize(
     "path",
-    ["/gradio_api/proxy=http://example.org/", "/proxy=x", "/gradio_api/file/etc/passwd", "/file=/etc/passwd", "/monitoring",
-     "/gradio_api/runs", "/gradio_api/vibe-code", "/gradio_api/vibe-edit/", "/login", "/gradio_api/dev/reload", "/docs",
-     "/gradio_api/openapi.json", "/gradio_api/mcp/", "/gradio_api/run/predict", "/gradio_api/call/predict",
-     "/gradio_api/deep_link", "/gradio_api/custom_component/1/client/component/index.js", "/assets/../../etc/passwd",
-     "/static/../config", "/gradio_api/heartbeat/../upload", "/pwa_icon", "/svelte/x", "//etc/passwd", ""],
+    ["/gradio_api/proxy=http://example.org/", "/proxy=x", "/gradio_api/file/etc/passwd", "/file=/etc/passwd",
+     "/monitoring", "/gradio_api/runs", "/gradio_api/vibe-code", "/gradio_api/vibe-edit/", "/login", "/docs",
+     "/gradio_api/dev/reload", "/gradio_api/openapi.json", "/gradio_api/mcp/", "/gradio_api/run/predict",
+     "/gradio_api/call/predict", "/gradio_api/deep_link", "/gradio_api/heartbeat/../upload", "/pwa_icon", "/svelte/x",
+     "/gradio_api/custom_component/1/client/component/index.js", "/assets/../../etc/passwd", "/static/../config",
+     "//etc/passwd", ""],
 )  # fmt: skip
 def test_nothing_else_is(files, path):
     assert status(Guard(page, files=files, max_bytes=LIMIT), path) == 404

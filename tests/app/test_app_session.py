@@ -86,8 +86,9 @@ def test_pixels_that_change_their_class(explorer):
     assert not visit.before.mask.any()
     assert visit.before.shares.tolist() == [1, 0, 0]
     visit = look.send(look.point_at(look.show_layer(visit, "second"), 0, 0), 1)
-    # All votes have one gate value. Enlarged from 8 to 640 pixels, those for class 1 fall from 1 to 0 between the centres
-    # of the map's fourth and fifth pixel, 280 and 360, and class 1 wins where the product of both axes is above a half.
+    # All votes have one gate value. Enlarged from 8 to 640 pixels, those for class 1 fall from 1 to 0 between the
+    # centres of the map's fourth and fifth pixel, 280 and 360; class 1 wins where the product over both axes is above
+    # a half.
     centres = np.arange(640) + 0.5
     votes = np.clip((360 - centres) / 80, 0, 1)
     expected = np.outer(votes, votes) > 0.5
@@ -115,7 +116,7 @@ def test_where_patches_lie_when_their_map_was_padded():
 
 
 def test_the_reach_of_a_padded_layer(explorer):
-    # 24 x 16 pixels are brought to 12 x 8: three columns of patches, no padding; 20 x 16 to 10 x 8: three, over 12 / 10.
+    # 24 x 16 pixels are brought to 12 x 8: three columns of patches; 20 x 16 to 10 x 8: three, over 12 / 10 of it.
     look = explorer("segment")
     assert look.begin(Image.new("RGB", (24, 16))).routing.reach == (1, 1)
     found = look.begin(Image.new("RGB", (20, 16))).routing
