@@ -21,6 +21,7 @@ SAMPLES, THUMBNAIL = 12, 160  # how many are offered; their longer side in pixel
 SHOWN_NAME = 80  # characters of a file's name in a message
 AT_ONCE, WAITING = 4, 200  # visitors' wishes that are fulfilled at once, and that may wait
 FORGET = 3600  # seconds without a wish, after which a visitor's image is forgotten
+TIDY, KEEP = 60, 600  # seconds between looks for old files, of uploads and pictures, and how old they become
 SESSIONS = 200  # visitors whose images are kept; the oldest goes first
 
 Answer = dict[Any, Any]
@@ -68,8 +69,7 @@ class Page:
         self.samples = samples
         self.limits = limits
         self.segment = explorer.model.task == "segment"
-        # The browser gets what is on the page and nothing of what the page is made of.
-        with gr.Blocks(title=f"PCE: {title}", analytics_enabled=False, delete_cache=(300, FORGET)) as self.blocks:
+        with gr.Blocks(title=f"PCE: {title}", analytics_enabled=False, delete_cache=(TIDY, KEEP)) as self.blocks:
             self.visit = gr.State(None, time_to_live=FORGET)
             text(f"<h1>What each expert does: {html.escape(title)}</h1>", "title")
             self.notice = text(words.notice(), "notice")
@@ -117,7 +117,7 @@ class Page:
         )
         size, pixels = self.limits.size // 2**20, self.limits.pixels / 1e6
         text(f'<p class="pce-hint">{", ".join(FORMATS)}; at most {size} MB and {pixels:g} million pixels.</p>')
-        take_no_addresses(self.file)
+        take_uploads_alone(self.file, self.blocks)
 
     def _lay_out_prediction(self) -> None:
         step("2. What the network makes of it")
@@ -195,14 +195,12 @@ class Page:
         return self._begin(self.samples[event.index].load())
 
     def take_file(self, path: str | None) -> Answer:
-        """A file that was dropped. It is deleted as soon as it is read, and the field is free for the next."""
+        """A file that was dropped; the field is then free for the next."""
         if path is None:
             return {}
+        check_uploaded(path, self.blocks)
         file = Path(path)
-        try:
-            data = file.read_bytes()
-        finally:
-            file.unlink(missing_ok=True)
+        data = file.read_bytes()
         if len(data) > self.limits.size:
             raise ValueError(f"{file.name[:SHOWN_NAME]}: the file has more than {self.limits.size} bytes. Shrink it.")
         image = decode_image(data, file.name[:SHOWN_NAME], max_pixels=self.limits.pixels, formats=FORMATS)
@@ -274,16 +272,22 @@ class Page:
         }
 
 
-def take_no_addresses(file: gr.File) -> None:
-    """Let a component take uploaded files alone. By itself it would fetch a file from any address that a request names.
+def check_uploaded(path: str, blocks: gr.Blocks) -> None:
+    """Raise a ``ValueError`` unless a file was uploaded to the page."""
+    if path not in blocks.upload_file_set:
+        raise ValueError("that is no uploaded file; drop it on the page")
 
-    (A subclass would be cleaner, but for each one gradio writes a ``.pyi`` file beside the module.)
+
+def take_uploads_alone(file: gr.File, blocks: gr.Blocks) -> None:
+    """Let a component take files that were uploaded, and nothing else.
+
+    By itself it would copy any file that a request names to where it is served, and fetch one from an address. (A
+    subclass would be cleaner, but for each one gradio writes a ``.pyi`` file beside the module.)
     """
     move = file.async_move_resource_to_block_cache
 
     async def checked(url_or_file_path: str | Path | None) -> str | None:
-        if "://" in str(url_or_file_path):
-            raise ValueError("an address is no uploaded file")
+        check_uploaded(str(url_or_file_path), blocks)
         return await move(url_or_file_path)
 
     file.async_move_resource_to_block_cache = checked  # type: ignore[method-assign]

@@ -187,6 +187,7 @@ def run_server(page: Page, listener: socket.socket, files: Path, config: AppConf
         pwa=False,
         show_error=False,
     )
+    page.blocks.has_launched = True  # without it gradio does not check whether files that requests name were uploaded
     hosts = LOOPBACK | {host_name(config.host)} if config.host in LOOPBACK else ()
     guard = Guard(application, files=files, max_bytes=page.limits.size, hosts=hosts)
     settings = uvicorn.Config(

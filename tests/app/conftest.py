@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from typing import Any
+import os
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -15,6 +24,7 @@ from pcenet.app.session import Explorer
 from pcenet.nn import PCELayer
 
 SIDE, PATCH = 8, 4
+CLASSES = ["blue", "green", "red"]  # of the data set `pictures`
 Encode = Callable[..., bytes]
 
 
@@ -113,3 +123,73 @@ def corner() -> Image.Image:
     image = Image.new("RGB", (SIDE, SIDE))
     image.paste((255, 255, 255), (0, 0, PATCH, PATCH))
     return image
+
+
+@pytest.fixture(scope="session")
+def header_of() -> Callable[[int, int], bytes]:
+    """A PNG file that claims to be so wide and high, and has next to no data."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def make(width: int, height: int) -> bytes:
+        head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+    return make
+
+
+class Running(NamedTuple):
+    """A server: its process, where its page is, and the folder of its files."""
+
+    process: subprocess.Popen[str]
+    url: str
+    temporary: Path
+
+
+@contextmanager
+def running(temporary: Path, *arguments: str) -> Iterator[Running]:
+    """``pcenet app`` on a free port of this machine."""
+    command = [sys.executable, "-m", "pcenet", "app", *arguments, "--port", "0", "--threads", "1", "--device", "cpu"]
+    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, **streams, text=True, env=environment, cwd=temporary) as process:  # type: ignore[call-overload]
+        try:
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if found := re.search(r"http://\S+", line):
+                    break
+            else:
+                raise AssertionError(f"the server did not start: {''.join(said)}")
+            yield Running(process, found[0], temporary)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., Any]:
+    """Starts a server, as a context; see `running`."""
+    return running
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`pce_nano` untrained, with a head that is strong enough for its predictions to differ between images."""
+    torch.manual_seed(5)
+    model = timm.create_model("pce_nano", num_classes=len(CLASSES))
+    model.class_names = CLASSES
+    with torch.no_grad():
+        model.get_classifier().weight.mul_(300)
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, classifier: Path, pictures: Path) -> Iterator[Running]:
+    """The page of `classifier` with samples of `pictures`, for small files alone."""
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    limits = ("--max-megabytes", "1", "--max-pixels", "1000000")
+    with running(tmp_path_factory.mktemp("server"), str(classifier), "--data", str(pictures), *limits) as server:
+        yield server

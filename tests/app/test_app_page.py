@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +13,7 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="the page needs gradio")
 
-from pcenet.app.page import Limits, Page, Sample, take_no_addresses
+from pcenet.app.page import Limits, Page, Sample
 
 LIMITS = Limits(pixels=100, size=2000)
 
@@ -43,10 +41,12 @@ def build(*arguments: Any) -> Page:
 
 
 @pytest.fixture
-def upload(tmp_path):
+def upload(tmp_path, page):
     def put(name: str, data: bytes) -> str:
-        (tmp_path / name).write_bytes(data)
-        return str(tmp_path / name)
+        path = tmp_path / name
+        path.write_bytes(data)
+        page.blocks.upload_file_set.add(str(path))
+        return str(path)
 
     return put
 
@@ -90,18 +90,29 @@ def test_pictures_of_a_change_are_for_segmentation(explorer, corner):
     assert sent[page.changed].size == (640, 640)
 
 
-def test_an_upload_is_taken_and_deleted(page, upload, encode, corner):
-    path = upload("corner.png", encode(corner))
-    answer = ask(page, page.take_file, path)
+def test_an_upload_is_taken(page, upload, encode, corner):
+    answer = ask(page, page.take_file, upload("corner.png", encode(corner)))
     assert answer[page.visit].before.layers["first"].serving.tolist() == [[1, 0], [0, 0]]
     assert answer[page.file] is None
-    assert not Path(path).exists()
+    assert page.blocks.delete_cache == (60, 600)
+
+
+def test_a_file_that_was_not_uploaded(page, tmp_path, encode, corner):
+    path = tmp_path / "private.png"
+    path.write_bytes(encode(corner))
+    assert "that is no uploaded file" in ask(page, page.take_file, str(path))[page.notice]
+    for name in (str(path), "http://example.org/a.png"):
+        with pytest.raises(ValueError, match="that is no uploaded file"):
+            asyncio.run(page.file.async_move_resource_to_block_cache(name))
+    page.blocks.upload_file_set.add(str(path))
+    moved = asyncio.run(page.file.async_move_resource_to_block_cache(str(path)))
+    assert Path(moved).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("page.jpg", b"<!doctype html><script>alert(1)</script>", "page.jpg: the file cannot be read as an image (it is a"),
+        ("page.jpg", b"<!doctype html><p>hello", "page.jpg: the file cannot be read as an image (it is a web page)"),
         ("note.png", b"hello", "note.png: the file cannot be read as an image (it is text)"),
         ("empty.png", b"", "empty.png: the file cannot be read as an image (it is empty)"),
         ("big.png", b"x" * 2001, "big.png: the file has more than 2000 bytes. Shrink it."),
@@ -112,25 +123,13 @@ def test_an_upload_is_taken_and_deleted(page, upload, encode, corner):
         ("a.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "a.eps: the file cannot be read as an image"),
     ],
 )  # fmt: skip
-def test_bad_uploads_are_answered_and_deleted(page, upload, encode, name, data, message):
+def test_bad_uploads_are_answered(page, upload, encode, header_of, name, data, message):
     if isinstance(data, tuple):
         data = header_of(*data) if data[0] > 1000 else encode(Image.new("RGB", data))
-    path = upload(name, data)
-    answer = ask(page, page.take_file, path)
+    answer = ask(page, page.take_file, upload(name, data))
     assert set(answer) == {page.notice, page.file}  # what was there before stays
     assert message in answer[page.notice]
     assert answer[page.file] is None
-    assert not Path(path).exists()
-
-
-def header_of(width: int, height: int) -> bytes:
-    """A PNG file that claims to be that large, and has next to no data."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def test_a_truncated_upload(page, upload, encode):
@@ -170,19 +169,6 @@ def test_our_own_faults_are_told_on_the_terminal_alone(page, capsys):
     assert "secret" not in answer[page.notice]
     assert "That went wrong" in answer[page.notice]
     assert "RuntimeError: secret path" in capsys.readouterr().err
-
-
-def test_no_address_is_fetched(page):
-    with pytest.raises(ValueError, match="an address is no uploaded file"):
-        asyncio.run(page.file.async_move_resource_to_block_cache("http://example.org/a.png"))
-
-    class Moved:
-        async def async_move_resource_to_block_cache(self, path: str) -> str:
-            return f"moved {path}"
-
-    other: Any = Moved()
-    take_no_addresses(other)
-    assert asyncio.run(other.async_move_resource_to_block_cache("/a.png")) == "moved /a.png"
 
 
 def test_nothing_is_open_to_programs_and_nothing_is_told_to_gradio(page):
