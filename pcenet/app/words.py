@@ -76,7 +76,7 @@ def class_table(visit: Visit, classes: Sequence[str]) -> str:
     segment, moved = before.mask is not None, bool(visit.moves)
     kind = "share of pixels" if segment else "probability"
     largest = np.argsort(-np.maximum(before.shares, after.shares), kind="stable")[:MOST_ROWS]
-    heads = ["class", *(("router's choice", "now", "points") if moved else (kind,))]
+    heads = ["class", *(("router", "now", "points") if moved else (kind,))]
     caption = f"Classes by their {kind}" + (", with the router's choices and now" if moved else "")
     rows = []
     for number in largest.tolist():
@@ -210,13 +210,13 @@ STYLE = """
 .prose table.pce-table tr {border: 0; border-bottom: 1px solid var(--border-color-primary)}
 .prose table.pce-table th, .prose table.pce-table td {text-align: left; font-weight: normal; border: 0;
   padding: .25em .6em .25em 0; font-variant-numeric: tabular-nums; vertical-align: middle}
-.prose table.pce-table td {white-space: nowrap}
+.prose table.pce-table td, .prose table.pce-table thead th {white-space: nowrap}
 .prose table.pce-table thead th {font-weight: 600}
 .pce-bar {display: inline-block; width: 6em; height: .8em; border: 1px solid currentColor; margin-right: .4em;
   background: linear-gradient(to right, #0072B2 calc(var(--share) * 100%), transparent 0)}
 .pce-hint {opacity: .85}
 #experts img {cursor: crosshair}
-@media (max-width: 480px) {.pce-bar {width: 3.5em}}
+@media (max-width: 480px) {.pce-bar {width: 3.5em} #title h1 {font-size: 1.3em} .prose h2 {font-size: 1.15em}}
 #samples .grid-wrap {height: auto !important; max-height: none !important; min-height: 0}
 #samples .grid-container {grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)) !important}
 """

@@ -134,7 +134,7 @@ def test_what_is_said_of_a_change(explorer, corner):
     assert "The class changed from zero to one; the largest change is" in said
     assert "No other patch changed its expert." in said
     table = words_of(class_table(visit, CLASSES))
-    assert table.startswith("Classes by their probability, with the router's choices and now class router's choice now")
+    assert table.startswith("Classes by their probability, with the router's choices and now class router now")
     first = look.send(look.point_at(look.begin(corner), 1, 0), 1)
     assert "1 patch of second went to another expert by themselves" in words_of(change_report(first, CLASSES))
 
