@@ -13,11 +13,11 @@ import gradio as gr
 from PIL import Image
 
 from pcenet.app import pictures, words
-from pcenet.app.session import Explorer, Visit, fitted
+from pcenet.app.session import Explorer, Visit
 from pcenet.data.images import decode_image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others of Pillow's start programs, or are rarely tested
-SAMPLES, THUMBNAIL = 12, 160  # how many are offered; their longer side in pixels
+SAMPLES = 12  # how many are offered
 SHOWN_NAME = 80  # characters of a file's name in a message
 AT_ONCE, WAITING = 4, 200  # visitors' wishes that are fulfilled at once, and that may wait
 FORGET = 3600  # seconds without a wish, after which a visitor's image is forgotten
@@ -34,10 +34,12 @@ class Sample:
 
     Attributes:
         title: what to write beneath it, if anything.
+        thumbnail: the image, small.
         load: reads it.
     """
 
     title: str | None
+    thumbnail: Image.Image
     load: Callable[[], Image.Image]
 
 
@@ -100,7 +102,7 @@ class Page:
     def _lay_out_choice(self) -> None:
         step("1. Choose an image")
         self.gallery = gr.Gallery(
-            [(fitted(sample.load(), THUMBNAIL), sample.title) for sample in self.samples],
+            [(sample.thumbnail, sample.title) for sample in self.samples],
             label="Samples",
             columns=4,
             object_fit="cover",

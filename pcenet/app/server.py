@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pcenet.app.config import AppConfig
 from pcenet.app.guard import LOOPBACK, Guard, host_name
-from pcenet.app.session import Explorer
+from pcenet.app.session import Explorer, fitted
 from pcenet.data import DataError, ImageSource, Source
 from pcenet.models import load_model
 from pcenet.models.pretrained import bundled_folder
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pcenet.app.page import Page, Sample
 
 logger = logging.getLogger(__name__)
+THUMBNAIL = 160  # longer side of a sample in pixels
 LAST_ANSWERS = 1  # seconds for open connections when the server ends
 
 
@@ -76,16 +77,25 @@ def open_samples(config: AppConfig, task: Any, run: RunFolder | None) -> Source 
 
 
 def samples_of(source: Source, count: int) -> list[Sample]:
-    """So many images of a source, evenly spread over it, with the class of each where it has one."""
+    """So many images of a source, evenly spread over it, with the class of each where it has one.
+
+    One that cannot be read is left out, with a warning.
+    """
     from pcenet.app.page import Sample
 
     count = min(count, len(source))
     numbers = [(2 * position + 1) * len(source) // (2 * count) for position in range(count)]
     labels = source.labels if isinstance(source, ImageSource) else None
-    return [
-        Sample(None if labels is None else source.classes[labels[number]], partial(source.image, number))
-        for number in numbers
-    ]
+    samples = []
+    for number in numbers:
+        title = None if labels is None else source.classes[labels[number]]
+        try:
+            thumbnail = fitted(source.image(number), THUMBNAIL)
+        except DataError as error:
+            logger.warning("a sample is left out: %s", error)
+        else:
+            samples.append(Sample(title, thumbnail, partial(source.image, number)))
+    return samples
 
 
 @contextmanager

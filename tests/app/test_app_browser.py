@@ -158,8 +158,8 @@ def test_without_a_pointer(server, visit):
     page.get_by_role("button", name="Send").press("Enter")
     has(page, "#answer", "expert 3 (")
     unnamed = page.evaluate(
-        "() => [...document.querySelectorAll('input, button, img, select, textarea')].filter(e => !(e.ariaLabel || e.alt"
-        " || e.title || e.innerText || (e.labels && e.labels.length) || e.querySelector('img[alt]:not([alt=\"\"])')))"
+        "() => [...document.querySelectorAll('input, button, img, select, textarea')].filter(e => !(e.ariaLabel"
+        " || e.alt || e.title || e.innerText || e.labels?.length || e.querySelector('img[alt]:not([alt=\"\"])')))"
         ".map(e => e.outerHTML)"
     )
     assert unnamed == []

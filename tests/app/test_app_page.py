@@ -27,7 +27,8 @@ def _files(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def page(explorer, corner) -> Page:
-    samples = [Sample("dark", lambda: Image.new("RGB", (8, 8))), Sample(None, lambda: corner)]
+    dark = Image.new("RGB", (8, 8))
+    samples = [Sample("dark", dark, lambda: dark), Sample(None, corner, lambda: corner)]
     return build(explorer("classify"), samples)
 
 

@@ -25,9 +25,24 @@ def test_samples_are_spread_over_the_source_with_their_classes(pictures):
     assert [sample.load().tobytes() for sample in samples_of(source, 99)] == [
         source.image(number).tobytes() for number in range(12)
     ]
+    assert samples[0].thumbnail.size == (160, 160)  # five times 32
     (scene,) = samples_of(SceneSource("val", count=1), 5)
     assert scene.title is None
     assert isinstance(scene.load(), Image.Image)
+
+
+def test_a_sample_that_cannot_be_read_is_left_out(tmp_path, encode, caplog):
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    for name in "ab":
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "0.png").write_bytes(encode(Image.new("RGB", (4, 4))))
+        (tmp_path / "val" / name / "0.png").write_bytes(encode(Image.new("RGB", (4, 4))))
+    (tmp_path / "val" / "a" / "0.png").write_bytes(b"no image")
+    with caplog.at_level(logging.WARNING, "pcenet"):
+        assert [sample.title for sample in samples_of(open_source(tmp_path, "val"), 5)] == ["b"]
+    assert "a sample is left out" in caplog.text
+    assert "val/a/0.png" in caplog.text
 
 
 def test_data_that_were_given_must_be_there(tmp_path):
@@ -59,9 +74,9 @@ def test_addresses_and_ports():
         port = listener.getsockname()[1]
         with pytest.raises(ValueError, match=f"port {port} on 127.0.0.1 is in use"), listen("127.0.0.1", port):
             pass
-    with pytest.raises(ValueError, match=r"host '203.0.113.1', port 7860: cannot listen there \("):  # of documentation
-        with listen("203.0.113.1", 7860):
-            pass
+    # An address that is reserved for documentation.
+    with pytest.raises(ValueError, match=r"host '203.0.113.1', port 7860: cannot"), listen("203.0.113.1", 7860):
+        pass
 
 
 def test_where_the_page_is_and_who_sees_it(capsys, caplog):
