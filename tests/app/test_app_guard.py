@@ -60,7 +60,7 @@ def test_what_the_page_needs_is_there(files, path):
      "/gradio_api/dev/reload", "/gradio_api/openapi.json", "/gradio_api/mcp/", "/gradio_api/run/predict",
      "/gradio_api/call/predict", "/gradio_api/deep_link", "/gradio_api/heartbeat/../upload", "/pwa_icon", "/svelte/x",
      "/gradio_api/custom_component/1/client/component/index.js", "/assets/../../etc/passwd", "/static/../config",
-     "//etc/passwd", ""],
+     "//etc/passwd", "", "/gradio_api/queue/join/x", "/gradio_api/uploads", "/gradio_api/info/x"],
 )  # fmt: skip
 def test_nothing_else_is(files, path):
     assert status(Guard(page, files=files, max_bytes=LIMIT), path) == 404
