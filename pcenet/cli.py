@@ -1,4 +1,4 @@
-"""The command line: ``pcenet check-data | train | compare | eval | predict | explain | models | bench | doctor``.
+"""The command line: ``pcenet check-data | train | compare | eval | predict | explain | app | models | bench | doctor``.
 
 Nothing heavy is imported before a command runs, so that help and mistakes in the options cost no time.
 """
@@ -18,6 +18,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_origin
 
 from pcenet import __version__
+from pcenet.app.config import AppConfig
 from pcenet.benchmark.config import BenchConfig
 from pcenet.choices import did_you_mean
 from pcenet.compare.config import OF_A_RUN, CompareConfig
@@ -35,7 +36,7 @@ from pcenet.training.config import (
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-C = TypeVar("C", TrainConfig, EvalConfig, PredictConfig, ExplainConfig, CheckDataConfig, BenchConfig)
+C = TypeVar("C", TrainConfig, EvalConfig, PredictConfig, ExplainConfig, CheckDataConfig, BenchConfig, AppConfig)
 
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "scipy", "tensorboard", "torchmetrics", "yaml")
 TRACEBACK = "PCENET_TRACEBACK"
@@ -344,6 +345,14 @@ def run_explain(arguments: list[str]) -> None:
     explain(config)
 
 
+def run_app(arguments: list[str]) -> None:
+    """show what each expert does, on a web page of this machine"""
+    config = parse("app", AppConfig, arguments)
+    from pcenet.app.server import serve
+
+    serve(config)
+
+
 def run_models(arguments: list[str]) -> None:
     """list the networks with their cost and their dense twins"""
     options = parse_json_flag("models", arguments)
@@ -441,6 +450,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "check-data": run_check_data,
     "predict": run_predict,
     "explain": run_explain,
+    "app": run_app,
     "models": run_models,
     "bench": run_bench,
     "doctor": run_doctor,
