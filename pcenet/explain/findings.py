@@ -142,7 +142,7 @@ def _twin(report: Report) -> Iterator[Finding]:
         f"{points(twin['ahead'])} points (95 % interval over images {points(twin['low'])} to {points(twin['high'])}; "
         "of one training run each, so the seed's luck is not in it)."
     )
-    yield Finding("good" if twin["low"] > 0 else "bad" if twin["high"] < 0 else "note", text)
+    yield Finding("bad" if twin["high"] < 0 else "note", text)  # one run each is no proof of being ahead
 
 
 def _classes(report: Report) -> Iterator[Finding]:
@@ -163,7 +163,7 @@ def _classes(report: Report) -> Iterator[Finding]:
             f"{numbers['with_class_given_position']:.3f} (by chance {numbers['control_class_given_position']:.3f}); "
             "0 is nothing, 1 everything.",
         )
-    owned = [(owner, layer) for layer in report["layers"] for owner in owners(layer)[:1]]
+    owned = [(owner, layer) for layer in measured if _tells_class_at_a_place(layer) for owner in owners(layer)[:1]]
     if owned:
         owner, layer = max(owned, key=lambda pair: pair[0].share / pair[0].load)
         yield Finding(
@@ -220,8 +220,12 @@ def _owned(layer: Report) -> Iterator[Finding]:
             f'expert {owner.expert} serves {percent(owner.share)} of "{owner.name}" and {percent(owner.load)} of all'
             for owner in found[:MOST_OWNERS]
         ]
-        more = f", and {len(found) - MOST_OWNERS} more classes" if len(found) > MOST_OWNERS else ""
-        yield Finding("good", f"Classes that one expert owns, by shares of patches: {'; '.join(cases)}{more}.")
+        more = f"; and {len(found) - MOST_OWNERS} more" if len(found) > MOST_OWNERS else ""
+        text = f"Classes that one expert owns, by shares of patches: {'; '.join(cases)}{more}."
+        if _tells_class_at_a_place(layer):
+            yield Finding("good", text)
+        else:
+            yield Finding("note", f"{text} It may owe them to where they lie.")
     elif _tells_class(layer):
         yield Finding("note", "No expert owns a class, but classes are spread over the experts unevenly.")
     elif _tells_class_at_a_place(layer):

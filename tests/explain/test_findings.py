@@ -140,11 +140,19 @@ def test_interventions_that_do_none() -> None:
     assert bad[2].endswith("The interval holds 0: no single expert is shown to be needed.")
 
 
-def test_ahead_of_the_twin_behind_it_or_neither() -> None:
-    for low, high, sign in ((0.01, 0.05, "good"), (-0.05, -0.01, "bad"), (-0.01, 0.05, "note")):
+def test_behind_the_twin_is_a_bad_sign_and_ahead_of_it_no_proof() -> None:
+    for low, high, sign in ((0.01, 0.05, "note"), (-0.05, -0.01, "bad"), (-0.01, 0.05, "note")):
         twin = {"value": 0.4, "ahead": (low + high) / 2, "low": low, "high": high}
         found = texts(summary(report([layer()], twin=twin)))[sign]
         assert any("its dense twin's 40.0 %" in text for text in found)
+
+
+def test_classes_that_are_owned_by_place_alone() -> None:
+    numbers = layer()["specialisation"] | {"with_class_given_position": 0.05}
+    (text,) = texts(layer_findings(layer(specialisation=numbers)))["note"]
+    assert text.endswith("It may owe them to where they lie.")
+    assert not any("clearest case" in each.text for each in summary(report([layer(specialisation=numbers)])))
+    assert any("clearest case" in each.text for each in summary(report([layer()])))
 
 
 def test_without_any_specialisation() -> None:
