@@ -21,6 +21,7 @@ from pcenet.analysis.agreement import VIEWS, Pixels
 from pcenet.analysis.effects import Targets, standard_interventions, tallies
 from pcenet.analysis.interventions import pce_layers
 from pcenet.data import Transform, cover_transform, first_images
+from pcenet.data.files import printable
 from pcenet.explain.config import ExplainConfig
 from pcenet.explain.drawing import Shown, draw
 from pcenet.explain.figures import row_label
@@ -28,7 +29,7 @@ from pcenet.explain.findings import percent, points, summary
 from pcenet.explain.page import page
 from pcenet.explain.report import Report, intervention_report, twin_report, whole_report
 from pcenet.explain.study import study
-from pcenet.inference.inputs import InputFile, find_inputs, printable
+from pcenet.inference.inputs import InputFile, find_inputs
 from pcenet.inference.outputs import output_folder
 from pcenet.models import SavableModel, twin_of
 from pcenet.models.pretrained import bundled
@@ -125,10 +126,7 @@ class Work:
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
         values = preprocessing(trained.model)
-        # Names on disk need not be valid Unicode; what is written and drawn must be.
-        self.classes = [
-            name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in trained.source.classes
-        ]
+        self.classes = [printable(name) for name in trained.source.classes]
         self.pixels = Pixels(values["mean"], values["std"])
         self.source = self.some(config.max_images)
         self._place(trained.model)

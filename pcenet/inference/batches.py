@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pcenet.data import DataError, Transform
-from pcenet.inference.inputs import InputFile, LeftOut, printable
+from pcenet.data.files import printable
+from pcenet.inference.inputs import InputFile, LeftOut
 
 Sample = tuple[int, Tensor | str]
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pcenet.choices import did_you_mean
 from pcenet.data.base import DataError
-from pcenet.data.files import FileTree, FolderTree, ZipTree
+from pcenet.data.files import FileTree, FolderTree, ZipTree, printable
 from pcenet.data.images import decode_image
 from pcenet.data.layout import IMAGE_SUFFIXES, is_image, is_visible
 
@@ -73,11 +73,6 @@ def find_inputs(paths: Sequence[str]) -> tuple[list[InputFile], list[LeftOut]]:
         )
     files = [item for item in found.values() if isinstance(item, InputFile)]
     return files, [item for item in found.values() if isinstance(item, LeftOut)]
-
-
-def printable(text: str) -> str:
-    """A file's name in one line and in valid Unicode, which names on disk need not be."""
-    return " ".join(text.encode(errors="surrogateescape").decode(errors="backslashreplace").split())
 
 
 def _below(path: Path) -> Iterator[InputFile | LeftOut]:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from pcenet.analysis.colours import legend
+from pcenet.data.files import printable
 from pcenet.inference.batches import Batch, read_batches
 from pcenet.inference.classify import Classifier
 from pcenet.inference.inputs import LeftOut, find_inputs
@@ -63,7 +64,7 @@ def predict(config: PredictConfig) -> Predicted:
     files, left_out = find_inputs(config.inputs)
     folder = output_folder(config.out, "predictions")
     model = load_model(model_folder).to(device).to(memory_format=torch.channels_last)
-    classes = model.class_names or [str(number) for number in range(model.num_classes)]
+    classes = [printable(name) for name in model.class_names or map(str, range(model.num_classes))]
     network = Network(model, classes, config.routing, device, precision)
     predictor = make_predictor(network, config, folder)
     batches = read_batches(
@@ -72,7 +73,7 @@ def predict(config: PredictConfig) -> Predicted:
         batch_size=config.batch_size or EVAL_BATCH_SIZE[model.task],
         workers=resolve_workers(config.workers, device),
     )
-    about = {"model": model.pretrained_cfg["architecture"], "run": config.run, "classes": list(classes)}
+    about = {"model": model.pretrained_cfg["architecture"], "run": config.run, "classes": classes}
     first: list[Row] = []
     predicted = 0
     with ResultFiles(folder, about, predictor.columns) as results:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pcenet.data.files import printable
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -78,7 +80,7 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure
         matrix: ``matrix[i][j]`` of class i were predicted as class j.
         classes: their names.
     """
-    count = len(classes)
+    count, names = len(classes), [printable(name) for name in classes]
     figure = new_figure(3 + 0.35 * min(count, LABELLED), 2.4 + 0.35 * min(count, LABELLED))
     axis = figure.subplots()
     shares = [[value / max(1, sum(row)) for value in row] for row in matrix]
@@ -86,8 +88,8 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure
     figure.colorbar(image, ax=axis, label="share of the class", shrink=0.8)
     axis.set(xlabel="predicted", ylabel="class")
     if count <= LABELLED:
-        axis.set_xticks(range(count), classes, rotation=90, fontsize=8)
-        axis.set_yticks(range(count), classes, fontsize=8)
+        axis.set_xticks(range(count), names, rotation=90, fontsize=8)
+        axis.set_yticks(range(count), names, fontsize=8)
     if count <= NUMBERED:
         for i, row in enumerate(shares):
             for j, share in enumerate(row):

@@ -18,9 +18,10 @@ from PIL import Image
 from pcenet.analysis import expert_map
 from pcenet.cli import main
 from pcenet.data import eval_transform
+from pcenet.data.files import printable
 from pcenet.inference.batches import Batch
 from pcenet.inference.classify import Classifier
-from pcenet.inference.inputs import find_inputs, printable
+from pcenet.inference.inputs import find_inputs
 from pcenet.inference.outputs import Row
 from pcenet.models import load_model
 from pcenet.nn import record_routing

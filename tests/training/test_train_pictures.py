@@ -96,3 +96,10 @@ def test_without_matplotlib_one_warning_and_no_folder(
         draw(run_in(tmp_path), ROUTED, RESULT)
     assert caplog.messages == ["pictures need matplotlib: pip install 'pcenet[plot]'; none were drawn"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_are_no_valid_unicode_are_drawn() -> None:
+    """A folder's name of the bytes 63 61 66 e9, Latin-1's "café", as Python reads it from a disk."""
+    figure = confusion([[1, 0], [0, 1]], [b"caf\xe9".decode(errors="surrogateescape"), "tea"])
+    figure.canvas.draw()
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["caf\\xe9", "tea"]
