@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from pcenet.training.stopping import stopped_by
 from pcenet.training.task import TrainingTask
 
 STATE = "state.ckpt"
+UNREADABLE = (RuntimeError, pickle.UnpicklingError, UserWarning, EOFError, FileNotFoundError, LookupError, TypeError)
 KEPT = 2  # newest checkpoints that are kept, beside that of the best epoch
 
 
@@ -75,11 +77,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if fault := fault_of(path):
         raise ValueError(f"resume: {path} {fault}")
     try:
-        content = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # torch warns of a pickle that it would not have written
+            content = torch.load(path / STATE, map_location="cpu", weights_only=True)
         content["callbacks"]["History"]["rows"]
         for name in ("config", "classes", "data", "batches"):
             content["run"][name]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, FileNotFoundError, KeyError, TypeError) as error:
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        UserWarning,
+        EOFError,
+        FileNotFoundError,
+        LookupError,
+        TypeError,
+    ) as error:
         kind = type(error).__name__
         raise ValueError(f"resume: {path} is damaged or no checkpoint of pcenet train ({kind})") from error
     return dict(content)
