@@ -12,6 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pcenet.data.base import DataError
 
 T = TypeVar("T")
+# What a file that ends in one of `pcenet.data.layout.IMAGE_SUFFIXES` may be. For others Pillow may run other programs.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 ORIENTATION = 0x0112  # EXIF's tag; 1: upright
 
 
@@ -62,7 +64,7 @@ def decode_mask(data: bytes, name: str) -> Image.Image:
 
 def _decode(data: bytes, name: str, convert: Callable[[Image.Image], T]) -> T:
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError  # up to twice the limit Pillow only warns
         return convert(image)
@@ -85,7 +87,8 @@ def _unknown(data: bytes) -> str:
     start = data[:256]
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "it is a web page"
-    return "it is text" if start.isascii() and b"\0" not in start else "it is in no known format"
+    known = f"it is in none of the formats {', '.join(FORMATS)}"
+    return "it is text" if start.isascii() and b"\0" not in start else known
 
 
 def _inspect(image: Image.Image) -> Inspection:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from pcenet.analysis.colours import legend
+from pcenet.data.loaders import naming_dead_workers
 from pcenet.inference.batches import Batch, read_batches
 from pcenet.inference.classify import Classifier
 from pcenet.inference.inputs import LeftOut, find_inputs
@@ -75,7 +76,7 @@ def predict(config: PredictConfig) -> Predicted:
     about = {"model": model.pretrained_cfg["architecture"], "run": config.run, "classes": list(classes)}
     first: list[Row] = []
     predicted = 0
-    with ResultFiles(folder, about, predictor.columns) as results:
+    with naming_dead_workers(), ResultFiles(folder, about, predictor.columns) as results:
         results.leave_out(left_out)
         for batch in progress(batches, len(files)):
             rows = predictor(batch) if batch.files else []
