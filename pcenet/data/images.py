@@ -87,7 +87,7 @@ def _unknown(data: bytes) -> str:
     start = data[:256]
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "it is a web page"
-    known = f"it is in none of the formats {', '.join(FORMATS)}"
+    known = f"it is in no known format; {', '.join(FORMATS)} are read"
     return "it is text" if start.isascii() and b"\0" not in start else known
 
 

@@ -307,7 +307,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "a web page": (b"<!DOCTYPE html><html></html>", "it is a web page"),
     "a decompression bomb": (bomb(), "more than PIL.Image.MAX_IMAGE_PIXELS"),
     "PostScript": (postscript(Path("sentinel")), "it is text"),
-    "a format that is not listed": (encoded(two_colours(), "ICO"), "it is in none of the formats BMP, GIF, JPEG"),
+    "a format that is not listed": (encoded(two_colours(), "ICO"), "it is in no known format; BMP, GIF, JPEG"),
 }
 
 
