@@ -51,7 +51,7 @@ test-faults: $(VENV)/installed
 
 audit: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
-	$(BIN)/pip-audit --disable-pip --requirement requirements-lock.txt
+	$(BIN)/pip-audit --strict --disable-pip --requirement requirements-lock.txt
 
 clean:
 	rm -rf $(VENV) .venv-ci runs/demo
