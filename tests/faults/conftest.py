@@ -20,10 +20,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test here has the marker, whose argument is the fault."""
+    """Every test here has the marker, whose argument is a fault of the documentation's table."""
+    lines = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8").splitlines()
+    known = {name for line in lines if line.startswith("| ") for name in line.split(" | ")[0][2:].split("; ")}
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            assert item.get_closest_marker("faults"), f"{item.nodeid} has no marker faults(...)"
+            marker = item.get_closest_marker("faults")
+            assert marker, f"{item.nodeid} has no marker faults(...)"
+            assert marker.args[0] in known, f"docs/reliability.md does not name the fault {marker.args[0]!r}"
 
 
 @pytest.hookimpl(wrapper=True)
