@@ -51,10 +51,8 @@ class FiniteSteps(Callback):
         """Raise a ``ValueError`` that names step, cause and images; or take the step back, with a warning."""
         assert isinstance(pl_module, TrainingTask)
         gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-        parts = [
-            torch.nn.utils.get_total_norm(gradients),
-            *(part for seen in pl_module.seen for part in parts_of(seen)),
-        ]
+        parts = [part for seen in pl_module.seen for part in parts_of(seen)]
+        parts.append(torch.nn.utils.get_total_norm(gradients).float())
         if bool(torch.stack(parts).isfinite().all()):
             self.skipped = 0
             return
