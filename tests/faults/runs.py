@@ -18,7 +18,7 @@ import torch
 from pcenet.cli import main
 from pcenet.training.config import TrainConfig
 from pcenet.training.folder import RunFolder
-from pcenet.training.task import ClassificationTask
+from pcenet.training.task import ClassificationTask, TrainingTask
 
 TIMES = {"train/epoch_seconds", "train/images_per_second", "epoch_seconds", "images_per_second"}
 PATIENCE = 60  # seconds; only what hangs takes as long
@@ -160,13 +160,15 @@ def alive(process: int) -> bool:
     return state != "Z"
 
 
-def at_step(step: int, patch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
+def at_step(
+    step: int, patch: pytest.MonkeyPatch, happens: Callable[[], object], task: type[TrainingTask] = ClassificationTask
+) -> None:
     """Something happens at the beginning of an optimiser's step; 0 is the first."""
-    original = ClassificationTask.training_step
+    original = task.training_step
 
-    def training_step(self: ClassificationTask, batch: Any, batch_idx: int) -> torch.Tensor:
+    def training_step(self: TrainingTask, batch: Any, batch_idx: int) -> torch.Tensor:
         if self.global_step == step:
             happens()
         return original(self, batch, batch_idx)
 
-    patch.setattr(ClassificationTask, "training_step", training_step)
+    patch.setattr(task, "training_step", training_step)

@@ -8,14 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from faults.runs import Start, alive, assert_same_run, at_step, have_ended, pcenet
+from PIL import Image
 
 import pcenet.training.checkpoints as checkpoints
 import pcenet.training.sealing as sealing
 from pcenet.training.folder import RunFolder
 from pcenet.training.run import train
+from pcenet.training.task import SegmentationTask
 
 
 def interrupt() -> None:
@@ -140,3 +143,32 @@ def test_killed_while_a_checkpoint_is_written(
     assert len(folder.steps) >= 2
     assert_same_run(train(start(resume="auto")), whole)
     assert not list(folder.path.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.faults("an end within an epoch")
+def test_segmentation_goes_on_within_an_epoch(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Masks, class weights and the counts of pixels, which classification does not have."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind, shape, top in (("images", (32, 32, 3), 256), ("masks", (32, 32), 2)):
+            (tmp_path / "street" / split / kind).mkdir(parents=True)
+            for index in range(4):
+                pixels = rng.integers(0, top, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "street" / split / kind / f"{index}.png")
+    options = {
+        "task": "segment",
+        "model": "pce_unet_nano",
+        "model_args": {"widths": [8, 8, 8], "num_experts": 2},
+        "data": str(tmp_path / "street"),
+        "input_size": "32x32",
+        "class_weights": "median",
+        "batch_size": 1,
+    }
+    theirs = train(start("theirs", **options))
+    with monkeypatch.context() as patch:
+        at_step(6, patch, interrupt, SegmentationTask)
+        with pytest.raises(KeyboardInterrupt):
+            train(start(**options))
+    assert RunFolder(start().folder).steps[-1].name == "step-00000006"
+    assert_same_run(train(start(resume="auto", **options)), theirs)
