@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,7 @@ def in_a_process(work: Callable[[], object], log: Path | None = None) -> int:
 
     def begin() -> None:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what runs in its background ignore it
         if log is not None:
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             for standard in (1, 2):

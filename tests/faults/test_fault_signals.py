@@ -13,6 +13,7 @@ import pcenet.training.checkpoints as checkpoints
 from pcenet.training.callbacks import History
 from pcenet.training.folder import RunFolder
 from pcenet.training.run import train
+from pcenet.training.task import ClassificationTask
 
 STOPPED = {signal.SIGTERM: (143, "stopped by SIGTERM"), signal.SIGINT: (130, "interrupted")}
 
@@ -34,6 +35,27 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     assert "Traceback" not in log.read_text()
     folder = RunFolder(config.folder)
     assert [path.name for path in folder.steps] == ["step-00000004", "step-00000006"]
+    assert_same_run(train(start(resume="auto", **options)), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.faults("SIGTERM, Ctrl-C")
+@pytest.mark.parametrize("number", STOPPED)
+def test_a_signal_between_two_steps_ends_the_run_after_the_next(
+    start: Start, whole: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Lightning would end the run here, after SIGTERM, without a checkpoint."""
+    options = {"checkpoint_minutes": None}
+    config = start(**options)
+
+    def late(self: ClassificationTask, *_: object) -> None:
+        if self.global_step == 6:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassificationTask, "on_train_batch_end", late)
+        assert pcenet(config, tmp_path / "log") == STOPPED[number][0], (tmp_path / "log").read_text()
+    assert RunFolder(config.folder).steps[-1].name == "step-00000007"
     assert_same_run(train(start(resume="auto", **options)), whole)
 
 
