@@ -33,7 +33,7 @@ def options_of(pictures: Path, out: str, **changes: Any) -> TrainConfig:
         "data": str(pictures),
         "out": out,
         "model": "pce_nano",
-        "model_args": {"widths": [8, 8, 16], "num_experts": 3, "capacity_factor": 1.0},
+        "model_args": {"widths": [8, 8, 16], "num_experts": 3, "capacity_factor": 1.0, "balancing": "none"},
         "epochs": 2,
         "batch_size": 6,
         "drop": 0.2,

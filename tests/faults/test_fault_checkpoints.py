@@ -256,6 +256,7 @@ def test_a_folder_that_another_process_trains_in_is_refused(copied: RunFolder, s
             train(start(resume="auto"))
 
 
+@pytest.mark.slow
 @pytest.mark.faults("two runs in one folder")
 def test_a_run_holds_its_folder_while_it_trains(
     start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

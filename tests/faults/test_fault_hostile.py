@@ -366,6 +366,7 @@ def test_unsafe_archives_are_refused(tmp_path: Path, kind: str) -> None:
         open_source(path, "train")
 
 
+@pytest.mark.slow
 @pytest.mark.faults("zip: a bomb")
 def test_a_file_that_unpacks_to_gigabytes_is_refused_unread(tmp_path: Path) -> None:
     """300 MB of zeros in 300 kB."""

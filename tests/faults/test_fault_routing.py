@@ -85,7 +85,7 @@ def step(layer: PCELayer, images: Tensor) -> tuple[Tensor, Routing, list[Tensor]
 
 @pytest.mark.parametrize("dispatch", ["sorted", "static"])
 @pytest.mark.parametrize("border", ["zero", "exchange"])
-@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("norm", ["batch", pytest.param("group", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.faults(f"routing: {name}")) for name in CASES])
 def test_degenerate_routing_is_finite_repeatable_and_counted(name: str, norm: str, border: str, dispatch: str) -> None:
     case = CASES[name]

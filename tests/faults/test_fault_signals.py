@@ -19,7 +19,7 @@ STOPPED = {signal.SIGTERM: (143, "stopped by SIGTERM"), signal.SIGINT: (130, "in
 
 
 @pytest.mark.faults("SIGTERM, Ctrl-C")
-@pytest.mark.parametrize("number", STOPPED)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     start: Start, whole: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -39,7 +39,8 @@ def test_a_process_that_dies_ends_the_run_with_a_message(
 
 
 @pytest.mark.faults("a data file that vanishes")
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_vanishes_is_named(
     start: Start, whole: RunFolder, pictures: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int
 ) -> None:
@@ -81,7 +82,9 @@ LOGGERS: dict[str, Callable[[Start, pytest.MonkeyPatch], None]] = {
 
 
 @pytest.mark.faults("a logger that fails")
-@pytest.mark.parametrize("moment", LOGGERS)
+@pytest.mark.parametrize(
+    "moment", [pytest.param(name, marks=[] if name == "in its thread" else pytest.mark.slow) for name in LOGGERS]
+)
 def test_a_logger_that_fails_is_one_warning(
     start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, moment: str
 ) -> None:
