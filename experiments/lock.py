@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,7 +15,8 @@ def lines(report: dict[str, object]) -> list[str]:
         digest = package["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256")
         if digest:
             about = package["metadata"]
-            found.append(f"{about['name'].lower()}=={about['version'].partition('+')[0]} --hash=sha256:{digest}")
+            name = re.sub("[-_.]+", "-", about["name"]).lower()
+            found.append(f"{name}=={about['version'].partition('+')[0]} --hash=sha256:{digest}")
     return sorted(found)
 
 
