@@ -35,7 +35,8 @@ def test_a_process_that_dies_ends_the_run_with_a_message(
     assert error.startswith("pcenet: error: workers: a process that loads images has died (DataLoader worker (pid")
     assert error.endswith("try fewer --workers")
     assert "Traceback" not in log.read_text()
-    assert RunFolder(config.folder).steps[-1].name == "step-00000002"
+    # It is noticed during the step or, where the next batch had been loaded before, during the one after.
+    assert RunFolder(config.folder).steps[-1].name in ("step-00000002", "step-00000003")
 
 
 @pytest.mark.faults("a data file that vanishes")
