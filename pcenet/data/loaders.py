@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -221,11 +223,19 @@ def _loader(
 def outlive_signals(_worker: int) -> None:
     """Let a process that loads images work on when a signal reaches the whole group: ending is for the main process.
 
-    Ctrl-C in a terminal does that, and so do ``timeout`` and most batch systems with SIGTERM. A second SIGTERM ends the
-    process, so that PyTorch can end one that hangs; one whose main process has died ends by itself.
+    Ctrl-C in a terminal does that, and so do ``timeout`` and most batch systems with SIGTERM. SIGTERM from the main
+    process still ends it at once, and it ends by itself when that has died.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 @contextmanager

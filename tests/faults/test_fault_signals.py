@@ -7,9 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from faults.runs import Start, alive, assert_same_run, at_step, pcenet
+from faults.runs import Start, alive, assert_same_run, at_step, in_a_process, pcenet
 
 import pcenet.training.checkpoints as checkpoints
+from pcenet.data import build_loader, eval_transform, open_source
 from pcenet.training.callbacks import History
 from pcenet.training.folder import RunFolder
 from pcenet.training.run import train
@@ -70,7 +71,11 @@ def test_processes_that_load_images_outlive_the_signal_and_not_the_run(
 
     def signal_all() -> None:
         noted.write_text(Path(f"/proc/self/task/{os.getpid()}/children").read_text())
-        os.killpg(0, number)
+        child = os.fork()  # somebody else than the run itself, which may end its processes
+        if child == 0:
+            os.killpg(0, number)
+            os._exit(0)
+        os.waitpid(child, 0)
 
     with monkeypatch.context() as patch:
         at_step(5, patch, signal_all)
@@ -80,6 +85,21 @@ def test_processes_that_load_images_outlive_the_signal_and_not_the_run(
     assert len(workers) >= 2
     assert not any(alive(int(worker)) for worker in workers)
     assert_same_run(train(start(resume="auto", **options)), whole)
+
+
+KEPT: list[object] = []
+
+
+@pytest.mark.faults("a signal to the whole process group")
+def test_processes_that_load_images_end_with_the_program(pictures: Path, tmp_path: Path) -> None:
+    """Python ends them with SIGTERM, and waits for them, where somebody still holds the iterator at exit."""
+
+    def leave_it_open() -> None:
+        source = open_source(pictures, "train")
+        loader = build_loader(source, eval_transform(32), batch_size=4, train=True, workers=1)
+        KEPT.append(iter(loader))
+
+    assert in_a_process(leave_it_open, tmp_path / "log") == 0, (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow
