@@ -150,7 +150,7 @@ def test_steps_are_left_out_up_to_a_limit(
         assert all(torch.equal(value, states[1][name]) for name, value in states[step].items())
     assert not all(torch.equal(value, states[1][name]) for name, value in states[4].items())
     (row,) = rows_of(folder)
-    assert all(math.isfinite(float(value)) for value in row.values())
+    assert all(math.isfinite(float(value)) for name, value in row.items() if not name.startswith("router/"))
     assert all(value.isfinite().all() for value in read_checkpoint(folder.steps[-1])["state_dict"].values())
 
 

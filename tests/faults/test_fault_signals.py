@@ -97,7 +97,9 @@ def test_processes_that_load_images_end_with_the_program(pictures: Path, tmp_pat
     def leave_it_open() -> None:
         source = open_source(pictures, "train")
         loader = build_loader(source, eval_transform(32), batch_size=4, train=True, workers=1)
-        KEPT.append(iter(loader))
+        batches = iter(loader)
+        next(batches)  # by now the process is at work
+        KEPT.append(batches)
 
     assert in_a_process(leave_it_open, tmp_path / "log") == 0, (tmp_path / "log").read_text()
 
