@@ -1,4 +1,4 @@
-"""The command line: ``pcenet check-data | train | compare | eval | predict | models | bench | doctor``.
+"""The command line: ``pcenet check-data | train | compare | eval | predict | app | models | bench | doctor``.
 
 Nothing heavy is imported before a command runs, so that help and mistakes in the options cost no time.
 """
@@ -13,11 +13,12 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_origin
 
 from pcenet import __version__
+from pcenet.app.config import AppConfig
 from pcenet.benchmark.config import BenchConfig
 from pcenet.choices import did_you_mean
 from pcenet.compare.config import OF_A_RUN, CompareConfig
@@ -35,7 +36,7 @@ from pcenet.training.signals import Terminated
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-C = TypeVar("C", TrainConfig, EvalConfig, PredictConfig, CheckDataConfig, BenchConfig)
+C = TypeVar("C", TrainConfig, EvalConfig, PredictConfig, CheckDataConfig, BenchConfig, AppConfig)
 
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "scipy", "tensorboard", "torchmetrics", "yaml")
 TRACEBACK = "PCENET_TRACEBACK"
@@ -235,8 +236,21 @@ def respell(word: str, spellings: dict[str, str]) -> str:
     name, equals, value = word.partition("=")
     known = name.replace("_", "-")
     if known not in spellings:
-        raise ValueError(f"unknown option {name!r}{did_you_mean(known, spellings)}")
+        likely = did_you_mean(known, spellings, 0.85) or of_the_network(known, spellings)
+        raise ValueError(f"unknown option {name!r}{likely or did_you_mean(known, spellings)}")
     return spellings[known] + equals + value
+
+
+def of_the_network(option: str, spellings: Collection[str]) -> str:
+    """How to give what is an argument of networks, where a command takes such; else nothing."""
+    if "--model-args" not in spellings:
+        return ""
+    from pcenet.models import model_options
+
+    argument = option.lstrip("-").replace("-", "_")
+    if not any(argument in model_options(name) for name in ("pce_nano", "pce_unet_nano")):
+        return ""
+    return f"; it is an argument of the network: give --model-args '{{\"{argument}\": ...}}'"
 
 
 def explain(message: str, entries: dict[str, Entry]) -> str:
@@ -322,6 +336,14 @@ def run_predict(arguments: list[str]) -> int:
 
     result = predict(config)
     return 0 if result.predicted else fail(f"none of {len(result.left_out)} files could be predicted", code=1)
+
+
+def run_app(arguments: list[str]) -> None:
+    """show what each expert does, on a web page of this machine"""
+    config = parse("app", AppConfig, arguments)
+    from pcenet.app.server import serve
+
+    serve(config)
 
 
 def run_models(arguments: list[str]) -> None:
@@ -420,6 +442,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "eval": run_eval,
     "check-data": run_check_data,
     "predict": run_predict,
+    "app": run_app,
     "models": run_models,
     "bench": run_bench,
     "doctor": run_doctor,

@@ -133,7 +133,9 @@ def router_logits(router: nn.Module, x: Tensor) -> Tensor:
         return logits
     if not router.training:
         return logits + router.expert_bias
-    return logits + logits.new_tensor(balancing_bias(logits.tolist(), router.top_k))
+    bias = logits.new_tensor(balancing_bias(logits.tolist(), router.top_k))
+    mean = logits.mean(0)
+    return logits - mean + mean.detach() + bias  # the gradient of the centred logits
 
 
 def balancing_bias(logits: list[list[float]], top_k: int) -> list[float]:

@@ -29,6 +29,7 @@ ALLOWED = {
     "training": {"choices", "nn", "models", "data"},
     "compare": {"choices", "models", "training"},
     "analysis": {"nn", "models", "data", "training"},
+    "app": {"choices", "models", "nn", "data", "training", "analysis"},
     "inference": {"choices", "nn", "models", "data", "training", "analysis"},
 }
 

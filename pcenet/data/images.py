@@ -25,7 +25,9 @@ class Inspection(NamedTuple):
     oddities: list[str]
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
+def decode_image(
+    data: bytes, name: str, *, max_pixels: int | None = None, formats: tuple[str, ...] = FORMATS
+) -> Image.Image:
     """Decode one image file to an upright image in mode RGB.
 
     The EXIF orientation is applied. Transparent pixels are laid on white. Grey images of 16 bits keep their
@@ -34,12 +36,14 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     Args:
         data: the file's content.
         name: what to call the file in an error.
+        max_pixels: the most pixels that it may have; None: ``PIL.Image.MAX_IMAGE_PIXELS``, which always holds.
+        formats: Pillow's names of the formats to read, such as ``("PNG",)``; by default those that data sets may have.
 
     Raises:
-        DataError: the data is no image, is cut off or damaged, has more pixels than
-            ``PIL.Image.MAX_IMAGE_PIXELS``, or has floating-point pixels, whose range is unknown.
+        DataError: the data is no image, is cut off or damaged, has more pixels than allowed, or has floating-point
+            pixels, whose range is unknown.
     """
-    return _decode(data, name, _to_rgb)
+    return _decode(data, name, _to_rgb, max_pixels, formats)
 
 
 def inspect_image(data: bytes, name: str) -> Inspection:
@@ -62,22 +66,33 @@ def decode_mask(data: bytes, name: str) -> Image.Image:
     return _decode(data, name, _to_values)
 
 
-def _decode(data: bytes, name: str, convert: Callable[[Image.Image], T]) -> T:
+def _decode(
+    data: bytes,
+    name: str,
+    convert: Callable[[Image.Image], T],
+    max_pixels: int | None = None,
+    formats: tuple[str, ...] = FORMATS,
+) -> T:
+    limit, limit_name = _limit(max_pixels)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError  # up to twice the limit Pillow only warns
+        image = Image.open(io.BytesIO(data), formats=formats)
+        if limit is not None and image.width * image.height > limit:
+            raise Image.DecompressionBombError  # up to twice its own limit Pillow only warns
         return convert(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(
-            f"{name}: the image has more than PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS} pixels."
-            f" Shrink or remove it."
-        ) from error
+        raise DataError(f"{name}: the image has more than {limit_name} pixels. Shrink or remove it.") from error
     except Exception as error:  # Pillow's plugins raise nearly any type on damaged data
         reason = _unknown(data) if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
             f"{name}: the file cannot be read as an image ({reason}). Replace or remove the file."
         ) from error
+
+
+def _limit(max_pixels: int | None) -> tuple[int | None, str]:
+    """The most pixels of an image: the caller's limit or Pillow's, whichever is lower, and what to call it."""
+    if max_pixels is not None and max_pixels <= (Image.MAX_IMAGE_PIXELS or max_pixels):
+        return max_pixels, str(max_pixels)
+    return Image.MAX_IMAGE_PIXELS, f"PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS}"
 
 
 def _unknown(data: bytes) -> str:

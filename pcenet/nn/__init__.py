@@ -16,6 +16,7 @@ from pcenet.nn.patches import Grid, PatchExtractor
 from pcenet.nn.recording import record_routing
 from pcenet.nn.routing import Router, Routing, expert_load, route
 from pcenet.nn.statistics import RoutingStatistics, RoutingSummary
+from pcenet.nn.synchronising import synchronise
 
 __all__ = [
     "AuxTerms",
@@ -35,6 +36,7 @@ __all__ = [
     "load_balance_loss_from_logits",
     "record_routing",
     "route",
+    "synchronise",
     "z_loss",
     "z_loss_from_logits",
 ]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcenet.nn.checks import check_at_least, check_choice, is_number
+from pcenet.nn.processes import process_count, sum_over_processes
 
 Norm = Literal["batch", "group"]
 
@@ -121,6 +122,10 @@ class StackedNorm(nn.Module):
 
     Batch statistics are those of the expert's own patches. An expert with fewer than 2 values per channel uses its
     running statistics and leaves them (design, section 2, "Few patches").
+
+    Attributes:
+        synchronised: whether they are those of its patches in all processes that train together, which `forward_slots`
+            alone can give; see `pcenet.nn.synchronise`.
     """
 
     running_mean: Tensor
@@ -130,6 +135,7 @@ class StackedNorm(nn.Module):
         super().__init__()
         self.kind = kind
         self.groups = group_count(channels)
+        self.synchronised = False
         self.weight = nn.Parameter(torch.ones(num_experts, channels))
         self.bias = nn.Parameter(torch.zeros(num_experts, channels))
         if kind == "batch":
@@ -184,7 +190,8 @@ class StackedNorm(nn.Module):
         else:
             mean, variance = self.running_mean[experts], self.running_var[experts]
             if self.training:
-                mean, variance = _batch_moments(values, mask, expert, mean, variance)
+                together = self.synchronised and process_count() > 1
+                mean, variance = _batch_moments(values, mask, expert, mean, variance, together)
             scale = torch.rsqrt(variance + NORM_EPS)
             normalised = (values - _per_slot(mean, expert)) * _per_slot(scale, expert)
         return (normalised * _per_slot(weight, expert) + _per_slot(bias, expert)).to(x.dtype)
@@ -203,13 +210,15 @@ class StackedNorm(nn.Module):
 
 
 def _batch_moments(
-    values: Tensor, mask: Tensor, expert: Tensor, running_mean: Tensor, running_var: Tensor
+    values: Tensor, mask: Tensor, expert: Tensor, running_mean: Tensor, running_var: Tensor, together: bool
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance ``[E, C]`` of the cells that ``mask`` marks, which the running ones ``[E, C]`` then follow; for
-    an expert with fewer than 2 values the running ones, which stay."""
+    """Mean and variance ``[E, C]`` of the cells that ``mask`` marks, in all processes where they go ``together``; the
+    running ones ``[E, C]`` then follow. For an expert with fewer than 2 values they are the running ones, which stay.
+    """
 
     def expert_sum(per_slot: Tensor) -> Tensor:
-        return per_slot.new_zeros(len(running_mean), per_slot.shape[1]).index_add(0, expert, per_slot)
+        total = per_slot.new_zeros(len(running_mean), per_slot.shape[1]).index_add(0, expert, per_slot)
+        return sum_over_processes(total) if together else total
 
     count = expert_sum(mask.sum((2, 3)))
     mean = expert_sum((values * mask).sum((2, 3))) / count.clamp(min=1)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pcenet.nn.processes import process_count, sum_over_processes
 from pcenet.nn.routing import Routing, expert_load
 
 
@@ -41,12 +42,19 @@ def z_loss(routing: Routing, squared: bool = True) -> Tensor:
     return z_loss_from_logits(routing.logits, squared)
 
 
-def load_balance_loss(routing: Routing) -> Tensor:
-    """`load_balance_loss_from_logits` of a routing, with its probabilities, which have the router's temperature."""
-    return _load_balance(routing.probs, routing.load, routing.choice.numel())
+def load_balance_loss(routing: Routing, load: Tensor | None = None) -> Tensor:
+    """`load_balance_loss_from_logits` of a routing, with its probabilities, which have the router's temperature.
+
+    Args:
+        routing: of the patches whose probabilities count.
+        load: ``[E]``, choices per expert; None: those of the routing. Given is the load of a larger batch of which this
+            is a part: the mean over equal parts is then the loss of the whole.
+    """
+    load = routing.load if load is None else load
+    return _load_balance(routing.probs, load, load.sum())
 
 
-def _load_balance(probs: Tensor, load: Tensor, num_choices: int) -> Tensor:
+def _load_balance(probs: Tensor, load: Tensor, num_choices: Tensor | int) -> Tensor:
     return len(load) * (probs.mean(dim=0) * load.to(probs.dtype) / num_choices).sum()
 
 
@@ -57,12 +65,21 @@ class AuxTerms(NamedTuple):
     z: Tensor
 
 
-def aux_terms(records: Mapping[str, Sequence[Routing]]) -> AuxTerms:
-    """The terms of `aux_loss` apart, for logging and for weights of your own; zeros for no records."""
+def aux_terms(records: Mapping[str, Sequence[Routing]], synchronised: bool = False) -> AuxTerms:
+    """The terms of `aux_loss` apart, for logging and for weights of your own; zeros for no records.
+
+    Args:
+        records: as there.
+        synchronised: count loads over all processes of torch's process group, each of which must ask at the same point.
+            The mean of their losses, and so the mean of their gradients, is then that of one large batch.
+    """
     balance = z = torch.zeros(())
     for routings in records.values():
-        for routing in routings:
-            balance = load_balance_loss(routing) / len(routings) + balance.to(routing.logits.device)
+        loads = [routing.load for routing in routings]
+        if synchronised and process_count() > 1:
+            loads = list(sum_over_processes(torch.stack(loads)))
+        for routing, load in zip(routings, loads, strict=True):
+            balance = load_balance_loss(routing, load) / len(routings) + balance.to(routing.logits.device)
             z = z_loss(routing) / len(routings) + z.to(routing.logits.device)
     return AuxTerms(balance, z)
 

@@ -19,6 +19,7 @@ from pcenet.nn.balancing import balancing_bias
 from pcenet.nn.checks import check_at_least, check_choice, is_number, is_whole
 from pcenet.nn.fourier import axis_features, position_map
 from pcenet.nn.patches import Grid, grid_of, split_map
+from pcenet.nn.processes import gather_rows, process_count, sum_over_processes
 
 Priority = Literal["gate", "order"]
 Gate = Literal["prob", "straight_through"]
@@ -260,8 +261,8 @@ class Router(nn.Module):
         num_bands: K, bands of the position features.
         balancing: ``"batch"`` adds a bias per expert to the logits. In training it is the one that spreads the batch
             evenly (see `balancing_bias`), at evaluation its running mean over the batches of training, as BatchNorm has
-            its statistics, so that a prediction does not depend on its batch. No gradient goes through it. ``"none"``
-            leaves balance to the loss alone.
+            its statistics, so that a prediction does not depend on its batch. No gradient goes through it, nor through
+            the mean of a batch's logits, which it would undo. ``"none"`` leaves balance to the loss alone.
         temperature: T of ``probs = softmax(logits / T)``, in training and at evaluation. Gate values and the balance
             loss see these probabilities; the z-loss sees the logits before the division, so that it bounds what the
             perceptron puts out whatever T is.
@@ -269,6 +270,8 @@ class Router(nn.Module):
     Attributes:
         expert_bias: ``[E]``, the running mean of the bias, a buffer; None without balancing.
         temperature: as above; a training loop may change it between forward passes.
+        synchronised: whether the bias is that of the batches of all processes that train together; see
+            `pcenet.nn.synchronise`.
         perturb: in training, a function from logits ``[N, E]`` to the logits that are routed by, such as noise for
             exploration; None, the default, is the identity. Losses and statistics see what it returns. The router has
             no chance of its own: whoever sets this decides where its numbers come from.
@@ -323,6 +326,7 @@ class Router(nn.Module):
         self.gate_input = gate_input
         self.num_bands = num_bands
         self.temperature = temperature
+        self.synchronised = False
         self.perturb: Callable[[Tensor], Tensor] | None = None
         # One convolution over the enriched map: a perceptron on each pixel, or on each flattened patch.
         kernel = patch_size if gate_input == "flat" else 1
@@ -377,7 +381,7 @@ class Router(nn.Module):
         if self.training and self.perturb is not None:
             logits = self.perturb(logits)
         if self.expert_bias is not None:
-            logits = logits + self._balance(logits.detach())
+            logits = self._balanced(logits)
         return route(
             logits,
             grid_of(x, self.patch_size),
@@ -388,14 +392,21 @@ class Router(nn.Module):
             temperature=self.temperature,
         )
 
-    def _balance(self, logits: Tensor) -> Tensor:
+    def _balanced(self, logits: Tensor) -> Tensor:
+        """Logits with the bias that evens out the loads."""
         assert self.expert_bias is not None
         if not self.training:
-            return self.expert_bias.to(logits.dtype)
-        bias = balancing_bias(logits, self.top_k)
+            return logits + self.expert_bias.to(logits.dtype)
+        together = self.synchronised and process_count() > 1
+        bias = balancing_bias(gather_rows(logits) if together else logits.detach(), self.top_k)
         with torch.no_grad():
             self.expert_bias.lerp_(bias.to(self.expert_bias.dtype), BIAS_MOMENTUM)
-        return bias
+        # The task raises whatever was chosen. What it raises for all patches alike the bias would lower again, and both
+        # would grow for ever: a batch's mean has no gradient.
+        mean = logits.mean(dim=0)
+        if together:
+            mean = sum_over_processes(mean) / process_count()
+        return logits - (mean - mean.detach()) + bias
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of the module\'s settings."""

@@ -278,8 +278,8 @@ class TrainConfig:
     cutmix: Annotated[
         float,
         Option(
-            "Paste a rectangle of one image into another, its area from Beta(a, a), labels by area; 0: no "
-            "(classification). With --mixup each batch gets one of the two.",
+            "Paste a rectangle of one image into another at the same place, its area from Beta(a, a), with its pixels' "
+            "classes, or labels by area; 0: no. With --mixup each batch gets one of the two.",
             at_least=0,
         ),
     ] = 0.0

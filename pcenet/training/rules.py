@@ -48,7 +48,7 @@ def check_together(config: TrainConfig) -> None:
     for name, (start, off) in LASTS.items():
         if getattr(config, name) is not None and getattr(config, start) == off:
             raise ValueError(f"{name} {getattr(config, name):g} has no effect without {start}: give both, or neither")
-    for name in (*MIXING, "random_erasing"):
+    for name in ("mixup", "random_erasing"):
         if getattr(config, name) and config.task != "classify":
             raise ValueError(f"{name} is for classification: leave it out to {config.task}")
     for name in MIXING:

@@ -24,7 +24,7 @@ from pcenet.nn.experts import SharedConv2d
 from pcenet.training.config import TrainConfig
 from pcenet.training.means import EpochMeans
 from pcenet.training.measures import TOP_K
-from pcenet.training.mixing import make_mixing
+from pcenet.training.mixing import make_mixing, make_pasting
 from pcenet.training.pixels import PixelBatches, PixelScores
 from pcenet.training.schedules import Schedules
 
@@ -249,6 +249,11 @@ class SegmentationTask(TrainingTask):
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.class_weights: Tensor | None
         self.pixels: PixelScores | None = None
+        self.pasting = make_pasting(config.cutmix)
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch with cutmix, where the options ask for it."""
+        return (images, targets) if self.pasting is None else self.pasting(images, targets)
 
     def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy over the pixels that count, weighted by class, with label smoothing; 0 where none counts."""

@@ -115,3 +115,21 @@ def test_too_many_pixels(side: int, warnings_are: Any, monkeypatch: pytest.Monke
         warnings.simplefilter(warnings_are, Image.DecompressionBombWarning)
         with pytest.raises(DataError, match=r"^big\.png: .* more than PIL\.Image\.MAX_IMAGE_PIXELS = 15 pixels"):
             decode_image(data, "big.png")
+
+
+def test_a_lower_limit_than_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(Image.new("RGB", (4, 3)))
+    assert decode_image(data, "x", max_pixels=12).size == (4, 3)
+    with pytest.raises(DataError, match=r"^big.png: the image has more than 11 pixels\. Shrink or remove it\.$"):
+        decode_image(data, "big.png", max_pixels=11)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # over twice that Pillow raises, below it warns
+    for limit, named in ((11, "PIL.Image.MAX_IMAGE_PIXELS = 10"), (9, "9"), (10, "10")):
+        with pytest.raises(DataError, match=f"more than {named} pixels"):
+            decode_image(data, "big.png", max_pixels=limit)
+
+
+def test_formats_that_are_not_asked_for() -> None:
+    data = encode(Image.new("RGB", (1, 1)), "BMP")
+    assert decode_image(data, "x", formats=("PNG", "BMP")).size == (1, 1)
+    with pytest.raises(DataError, match="x: the file cannot be read as an image"):
+        decode_image(data, "x", formats=("PNG",))

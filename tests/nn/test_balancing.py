@@ -84,14 +84,29 @@ def test_the_running_mean_is_used_at_evaluation_and_independent_of_the_batch() -
     assert torch.equal(router.expert_bias, before)
 
 
-def test_no_gradient_goes_through_the_bias() -> None:
+def test_no_gradient_goes_through_the_bias_nor_through_what_it_would_undo() -> None:
+    """It is the gradient of the logits minus their mean over the batch, expert by expert."""
     torch.manual_seed(0)
     router = Router(3, 2, 3).double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     direction = torch.randn(32, 3, dtype=torch.float64)
     (found,) = torch.autograd.grad((router(x).logits * direction).sum(), x)
-    (expected,) = torch.autograd.grad((router.compute_logits(x) * direction).sum(), x)
+    logits = router.compute_logits(x)
+    centred = logits - logits.sum(0) / 32
+    (expected,) = torch.autograd.grad((centred * direction).sum(), x)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+
+
+def test_raising_an_expert_for_all_patches_is_no_way_to_lower_a_loss() -> None:
+    """The loss wants the first expert to be more probable everywhere: its logits' mean must not be pushed at all."""
+    torch.manual_seed(0)
+    router = Router(3, 2, 3).double()
+    (-router(torch.randn(2, 3, 8, 8, dtype=torch.float64)).logits[:, 0].sum()).backward()
+    assert router.logits.bias.grad.abs().max() < 1e-14
+    router.eval()  # there the bias is fixed, and a fine-tuning with frozen statistics may move the logits
+    router.zero_grad()
+    (-router(torch.randn(2, 3, 8, 8, dtype=torch.float64)).logits[:, 0].sum()).backward()
+    assert router.logits.bias.grad.tolist() == [-32, 0, 0]
 
 
 def test_checkpointing_routes_the_same_twice() -> None:

@@ -25,6 +25,8 @@ WRONG = [
     ("", "no command given; give one of train, compare, eval, check-data, predict, models, bench, doctor"),
     ("train --bath-size 3", "unknown option '--bath-size'; did you mean '--batch-size'?"),
     ("train --epcohs=3", "unknown option '--epcohs'; did you mean '--epochs'?"),
+    ("train --num-experts 8", "it is an argument of the network: give --model-args '{\"num_experts\": ...}'"),
+    ("eval --border halo", "unknown option '--border'; did you mean"),
     ("train -x", "unknown option '-x'; did you mean"),
     ("train stray", "unrecognized arguments: stray"),
     ("train --lr", "argument --lr: expected one argument"),

@@ -39,7 +39,7 @@ def test_run_folder_is_named_after_model_data_and_seed() -> None:
     ("changes", "message"),
     [
         ({"mixup": 0.2, "task": "segment"}, "mixup is for classification: leave it out to segment"),
-        ({"cutmix": 0.2, "task": "segment"}, "cutmix is for classification"),
+        ({"cutmix": 0.2, "task": "segment", "batch_size": 1}, "cutmix mixes the images of a batch"),
         ({"random_erasing": 0.2, "task": "segment"}, "random_erasing is for classification"),
         ({"mixup": 0.2, "batch_size": 1}, "mixup mixes the images of a batch, so batch_size must be at least 2, got 1"),
         ({"random_erasing": 1.5}, "random_erasing must be at most 1, got 1.5"),

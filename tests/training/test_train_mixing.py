@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pcenet.data import train_transform
 from pcenet.training.config import TrainConfig
-from pcenet.training.mixing import make_mixing
+from pcenet.training.mixing import make_mixing, make_pasting
 from pcenet.training.run import train
-from pcenet.training.task import ClassificationTask
+from pcenet.training.task import ClassificationTask, SegmentationTask
 
 Start = Callable[..., TrainConfig]
 
@@ -64,6 +64,35 @@ def test_with_both_each_batch_gets_one_of_them() -> None:
 
 def test_neither_is_nothing() -> None:
     assert make_mixing(0.0, 0.0) is None
+
+
+def test_pixels_and_their_classes_are_pasted_together() -> None:
+    """Image i has the value i everywhere, and the classes of its mask are 10 * i, but 255 in the last column."""
+    torch.manual_seed(3)
+    images, _ = batch()
+    masks = (10 * torch.arange(3)).view(3, 1, 1).repeat(1, 16, 16)
+    masks[:, :, 15] = 255
+    mixed, numbers = make_pasting(1.0)(images, masks)
+    assert mixed.shape == images.shape
+    assert numbers.dtype == torch.int64
+    assert torch.equal(numbers[:, :, 15], masks[:, :, 15])
+    assert torch.equal(numbers[:, :, :15].float(), 10 * mixed[:, 0, :, :15])
+    for i, before in ((0, 2), (1, 0), (2, 1)):
+        pasted = mixed[i, 0] == before
+        assert 0 < pasted.sum() < 256
+        assert torch.equal(pasted | (mixed[i, 0] == i), torch.ones(16, 16, dtype=torch.bool))
+
+
+def test_segmentation_is_trained_on_pasted_images() -> None:
+    config = TrainConfig(task="segment", cutmix=1.0)
+    masks = torch.arange(3).view(3, 1, 1).expand(3, 16, 16)
+    torch.manual_seed(3)
+    images, numbers = SegmentationTask(Means(), config, 1).mix(batch()[0], masks)
+    assert torch.equal(numbers.float(), images[:, 0])
+    assert not torch.equal(numbers, masks)
+    same, as_they_were = SegmentationTask(Means(), TrainConfig(task="segment"), 1).mix(images, masks)
+    assert same is images
+    assert as_they_were is masks
 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.5}, {"cutmix": 0.5}, {"mixup": 0.5, "cutmix": 0.5}])
