@@ -1,4 +1,4 @@
-"""The command line: ``pcenet check-data | train | compare | eval | predict | app | models | bench | doctor``.
+"""The command line: ``pcenet check-data | train | compare | eval | predict | explain | app | models | bench | doctor``.
 
 Nothing heavy is imported before a command runs, so that help and mistakes in the options cost no time.
 """
@@ -22,6 +22,7 @@ from pcenet.app.config import AppConfig
 from pcenet.benchmark.config import BenchConfig
 from pcenet.choices import did_you_mean
 from pcenet.compare.config import OF_A_RUN, CompareConfig
+from pcenet.explain.config import ExplainConfig
 from pcenet.training.config import (
     CheckDataConfig,
     EvalConfig,
@@ -36,7 +37,7 @@ from pcenet.training.signals import Terminated
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-C = TypeVar("C", TrainConfig, EvalConfig, PredictConfig, CheckDataConfig, BenchConfig, AppConfig)
+C = TypeVar("C", TrainConfig, EvalConfig, PredictConfig, ExplainConfig, CheckDataConfig, BenchConfig, AppConfig)
 
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "scipy", "tensorboard", "torchmetrics", "yaml")
 TRACEBACK = "PCENET_TRACEBACK"
@@ -338,6 +339,14 @@ def run_predict(arguments: list[str]) -> int:
     return 0 if result.predicted else fail(f"none of {len(result.left_out)} files could be predicted", code=1)
 
 
+def run_explain(arguments: list[str]) -> None:
+    """write a page on what each expert of a trained network does, and how much it matters"""
+    config = parse("explain", ExplainConfig, arguments)
+    from pcenet.explain.command import explain
+
+    explain(config)
+
+
 def run_app(arguments: list[str]) -> None:
     """show what each expert does, on a web page of this machine"""
     config = parse("app", AppConfig, arguments)
@@ -442,6 +451,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "eval": run_eval,
     "check-data": run_check_data,
     "predict": run_predict,
+    "explain": run_explain,
     "app": run_app,
     "models": run_models,
     "bench": run_bench,

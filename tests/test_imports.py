@@ -28,9 +28,10 @@ ALLOWED = {
     "data": {"choices"},
     "training": {"choices", "nn", "models", "data"},
     "compare": {"choices", "models", "training"},
-    "analysis": {"nn", "models", "data", "training"},
+    "analysis": {"choices", "nn", "models", "data", "training"},
     "app": {"choices", "models", "nn", "data", "training", "analysis"},
     "inference": {"choices", "nn", "models", "data", "training", "analysis"},
+    "explain": {"choices", "nn", "models", "data", "training", "analysis", "inference"},
 }
 
 

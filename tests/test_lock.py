@@ -18,7 +18,7 @@ def test_the_lock_file_is_that_of_the_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     asked = project["dependencies"] + [
-        text for name in ("train", "digits", "plot", "segment", "app", "dev") for text in extras[name]
+        text for name in ("train", "digits", "plot", "explain", "segment", "app", "dev") for text in extras[name]
     ]
     wanted = [Requirement(text) for text in asked]
     assert len(wanted) > 15

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pcenet.analysis.observing import Seen, observe
 from pcenet.analysis.specialisation import Counts
 from pcenet.data import IGNORE
-from pcenet.nn import PCELayer, Routing
+from pcenet.nn import Routing
 
 
 class PatchCounts:
@@ -102,34 +101,24 @@ def count_experts(
     model.eval()
     counts: dict[str, PatchCounts] = {}
     for images, targets in batches:
-        with _routings_and_maps(model) as seen:
+        with observe(model) as layers:
             model(images.to(memory_format=torch.channels_last))
-        for name, (routing, patch_size, map_size) in seen.items():
-            _, rows, columns = routing.grid
-            if isinstance(targets, Tensor) and targets.ndim == 1:
-                classes = targets.repeat_interleave(rows * columns)
-            else:
-                of_images = [
-                    patch_classes(m.cpu(), (rows, columns), patch_size, map_size, num_classes) for m in targets
-                ]
-                classes = torch.cat(of_images)
-            counts.setdefault(name, PatchCounts(num_classes)).update(routing, classes)
+        for name, seen in layers.items():
+            classes = classes_of(seen, targets, num_classes)
+            counts.setdefault(name, PatchCounts(num_classes)).update(seen.routing, classes)
     return counts
 
 
-@contextmanager
-def _routings_and_maps(model: nn.Module) -> Iterator[dict[str, tuple[Routing, int, tuple[int, int]]]]:
-    """Layer name to routing, patch size and size of the map, which a `Routing` does not know, of the last pass."""
-    seen: dict[str, tuple[Routing, int, tuple[int, int]]] = {}
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if isinstance(module, PCELayer):
+def classes_of(seen: Seen, targets: Tensor | Sequence[Tensor], num_classes: int) -> Tensor:
+    """The class of each of a layer's patches, ``[N]`` int64: its image's, or that of most of its pixels in a mask.
 
-                def collect(
-                    _router: nn.Module, args: Any, routing: Routing, name: str = name, layer: PCELayer = module
-                ) -> None:
-                    height, width = args[0].shape[2:]
-                    seen[name] = (routing, layer.extractor.patch_size, (height, width))
-
-                stack.callback(module.router.register_forward_hook(collect).remove)
-        yield seen
+    Args:
+        seen: what the layer saw.
+        targets: classes ``[B]`` of the images, or masks ``[h, w]`` of the whole images, B of them.
+        num_classes: values of a mask that count.
+    """
+    _, rows, columns = seen.routing.grid
+    if isinstance(targets, Tensor) and targets.ndim == 1:
+        return targets.repeat_interleave(rows * columns)
+    grid = (rows, columns)
+    return torch.cat([patch_classes(m.cpu(), grid, seen.patch_size, seen.map_size, num_classes) for m in targets])

@@ -16,8 +16,6 @@ from typing import Any, Self
 from pcenet.inference.inputs import InputFile, LeftOut
 from pcenet.training.folder import RunFolder
 
-DEFAULT_NAME = "predictions"
-
 
 @dataclass(frozen=True)
 class Row:
@@ -34,14 +32,14 @@ class Row:
     shown: Sequence[str]
 
 
-def output_folder(out: str | None) -> Path:
-    """``out``, or the first of ``predictions``, ``predictions-2`` ... that nothing is in; it need not exist.
+def output_folder(out: str | None, default: str) -> Path:
+    """``out``, or the first of ``default``, ``default-2`` ... that nothing is in; it need not exist.
 
     Raises:
         ValueError: if ``out`` is a file, or a folder with something in it.
     """
     if out is None:
-        folders = (Path(DEFAULT_NAME if number == 1 else f"{DEFAULT_NAME}-{number}") for number in count(1))
+        folders = (Path(default if number == 1 else f"{default}-{number}") for number in count(1))
         return next(folder for folder in folders if RunFolder(folder).free)
     if not RunFolder(Path(out)).free:
         raise ValueError(f"out: {out} exists and is never overwritten; choose a new or an empty folder with --out")

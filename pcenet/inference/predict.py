@@ -62,7 +62,7 @@ def predict(config: PredictConfig) -> Predicted:
     precision = resolve_precision(config.precision, device)
     model_folder, _ = find_model(config.run)
     files, left_out = find_inputs(config.inputs)
-    folder = output_folder(config.out)
+    folder = output_folder(config.out, "predictions")
     model = load_model(model_folder).to(device).to(memory_format=torch.channels_last)
     classes = model.class_names or [str(number) for number in range(model.num_classes)]
     network = Network(model, classes, config.routing, device, precision)

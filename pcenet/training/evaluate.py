@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pcenet.data as data
 from pcenet.choices import Task
-from pcenet.models import load_model
+from pcenet.models import SavableModel, load_model
 from pcenet.models.pretrained import bundled_folder, or_bundled
 from pcenet.training.config import EvalConfig
 from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.folder import RunFolder, write_json
-from pcenet.training.kinds import kind_of
+from pcenet.training.kinds import Kind, kind_of
 
 EVAL_BATCH_SIZE: dict[Task, int] = {"classify": 256, "segment": 8}
 
@@ -51,6 +51,51 @@ def evaluate(config: EvalConfig) -> Any:
     set_threads(config.threads)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
+    trained = open_trained(config)
+    model, kind, source, run = trained.model, trained.kind, trained.source, trained.run
+    workers = resolve_workers(config.workers, device)
+    batch_size = config.batch_size or EVAL_BATCH_SIZE[model.task]
+    batches = kind.eval_loader(model, source, batch_size=batch_size, workers=workers)
+    with data.naming_dead_workers():
+        result = kind.evaluate(model, batches, source.classes, device=device, precision=precision)
+    out = Path(config.out) if config.out else run.path if run else Path()
+    out.mkdir(parents=True, exist_ok=True)
+    path = result_path(out, Path(source.name).stem, trained.data, config.split)
+    about = {"model": model.pretrained_cfg["architecture"], "data": source.name, "split": config.split}
+    write_json(path, about | {"source": trained.data} | asdict(result))
+    kind.show(result, f"{config.run} on {source.name}, {config.split}")
+    print(f"wrote {path}")
+    return result
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network and the images that it is to be tried on.
+
+    Attributes:
+        model: the network, on the CPU.
+        folder: its model folder.
+        run: the run folder around it, if there is one.
+        kind: of its task.
+        source: the images, whose classes are the network's.
+        data: the name that they were opened by.
+    """
+
+    model: SavableModel
+    folder: Path
+    run: RunFolder | None
+    kind: Kind
+    source: Any
+    data: str
+
+
+def open_trained(config: EvalConfig) -> Trained:
+    """The network that ``config.run`` names, with one split of the data that ``config`` names, or the run.
+
+    Raises:
+        FileNotFoundError: if there is no model where ``config.run`` points.
+        ValueError: if no data set is known, or if its classes are not the model's.
+    """
     model_folder, run = find_model(config.run)
     name = config.data or (run.read_config().data if run else None)
     if name is None:
@@ -61,19 +106,7 @@ def evaluate(config: EvalConfig) -> Any:
     kind = kind_of(model.task)
     source = kind.open(masks_as_trained(config, run), name, config.split)
     check_classes(model.class_names, source.classes, str(model_folder), source.name)
-    workers = resolve_workers(config.workers, device)
-    batch_size = config.batch_size or EVAL_BATCH_SIZE[model.task]
-    batches = kind.eval_loader(model, source, batch_size=batch_size, workers=workers)
-    with data.naming_dead_workers():
-        result = kind.evaluate(model, batches, source.classes, device=device, precision=precision)
-    out = Path(config.out) if config.out else run.path if run else Path()
-    out.mkdir(parents=True, exist_ok=True)
-    path = result_path(out, Path(source.name).stem, name, config.split)
-    about = {"model": model.pretrained_cfg["architecture"], "data": source.name, "split": config.split}
-    write_json(path, about | {"source": name} | asdict(result))
-    kind.show(result, f"{config.run} on {source.name}, {config.split}")
-    print(f"wrote {path}")
-    return result
+    return Trained(model, model_folder, run, kind, source, name)
 
 
 def masks_as_trained(config: EvalConfig, run: RunFolder | None) -> EvalConfig:

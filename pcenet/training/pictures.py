@@ -109,21 +109,34 @@ def expert_load(rows: Sequence[Row]) -> Figure:
     if not layers:
         raise ValueError("rows are of a network without PCE layers: there is no load to draw")
     figure = new_figure(9, 2.1 * len(layers))
-    epochs = [row["epoch"] for row in rows]
     for (load, dropped), layer in zip(figure.subplots(len(layers), 2, squeeze=False), layers, strict=True):
-        below = [0.0] * len(rows)
-        for expert, name in enumerate(name for name in rows[-1] if name.startswith(f"router/{layer}/load_")):
-            shares = [row[name] for row in rows]
-            load.bar(epochs, shares, bottom=below, width=1, color=PALETTE[expert % len(PALETTE)], label=str(expert))
-            below = [a + b for a, b in zip(below, shares, strict=True)]
-        load.set(ylim=(0, 1), ylabel=layer.removesuffix(".body"))
-        load.legend(title="expert", fontsize=7, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        draw_load(load, rows, layer)
+        load.set_ylabel(layer.removesuffix(".body"))
         plot(dropped, rows, f"router/{layer}/drop_rate", 0)
         dropped.set(ylim=(0, None), ylabel="dropped")
         for axis in (load, dropped):
             axis.set_xlabel("epoch")
             axis.xaxis.get_major_locator().set_params(integer=True)
     return figure
+
+
+def draw_load(axis: Any, rows: Sequence[Row], layer: str, colours: Sequence[str] = PALETTE) -> None:
+    """The load of a layer's experts over the epochs, as bars that add up to 1.
+
+    Args:
+        axis: matplotlib's, to draw on.
+        rows: the figures of each epoch, as in ``metrics.csv``.
+        layer: name of the layer.
+        colours: of the experts, repeated where there are fewer.
+    """
+    epochs = [row["epoch"] for row in rows]
+    below = [0.0] * len(rows)
+    for expert, name in enumerate(name for name in rows[-1] if name.startswith(f"router/{layer}/load_")):
+        shares = [row[name] for row in rows]
+        axis.bar(epochs, shares, bottom=below, width=1, color=colours[expert % len(colours)], label=str(expert))
+        below = [a + b for a, b in zip(below, shares, strict=True)]
+    axis.set_ylim(0, 1)
+    axis.legend(title="expert", fontsize=7, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def layers_of(rows: Sequence[Row]) -> list[str]:

@@ -1,0 +1,289 @@
+"""``pcenet explain`` from its options to its files: the order in which everything happens."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from pcenet.analysis import observe
+from pcenet.analysis.agreement import VIEWS, Pixels
+from pcenet.analysis.effects import Targets, standard_interventions, tallies
+from pcenet.analysis.interventions import pce_layers
+from pcenet.data import Transform, cover_transform, first_images
+from pcenet.explain.config import ExplainConfig
+from pcenet.explain.drawing import Shown, draw
+from pcenet.explain.figures import row_label
+from pcenet.explain.findings import percent, points, summary
+from pcenet.explain.page import page
+from pcenet.explain.report import Report, intervention_report, twin_report, whole_report
+from pcenet.explain.study import study
+from pcenet.inference.inputs import InputFile, find_inputs, printable
+from pcenet.inference.outputs import output_folder
+from pcenet.models import SavableModel, twin_of
+from pcenet.models.pretrained import bundled
+from pcenet.training.classify import eval_transform_of
+from pcenet.training.device import autocast, resolve_device, resolve_precision, resolve_workers, set_threads
+from pcenet.training.evaluate import EVAL_BATCH_SIZE, Trained, open_trained
+from pcenet.training.folder import RunFolder, write_json, write_text
+from pcenet.training.measures import cost_of, image_size, preprocessing
+from pcenet.training.pictures import Row, new_figure
+from pcenet.training.pixels import upsample
+from pcenet.training.tables import console
+
+PAGE, NUMBERS, FIGURES = "explain.html", "explain.json", "figures"
+
+
+def explain(config: ExplainConfig) -> Path:
+    """Look at what a network's experts do; write the page, its figures and its numbers.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        FileNotFoundError: if there is no model where ``config.run`` points.
+        ValueError: if the network is dense, its data is unknown or of other classes, or the folder is in use.
+        ModuleNotFoundError: without matplotlib or jinja2.
+    """
+    set_threads(config.threads)
+    new_figure(1, 1)  # where matplotlib is missing, that shows now and not after the work
+    folder = output_folder(config.out, "explanation")
+    work = Work(config, open_trained(config.of(config.run)))
+    trained = work.trained
+    if not any(pce_layers(trained.model)):
+        raise ValueError(
+            f"run: {config.run} is a dense network ({trained.model.pretrained_cfg['architecture']}): nothing is routed "
+            "in it, so there are no experts to explain; give a network with PCE layers, or measure it with pcenet eval"
+        )
+    files = _files(config.images)[: config.shown]
+    found = study(
+        trained.model,
+        work.batches(trained, work.source, "counting"),
+        len(work.classes),
+        work.pixels,
+        work.forward,
+    )
+    history = _history(trained.run)
+    about = {
+        "run": config.run,
+        "model": trained.model.pretrained_cfg["architecture"],
+        "data": trained.source.name,
+        "split": config.split,
+        "seed": config.seed,
+        "precision": work.precision,
+        "views": [view.name for view in VIEWS],
+        "cost": cost_of(trained.model),
+        "history": history is not None,
+        "twin": work.twin(found.tally),
+        "interventions": work.interventions(list(found.layers)),
+    }
+    report = whole_report(
+        about,
+        found,
+        task=trained.model.task,
+        classes=work.classes,
+        file_name=lambda index: printable(work.source.file_name(index)),
+        seed=config.seed,
+    )
+    shown = [work.of_file(file) for file in files] or list(work.of_data())
+    pictures = draw(report, {name: layer.gallery for name, layer in found.layers.items()}, shown, history)
+    (folder / FIGURES).mkdir(parents=True, exist_ok=True)
+    for picture in pictures:
+        (folder / FIGURES / f"{picture.name}.png").write_bytes(picture.png)
+    write_json(folder / NUMBERS, report)
+    write_text(folder / PAGE, page(report, pictures, [(each.name, each.caption) for each in shown]))
+    _show(report)
+    print(f"wrote {folder / PAGE}")
+    return folder / PAGE
+
+
+class Work:
+    """A network at work: what is asked of it, with the options of how.
+
+    Args:
+        config: the options.
+        trained: the network and its data.
+
+    Attributes:
+        classes: class names, by class number, in valid Unicode.
+        pixels: between the network's inputs and what they show.
+        source: the images that are counted over.
+    """
+
+    def __init__(self, config: ExplainConfig, trained: Trained) -> None:
+        self.config, self.trained = config, trained
+        self.device = resolve_device(config.device)
+        self.precision = resolve_precision(config.precision, self.device)
+        values = preprocessing(trained.model)
+        # Names on disk need not be valid Unicode; what is written and drawn must be.
+        self.classes = [
+            name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in trained.source.classes
+        ]
+        self.pixels = Pixels(values["mean"], values["std"])
+        self.source = self.some(config.max_images)
+        self._place(trained.model)
+
+    def some(self, count: int | None) -> Any:
+        """So many of the images; None: all."""
+        source = self.trained.source
+        return source if count is None or count >= len(source) else first_images(source, count, self.config.seed)
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Images to logits, float32."""
+        with autocast(self.precision, self.device):
+            logits: Tensor = model(images.to(self.device, memory_format=torch.channels_last))
+        return logits.float()
+
+    def batches(self, trained: Trained, source: Any, doing: str) -> Iterator[tuple[Tensor, Targets]]:
+        """Images with their classes or masks, prepared as the network wants them; a bar on a terminal."""
+        config, task = self.config, trained.model.task
+        loader: Iterable[Any] = trained.kind.eval_loader(
+            trained.model,
+            source,
+            batch_size=config.batch_size or EVAL_BATCH_SIZE[task],
+            workers=resolve_workers(config.workers, self.device),
+        )
+        shown = track(loader, doing, transient=True, disable=not sys.stdout.isatty())
+        for images, targets in shown if task == "classify" else chain.from_iterable(shown):
+            yield images.to(self.device), targets
+
+    def twin(self, network: Any) -> Report | None:
+        """The twin on the same images, if there is one.
+
+        Args:
+            network: the counts of the network's score.
+        """
+        config = self.config
+        name = config.twin or _bundled_twin(config.run)
+        if name is None:
+            return None
+        twin = open_trained(replace(config.of(name), data=self.trained.data))
+        if any(pce_layers(twin.model)) or twin.model.task != self.trained.model.task:
+            raise ValueError(
+                f"twin: {name} ({twin.model.pretrained_cfg['architecture']}) is no dense network to "
+                f"{self.trained.model.task}; give the dense twin's run"
+            )
+        self._place(twin.model)
+        batches = self.batches(twin, self.source, "the dense twin")
+        counts, _ = tallies(twin.model, batches, [], len(self.classes), self.forward)
+        task = self.trained.model.task
+        return twin_report(task, name, counts, network, cost_of(twin.model), self.config.seed)
+
+    def interventions(self, layers: Sequence[str]) -> Report | None:
+        """What the interventions do; None where none are wanted.
+
+        Args:
+            layers: names of the layers in the order in which they run.
+        """
+        config, trained = self.config, self.trained
+        if not config.intervention_images:
+            return None
+        source = self.some(min(config.intervention_images, len(self.source)))
+        tried = standard_interventions(trained.model, config.seed)
+        batches = self.batches(trained, source, "interventions")
+        base, changed = tallies(trained.model, batches, tried, len(self.classes), self.forward)
+        return intervention_report(
+            trained.model.task,
+            base,
+            list(zip(tried, changed, strict=True)),
+            classes=self.classes,
+            layers=layers,
+            seed=config.seed,
+        )
+
+    def of_data(self) -> Iterator[Shown]:
+        """Images of the data, spread evenly over it, with their truth."""
+        source, count = self.trained.source, min(self.config.shown, len(self.trained.source))
+        for number in range(count):
+            index = (2 * number + 1) * len(source) // (2 * count)
+            name = printable(source.file_name(index))
+            if self.trained.model.task == "classify":
+                yield self._shown(source.image(index), name, truth=self.classes[source.labels[index]])
+            else:
+                image, mask = source.sample(index)
+                yield self._shown(image, name, mask=mask)
+
+    def of_file(self, file: InputFile) -> Shown:
+        """An image of the user's."""
+        return self._shown(file.image(), file.file)
+
+    @torch.inference_mode()
+    def _shown(self, image: Image.Image, name: str, truth: str | None = None, mask: Image.Image | None = None) -> Shown:
+        model = self.trained.model
+        inputs = self._transform(image)[None]
+        with observe(model) as seen:
+            logits = self.forward(model, inputs)[0]
+        pixels = self.pixels.of(inputs)[0]
+        known = [] if truth is None else [f"It is {truth}."]
+        if model.task == "classify":
+            probability, best = logits.softmax(0).max(0)
+            answer = f"The network says {self.classes[int(best)]} ({percent(float(probability))})."
+            return Shown(name, " ".join([*known, answer]), pixels, dict(seen))
+        masks = {} if mask is None else {"truth": torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8)}
+        masks = {kind: values.view(image.height, image.width) for kind, values in masks.items()}
+        masks["prediction"] = upsample(logits, (pixels.shape[1], pixels.shape[2])).argmax(0)
+        return Shown(name, "", pixels, dict(seen), masks)
+
+    @property
+    def _transform(self) -> Transform:
+        model = self.trained.model
+        if model.task == "classify":
+            return eval_transform_of(model)
+        values = preprocessing(model)
+        return cover_transform(image_size(model), mean=values["mean"], std=values["std"])
+
+    def _place(self, model: SavableModel) -> None:
+        model.to(self.device).to(memory_format=torch.channels_last).eval()
+
+
+def _bundled_twin(run: str) -> str | None:
+    """The bundled weights of the twin of a bundled network."""
+    data, _, network = run.partition("/")
+    name = f"{data}/{twin_of(network)}"
+    return name if run in bundled() and name in bundled() else None
+
+
+def _files(paths: Sequence[str] | str | None) -> list[InputFile]:
+    """The images that the user named.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if paths is None:
+        return []
+    files, _ = find_inputs([paths] if isinstance(paths, str) else paths)
+    return files
+
+
+def _history(run: RunFolder | None) -> list[Row] | None:
+    """The figures of each epoch of training, where there are any."""
+    if run is None or not (path := run.logs / "metrics.csv").is_file():
+        return None
+    with path.open(encoding="utf-8", newline="") as file:
+        rows: list[Row] = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return rows or None
+
+
+def _show(report: Report) -> None:
+    """Print the summary, and the interventions as a table."""
+    for finding in summary(report):
+        print(f"{finding.sign}: {finding.text}")
+    if report["interventions"] is None:
+        return
+    titles = {layer["name"]: layer["title"] for layer in report["layers"]} | {None: "all"}
+    table = Table("layers", "what is changed", report["score"]["name"], "difference, points", "95 % interval")
+    table.add_row("", "nothing", percent(report["interventions"]["score"]))
+    for row in report["interventions"]["rows"]:
+        interval = f"{points(row['low'])} to {points(row['high'])}"
+        table.add_row(titles[row["layer"]], row_label(row), percent(row["score"]), points(row["difference"]), interval)
+    console().print(table)

@@ -1,0 +1,82 @@
+"""The options of ``pcenet explain``. Imports no torch, so that ``--help`` is fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pcenet.choices import Split
+from pcenet.training.config import (
+    ClassesOption,
+    DeviceOption,
+    EvalConfig,
+    IgnoreIndexOption,
+    Option,
+    PrecisionOption,
+    RunOption,
+    ThreadsOption,
+    WorkersOption,
+    check,
+)
+
+
+@dataclass(frozen=True)
+class ExplainConfig:
+    """What is explained; the annotations hold the explanations. Creating one checks every value.
+
+    Raises:
+        ValueError: for a value that breaks its rule, naming it.
+    """
+
+    run: RunOption
+    data: Annotated[str | None, Option("Images, as in `pcenet train`; null: those of the run.")] = None
+    split: Annotated[Split, Option("Which part of the images.")] = "val"
+    classes: ClassesOption = None
+    ignore_index: IgnoreIndexOption = None
+    images: Annotated[
+        list[str] | str | None,
+        Option(
+            "What the experts are laid over: an image file, a folder or a .zip archive, or a list of them such as "
+            "[a.jpg, b.jpg]. null: some images of the data."
+        ),
+    ] = None
+    shown: Annotated[int, Option("Lay the experts over so many images at most.", at_least=1, at_most=64)] = 6
+    max_images: Annotated[
+        int | None, Option("Count over so many images of the data, drawn by the seed; null: all.", at_least=1)
+    ] = None
+    intervention_images: Annotated[
+        int,
+        Option(
+            "Try the interventions on so many images at most, drawn by the seed: one pass over them for each "
+            "intervention, E + 1 in each layer of E experts, and a few more. 0: no interventions.",
+            at_least=0,
+        ),
+    ] = 500
+    twin: Annotated[
+        str | None,
+        Option(
+            "The dense twin, to stand beside the network's score: a run, a model folder or a name, as RUN. null: the "
+            "twin that comes with the package, where RUN is such a name."
+        ),
+    ] = None
+    out: Annotated[
+        str | None,
+        Option("Folder for the page, new or empty; null: explanation, with a number where that exists."),
+    ] = None
+    seed: Annotated[
+        int, Option("Decides which images are drawn, random experts and positions.", at_least=0, below=2**32)
+    ] = 0
+    batch_size: Annotated[int | None, Option("Images per step; null: 256, or 8 to segment.", at_least=1)] = None
+    precision: PrecisionOption = "auto"
+    device: DeviceOption = "auto"
+    workers: WorkersOption = None
+    threads: ThreadsOption = None
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def of(self, run: str) -> EvalConfig:
+        """The options for opening a network, this one or its twin, with the data."""
+        return EvalConfig(
+            run=run, data=self.data, split=self.split, classes=self.classes, ignore_index=self.ignore_index
+        )

@@ -1,0 +1,79 @@
+"""The page: a report and its pictures as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pcenet.analysis.colours import class_colours
+from pcenet.explain.drawing import Pictures
+from pcenet.explain.figures import Picture, row_label
+from pcenet.explain.findings import layer_findings, owners, percent, points, summary
+from pcenet.explain.report import Report
+
+TEMPLATE = "page.html"
+MOST_SERVED = 3  # classes named of an expert that owns none
+
+
+def page(report: Report, pictures: Pictures, captions: list[tuple[str, str]]) -> str:
+    """The HTML text. What comes from users, such as the names of classes and files, is escaped.
+
+    Args:
+        report: the figures.
+        pictures: what is drawn of them.
+        captions: name and caption of each image that is shown.
+    """
+    environment = Environment(
+        loader=PackageLoader("pcenet.explain", package_path=""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "points": points, "uri": uri, "millions": millions}
+    template = environment.get_template(TEMPLATE)
+    return template.render(
+        report=report,
+        pictures=pictures,
+        captions=captions,
+        findings=summary(report),
+        layer_findings=layer_findings,
+        row_label=row_label,
+        colour=colour,
+        served=served,
+        without=without,
+    )
+
+
+def uri(picture: Picture) -> str:
+    """A picture as an address that holds it."""
+    return "data:image/png;base64," + base64.b64encode(picture.png).decode("ascii")
+
+
+def millions(value: float) -> str:
+    """A count in millions, with three digits."""
+    return f"{value / 1e6:.3g} M"
+
+
+def colour(number: int) -> str:
+    """The colour of an expert or class, as CSS has it."""
+    return "#{:02x}{:02x}{:02x}".format(*class_colours()[number])
+
+
+def served(layer: Report, expert: int) -> list[str]:
+    """The classes that an expert owns, or else those of which it serves most for its load, in words."""
+    owned = [owner for owner in owners(layer) if owner.expert == expert]
+    if owned:
+        return [f'{percent(owner.share)} of "{owner.name}"' for owner in owned]
+    shares = {name: of_class[expert] / sum(of_class) for name, of_class in layer["by_class"].items() if any(of_class)}
+    most = sorted(shares, key=lambda name: -shares[name])[:MOST_SERVED]
+    return [f'{percent(shares[name])} of "{name}"' for name in most if shares[name]]
+
+
+def without(report: Report, layer: Report, expert: int) -> dict[str, Any] | None:
+    """What knocking an expert out did, where that was tried."""
+    rows = [] if report["interventions"] is None else report["interventions"]["rows"]
+    key = ("knocked out", layer["name"], expert)
+    return next((row for row in rows if (row["name"], row["layer"], row["expert"]) == key), None)
