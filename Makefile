@@ -8,13 +8,15 @@ CIFAR10 ?= cifar10
 CAMVID ?= camvid.zip
 COMPARE = $(BIN)/pcenet compare --config experiments/$(1).yaml --data $(2) --out experiments/results/$(1)
 
-.PHONY: help demo bench experiments test lint clean
+.PHONY: help demo bench experiments test test-faults audit lint clean
 
 help:
 	@echo "make demo   train pce_nano and its dense twin on digits, compare them, draw the routing"
 	@echo "make bench  time and memory against the dense twin, the whole table (about 15 minutes)"
 	@echo "make experiments CIFAR10=... CAMVID=...   show what is left of the runs over three seeds, and go on with it (hours)"
 	@echo "make test   ruff, mypy and the default test suite"
+	@echo "make test-faults   kill, fill, damage, deceive: each fault of docs/reliability.md with its outcome (minutes)"
+	@echo "make audit  known vulnerabilities of the locked versions (needs the internet)"
 	@echo "make clean  remove the virtual environment and the demo's runs"
 
 $(VENV)/installed: pyproject.toml
@@ -43,6 +45,13 @@ lint: $(VENV)/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-faults: $(VENV)/installed
+	$(BIN)/python -m pytest tests/faults -m faults
+
+audit: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --strict --disable-pip --requirement requirements-lock.txt
 
 clean:
 	rm -rf $(VENV) .venv-ci runs/demo

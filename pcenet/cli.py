@@ -32,6 +32,7 @@ from pcenet.training.config import (
     choices_of,
     options_of,
 )
+from pcenet.training.signals import Terminated
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -71,14 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 where a command found what it was given unusable and has said so; 2 after an error that the
-        user can mend, printed as one line; 130 after Ctrl-C.
+        user can mend, printed as one line; 130 after Ctrl-C; 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_warnings()
     try:
         return dispatch(arguments)
-    except KeyboardInterrupt:
-        return fail(f"interrupted{GO_ON.get(next(iter(arguments), ''), '')}", code=130)
+    except KeyboardInterrupt as error:
+        what, code = ("stopped by SIGTERM", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        return fail(f"{what}{GO_ON.get(next(iter(arguments), ''), '')}", code)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in TRAIN_EXTRA:
             return fail(f"{error}; install what this command needs: pip install 'pcenet[train]'")

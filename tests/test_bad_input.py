@@ -21,9 +21,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pcenet.cli import main
+from pcenet.training.checkpoints import write_checkpoint
 
 QUICK = ["--device", "cpu", "--precision", "fp32", "--workers", "0", "--threads", "1"]
 TRAIN = ["train", "--epochs", "1", "--batch-size", "4", "--out", "new", *QUICK]
+CHECKPOINT = "run/checkpoints/step-00000001"
 SMALL = '{"widths":[8,8,8],"num_experts":2}'
 
 
@@ -139,14 +141,14 @@ def change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Spoil
 
 
 def change_checkpoint(change: Callable[[dict[str, Any]], object]) -> Spoil:
-    """Change ``last.ckpt`` of a run that is not finished."""
+    """Change the checkpoint of a run that is not finished."""
 
     def do() -> None:
-        checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+        checkpoint = torch.load(f"{CHECKPOINT}/state.ckpt", weights_only=True)
         change(checkpoint)
-        for name in ("run/metrics.json", "run/model", "run/checkpoints/last.ckpt"):
+        for name in ("run/metrics.json", "run/model", CHECKPOINT):
             remove(name)()
-        torch.save(checkpoint, "run/checkpoints/last.ckpt")
+        write_checkpoint(Path(CHECKPOINT), checkpoint)
 
     return do
 
@@ -341,30 +343,29 @@ CASES = [
     Case(
         "checkpoint that is none",
         [*CLASSIFY, "pics", "--resume", "notes.txt"],
-        ["notes.txt is damaged or no checkpoint of pcenet train"],
+        ["notes.txt is no checkpoint of pcenet train, which is a folder", "give the path of an intact checkpoint"],
     ),
     Case(
-        "empty checkpoint",
-        [*CLASSIFY, "pics", "--resume", "empty.ckpt"],
-        ["empty.ckpt is damaged or no checkpoint of pcenet train"],
-        write("empty.ckpt", ""),
+        "folder that is no checkpoint",
+        [*CLASSIFY, "pics", "--resume", "pics"],
+        ["pics is damaged: manifest.json is missing", "give the path of an intact checkpoint"],
     ),
     Case(
         "checkpoint cut short",
-        [*CLASSIFY, "pics", "--resume", "cut.ckpt"],
-        ["cut.ckpt is damaged or no checkpoint of pcenet train"],
-        both(lambda: shutil.copy("run/checkpoints/last.ckpt", "cut.ckpt"), cut("cut.ckpt")),
+        [*CLASSIFY, "pics", "--resume", "cut"],
+        ["cut is damaged: state.ckpt has", "give the path of an intact checkpoint"],
+        both(lambda: shutil.copytree(CHECKPOINT, "cut"), cut("cut/state.ckpt")),
     ),
     Case(
         "checkpoint of another shape",
         RESUME,
-        ["run/checkpoints/last.ckpt", "tensor head.fc.weight has shape (2, 9), expected (2, 8)", "without --resume"],
+        [CHECKPOINT, "tensor head.fc.weight has shape (2, 9), expected (2, 8)", "without --resume"],
         change_checkpoint(lambda content: widen(content["state_dict"])),
     ),
     Case(
         "checkpoint that lacks a tensor",
         RESUME,
-        ["run/checkpoints/last.ckpt", "tensor head.fc.bias is missing", "without --resume"],
+        [CHECKPOINT, "tensor head.fc.bias is missing", "without --resume"],
         change_checkpoint(lambda content: content["state_dict"].pop("model.head.fc.bias")),
     ),
     # Models.
@@ -477,6 +478,7 @@ WITHOUT_PRIVILEGES = ["setpriv", "--bounding-set", "-dac_override,-dac_read_sear
 MANY = """
 import contextlib, io, json, sys
 from pcenet.cli import main
+from pcenet.training.checkpoints import write_checkpoint
 for line in json.loads(sys.argv[1]):
     with contextlib.redirect_stderr(io.StringIO()) as error, contextlib.redirect_stdout(io.StringIO()):
         code = main(line)
@@ -502,7 +504,9 @@ def test_files_that_may_not_be_read_or_written(here: Path, unprivileged: list[st
         content = Path(name).read_bytes()
         write(name, content)()
     before = digest(here)
+    state = "other/checkpoints/step-00000001/state.ckpt"
     no_entry = {"pics/train/cat/1.png": 0, "other/model/model.safetensors": 0, "other/config.yaml": 0, "notes.txt": 0}
+    no_entry[state] = 0
     for name, mode in (no_entry | {"locked/val": 0, ".": 0o555}).items():
         Path(name).chmod(mode)
     lines = {
@@ -510,7 +514,7 @@ def test_files_that_may_not_be_read_or_written(here: Path, unprivileged: list[st
         "folder": [*CLASSIFY, "locked", "--out", "run/new"],
         "weights": ["predict", "other/model", "notes.txt", "--out", "run/new", *QUICK],
         "options": ["eval", "other", *QUICK],
-        "checkpoint": [*CLASSIFY, "open", "--out", "run/new", "--resume", "notes.txt"],
+        "checkpoint": [*CLASSIFY, "open", "--out", "run/new", "--resume", "other/checkpoints/step-00000001"],
         "results": ["predict", "run", "pics/val", "--out", "new", *QUICK],
         "input": ["predict", "run", "notes.txt", "--out", "run/out", *QUICK],
     }
@@ -526,7 +530,7 @@ def test_files_that_may_not_be_read_or_written(here: Path, unprivileged: list[st
         ("folder", 2, ["the folder 'val' cannot be read", denied]),
         ("weights", 2, ["other/model/model.safetensors", denied, "allow it to be read"]),
         ("options", 2, ["other/config.yaml", denied, "allow it to be read"]),
-        ("checkpoint", 2, ["notes.txt", denied, "allow it to be read"]),
+        ("checkpoint", 2, [state, denied, "allow it to be read"]),
         ("results", 2, ["new", denied, "choose another path"]),
         ("input", 1, ["none of 1 files could be predicted"]),
     ):

@@ -12,12 +12,12 @@ from typing import Any
 
 from pcenet.compare.config import OF_A_RUN, CompareConfig, PlannedRun
 from pcenet.compare.curves import curves, save_curves
-from pcenet.compare.locks import locked
 from pcenet.compare.results import Result, read_results
 from pcenet.compare.statistics import CONFIDENCE, deviation, difference
 from pcenet.compare.tables import markdown
 from pcenet.training.folder import write_atomically, write_json, write_text
 from pcenet.training.kinds import kind_of
+from pcenet.training.locks import locked
 
 log = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from pcenet.data.loaders import (
     SegmentationDataset,
     build_loader,
     build_segmentation_loader,
+    naming_dead_workers,
 )
 from pcenet.data.masks import read_class_names
 from pcenet.data.scenes import SceneSource
@@ -77,6 +78,7 @@ __all__ = [
     "default_root",
     "eval_transform",
     "first_images",
+    "naming_dead_workers",
     "open_segmentation_source",
     "open_source",
     "quick_check",

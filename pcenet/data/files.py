@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -14,6 +15,8 @@ from pcenet.choices import Split
 from pcenet.data.base import DataError, Fault, ImageSource
 from pcenet.data.images import decode_image
 from pcenet.data.layout import read_layout
+
+LARGEST_FILE = 2**28  # bytes
 
 
 def printable(text: str) -> str:
@@ -43,7 +46,7 @@ class FileTree(ABC):
 
 
 class FolderTree(FileTree):
-    """The files of a folder. Symbolic links are followed."""
+    """The files of a folder. Symbolic links are followed, but not round in a circle."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,6 +64,10 @@ class FolderTree(FileTree):
         for folder, subfolders, files in os.walk(self.path, onerror=note, followlinks=True):
             prefix = Path(folder).relative_to(self.path).as_posix().removeprefix(".")
             prefix = f"{prefix}/" if prefix else ""
+            for name in [name for name in subfolders if _leads_back(folder, name)]:
+                subfolders.remove(name)
+                text = f"the folder '{prefix}{name}' is a link to a folder that it lies in. Remove the link."
+                faults.append(Fault(f"{prefix}{name}", text))
             names += [f"{prefix}{name}/" for name in subfolders] + [f"{prefix}{name}" for name in files]
         return names, faults
 
@@ -70,6 +77,7 @@ class FolderTree(FileTree):
         if path.exists() and not path.is_file():  # reading a pipe would wait for ever
             raise DataError(f"{path}: it is no regular file. Remove it.")
         try:
+            _check_size(path, path.stat().st_size)
             return path.read_bytes()
         except OSError as error:
             raise DataError(f"{path}: the file cannot be read ({error.strerror}).") from error
@@ -102,7 +110,10 @@ class ZipTree(FileTree):
         """The content of one file. Raises ``DataError`` where it is damaged."""
         archive = self._open()
         try:
+            _check_size(f"{self.path}: '{name}'", archive.getinfo(name).file_size)
             return archive.read(name)
+        except DataError:
+            raise
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
             raise DataError(
                 f"{self.path}: '{name}' is damaged in the archive ({error}). Make or download it anew."
@@ -120,6 +131,18 @@ class ZipTree(FileTree):
         return self._archive
 
 
+def _leads_back(folder: str, name: str) -> bool:
+    """Whether a link in a folder leads to that folder or one around it."""
+    path = os.path.join(folder, name)
+    return os.path.islink(path) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path))
+
+
+def _check_size(name: object, size: int) -> None:
+    """Raise a ``DataError`` for a file larger than any image need be; an archive unpacks to no more than it says."""
+    if size > LARGEST_FILE:
+        raise DataError(f"{name}: the file has {size} bytes, more than {LARGEST_FILE}. Shrink or remove it.")
+
+
 def _entry_fault(entry: zipfile.ZipInfo) -> str | None:
     """Why an entry of an archive is not read, if so."""
     name = entry.filename
@@ -128,6 +151,8 @@ def _entry_fault(entry: zipfile.ZipInfo) -> str | None:
             f"unsafe name '{name}': a name in an archive must be relative, separated by '/', and without '..'."
             f" Make the archive anew."
         )
+    if stat.S_ISLNK(entry.external_attr >> 16):
+        return f"'{name}' is a symbolic link. Make the archive anew with the files themselves."
     if entry.flag_bits & 0x1:
         return f"'{name}' is encrypted. Make the archive anew without a password."
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

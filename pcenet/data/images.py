@@ -12,6 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pcenet.data.base import DataError
 
 T = TypeVar("T")
+# What a file that ends in one of `pcenet.data.layout.IMAGE_SUFFIXES` may be. For others Pillow may run other programs.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 ORIENTATION = 0x0112  # EXIF's tag; 1: upright
 
 
@@ -24,7 +26,7 @@ class Inspection(NamedTuple):
 
 
 def decode_image(
-    data: bytes, name: str, *, max_pixels: int | None = None, formats: tuple[str, ...] | None = None
+    data: bytes, name: str, *, max_pixels: int | None = None, formats: tuple[str, ...] = FORMATS
 ) -> Image.Image:
     """Decode one image file to an upright image in mode RGB.
 
@@ -35,7 +37,7 @@ def decode_image(
         data: the file's content.
         name: what to call the file in an error.
         max_pixels: the most pixels that it may have; None: ``PIL.Image.MAX_IMAGE_PIXELS``, which always holds.
-        formats: Pillow's names of the formats to read, such as ``("PNG",)``; None: all that it knows.
+        formats: Pillow's names of the formats to read, such as ``("PNG",)``; by default those that data sets may have.
 
     Raises:
         DataError: the data is no image, is cut off or damaged, has more pixels than allowed, or has floating-point
@@ -69,7 +71,7 @@ def _decode(
     name: str,
     convert: Callable[[Image.Image], T],
     max_pixels: int | None = None,
-    formats: tuple[str, ...] | None = None,
+    formats: tuple[str, ...] = FORMATS,
 ) -> T:
     limit, limit_name = _limit(max_pixels)
     try:
@@ -100,7 +102,8 @@ def _unknown(data: bytes) -> str:
     start = data[:256]
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "it is a web page"
-    return "it is text" if start.isascii() and b"\0" not in start else "it is in no known format"
+    known = f"it is in no known format; {', '.join(FORMATS)} are read"
+    return "it is text" if start.isascii() and b"\0" not in start else known
 
 
 def _inspect(image: Image.Image) -> Inspection:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,6 +100,19 @@ class EpochSampler(Sampler[Key]):
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
+        self._start = 0
+
+    def start_at(self, epoch: int, sample: int) -> None:
+        """Let the next iteration, and that one alone, yield ``epoch`` from its ``sample``-th key on."""
+        self.epoch = epoch
+        self._start = sample
+
+    def order(self, epoch: int) -> list[int]:
+        """The indices of an epoch, in its order."""
+        if not self.shuffle:
+            return list(range(self.length))
+        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        return torch.randperm(self.length, generator=generator).tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields. Lightning calls this; a plain loop has to."""
@@ -106,11 +122,9 @@ class EpochSampler(Sampler[Key]):
         return self.length
 
     def __iter__(self) -> Iterator[Key]:
-        if not self.shuffle:
-            return ((0, index) for index in range(self.length))
-        epoch = self.epoch
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
-        return ((epoch, index) for index in torch.randperm(self.length, generator=generator).tolist())
+        epoch = self.epoch if self.shuffle else 0
+        start, self._start = self._start, 0
+        return ((epoch, index) for index in self.order(epoch)[start:])
 
 
 def build_loader(
@@ -201,8 +215,41 @@ def _loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
+        worker_init_fn=outlive_signals,
         generator=torch.Generator(),  # for the workers' base seed, else drawn from the default generator
     )
+
+
+def outlive_signals(_worker: int) -> None:
+    """Let a process that loads images work on when a signal reaches the whole group: ending is for the main process.
+
+    Ctrl-C in a terminal does that, and so do ``timeout`` and most batch systems with SIGTERM. SIGTERM from the main
+    process still ends it at once, and it ends by itself when that has died.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Turn PyTorch's error for a process that died while it loaded images into a ``ValueError`` with the way out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ValueError(
+            f"workers: a process that loads images has died ({str(error).splitlines()[0].rstrip('. ')}), for lack of"
+            " memory perhaps; try fewer --workers"
+        ) from error
 
 
 def _mix(*numbers: int) -> int:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pcenet.data import DataError, Transform
 from pcenet.data.files import printable
+from pcenet.data.loaders import outlive_signals
 from pcenet.inference.inputs import InputFile, LeftOut
 
 Sample = tuple[int, Tensor | str]
@@ -64,6 +65,7 @@ def read_batches(files: Sequence[InputFile], transform: Transform, *, batch_size
         batch_size=batch_size,
         collate_fn=list,
         num_workers=workers,
+        worker_init_fn=outlive_signals,
         generator=torch.Generator(),  # for the workers' base seed, else drawn from the default generator
     )
     for samples in loader:

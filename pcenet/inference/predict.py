@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from pcenet.analysis.colours import legend
 from pcenet.data.files import printable
+from pcenet.data.loaders import naming_dead_workers
 from pcenet.inference.batches import Batch, read_batches
 from pcenet.inference.classify import Classifier
 from pcenet.inference.inputs import LeftOut, find_inputs
@@ -76,7 +77,7 @@ def predict(config: PredictConfig) -> Predicted:
     about = {"model": model.pretrained_cfg["architecture"], "run": config.run, "classes": classes}
     first: list[Row] = []
     predicted = 0
-    with ResultFiles(folder, about, predictor.columns) as results:
+    with naming_dead_workers(), ResultFiles(folder, about, predictor.columns) as results:
         results.leave_out(left_out)
         for batch in progress(batches, len(files)):
             rows = predictor(batch) if batch.files else []

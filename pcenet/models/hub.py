@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pcenet.choices import Task
 from pcenet.models.pretrained import CONFIG, WEIGHTS, bundled_folder, or_bundled, preprocessing_of
 
+LARGEST_CONFIG = 2**24  # bytes; the names of 21,000 classes take half a megabyte
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
 
 
@@ -158,14 +160,30 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
     for path in (config_path, weights_path):
         if not path.is_file():
             raise ValueError(f"{folder} holds no {path.name}; give a folder written by save_pretrained{hint}")
+    shapes = _shapes_of(weights_path)
     try:
+        if config_path.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"it has more than {LARGEST_CONFIG} bytes")
         config = json.loads(config_path.read_text(encoding="utf-8"))
         arguments = {**config["model_args"], "num_classes": config["num_classes"], **overrides}
-        model = create_network(config["architecture"], pretrained_cfg_overlay=preprocessing_of(config), **arguments)
+        if sum(arguments.get("depths") or ()) > len(shapes):  # each block has tensors; making blocks takes time
+            raise ValueError(f"depths {arguments['depths']} make more blocks than there are tensors in {WEIGHTS}")
+
+        def create() -> SavableModel:
+            overlay = preprocessing_of(config)
+            return create_network(config["architecture"], pretrained_cfg_overlay=overlay, **arguments)
+
+        with torch.device("meta"):  # nothing is allocated before it is known to fit
+            skeleton = create()
+        misfit = f"{weights_path} does not fit {config_path.with_name(CONFIG)}"
+        check_tensors(shapes, skeleton, misfit, "save them together anew")
+        model = create()
+    except MisfitError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{config_path} is no configuration of a PCE network: {reason}") from error
-    _load_weights(model, weights_path)
+    model.load_state_dict(load_file(weights_path))
     model.class_names = _label_names(config, model, config_path)
     return model.eval()
 
@@ -183,19 +201,25 @@ def _label_names(config: dict[str, Any], model: SavableModel, path: Path) -> lis
     return names
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def _shapes_of(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file as its header describes them, without their content."""
     with path.open("rb"):  # safetensors reports a file that may not be read as one that does not exist
         pass
     try:
-        weights = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()  # it is no mapping
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or a broken one: {error}") from error
-    check_tensors(weights, model, f"{path} does not fit {path.with_name(CONFIG)}", "save them together anew")
-    model.load_state_dict(weights)
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+class MisfitError(ValueError):
+    """Tensors and network do not fit."""
 
 
 def check_tensors(found: Mapping[str, Tensor], model: nn.Module, misfit: str, way_out: str) -> None:
-    """Raise a ``ValueError`` that names the first tensor which does not fit a network, and its shapes.
+    """Raise a `MisfitError` that names the first tensor which does not fit a network, and its shapes.
 
     Args:
         found: tensors by name, as of ``model.state_dict()``.
@@ -206,9 +230,9 @@ def check_tensors(found: Mapping[str, Tensor], model: nn.Module, misfit: str, wa
     expected = model.state_dict()
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
-            raise ValueError(f"{misfit}: tensor {name} is missing; {way_out}")
+            raise MisfitError(f"{misfit}: tensor {name} is missing; {way_out}")
         if name not in expected:
-            raise ValueError(f"{misfit}: tensor {name} is not part of the network; {way_out}")
+            raise MisfitError(f"{misfit}: tensor {name} is not part of the network; {way_out}")
         shape, wanted = tuple(found[name].shape), tuple(expected[name].shape)
         if shape != wanted:
-            raise ValueError(f"{misfit}: tensor {name} has shape {shape}, expected {wanted}; {way_out}")
+            raise MisfitError(f"{misfit}: tensor {name} has shape {shape}, expected {wanted}; {way_out}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +46,16 @@ class RoutingStatistics:
     def update(self, routing: Routing) -> None:
         """Add the counts of one Routing."""
         kept = routing.kept.sum()
-        self._load = routing.load.clone() if self._load is None else self._load + routing.load
-        self._kept = kept if self._kept is None else self._kept + kept
+        self._load = routing.load.clone() if self._load is None else self._load.to(kept.device) + routing.load
+        self._kept = kept if self._kept is None else self._kept.to(kept.device) + kept
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """The counts, by which another object can go on."""
+        return {"load": self._load, "kept": self._kept}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | None]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._load, self._kept = state["load"], state["kept"]
 
     def compute(self) -> RoutingSummary:
         """The summary of everything seen so far.

@@ -1,11 +1,10 @@
-"""Lightning callbacks: averaged weights, throughput, router health, the history of a run, checkpoints."""
+"""Lightning callbacks: averaged weights, throughput, figures of an epoch, router health, the history of a run."""
 
 from __future__ import annotations
 
 import csv
 import io
 import logging
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -13,14 +12,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, RichProgressBar, WeightAveraging
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, RichProgressBar, WeightAveraging
 from torch import Tensor
 from typing_extensions import override
 
-from pcenet.training.folder import RunFolder, write_text
+from pcenet.training.folder import write_text
 from pcenet.training.measures import health_of
-from pcenet.training.stopping import stopped_by
 from pcenet.training.task import TrainingTask
 
 log = logging.getLogger(__name__)
@@ -52,22 +49,19 @@ def moving_average(decay: float) -> WeightAveraging:
     return WeightAveraging(multi_avg_fn=partial(update_average, decay=decay))
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name in the same folder and renames it when it is complete."""
+class Throughput(Callback):
+    """Logs images per second, loading included, and the seconds of the training part of each epoch.
+
+    Where an epoch was interrupted, what lies between the checkpoint and its going on does not count.
+    """
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.seconds = 0.0
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write the file, flush it to the disk, rename it."""
-        temporary = f"{path}.tmp"
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-
-
-class Throughput(Callback):
-    """Logs images per second, loading included, and the seconds of the training part of each epoch."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.start = time.perf_counter() - self.seconds
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -79,15 +73,33 @@ class Throughput(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.images += len(batch[0])
-        if trainer.is_last_batch or trainer.should_stop:  # validation comes next and does not count
-            if pl_module.device.type == "cuda":
-                torch.cuda.synchronize(pl_module.device)
-            self.seconds = time.perf_counter() - self.start
+        # Validation comes next and does not count.
+        if (trainer.is_last_batch or trainer.should_stop) and pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self.seconds = time.perf_counter() - self.start
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.log("train/epoch_seconds", self.seconds)
         pl_module.log("train/images_per_second", self.images / self.seconds)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": self.images, "seconds": self.seconds}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.images, self.seconds = state_dict["images"], state_dict["seconds"]
+
+
+class EpochFigures(Callback):
+    """Logs the means of the training figures over each epoch."""
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, TrainingTask)
+        pl_module.log_dict({f"train/{name}": value for name, value in pl_module.means.compute().items()})
+        pl_module.means.reset()
 
 
 class RouterHealth(Callback):
@@ -187,44 +199,6 @@ def epoch_line(row: dict[str, float], epochs: int, train_score: str, score: str)
         f"{row['train/epoch_seconds']:.1f} s",
     )
     return "  ".join(parts)
-
-
-class Checkpoints(Checkpoint):
-    """Keeps the state after the last epoch (``last.ckpt``) and after the one with the best validation score.
-
-    Lightning's ModelCheckpoint stores absolute paths and forgets its best score when the folder was moved.
-
-    Args:
-        folder: where they go.
-        run: plain values, kept in each checkpoint under ``"run"``, by which it knows the run that it belongs to.
-    """
-
-    def __init__(self, folder: RunFolder, run: dict[str, Any]) -> None:
-        self.folder = folder
-        self.run = run
-        self.best = -1.0
-
-    @override
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, TrainingTask)
-        score = float(trainer.callback_metrics[f"val/{pl_module.score}"])
-        if score > self.best:
-            self.best = score
-            trainer.save_checkpoint(self.folder.best)
-        trainer.save_checkpoint(self.folder.last)
-
-    @override
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        assert isinstance(pl_module, TrainingTask)
-        checkpoint["run"] = self.run | {"stopped": stopped_by(trainer, pl_module.schedules.total_steps)}
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
 
 
 class TrainingBar(RichProgressBar):

@@ -162,6 +162,22 @@ class TrainConfig:
             "to continue a run of the same options in a new --out."
         ),
     ] = None
+    checkpoint_minutes: Annotated[
+        float | None,
+        Option(
+            "Minutes between checkpoints within an epoch, from which a run goes on exactly; 0: after every step; null: "
+            "at the ends of epochs alone.",
+            at_least=0,
+        ),
+    ] = 10.0
+    skip_nonfinite: Annotated[
+        int,
+        Option(
+            "Leave out steps whose input, router logits, loss or gradient is NaN or infinite, up to so many in a row; "
+            "0: the first one ends the run.",
+            at_least=0,
+        ),
+    ] = 0
     epochs: Annotated[int, Option("Passes over the training images.", at_least=1)] = 15
     batch_size: Annotated[int | None, Option("Images per batch; null: 128, or 8 to segment.", at_least=1)] = None
     accumulate: Annotated[

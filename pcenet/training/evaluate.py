@@ -56,7 +56,8 @@ def evaluate(config: EvalConfig) -> Any:
     workers = resolve_workers(config.workers, device)
     batch_size = config.batch_size or EVAL_BATCH_SIZE[model.task]
     batches = kind.eval_loader(model, source, batch_size=batch_size, workers=workers)
-    result = kind.evaluate(model, batches, source.classes, device=device, precision=precision)
+    with data.naming_dead_workers():
+        result = kind.evaluate(model, batches, source.classes, device=device, precision=precision)
     out = Path(config.out) if config.out else run.path if run else Path()
     out.mkdir(parents=True, exist_ok=True)
     path = result_path(out, Path(source.name).stem, trained.data, config.split)

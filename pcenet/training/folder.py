@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -13,22 +15,31 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from pcenet.training.config import TrainConfig
+from pcenet.training.locks import locked
+from pcenet.training.sealing import TEMPORARY, discard, fault_of, flush
 
-SAFE_TO_CHANGE = {"out", "resume", "log", "device", "workers", "threads"}
+ELSEWHERE = {"out", "resume"}  # options that say where a run goes on, not what it is
+SAFE_TO_CHANGE = ELSEWHERE | {"log", "device", "workers", "threads", "checkpoint_minutes", "skip_nonfinite"}
+STEP = "step-"  # how the names of checkpoints begin
+
+log = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file or folder beside ``path``, then give it that name in one step.
+    """Let ``write`` fill a temporary file or folder beside ``path``, flush it to the disk, then give it that name.
 
     ``path`` is complete or absent at any moment; a folder that was there is replaced.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     if temporary.is_dir():
         shutil.rmtree(temporary)
     write(temporary)
+    for written in (*temporary.rglob("*"), temporary):
+        flush(written)
     if path.is_dir():
         shutil.rmtree(path)
     os.replace(temporary, path)
+    flush(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,6 +52,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def differences(saved: TrainConfig, config: TrainConfig, aside: set[str]) -> list[str]:
+    """The options that differ, as "name old -> new", those named in ``aside`` left out."""
+    return [
+        f"{item.name} {getattr(saved, item.name)!r} -> {getattr(config, item.name)!r}"
+        for item in fields(config)
+        if item.name not in aside and getattr(saved, item.name) != getattr(config, item.name)
+    ]
+
+
 def check_same(saved: TrainConfig, config: TrainConfig, where: str, way_out: str) -> None:
     """Raise a ``ValueError`` that names what differs, unless ``config`` may continue a run started with ``saved``.
 
@@ -50,11 +70,7 @@ def check_same(saved: TrainConfig, config: TrainConfig, where: str, way_out: str
         where: the run folder or checkpoint that holds ``saved``.
         way_out: what the user can do instead.
     """
-    changed = [
-        f"{item.name} {getattr(saved, item.name)!r} -> {getattr(config, item.name)!r}"
-        for item in fields(config)
-        if item.name not in SAFE_TO_CHANGE and getattr(saved, item.name) != getattr(config, item.name)
-    ]
+    changed = differences(saved, config, SAFE_TO_CHANGE)
     if changed:
         raise ValueError(f"resume: {where} was started with other options ({', '.join(changed)}); {way_out}")
 
@@ -90,12 +106,11 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lock = path / ".lock"
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.logs = path / "logs"
         self.checkpoints = path / "checkpoints"
-        self.last = self.checkpoints / "last.ckpt"
-        self.best = self.checkpoints / "best.ckpt"
         self.metrics = path / "metrics.json"
         self.model = path / "model"
         self.pictures = path / "pictures"
@@ -108,13 +123,57 @@ class RunFolder:
     @property
     def free(self) -> bool:
         """Whether there is nothing here that a new run would overwrite."""
-        return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
+        return not self.path.exists() or (self.path.is_dir() and not set(self.path.iterdir()) - {self.lock})
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else trains in this folder, which exists.
+
+        Raises:
+            ValueError: if another process does.
+        """
+        with locked(self.lock) as ours:
+            if not ours:
+                raise ValueError(f"out: another process is training in {self.path}; choose another folder with --out")
+            yield
+
+    @property
+    def steps(self) -> list[Path]:
+        """The checkpoints, intact or not, the newest last."""
+        found = [path for path in self.checkpoints.glob(f"{STEP}*") if path.name.removeprefix(STEP).isdecimal()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix(STEP)))
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint after so many steps of the optimiser is."""
+        return self.checkpoints / f"{STEP}{step:08d}"
+
+    def newest(self) -> Path | None:
+        """The newest intact checkpoint; None where there is none at all. Those passed over are named in warnings.
+
+        Raises:
+            ValueError: if there are some, but none is intact.
+        """
+        faults: list[str] = []
+        for path in reversed(self.steps):
+            fault = fault_of(path)
+            if fault is None:
+                for passed_over in faults:
+                    log.warning("%s; going on from %s", passed_over, path)
+                return path
+            faults.append(f"{path} {fault}")
+        if faults:
+            raise ValueError(
+                f"resume: no checkpoint is intact: {'; '.join(faults)}; start afresh in another folder with --out,"
+                f" or in this one when {self.checkpoints} is removed"
+            )
+        return None
 
     def enter(self, config: TrainConfig) -> Path | None:
         """The checkpoint from which a run with these options starts in this folder; None to start afresh.
 
         Raises:
-            ValueError: if that would overwrite a run, or continue one that was started with other options.
+            ValueError: if that would overwrite a run, or continue one that was started with other options, or from a
+                checkpoint that is not intact.
             FileNotFoundError: if ``config.resume`` names a checkpoint that does not exist.
         """
         if config.resume not in (None, "auto"):
@@ -129,21 +188,23 @@ class RunFolder:
         if not self.config.is_file():
             raise ValueError(f"out: {self.path} exists and is no run folder; choose another folder with --out")
         self._check_same(config)
-        return self.last if self.last.is_file() else None
+        return self.newest()
 
     def _enter_from(self, checkpoint: Path, config: TrainConfig) -> Path:
-        if not checkpoint.is_file():
+        if not checkpoint.exists():
             raise FileNotFoundError(f"resume: there is no checkpoint {checkpoint}; give auto or the path of one")
-        if checkpoint.resolve() == self.last.resolve():
-            self._check_same(config)
-            return self.last
-        if not self.free:
+        if fault := fault_of(checkpoint):
+            raise ValueError(f"resume: {checkpoint} {fault}; give the path of an intact checkpoint, or auto")
+        if self.free:
+            return checkpoint
+        newest = self.newest()
+        if newest is None or checkpoint.resolve() != newest.resolve():
             raise ValueError(
-                f"out: {self.path} exists and is never overwritten; a run continues in its folder from"
-                f" {self.last.name} alone (--resume auto), so to continue from {checkpoint} choose another folder"
-                " with --out"
+                f"out: {self.path} exists and is never overwritten; a run continues in its folder from its newest"
+                f" checkpoint alone (--resume auto), so to continue from {checkpoint} choose another folder with --out"
             )
-        return checkpoint
+        self._check_same(config)
+        return newest
 
     def _check_same(self, config: TrainConfig) -> None:
         way_out = f"continue it with --config {self.config} --resume auto, or choose another folder with --out"
@@ -164,6 +225,13 @@ class RunFolder:
     def create(self, config: TrainConfig, environment: dict[str, Any]) -> None:
         """Make the folder, with ``config.yaml`` (which ``pcenet train --config`` reads) and ``environment.json``."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for leftover in self.checkpoints.glob(f"*{TEMPORARY}"):
+            log.warning("%s is what a write left that did not finish; it is removed", leftover)
+            shutil.rmtree(leftover)
+        for path in reversed(self.steps):  # newer than the one that the run goes on from, and therefore broken
+            if fault_of(path) is None:
+                break
+            discard(path)
         self.logs.mkdir(exist_ok=True)
         write_text(self.config, yaml.safe_dump(asdict(config) | {"resume": None}, sort_keys=False))
         write_json(self.environment, environment)

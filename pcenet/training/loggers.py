@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import secrets
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from typing_extensions import override
 
 from pcenet.training.config import TrainConfig
 from pcenet.training.folder import RunFolder, write_text
 
 PROJECT = "pcenet"
+
+log = logging.getLogger(__name__)
 
 
 def check_logging(config: TrainConfig) -> None:
@@ -24,9 +30,66 @@ def check_logging(config: TrainConfig) -> None:
         raise ModuleNotFoundError("log 'wandb' needs Weights & Biases: pip install 'pcenet[wandb]'")
 
 
+class Forgiving(Logger):
+    """Another logger, whose first error is a warning and its end: a run outlives those who watch it.
+
+    Args:
+        title: what to call it in the warning.
+        make: makes it; that may fail, too.
+    """
+
+    def __init__(self, title: str, make: Callable[[], Logger]) -> None:
+        self.title = title
+        self.failed = False
+        self._logger: Logger | None = None
+        self.attempt(lambda _: None, make)
+
+    def attempt(self, act: Callable[[Any], object], make: Callable[[], Logger] | None = None) -> None:
+        """Do something with the logger, unless it has failed before."""
+        if self.failed:
+            return
+        try:
+            if make is not None:
+                self._logger = make()
+            act(self._logger)
+        except Exception as error:  # whatever it is, training matters more
+            self.failed = True
+            log.warning("%s failed (%s: %s); training goes on without it", self.title, type(error).__name__, error)
+
+    @property
+    @override
+    def name(self) -> str:
+        return self.title
+
+    @property
+    @override
+    def version(self) -> str:
+        return ""
+
+    @override
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Figures of a step."""
+        self.attempt(lambda logger: logger.log_metrics(metrics, step))
+
+    @override
+    def log_hyperparams(self, params: Any, *arguments: Any, **options: Any) -> None:
+        """The options of the run."""
+        self.attempt(lambda logger: logger.log_hyperparams(params, *arguments, **options))
+
+    @override
+    def save(self) -> None:
+        """Flush."""
+        self.attempt(lambda logger: logger.save())
+
+    @override
+    def finalize(self, status: str) -> None:
+        """The end."""
+        self.attempt(lambda logger: logger.finalize(status))
+
+
 @contextmanager
 def run_loggers(config: TrainConfig, folder: RunFolder, first_step: int) -> Iterator[list[Logger]]:
-    """The loggers that the options ask for, TensorBoard's first; closed at the end.
+    """The loggers that the options ask for, TensorBoard's first; closed at the end. One that fails is left out.
 
     Weights & Biases obeys its environment variables: with WANDB_MODE=offline it keeps everything in ``logs/wandb``.
 
@@ -35,21 +98,45 @@ def run_loggers(config: TrainConfig, folder: RunFolder, first_step: int) -> Iter
         folder: the run folder, which exists.
         first_step: the first step that will be logged; what TensorBoard has from there on is replaced.
     """
-    board = TensorBoardLogger(folder.logs, name="", version="tensorboard", purge_step=first_step)
-    if config.log != "wandb":
-        yield [board]
-        return
-    wandb = WandbLogger(
+    with quiet_threads():
+        board = Forgiving("TensorBoard", lambda: tensorboard(folder, first_step))
+        if config.log != "wandb":
+            yield [board]
+            return
+        wandb = Forgiving("Weights & Biases", lambda: weights_and_biases(folder))
+        wandb.log_hyperparams(asdict(config))
+        try:
+            yield [board, wandb]
+        finally:
+            wandb.attempt(lambda logger: logger.experiment.finish())
+
+
+def tensorboard(folder: RunFolder, first_step: int) -> Logger:
+    """TensorBoard's logger, its file opened."""
+    logger = TensorBoardLogger(folder.logs, name="", version="tensorboard", purge_step=first_step)
+    _ = logger.experiment
+    return logger
+
+
+def weights_and_biases(folder: RunFolder) -> Logger:
+    """Weights & Biases' logger, its run begun or gone on with."""
+    return WandbLogger(
         name=folder.path.resolve().name,
         id=kept_identity(folder.logs / "wandb-id"),
         project=os.environ.get("WANDB_PROJECT", PROJECT),
         save_dir=folder.logs,
     )
-    wandb.log_hyperparams(asdict(config))
+
+
+@contextmanager
+def quiet_threads() -> Iterator[None]:
+    """No tracebacks of threads: TensorBoard's writes in one, and raises the error again where it is called next."""
+    before = threading.excepthook
+    threading.excepthook = lambda _: None
     try:
-        yield [board, wandb]
+        yield
     finally:
-        wandb.experiment.finish()
+        threading.excepthook = before
 
 
 def kept_identity(path: Path) -> str:

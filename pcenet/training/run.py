@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import statistics
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,14 +22,14 @@ from torch.utils.data import DataLoader
 import pcenet.data as data
 from pcenet.models import SavableModel
 from pcenet.training.callbacks import (
-    AtomicCheckpointIO,
-    Checkpoints,
+    EpochFigures,
     History,
     RouterHealth,
     Throughput,
     TrainingBar,
     moving_average,
 )
+from pcenet.training.checkpoints import CheckpointFiles, Checkpoints, read_checkpoint
 from pcenet.training.config import DEFAULT_BATCH_SIZE, TrainConfig
 from pcenet.training.device import environment, resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.evaluate import check_classes
@@ -40,10 +38,12 @@ from pcenet.training.kinds import Kind, kind_of
 from pcenet.training.loggers import check_logging, run_loggers
 from pcenet.training.measures import cost_of
 from pcenet.training.network import build_model, check_model, default_input_size, naming_model_args
+from pcenet.training.nonfinite import FiniteSteps
 from pcenet.training.pictures import pictures_of, save_pictures
-from pcenet.training.resume import check_weights, epochs_behind, read_checkpoint
+from pcenet.training.resume import Fingerprint, Position, check_weights, fingerprint, position_of
 from pcenet.training.router_schedules import RouterSchedules
 from pcenet.training.schedules import Schedules
+from pcenet.training.signals import Stop, listening
 from pcenet.training.stopping import stopped_by, stopping_callbacks
 from pcenet.training.tables import console, router_table
 
@@ -66,7 +66,8 @@ class Run:
     cost: dict[str, Any]
     loaders: dict[str, DataLoader[Any]]
     checkpoint: Path | None
-    first_epoch: int
+    position: Position
+    fingerprint: Fingerprint
 
 
 def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
@@ -84,9 +85,12 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
         ``metrics.json``, ``pictures/`` and ``model/``.
 
     Raises:
-        ValueError: for an unknown model, for faulty data, or if folder or checkpoint are of another run.
+        ValueError: for an unknown model, for faulty data, or if folder or checkpoint are of another run, or the
+            folder is another process's; in training, for numbers that are not finite, or for images that cannot be
+            read any more.
         FileNotFoundError: if ``config.resume`` names a checkpoint that does not exist.
-        KeyboardInterrupt: if it was interrupted; ``last.ckpt`` holds the state after the last whole epoch.
+        KeyboardInterrupt: after Ctrl-C; a checkpoint holds the state after the step that was at work, unless there was
+            a second Ctrl-C. `pcenet.training.signals.Terminated`, a kind of it: after SIGTERM.
     """
     if config.dry_run or config.find != "none":
         raise ValueError("dry_run and find leave no run: see pcenet.training.rehearsal and pcenet.training.find")
@@ -95,15 +99,25 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
     device = resolve_device(config.device)
     config = resolve(config, device)
     folder = RunFolder(config.folder)
-    checkpoint = folder.enter(config)
-    if folder.finished:
-        print(f"{folder.path} is finished; nothing to do")
-        return folder
-    run = prepare(config, folder, device, checkpoint, batches)
-    announce(run)
-    folder.create(config, environment(device, config.precision) | {"workers": run.workers})
-    fitted = fit(run)
-    finish(run, fitted)
+    with ExitStack() as stack:
+        stop = stack.enter_context(listening())
+        stack.enter_context(data.naming_dead_workers())
+        begun = folder.config.is_file()
+        if begun:
+            stack.enter_context(folder.held())
+        checkpoint = folder.enter(config)
+        if folder.finished:
+            print(f"{folder.path} is finished; nothing to do")
+            return folder
+        run = prepare(config, folder, device, checkpoint, batches)
+        announce(run)
+        if not begun:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(folder.held())
+            folder.enter(config)  # another process may have begun here meanwhile
+        folder.create(config, environment(device, config.precision) | {"workers": run.workers})
+        fitted = fit(run, stop)
+        finish(run, fitted)
     return folder
 
 
@@ -126,7 +140,8 @@ def prepare(
     }
     classes = sources["train"].classes
     check_classes(classes, sources["val"].classes, "train", "val")
-    first_epoch = epochs_behind(checkpoint, folder, config, classes) if checkpoint else 0
+    known = fingerprint(sources)
+    position = position_of(checkpoint, folder, config, classes, known) if checkpoint else Position()
     for finding in data.quick_check(sources):
         log.warning("%s: %s", config.data, finding.message)
     sources = choose_images(sources, config, batches)
@@ -146,8 +161,8 @@ def prepare(
             model, sources["val"], batch_size=config.batch_size, workers=workers, pin_memory=pin_memory
         ),
     }
-    set_epoch(loaders["train"], first_epoch)
-    return Run(config, kind, folder, device, workers, sources, model, cost, loaders, checkpoint, first_epoch)
+    start_at(loaders["train"], position)
+    return Run(config, kind, folder, device, workers, sources, model, cost, loaders, checkpoint, position, known)
 
 
 def choose_images(sources: dict[data.Split, Any], config: TrainConfig, batches: int | None) -> dict[data.Split, Any]:
@@ -188,10 +203,11 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
     )
 
 
-def set_epoch(loader: DataLoader[Any], epoch: int) -> None:
-    """Let a training loader start at ``epoch``; Lightning does so only after the workers have begun."""
+def start_at(loader: DataLoader[Any], position: Position) -> None:
+    """Let a training loader start at a position; Lightning says the epoch only after the workers have begun."""
     assert isinstance(loader.sampler, data.EpochSampler)
-    loader.sampler.set_epoch(epoch)
+    assert loader.batch_size is not None
+    loader.sampler.start_at(position.epoch, position.batch * loader.batch_size)
 
 
 def steps_per_epoch(run: Run) -> int:
@@ -214,19 +230,25 @@ class Fitted:
     stopped: str | None
 
 
-def fit(run: Run) -> Fitted:
-    """Train with Lightning; the averaged weights end up in ``last.ckpt``."""
+def fit(run: Run, stop: Stop) -> Fitted:
+    """Train with Lightning; the averaged weights end up in the last checkpoint."""
     config, folder = run.config, run.folder
     steps = steps_per_epoch(run)
     history, health = History(folder.logs / "metrics.csv"), RouterHealth()
-    checkpoints = Checkpoints(folder, {"config": asdict(config), "classes": list(run.sources["train"].classes)})
+    about = {
+        "config": asdict(config),
+        "classes": list(run.sources["train"].classes),
+        "data": run.fingerprint,
+    }
+    checkpoints = Checkpoints(folder, about, config.checkpoint_minutes, stop)
     callbacks = stopping_callbacks(config, f"val/{run.kind.task.score}")
-    callbacks += [moving_average(config.ema_decay), Throughput(), health, history, checkpoints]
+    callbacks += [FiniteSteps(config.skip_nonfinite), moving_average(config.ema_decay), Throughput(), EpochFigures()]
+    callbacks += [health, history, checkpoints]
     schedules = Schedules(config, steps)
     if schedules.of_the_routers:
         callbacks.append(RouterSchedules(schedules))
     terminal = sys.stdout.isatty()
-    with quiet(), run_loggers(config, folder, run.first_epoch * steps) as loggers:
+    with quiet(), run_loggers(config, folder, run.position.step) as loggers:
         trainer = L.Trainer(
             **trainer_options(run),
             max_epochs=config.epochs,
@@ -234,11 +256,11 @@ def fit(run: Run) -> Fitted:
             enable_progress_bar=terminal,
             logger=loggers,
             log_every_n_steps=min(LOG_EVERY, steps),
-            plugins=[AtomicCheckpointIO()],
+            plugins=[CheckpointFiles()],
             default_root_dir=folder.path,
         )
         task = run.kind.make_task(run.model, config, run.sources["train"], steps)
-        with interruptible(trainer):
+        with interruptible(trainer, stop):
             trainer.fit(task, run.loaders["train"], run.loaders["val"], ckpt_path=run.checkpoint, weights_only=True)
         return Fitted(history, health, stopped_by(trainer, schedules.total_steps))
 
@@ -274,19 +296,17 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def interruptible(trainer: L.Trainer) -> Iterator[None]:
-    """Turn Lightning's exit 1 after Ctrl-C back into KeyboardInterrupt; give the signal its handler back."""
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
+def interruptible(trainer: L.Trainer, stop: Stop) -> Iterator[None]:
+    """Turn Lightning's exit 1 after an interruption back into what it was; give the signals their handlers back."""
     try:
         yield
     except SystemExit as error:
-        if trainer.interrupted:
-            raise KeyboardInterrupt from error
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         raise
     finally:
-        if main:
-            signal.signal(signal.SIGINT, handler)
+        stop.patient = False
+        stop.listen()
 
 
 def announce(run: Run) -> None:
@@ -302,14 +322,19 @@ def announce(run: Run) -> None:
         f"run folder: {run.folder.path}",
     ]
     if run.checkpoint:
-        lines.append(f"continuing from {run.checkpoint} after epoch {run.first_epoch}")
+        position = run.position
+        batch = f", batch {position.batch}" if position.batch else ""
+        where = f"after epoch {position.epoch}{batch}" if position.epoch else f"after batch {position.batch}"
+        lines.append(f"continuing from {run.checkpoint} {where}")
+        if position.changed:
+            lines.append(f"changed since then: {', '.join(position.changed)}")
     print("\n".join(lines), flush=True)
 
 
 def finish(run: Run, fitted: Fitted) -> None:
-    """Write ``model/`` from the averaged weights of ``last.ckpt``, measure it, draw it, write ``metrics.json``."""
+    """Write ``model/`` from the last checkpoint's averaged weights, measure and draw it, write ``metrics.json``."""
     config, folder, model, source = run.config, run.folder, run.model, run.sources["val"]
-    averaged = read_checkpoint(folder.last)["state_dict"]
+    averaged = read_checkpoint(folder.steps[-1])["state_dict"]
     model.load_state_dict({name.removeprefix("model."): value for name, value in averaged.items()})
     write_atomically(folder.model, model.save_pretrained)
     result = run.kind.evaluate(model, run.loaders["val"], source.classes, device=run.device, precision=config.precision)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from pcenet.data import IGNORE
-from pcenet.nn import RoutingStatistics, aux_terms, record_routing
+from pcenet.nn import Routing, RoutingStatistics, aux_terms, record_routing
 from pcenet.nn.experts import SharedConv2d
 from pcenet.training.config import TrainConfig
+from pcenet.training.means import EpochMeans
 from pcenet.training.measures import TOP_K
 from pcenet.training.mixing import make_mixing, make_pasting
 from pcenet.training.pixels import PixelBatches, PixelScores
@@ -55,6 +57,35 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A batch between its forward pass and the optimiser's step; nothing here has a gradient.
+
+    Attributes:
+        batch: its number in the epoch.
+        images: how many.
+        finite_images: ``[images]``, whether all pixels are finite.
+        values: figures by name, scalars; ``"loss"`` is what is minimised.
+        records: the Routings by layer.
+    """
+
+    batch: int
+    images: int
+    finite_images: Tensor
+    values: dict[str, Tensor]
+    records: Mapping[str, Sequence[Routing]]
+
+
+def without_gradient(routing: Routing) -> Routing:
+    """A Routing that keeps no graph alive."""
+    return replace(
+        routing,
+        logits=routing.logits.detach(),
+        probs=routing.probs.detach(),
+        choice_weight=routing.choice_weight.detach(),
+    )
+
+
 class TrainingTask(L.LightningModule, ABC):
     """Trains a network with the loss of its task and, where it has PCE layers, their auxiliary losses.
 
@@ -66,7 +97,9 @@ class TrainingTask(L.LightningModule, ABC):
     Attributes:
         score: name of the figure of merit that `validation_step` logs as ``val/<score>``; higher is better.
         train_score: name of the figure that `training_step` logs as ``train/<train_score>``.
-        routing: what happened in each PCE layer since somebody reset it.
+        seen: batches that the optimiser has not used yet; it, or whoever leaves them out, clears them.
+        means: the means of the figures over the batches that it has used, since somebody reset them.
+        routing: what happened in each PCE layer with these.
     """
 
     score: ClassVar[str]
@@ -77,6 +110,8 @@ class TrainingTask(L.LightningModule, ABC):
         self.model = model
         self.config = config
         self.schedules = Schedules(config, steps_per_epoch)
+        self.seen: list[Seen] = []
+        self.means = EpochMeans()
         self.routing: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,8 +136,9 @@ class TrainingTask(L.LightningModule, ABC):
         return self.current_epoch * self.schedules.steps_per_epoch * self.config.accumulate + batch_idx
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Task loss plus auxiliary losses; `routing` counts, without a transfer to the host."""
+        """Task loss plus auxiliary losses; `seen` takes notes, without a transfer to the host."""
         images, targets = batch
+        finite_images = images.isfinite().flatten(1).all(1)
         torch.manual_seed(step_seed(self.config.seed, self.batch_number(batch_idx)))
         images, targets = self.mix(images, targets)
         with record_routing(self.model) as records:
@@ -113,18 +149,41 @@ class TrainingTask(L.LightningModule, ABC):
         weights = (self.schedules.balance(self.global_step), self.config.z)
         weighted = [w * term for w, term in zip(weights, (balance, z), strict=True) if w]
         loss = sum(weighted, task)
-        for name, routings in records.items():
-            for routing in routings:
-                self.routing[name].update(routing)
         losses = {"loss": loss, "task_loss": task, "balance_loss": balance, "z_loss": z}
         values = losses | {self.train_score: self.right(logits, targets)}
-        self.log_dict(
-            {f"train/{k}": v for k, v in values.items()}, on_step=False, on_epoch=True, batch_size=len(images)
+        self.seen.append(
+            Seen(
+                batch_idx,
+                len(images),
+                finite_images,
+                {name: value.detach() for name, value in values.items()},
+                {name: [without_gradient(routing) for routing in routings] for name, routings in records.items()},
+            )
         )
         self.log_dict({f"step/{k}": v for k, v in losses.items()})
         self.log("loss", loss, prog_bar=True, logger=False)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=True, on_epoch=False)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The batches enter the figures of the epoch."""
+        for seen in self.seen:
+            self.means.update(seen.values, seen.images)
+            for name, routings in seen.records.items():
+                for routing in routings:
+                    self.routing[name].update(routing)
+        self.seen.clear()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The figures of the epoch so far, which may be interrupted, are part of the state."""
+        routing = {name: statistics.state_dict() for name, statistics in self.routing.items()}
+        checkpoint["epoch_so_far"] = {"means": self.means.state_dict(), "routing": routing}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with them."""
+        self.means.load_state_dict(checkpoint["epoch_so_far"]["means"])
+        for name, state in checkpoint["epoch_so_far"]["routing"].items():
+            self.routing[name].load_state_dict(state)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, its learning rate a pure function of the step."""

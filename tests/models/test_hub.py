@@ -117,9 +117,11 @@ def test_weights_that_do_not_fit(folder, change, message):
 def test_broken_folders(folder, tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         load_model(tmp_path)
+    weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(b"no tensors here")
     with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file"):
         load_model(folder)
+    (folder / "model.safetensors").write_bytes(weights)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architecture": "resnet18", "model_args": {}}))
     with pytest.raises(ValueError, match="architecture 'resnet18' is not a network of this package"):

@@ -103,8 +103,8 @@ def test_without_progress_a_run_ends_and_stays_ended(
     assert epochs(resumed) == epochs(whole)
     assert weights(resumed) == weights(whole)
 
-    new = start("new", resume=str(whole.last), **options)
-    with pytest.raises(ValueError, match=r"last\.ckpt was stopped by early_stopping in epoch 4"):
+    new = start("new", resume=str(whole.steps[-1]), **options)
+    with pytest.raises(ValueError, match=r"step-00000012 was stopped by early_stopping in epoch 4"):
         train(new)
     assert not new.folder.exists()
 

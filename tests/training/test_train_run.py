@@ -20,12 +20,12 @@ import pcenet.data as data
 from pcenet.models import load_model
 from pcenet.nn import PCELayer, RoutingSummary
 from pcenet.training.callbacks import RouterHealth
+from pcenet.training.checkpoints import read_checkpoint, write_checkpoint
 from pcenet.training.config import TrainConfig
 from pcenet.training.device import resolve_device, resolve_workers
 from pcenet.training.folder import RunFolder, write_atomically
 from pcenet.training.measures import health_of, image_side
 from pcenet.training.network import naming_model_args
-from pcenet.training.resume import read_checkpoint
 from pcenet.training.run import Run, prepare, resolve, train
 from pcenet.training.task import ClassificationTask
 
@@ -86,8 +86,9 @@ def interrupted(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
 
 def test_run_folder_is_complete(finished: RunFolder, pictures: Path) -> None:
     names = {path.name for path in finished.path.iterdir()}
-    assert names == {"config.yaml", "environment.json", "logs", "checkpoints", "metrics.json", "model", "pictures"}
-    assert {path.name for path in finished.checkpoints.iterdir()} == {"last.ckpt", "best.ckpt"}
+    visible = {"config.yaml", "environment.json", "logs", "checkpoints", "metrics.json", "model", "pictures"}
+    assert names == visible | {".lock"}
+    assert {path.name for path in finished.checkpoints.iterdir()} == {"step-00000003", "step-00000006"}
     assert list(finished.logs.glob("tensorboard/events*"))
     assert not list(finished.path.rglob("*.tmp"))
     config = yaml.safe_load(finished.config.read_text())
@@ -181,7 +182,7 @@ def test_resume_auto_on_a_finished_run_does_nothing(finished: RunFolder, capsys:
     assert contents(finished.path) == before
 
 
-@pytest.mark.parametrize("resume", ["auto", "died/checkpoints/../checkpoints/last.ckpt"])
+@pytest.mark.parametrize("resume", ["auto", "died/checkpoints/../checkpoints/step-00000006"])
 def test_a_run_that_died_before_its_summary_is_completed(
     finished: RunFolder, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str
 ) -> None:
@@ -198,8 +199,8 @@ def test_a_run_that_died_before_its_summary_is_completed(
 
 def test_resume_from_a_checkpoint_into_a_new_folder(interrupted: RunFolder, finished: RunFolder, start: Start) -> None:
     kept = contents(interrupted.path)
-    for name, checkpoint in (("a", interrupted.last), ("b", interrupted.best)):  # epoch 1 is the best so far
-        assert contents(train(start(name, resume=str(checkpoint))).model) == contents(finished.model)
+    (checkpoint,) = interrupted.steps
+    assert contents(train(start("a", resume=str(checkpoint))).model) == contents(finished.model)
     assert contents(interrupted.path) == kept
 
 
@@ -215,8 +216,8 @@ def test_resume_from_a_checkpoint_into_a_new_folder(interrupted: RunFolder, fini
 def test_a_checkpoint_of_another_run_is_refused_and_leaves_no_folder(
     interrupted: RunFolder, start: Start, changes: dict[str, Any], message: str
 ) -> None:
-    config = start("new", resume=str(interrupted.last), **changes)
-    with pytest.raises(ValueError, match=re.escape(f"resume: {interrupted.last} was started with {message}")):
+    config = start("new", resume=str(interrupted.steps[-1]), **changes)
+    with pytest.raises(ValueError, match=re.escape(f"resume: {interrupted.steps[-1]} was started with {message}")):
         train(config)
     assert not config.folder.exists()
 
@@ -226,48 +227,48 @@ def test_a_checkpoint_of_other_data_is_refused(
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(pictures, other)
-    config = start("new", resume=str(interrupted.last), data=str(other))
+    config = start("new", resume=str(interrupted.steps[-1]), data=str(other))
     with pytest.raises(ValueError, match=re.escape(f"data {str(pictures)!r} -> {str(other)!r}")):
         train(config)
     for split in ("train", "val"):  # the same path, but as many other classes
         (other / split / "red").rename(other / split / "mauve")
     open_source = data.open_source
     monkeypatch.setattr(data, "open_source", lambda path, split: open_source(other, split))
-    with pytest.raises(ValueError, match=r"last\.ckpt: only in .*last\.ckpt: red; only in .*: mauve"):
-        train(start("new", resume=str(interrupted.last)))
+    with pytest.raises(ValueError, match=r"step-00000003: only in .*step-00000003: red; only in .*: mauve"):
+        train(start("new", resume=str(interrupted.steps[-1])))
     assert not config.folder.exists()
 
 
 def test_a_checkpoint_with_all_its_epochs_is_refused(finished: RunFolder, start: Start) -> None:
-    config = start("new", resume=str(finished.last))
-    with pytest.raises(ValueError, match=r"last\.ckpt has 2 of 2 epochs behind it.*--epochs above 2"):
+    config = start("new", resume=str(finished.steps[-1]))
+    with pytest.raises(ValueError, match=r"step-00000006 has 2 of 2 epochs behind it.*--epochs above 2"):
         train(config)
     assert not config.folder.exists()
 
 
 def test_a_checkpoint_of_another_version_is_named(interrupted: RunFolder, start: Start, tmp_path: Path) -> None:
-    content = read_checkpoint(interrupted.last)
+    content = read_checkpoint(interrupted.steps[-1])
     for name, run, message in (
-        ("a", {"config": {"speed": 3}, "classes": []}, "is of another version of pcenet: .*speed"),
+        ("a", content["run"] | {"config": {"speed": 3}}, "is of another version of pcenet: .*speed"),
         ("b", {}, r"is damaged or no checkpoint of pcenet train \(KeyError\)"),
     ):
-        torch.save(content | {"run": run}, tmp_path / f"{name}.ckpt")
+        write_checkpoint(tmp_path / name, content | {"run": run})
         with pytest.raises(ValueError, match=message):
-            train(start(resume=str(tmp_path / f"{name}.ckpt")))
+            train(start(resume=str(tmp_path / name)))
 
 
-@pytest.mark.parametrize("name", ["best.ckpt", "../../elsewhere.ckpt"])
-def test_a_run_goes_on_in_its_folder_from_its_last_checkpoint_alone(
+@pytest.mark.parametrize("name", ["step-00000001", "../../elsewhere"])
+def test_a_run_goes_on_in_its_folder_from_its_newest_checkpoint_alone(
     interrupted: RunFolder, finished: RunFolder, start: Start, tmp_path: Path, name: str
 ) -> None:
     folder = RunFolder(start().folder)
     shutil.copytree(interrupted.path, folder.path)
-    shutil.copy(interrupted.best, tmp_path / "elsewhere.ckpt")
+    shutil.copytree(interrupted.steps[-1], folder.checkpoints / name)
     before = contents(folder.path)
-    with pytest.raises(ValueError, match=r"continues in its folder from last\.ckpt alone"):
+    with pytest.raises(ValueError, match=r"continues in its folder from its newest checkpoint alone"):
         train(start(resume=str(folder.checkpoints / name)))
     assert contents(folder.path) == before
-    train(start(resume=str(folder.checkpoints / "last.ckpt")))
+    train(start(resume=str(folder.checkpoints / "step-00000003")))
     assert contents(folder.model) == contents(finished.model)
 
 
@@ -289,7 +290,7 @@ def test_a_run_is_never_overwritten(finished: RunFolder, start: Start, changes: 
 
 def test_a_finished_run_is_not_said_to_be_one_of_other_options(finished: RunFolder, start: Start) -> None:
     with pytest.raises(ValueError, match=r"other options \(lr 0\.003 -> 0\.1\)"):
-        train(start(out=str(finished.path), resume=str(finished.last), lr=0.1))
+        train(start(out=str(finished.path), resume=str(finished.steps[-1]), lr=0.1))
 
 
 def test_a_folder_that_is_no_run_is_left_alone(start: Start) -> None:
@@ -299,16 +300,6 @@ def test_a_folder_that_is_no_run_is_left_alone(start: Start) -> None:
     with pytest.raises(ValueError, match="is no run folder"):
         train(config)
     assert [(path.name, path.read_bytes()) for path in config.folder.iterdir()] == [("cat.jpg", b"cat")]
-
-
-def test_a_damaged_checkpoint_is_named(finished: RunFolder, start: Start) -> None:
-    config = start("damaged", resume="auto")
-    shutil.copytree(finished.path, config.folder)
-    (config.folder / "metrics.json").unlink()
-    last = config.folder / "checkpoints" / "last.ckpt"
-    last.write_bytes(last.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"last\.ckpt is damaged or no checkpoint"):
-        train(config)
 
 
 def test_model_holds_the_moving_average(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +327,7 @@ def test_model_holds_the_moving_average(start: Start, monkeypatch: pytest.Monkey
 
 def test_without_averaging_model_holds_the_last_weights(start: Start) -> None:
     folder = train(start(ema_decay=0.0))
-    current = read_checkpoint(folder.last)["current_model_state"]
+    current = read_checkpoint(folder.steps[-1])["current_model_state"]
     saved = load_file(folder.model / "model.safetensors")
     assert {f"model.{name}" for name in saved} == set(current)
     assert all(torch.equal(value, current[f"model.{name}"]) for name, value in saved.items())

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_held: set[int] = set()
+
 
 @contextmanager
 def locked(path: Path, *, flags: int = os.O_RDWR | os.O_CREAT, wait: bool = False) -> Iterator[bool]:
@@ -15,19 +17,18 @@ def locked(path: Path, *, flags: int = os.O_RDWR | os.O_CREAT, wait: bool = Fals
 
     Args:
         path: what is locked; by default a file that is made where there is none.
-        flags: how it is opened.
+        flags: how it is opened; ``os.O_RDONLY`` for a folder.
         wait: until nobody else holds the lock.
 
     Yields:
         Whether we hold it: without ``wait`` another process may.
     """
     descriptor = os.open(path, flags, 0o644)
+    _held.add(descriptor)
     try:
         yield acquire(descriptor, wait)
     finally:
-        # Processes that load images have copies of the descriptor, so closing ours would not be enough. Where we do
-        # not hold the lock this does nothing.
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        _held.discard(descriptor)
         os.close(descriptor)
 
 
@@ -46,3 +47,12 @@ def is_locked(path: Path) -> bool:
         return False
     with locked(path, flags=os.O_RDWR) as free:
         return not free
+
+
+def _let_go() -> None:
+    """Processes that load images are copies of ours; with our descriptors open they would hold our locks after us."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)

@@ -1,0 +1,38 @@
+"""Means over an epoch that survive an interruption within it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+class EpochMeans:
+    """Means of figures, weighted by the number of images; sums stay on the device, and checkpoints keep them."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.sums: dict[str, Tensor] = {}
+        self.images = 0
+
+    def update(self, values: Mapping[str, Tensor], images: int) -> None:
+        """Add the figures of one batch, scalars without gradient, each the mean over its images."""
+        for name, value in values.items():
+            self.sums[name] = value * images + (self.sums[name].to(value.device) if name in self.sums else 0)
+        self.images += images
+
+    def compute(self) -> dict[str, Tensor]:
+        """The means so far; empty without images."""
+        return {name: value / self.images for name, value in self.sums.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as a checkpoint keeps it."""
+        return {"sums": dict(self.sums), "images": self.images}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What `state_dict` gave."""
+        self.sums, self.images = dict(state["sums"]), state["images"]

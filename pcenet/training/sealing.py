@@ -1,0 +1,70 @@
+"""Folders that can be trusted: flushed to the disk, with the size and the SHA-256 of every file in a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp"  # how the names of what is being written, or removed, end
+
+
+def flush(path: Path) -> None:
+    """Have the system put a file, or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def seal(folder: Path) -> None:
+    """Flush every file of a folder to the disk and write the manifest, with the size and the digest of each."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        flush(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+    flush(folder / MANIFEST)
+    flush(folder)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, which loses its name first: at no moment is a part of it seen under that."""
+    temporary = folder.with_name(folder.name + TEMPORARY)
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.replace(folder, temporary)
+    shutil.rmtree(temporary)
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, in words that follow its name; None where it is intact."""
+    if folder.name.endswith(TEMPORARY):
+        return "is what a write left that did not finish"
+    if not folder.is_dir():
+        return "is no checkpoint of pcenet train, which is a folder"
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {str(name): (int(about["bytes"]), str(about["sha256"])) for name, about in files.items()}
+    except FileNotFoundError:
+        return f"is damaged: {MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"is damaged: {MANIFEST} cannot be read"
+    for name, (size, sha256) in expected.items():
+        file = folder / Path(name).name  # never a file elsewhere
+        if not file.is_file():
+            return f"is damaged: {name} is missing"
+        if (found := file.stat().st_size) != size:
+            return f"is damaged: {name} has {found} of {size} bytes"
+        if digest(file) != sha256:
+            return f"is damaged: the SHA-256 of {name} is not that of {MANIFEST}"
+    return None
