@@ -44,7 +44,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-faults: $(VENV)/installed
 	$(BIN)/python -m pytest tests/faults -m faults
