@@ -22,7 +22,10 @@ Start = Callable[..., TrainConfig]
 WRONG = [
     ("trian", "unknown command 'trian'; did you mean 'train'?"),
     ("--hepl", "unknown option '--hepl'; did you mean '--help'?"),
-    ("", "no command given; give one of train, compare, eval, check-data, predict, explain, app, models, bench, doctor"),
+    (
+        "",
+        "no command given; give one of train, compare, eval, check-data, predict, explain, app, models, bench, doctor",
+    ),
     ("train --bath-size 3", "unknown option '--bath-size'; did you mean '--batch-size'?"),
     ("train --epcohs=3", "unknown option '--epcohs'; did you mean '--epochs'?"),
     ("train --num-experts 8", "it is an argument of the network: give --model-args '{\"num_experts\": ...}'"),
