@@ -13,10 +13,11 @@ import shutil
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def examine() -> dict[str, Any]:
 
 
 def requirements() -> dict[str, str | None]:
-    """The packages that pcenet asks for, and the extra that brings each; None for those that come with it.
+    """The packages that pcenet asks for, and the smallest extra that brings each; None for those that come with it.
 
     Empty where pcenet itself is not installed but found on the path.
     """
@@ -60,12 +61,13 @@ def requirements() -> dict[str, str | None]:
         lines = requires("pcenet") or []
     except PackageNotFoundError:
         return {}
-    found: dict[str, str | None] = {}
+    extras: dict[str, list[str | None]] = {}
     for line in lines:
         name, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)['\"]", line)
         if name and name[0] != "pcenet" and (extra is None or extra[1] not in GATHERED):
-            found.setdefault(name[0], extra[1] if extra else None)
-    return found
+            extras.setdefault(name[0], []).append(extra[1] if extra else None)
+    size = Counter(chain.from_iterable(extras.values()))
+    return {name: None if None in of else min(of, key=lambda extra: size[extra]) for name, of in extras.items()}
 
 
 def installed(name: str) -> str | None:
