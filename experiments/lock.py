@@ -6,12 +6,13 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 
-def lines(report: dict[str, object]) -> list[str]:
+def lines(report: dict[str, Any]) -> list[str]:
     """``name==version --hash=sha256:...`` of each package, sorted, the project itself aside."""
     found = []
-    for package in report["install"]:  # type: ignore[attr-defined]
+    for package in report["install"]:
         digest = package["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256")
         if digest:
             about = package["metadata"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,6 +75,35 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     yield put
     monkeypatch.undo()
     register()
+
+
+@pytest.fixture(scope="session")
+def save_classifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Path]:
+    """Saves `pce_nano` untrained for these classes, its head strong enough for predictions to differ between images."""
+
+    def save(classes: list[str]) -> Path:
+        import timm
+
+        torch.manual_seed(5)
+        model = timm.create_model("pce_nano", num_classes=len(classes))
+        model.class_names = classes
+        with torch.no_grad():
+            model.get_classifier().weight.mul_(300)
+        folder = tmp_path_factory.mktemp("trained") / "model"
+        model.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of a browser of the system; skips where there is none, or no playwright."""
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("there is no chromium: install Debian's package of that name")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -292,7 +292,7 @@ def take_uploads_alone(file: gr.File, blocks: gr.Blocks) -> None:
         check_uploaded(str(url_or_file_path), blocks)
         return await move(url_or_file_path)
 
-    file.async_move_resource_to_block_cache = checked  # type: ignore[method-assign]
+    file.async_move_resource_to_block_cache = checked  # type: ignore[method-assign] # no subclass, see above
 
 
 def with_event_data(fulfil: Callable[..., Answer]) -> Callable[..., Answer]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcenet.nn.checks import check_at_least, check_choice, is_number
-from pcenet.nn.processes import process_count, sum_over_processes
+from pcenet.nn.processes import sum_over_processes
 
 Norm = Literal["batch", "group"]
 
@@ -190,8 +190,7 @@ class StackedNorm(nn.Module):
         else:
             mean, variance = self.running_mean[experts], self.running_var[experts]
             if self.training:
-                together = self.synchronised and process_count() > 1
-                mean, variance = _batch_moments(values, mask, expert, mean, variance, together)
+                mean, variance = _batch_moments(values, mask, expert, mean, variance, self.synchronised)
             scale = torch.rsqrt(variance + NORM_EPS)
             normalised = (values - _per_slot(mean, expert)) * _per_slot(scale, expert)
         return (normalised * _per_slot(weight, expert) + _per_slot(bias, expert)).to(x.dtype)
@@ -210,15 +209,15 @@ class StackedNorm(nn.Module):
 
 
 def _batch_moments(
-    values: Tensor, mask: Tensor, expert: Tensor, running_mean: Tensor, running_var: Tensor, together: bool
+    values: Tensor, mask: Tensor, expert: Tensor, running_mean: Tensor, running_var: Tensor, synchronised: bool
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance ``[E, C]`` of the cells that ``mask`` marks, in all processes where they go ``together``; the
+    """Mean and variance ``[E, C]`` of the cells that ``mask`` marks, of all processes where ``synchronised``; the
     running ones ``[E, C]`` then follow. For an expert with fewer than 2 values they are the running ones, which stay.
     """
 
     def expert_sum(per_slot: Tensor) -> Tensor:
         total = per_slot.new_zeros(len(running_mean), per_slot.shape[1]).index_add(0, expert, per_slot)
-        return sum_over_processes(total) if together else total
+        return sum_over_processes(total) if synchronised else total
 
     count = expert_sum(mask.sum((2, 3)))
     mean = expert_sum((values * mask).sum((2, 3))) / count.clamp(min=1)

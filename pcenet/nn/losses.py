@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pcenet.nn.processes import process_count, sum_over_processes
+from pcenet.nn.processes import sum_over_processes
 from pcenet.nn.routing import Routing, expert_load
 
 
@@ -34,7 +34,7 @@ def load_balance_loss_from_logits(logits: Tensor, choice: Tensor) -> Tensor:
         choice: ``[N, k]`` int64, the experts chosen, before any dropping.
     """
     num_experts = logits.shape[1]
-    return _load_balance(logits.softmax(dim=1), expert_load(choice, num_experts), choice.numel())
+    return _load_balance(logits.softmax(dim=1), expert_load(choice, num_experts))
 
 
 def z_loss(routing: Routing, squared: bool = True) -> Tensor:
@@ -50,12 +50,11 @@ def load_balance_loss(routing: Routing, load: Tensor | None = None) -> Tensor:
         load: ``[E]``, choices per expert; None: those of the routing. Given is the load of a larger batch of which this
             is a part: the mean over equal parts is then the loss of the whole.
     """
-    load = routing.load if load is None else load
-    return _load_balance(routing.probs, load, load.sum())
+    return _load_balance(routing.probs, routing.load if load is None else load)
 
 
-def _load_balance(probs: Tensor, load: Tensor, num_choices: Tensor | int) -> Tensor:
-    return len(load) * (probs.mean(dim=0) * load.to(probs.dtype) / num_choices).sum()
+def _load_balance(probs: Tensor, load: Tensor) -> Tensor:
+    return len(load) * (probs.mean(dim=0) * load.to(probs.dtype) / load.sum()).sum()
 
 
 class AuxTerms(NamedTuple):
@@ -76,7 +75,7 @@ def aux_terms(records: Mapping[str, Sequence[Routing]], synchronised: bool = Fal
     balance = z = torch.zeros(())
     for routings in records.values():
         loads = [routing.load for routing in routings]
-        if synchronised and process_count() > 1:
+        if synchronised:
             loads = list(sum_over_processes(torch.stack(loads)))
         for routing, load in zip(routings, loads, strict=True):
             balance = load_balance_loss(routing, load) / len(routings) + balance.to(routing.logits.device)

@@ -20,21 +20,24 @@ def process_count() -> int:
 
 def sum_over_processes(x: Tensor) -> Tensor:
     """The sum of a tensor of one shape over all processes, differentiable: what one process does with it counts for
-    all. Every process must ask for it, and for its gradient, in the same order."""
-    total: Tensor = _Sum.apply(x)
+    all. Every process must ask for it, and for its gradient, in the same order. The tensor itself for one process."""
+    total: Tensor = x if process_count() == 1 else _Sum.apply(x)
     return total
 
 
 @torch.no_grad()
 def gather_rows(x: Tensor) -> Tensor:
     """``[n, ...]`` of each process, one after the other: ``[W * n, ...]``, without gradient."""
+    if process_count() == 1:
+        return x.detach()
     parts = [torch.empty_like(x) for _ in range(process_count())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
 
 class _Sum(torch.autograd.Function):
-    """All-reduce; as every process uses the sum, its gradient is the sum of theirs."""
+    """All-reduce; as every process uses the sum, its gradient is the sum of theirs. (torch.distributed.nn has it, but
+    deprecated in favour of a module that is private.)"""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -397,14 +397,13 @@ class Router(nn.Module):
         assert self.expert_bias is not None
         if not self.training:
             return logits + self.expert_bias.to(logits.dtype)
-        together = self.synchronised and process_count() > 1
-        bias = balancing_bias(gather_rows(logits) if together else logits.detach(), self.top_k)
+        bias = balancing_bias(gather_rows(logits) if self.synchronised else logits.detach(), self.top_k)
         with torch.no_grad():
             self.expert_bias.lerp_(bias.to(self.expert_bias.dtype), BIAS_MOMENTUM)
         # The task raises whatever was chosen. What it raises for all patches alike the bias would lower again, and both
         # would grow for ever: a batch's mean has no gradient.
         mean = logits.mean(dim=0)
-        if together:
+        if self.synchronised:
             mean = sum_over_processes(mean) / process_count()
         return logits - (mean - mean.detach()) + bias
 

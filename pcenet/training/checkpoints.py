@@ -83,15 +83,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         content["callbacks"]["History"]["rows"]
         for name in ("config", "classes", "data", "batches"):
             content["run"][name]
-    except (
-        RuntimeError,
-        pickle.UnpicklingError,
-        UserWarning,
-        EOFError,
-        FileNotFoundError,
-        LookupError,
-        TypeError,
-    ) as error:
+    except UNREADABLE as error:
         kind = type(error).__name__
         raise ValueError(f"resume: {path} is damaged or no checkpoint of pcenet train ({kind})") from error
     return dict(content)

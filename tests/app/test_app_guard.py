@@ -36,7 +36,7 @@ def ask(guard: Guard, path: str, method: str = "GET", kind: str = "http", **head
 
     names = {name.replace("_", "-").encode(): value.encode() for name, value in headers.items()}
     scope = {"type": kind, "method": method, "path": path, "headers": list(names.items())}
-    asyncio.run(guard(scope, None, send))  # type: ignore[arg-type]
+    asyncio.run(guard(scope, None, send))
     return sent
 
 

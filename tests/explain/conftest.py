@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,13 +112,3 @@ def explain(awkward: Path, tmp_path: Path) -> Explain:
         return out
 
     return run
-
-
-@pytest.fixture(scope="session")
-def chromium() -> str:
-    """The path of a browser of the system; skips where there is none, or no playwright."""
-    pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("there is no chromium: install Debian's package of that name")
-    return path
