@@ -143,8 +143,9 @@ def test_dropping_images_good_and_bad(server, visit, encode, header_of):
 def test_without_a_pointer(server, visit):
     page = visit(server.url, 1280)
     has(page, "#headline", "probability")
+    before = source_of(page, "#experts")
     page.get_by_role("button", name="Thumbnail 2").press("Enter")
-    has(page, "#headline", "probability")
+    wait_for_another(page, "#experts", before)  # its arrival sets row and column back
     page.get_by_label("Row", exact=True).fill("1")
     page.get_by_label("Column", exact=True).fill("0")
     page.get_by_role("button", name="Look").press("Enter")
