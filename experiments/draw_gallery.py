@@ -3,8 +3,8 @@
     pcenet explain camvid/pce_unet_nano --data camvid.zip --out explanation   # with the options that the gallery gives
     python experiments/draw_gallery.py explanation camvid --layer stages.2.1 --images 3 5
 
-writes ``camvid-experts.jpg`` (images with the experts of every layer laid over them), ``camvid-patches.jpg`` (the surest
-patches of the layer's experts), and the layer's heat map and the interventions as they are, to ``docs/images``.
+writes ``camvid-experts.jpg`` (images with the experts of every layer laid over them), ``camvid-patches.jpg`` (the
+surest patches of the layer's experts), and the layer's heat map and the interventions as they are, to ``docs/images``.
 """
 
 from __future__ import annotations
