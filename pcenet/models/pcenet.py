@@ -265,10 +265,11 @@ def make_default_cfgs() -> dict[str, DefaultCfg]:
 
 default_cfgs = make_default_cfgs()
 
-# Patches cover 4 px of a 32 px image in every stage: small ones win on CIFAR-10 (docs/experiments.md). They cover 56, 56,
-# 32 px of a 224 px image, where a patch of one pixel at stride 32 would have no content to route by, so that the last
-# stage is dense.
-_NANO = {"strides": (1, 2, 4), "depths": (1, 1, 1), "widths": (24, 48, 96), "patch_sizes": (4, 2, 1)}
+# Patches cover 8, 4, 4 px of a 32 px image: small ones win on CIFAR-10 (docs/experiments.md). They cover 56, 56, 32 px of
+# a 224 px one, where a patch of one pixel at stride 32 would have no content to route by, so that the last stage is dense.
+_NANO = {"strides": (1, 2, 4), "depths": (1, 1, 1), "widths": (24, 48, 96), "patch_sizes": (8, 2, 1)}
+# An island of one pixel would see nothing.
+_NANO_ISLANDS = {**_NANO, "patch_sizes": (16, 4, 2)}
 # As many parameters in all as `pce_nano`.
 _NANO_WIDE = {**_NANO, "widths": (48, 96, 184)}
 _TINY = {
@@ -328,7 +329,7 @@ def pce_nano(pretrained: bool = False, **kwargs: Any) -> PCENet:
 @register_model
 def pce_nano_spec(pretrained: bool = False, **kwargs: Any) -> PCENet:
     """`pce_nano` to the letter of the specification: isolated patches, gate = probability."""
-    return _create("pce_nano_spec", pretrained, {**_NANO, **_SPEC}, kwargs)
+    return _create("pce_nano_spec", pretrained, {**_NANO_ISLANDS, **_SPEC}, kwargs)
 
 
 @register_model

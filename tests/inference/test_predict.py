@@ -121,7 +121,7 @@ def test_the_expert_of_each_patch_on_request(
             model(eval_transform(32)(noise(number))[None])
         assert len(record["routing"]) == 3
         assert record["routing"] == {name: expert_map(routings[0])[0].tolist() for name, routings in records.items()}
-        assert [len(grid) for grid in record["routing"].values()] == [2, 4, 4]  # 32/16, 16/4 and 8/2 patches a side
+        assert [len(grid) for grid in record["routing"].values()] == [4, 8, 8]  # 32/8, 16/2 and 8/1 patches a side
         assert len(record["top"]) == 1
 
 
