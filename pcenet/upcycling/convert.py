@@ -1,13 +1,13 @@
 """Convolutions of a trained network become PCE convolutions that compute the same.
 
-Nothing is converted wrongly: what cannot be replaced is left alone, and the converted network is run beside what it was.
+Nothing is converted wrongly: what cannot be replaced is left alone, and the converted network is run and compared with
+what it was.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -24,7 +24,7 @@ from pcenet.nn.dispatch import Dispatch
 from pcenet.nn.experts import SharedConv2d
 from pcenet.nn.routing import Gate
 from pcenet.upcycling.record import Converted, Upcycling
-from pcenet.upcycling.survey import CONTAINERS, Found, make_example, run, survey, tensors_of
+from pcenet.upcycling.survey import Found, make_example, run, survey, tensors_of
 
 Freeze = Literal["dense", "pretrained"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -62,9 +62,9 @@ def upcycle(
     module, such as a residual block, and see maps of one size share the router of the first; the others have their own.
 
     The network is tried on an example to learn which convolutions run, when, and on which maps, and run once more to
-    see that it still computes the same. What cannot be converted is left alone: strides, groups, dilation, subclasses of
-    ``Conv2d``, parametrised weights, modules or weights that are used more than once, and `PCEConv2d` itself, so that a
-    second call with the same arguments changes nothing.
+    see that it still computes the same. What cannot be converted is left alone: strides, groups, dilation, subclasses
+    of ``Conv2d``, parametrised weights, modules or weights that are used more than once, and `PCEConv2d` itself, so
+    that a second call with the same arguments changes nothing.
 
     Args:
         model: any network; it is changed in place.
@@ -72,9 +72,9 @@ def upcycle(
             patterns, such as ``"layer4"`` (all below it) or ``["layer3.*", "layer4.1.conv2"]``. None: the deeper half.
         num_experts: E.
         patch_size: patch side in pixels of the finest map that is converted. On a map with half the side it is half as
-            large, so that patches shrink with depth and cover the same part of the image; where a patch would be smaller
-            than a pixel, the convolution is left alone. None: one pixel of the coarsest map, and at least 2 of the
-            finest.
+            large, so that patches shrink with depth and cover the same part of the image; where a patch would be no
+            whole number of pixels, the convolution is left alone. None: one pixel of the coarsest map, and at least 2
+            of the finest.
         gate: ``"straight_through"`` or ``"prob"``, under which the network does not start as what it was.
         perturbation: standard deviation of noise on each expert's kernel, by that of its values; 0: all start equal.
         freeze: ``"dense"`` trains routers and experts alone, ``"pretrained"`` of these only what is new: routers and
@@ -85,8 +85,8 @@ def upcycle(
             it, at first 0, to which weight decay draws it; False: E copies that have nothing in common.
         dispatch: see `pcenet.nn.PCELayer`.
         example: the argument of the network's forward pass, or a tuple of all of them. None: one image of noise of the
-            size that its ``pretrained_cfg`` names, else of 224 px. It decides nothing but which convolutions run, and how
-            their maps' sizes compare.
+            size that its ``pretrained_cfg`` names, else of 224 px. It decides nothing but which convolutions run, and
+            how their maps' sizes compare.
         router_options: those of `pcenet.nn.Router`, such as ``balancing`` or ``num_bands``. Nothing is ever dropped, so
             ``capacity_factor`` is not among them.
 
@@ -110,27 +110,22 @@ def upcycle(
         raise ValueError(f"perturbation={perturbation!r} must be a number, and at least 0")
     arguments = make_example(model, example)
     found, output = survey(model, arguments)
-    before = {name: module for name, module in model.named_modules() if isinstance(module, PCEConv2d)}
-    chosen, chosen_by = _choose(found, layers, list(before))
-    plan, left = _plan(chosen, patch_size)
+    chosen, chosen_by = _choose(found, layers)
+    left = {entry.name: entry.reason or "not among the layers that were chosen" for entry in found}
+    plan, too_small = _plan(chosen, patch_size)
     same = gate == "straight_through" and perturbation == 0
     work = _Work(model, options, perturbation, arguments, output if same else None)
-    left |= work.convert(plan)
-    left |= {entry.name: entry.reason for entry in found if entry.reason is not None}
-    left |= {name: "it is a PCEConv2d already" for name in before}
-    done = [layer for group in plan for layer in group if layer.name not in left]
-    reasons = {entry.name: left.get(entry.name, "not among the layers that were chosen") for entry in found}
-    reasons |= {name: left[name] for name in before}
+    broken = work.convert(plan)
+    done = tuple(layer for group in plan for layer in group if layer.name not in broken)
+    left |= too_small | broken
     for layer in done:
-        del reasons[layer.name]
-    if not done and not before:
-        raise ValueError(
-            "no convolution was converted: "
-            + ("; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "the network has no 3x3 one")
-        )
+        del left[layer.name]
+    record = Upcycling(done, left, options, chosen_by)
+    if not done and not any(entry.converted for entry in found):
+        raise ValueError(f"no convolution can be converted: {record.why_left() or 'the network has no 3x3 one'}")
     if freeze is not None:
         _freeze(model, freeze)
-    model.upcycling = Upcycling(tuple(done), reasons, options, chosen_by)  # type: ignore[assignment]
+    model.upcycling = record  # type: ignore[assignment]
     return model
 
 
@@ -160,7 +155,7 @@ def _checked_options(
     for name in ("capacity_factor", "eval_capacity_factor"):
         if router_options.get(name) is not None:
             raise ValueError(
-                f"{name}={router_options[name]}: no patch may be dropped, for there is no shortcut that would carry it; "
+                f"{name}={router_options[name]}: no patch may be dropped, since there is no shortcut to carry it; "
                 "leave it out"
             )
     unknown = sorted(router_options.keys() - _ROUTER_OPTIONS.keys())
@@ -172,36 +167,34 @@ def _checked_options(
     return options
 
 
-def _choose(
-    found: list[Found], layers: float | str | Sequence[str] | None, converted: list[str]
-) -> tuple[list[list[Found]], str]:
+def _choose(found: list[Found], layers: float | str | Sequence[str] | None) -> tuple[list[list[Found]], str]:
     """The convolutions to convert, in groups of one router, and in words how they were chosen."""
-    fitting = [entry for entry in found if entry.reason is None]
-    groups = _grouped(fitting)
-    if layers is None or (is_number(layers) and not isinstance(layers, bool)):
-        share = DEPTH if layers is None else float(layers)  # type: ignore[arg-type]
-        if not 0 < share <= 1:
+    if layers is None or isinstance(layers, int | float):
+        share = DEPTH if layers is None else layers
+        if isinstance(share, bool) or not 0 < share <= 1:
             raise ValueError(f"layers={layers} must be a share of the depth, above 0 and at most 1, or names")
         # What has been converted before keeps its place in the depth.
-        blocks = len(groups) + len({name.rpartition(".")[0] for name in converted})
-        count = math.ceil(share * blocks) - (blocks - len(groups))
-        return groups[len(groups) - max(count, 0) :], f"the deepest {share:.0%} of the blocks"
-    patterns = [layers] if isinstance(layers, str) else list(layers)  # type: ignore[arg-type]
-    names = [entry.name for entry in found] + converted
+        groups = _grouped([entry for entry in found if entry.reason is None or entry.converted])
+        chosen = groups[len(groups) - math.ceil(share * len(groups)) :]
+        return [group for group in chosen if not group[0].converted], f"the deepest {share:.0%} of the blocks"
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    names = [entry.name for entry in found]
     wanted: set[str] = set()
     for pattern in patterns:
         hits = [name for name in names if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")]
         if not hits:
             raise ValueError(f"layers: {pattern!r} is no 3x3 convolution of the network{did_you_mean(pattern, names)}")
         wanted |= set(hits)
-    return _grouped([entry for entry in fitting if entry.name in wanted]), f"by name ({', '.join(patterns)})"
+    fitting = [entry for entry in found if entry.reason is None and entry.name in wanted]
+    return _grouped(fitting), f"by name ({', '.join(patterns)})"
 
 
 def _grouped(entries: list[Found]) -> list[list[Found]]:
     """Convolutions in the order in which they run; those that may share a router together."""
     groups: dict[Any, list[Found]] = {}
     for entry in entries:
-        groups.setdefault((entry.parent, entry.maps[0]) if entry.in_block else entry.name, []).append(entry)
+        key = entry.name if entry.block is None else (entry.block, *entry.map_size, entry.converted)
+        groups.setdefault(key, []).append(entry)
     return list(groups.values())
 
 
@@ -214,7 +207,8 @@ def _plan(groups: list[list[Found]], patch_size: int | None) -> tuple[list[list[
     # Maps are halved upwards: 7 follows 13, so that their ratio is rounded to a power of two.
     halvings = [round(math.log2(finest / side)) for side in sides]
     size = max(SMALLEST_PATCH, 2 ** round(math.log2(finest / coarsest))) if patch_size is None else patch_size
-    plan, left = [], {}
+    plan: list[list[Converted]] = []
+    left: dict[str, str] = {}
     for group, times in zip(groups, halvings, strict=True):
         own = size >> times
         if not own or size % 2**times:
@@ -223,10 +217,7 @@ def _plan(groups: list[list[Found]], patch_size: int | None) -> tuple[list[list[
             continue
         leader = group[0].name
         plan.append(
-            [
-                Converted(entry.name, own, None if entry.name == leader else leader, entry.map_size)
-                for entry in group
-            ]
+            [Converted(entry.name, own, None if entry.name == leader else leader, entry.map_size) for entry in group]
         )
     return plan, left
 
@@ -254,11 +245,11 @@ class _Work:
         undo = [self._convert(group) for group in plan]
         if self._fault() is None:
             return {}
-        for group in undo:
-            self._restore(group)
+        for replaced in undo:
+            self._restore(replaced)
         if fault := self._fault():  # not even before: it cannot be told whether the same comes out
             raise ValueError(f"the network gives another output each time ({fault}), and cannot be checked")
-        left = {}
+        left: dict[str, str] = {}
         for group in plan:
             originals = self._convert(group)
             if fault := self._fault():
@@ -281,14 +272,15 @@ class _Work:
             return f"{type(error).__name__}: {error}"
         if self.output is None:
             return None
-        for ours, theirs in zip(tensors_of(output), tensors_of(self.output), strict=True):
-            if ours.shape != theirs.shape:
-                return f"an output of shape {tuple(theirs.shape)} has now {tuple(ours.shape)}"
+        now, then = tensors_of(output), tensors_of(self.output)
+        if [tensor.shape for tensor in now] != [tensor.shape for tensor in then]:
+            return "its outputs have other shapes"
+        for ours, theirs in zip(now, then, strict=True):
             if theirs.is_floating_point() and theirs.numel():
-                error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+                off = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
                 limit = TOLERANCE if theirs.dtype in (torch.float32, torch.float64) else 50 * TOLERANCE
-                if not error <= limit:
-                    return f"its output is off by {error:.1e} of its largest value"
+                if not off <= limit:
+                    return f"its output is off by {off:.1e} of its largest value"
         return None
 
 
@@ -296,7 +288,8 @@ def _replace(
     model: nn.Module, group: list[Converted], options: Mapping[str, Any], perturbation: float
 ) -> dict[str, nn.Module]:
     """Convert layers of one router; returns what stood there."""
-    originals, leader = {}, None
+    originals: dict[str, nn.Module] = {}
+    leader: PCEConv2d | None = None
     for layer in group:
         try:
             conv = model.get_submodule(layer.name)

@@ -65,14 +65,22 @@ class Upcycling:
         width = max((len(layer.name) for layer in self.converted), default=0)
         for layer in self.converted:
             router = "own router" if layer.leader is None else f"router of {layer.leader}"
-            size = "{} x {}".format(*layer.map_size)
-            lines.append(f"  {layer.name:{width}}  map {size}, patches of {layer.patch_size} x {layer.patch_size}, {router}")
+            height, columns = layer.map_size
+            side = layer.patch_size
+            lines.append(f"  {layer.name:{width}}  map {height} x {columns}, patches {side} x {side}, {router}")
         if self.converted:
-            lines.append("The routers are untrained: at first patches go to experts by chance, and all experts are equal.")
-        by_reason = defaultdict(list)
-        for name, reason in self.left.items():
-            by_reason[reason].append(name)
-        if by_reason:
+            lines.append("The routers are untrained: which expert a patch gets is chance until they are.")
+        if self.left:
             lines.append("left alone:")
-        lines += [f"  {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+        lines += [f"  {', '.join(names)}: {reason}" for reason, names in self._by_reason().items()]
         return "\n".join(lines)
+
+    def why_left(self) -> str:
+        """Why layers were left alone, in one line."""
+        return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in self._by_reason().items())
+
+    def _by_reason(self) -> dict[str, list[str]]:
+        names = defaultdict(list)
+        for name, reason in self.left.items():
+            names[reason].append(name)
+        return dict(names)

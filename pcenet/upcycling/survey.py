@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -24,13 +25,18 @@ class Found:
 
     Attributes:
         name: of the module.
+        block: name of the module that it is a child of, where that decides itself what its children do; None where it
+            only lists them.
         reason: why it cannot be converted; None where it can.
+        converted: whether it is a `PCEConv2d` already.
         order: its place among the convolutions in the order in which they run.
         maps: sizes of the maps that it saw in the trial pass, one for each time that it ran.
     """
 
     name: str
+    block: str | None
     reason: str | None
+    converted: bool = False
     order: int = 0
     maps: list[tuple[int, ...]] = field(default_factory=list)
 
@@ -43,7 +49,7 @@ class Found:
 def survey(model: nn.Module, example: tuple[Any, ...]) -> tuple[list[Found], Any]:
     """All 3x3 convolutions of a network, in the order in which they run, and what the network made of the example.
 
-    Those inside PCE layers and convolutions are not among them.
+    Those inside PCE layers are not among them.
 
     Args:
         model: it is run once, in evaluation mode, and left as it was.
@@ -52,17 +58,16 @@ def survey(model: nn.Module, example: tuple[Any, ...]) -> tuple[list[Found], Any
     Raises:
         ValueError: if the network does not take the example.
     """
-    found = {id(module): entry for module, entry in _convolutions(model)}
+    found, order = list(_convolutions(model)), count()
     with ExitStack() as stack:
-        for module in model.modules():
-            if entry := found.get(id(module)):
+        for module, entry in found:
 
-                def note(_module: nn.Module, args: tuple[Any, ...], entry: Found = entry) -> None:
-                    if not entry.maps:
-                        entry.order = sum(bool(other.maps) for other in found.values())
-                    entry.maps.append(tuple(args[0].shape))
+            def note(_module: nn.Module, args: tuple[Any, ...], entry: Found = entry) -> None:
+                if not entry.maps:
+                    entry.order = next(order)
+                entry.maps.append(tuple(args[0].shape))
 
-                stack.callback(module.register_forward_pre_hook(note).remove)
+            stack.callback(module.register_forward_pre_hook(note).remove)
         try:
             output = run(model, example)
         except Exception as error:
@@ -70,10 +75,10 @@ def survey(model: nn.Module, example: tuple[Any, ...]) -> tuple[list[Found], Any
                 f"example: the network cannot be tried on it ({type(error).__name__}: {error}); give the argument of "
                 "its forward pass, such as a batch of one image, as example="
             ) from error
-    for entry in found.values():
-        if entry.reason is None:
-            entry.reason = _how_it_ran(entry)
-    return sorted(found.values(), key=lambda entry: (not entry.maps, entry.order)), output
+    entries = sorted((entry for _, entry in found), key=lambda entry: (not entry.maps, entry.order))
+    for entry in entries:
+        entry.reason = entry.reason or _how_it_ran(entry)
+    return entries, output
 
 
 def _how_it_ran(entry: Found) -> str | None:
@@ -87,32 +92,42 @@ def _how_it_ran(entry: Found) -> str | None:
     return None
 
 
-def _convolutions(model: nn.Module) -> Iterator[tuple[nn.Conv2d, Found]]:
-    names: defaultdict[int, list[str]] = defaultdict(list)
-    owners: defaultdict[int, list[str]] = defaultdict(list)
+def _convolutions(model: nn.Module) -> Iterator[tuple[nn.Module, Found]]:
+    """The 3x3 convolutions of a network, each once, with what can be said of them without running it."""
     modules = dict(_outside_pce_layers(model, ""))
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    owners: defaultdict[int, set[str]] = defaultdict(set)
     for name, module in modules.items():
         names[id(module)].append(name)
-        if len(names[id(module)]) == 1:
-            for parameter in module.parameters(recurse=False):
-                owners[id(parameter)].append(name)
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].add(names[id(module)][0])
     for name, module in modules.items():
-        if not isinstance(module, nn.Conv2d) or tuple(module.kernel_size) != (3, 3) or names[id(module)][0] != name:
+        if not isinstance(module, nn.Conv2d | PCEConv2d) or tuple(module.kernel_size) != (3, 3):
+            continue
+        places = names[id(module)]
+        if name != places[0]:
+            continue
+        parent = name.rpartition(".")[0]
+        block = None if isinstance(modules[parent], CONTAINERS) else parent
+        if isinstance(module, PCEConv2d):
+            yield module, Found(name, block, "it is a PCEConv2d already", converted=True)
             continue
         reason = why_not(module)
-        others = [other for p in module.parameters() for other in owners[id(p)] if other != name]
-        if len(names[id(module)]) > 1:
-            reason = f"it stands in several places: {', '.join(names[id(module)])}"
+        others = set().union(*(owners[id(parameter)] for parameter in module.parameters())) - {name}
+        if not name:
+            reason = "it is the whole network; make a PCEConv2d of it by PCEConv2d.from_conv2d"
+        elif len(places) > 1:
+            reason = f"it stands in several places: {', '.join(places)}"
         elif others:
-            reason = f"its weight is also that of {', '.join(sorted(set(others)))}"
-        yield module, Found(name, reason)
+            reason = f"its weight is also that of {', '.join(sorted(others))}"
+        yield module, Found(name, block, reason)
 
 
 def _outside_pce_layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """Modules by all of their names, without what PCE layers and convolutions are made of."""
     yield name, module
     if not isinstance(module, PCELayer | PCEConv2d):
-        for child_name, child in module.named_children_of_all_names() if False else module._modules.items():
+        for child_name, child in module._modules.items():  # named_children leaves out a second name
             if child is not None:
                 yield from _outside_pce_layers(child, f"{name}.{child_name}" if name else child_name)
 
