@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar, get_args
 
@@ -115,8 +115,7 @@ def upcycle(
     plan, too_small = _plan(chosen, patch_size)
     same = gate == "straight_through" and perturbation == 0
     work = _Work(model, options, perturbation, arguments, output if same else None)
-    broken = work.convert(plan)
-    done = tuple(layer for group in plan for layer in group if layer.name not in broken)
+    done, broken = work.convert(plan)
     left |= too_small | broken
     for layer in done:
         del left[layer.name]
@@ -240,22 +239,40 @@ class _Work:
     example: tuple[Any, ...]
     output: Any = field(repr=False)
 
-    def convert(self, plan: list[list[Converted]]) -> dict[str, str]:
-        """Convert all groups, or, where that breaks the network, those that do not; returns the others, and why."""
+    def convert(self, plan: list[list[Converted]]) -> tuple[tuple[Converted, ...], dict[str, str]]:
+        """Convert all groups, or, where that breaks the network, what does not: groups, or single layers of them.
+
+        Returns:
+            What was converted; and by name what was not, and why.
+        """
         undo = [self._convert(group) for group in plan]
         if self._fault() is None:
-            return {}
+            return tuple(layer for group in plan for layer in group), {}
         for replaced in undo:
             self._restore(replaced)
         if fault := self._fault():  # not even before: it cannot be told whether the same comes out
             raise ValueError(f"the network gives another output each time ({fault}), and cannot be checked")
+        done: list[Converted] = []
         left: dict[str, str] = {}
         for group in plan:
-            originals = self._convert(group)
-            if fault := self._fault():
-                self._restore(originals)
-                left |= {layer.name: f"without it the network is not the same: {fault}" for layer in group}
-        return left
+            if self._attempt(group) is None:
+                done += group
+                continue
+            for layer in group:
+                alone = replace(layer, leader=None)
+                if fault := self._attempt([alone]):
+                    left[layer.name] = f"without it the network is not the same: {fault}"
+                else:
+                    done.append(alone)
+        return tuple(done), left
+
+    def _attempt(self, group: list[Converted]) -> str | None:
+        """Convert a group; where that is wrong, undo it and return what is."""
+        originals = self._convert(group)
+        if fault := self._fault():
+            self._restore(originals)
+            return fault
+        return None
 
     def _convert(self, group: list[Converted]) -> dict[str, nn.Module]:
         return _replace(self.model, group, self.options, self.perturbation)

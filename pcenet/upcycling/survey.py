@@ -113,7 +113,8 @@ def _convolutions(model: nn.Module) -> Iterator[tuple[nn.Module, Found]]:
             yield module, Found(name, block, "it is a PCEConv2d already", converted=True)
             continue
         reason = why_not(module)
-        others = set().union(*(owners[id(parameter)] for parameter in module.parameters())) - {name}
+        own = module.parameters(recurse=False)
+        others = set().union(*(owners[id(parameter)] for parameter in own)) - {name}
         if not name:
             reason = "it is the whole network; make a PCEConv2d of it by PCEConv2d.from_conv2d"
         elif len(places) > 1:
