@@ -16,18 +16,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pcenet.models import complexity, create_network, load_model
-    from pcenet.nn import PCELayer, aux_loss, record_routing
+    from pcenet.nn import PCEConv2d, PCELayer, aux_loss, record_routing
+    from pcenet.upcycling import upcycle
 
 __version__ = "0.1.0"
-__all__ = ["PCELayer", "__version__", "aux_loss", "complexity", "create_network", "load_model", "record_routing"]
+__all__ = [
+    "PCEConv2d",
+    "PCELayer",
+    "__version__",
+    "aux_loss",
+    "complexity",
+    "create_network",
+    "load_model",
+    "record_routing",
+    "upcycle",
+]
 
 _HOME = {
+    "PCEConv2d": "pcenet.nn",
     "PCELayer": "pcenet.nn",
     "aux_loss": "pcenet.nn",
     "record_routing": "pcenet.nn",
     "complexity": "pcenet.models",
     "create_network": "pcenet.models",
     "load_model": "pcenet.models",
+    "upcycle": "pcenet.upcycling",
 }
 
 

@@ -20,7 +20,6 @@ from pcenet.analysis.interventions import (
     fixed_expert,
     in_layer,
     knock_out,
-    pce_layers,
     random_expert,
     redirect,
     removed_positions,
@@ -29,6 +28,7 @@ from pcenet.analysis.interventions import (
 )
 from pcenet.choices import Task
 from pcenet.data import IGNORE
+from pcenet.nn import routers_of
 from pcenet.training.pixels import upsample
 
 RESAMPLES = 1000
@@ -97,9 +97,9 @@ def standard_interventions(model: nn.Module, seed: int = 0) -> list[Intervention
     What a network does not allow is left out: experts that not all layers have, a second choice where every expert
     serves every patch, positions where no router sees any.
     """
-    layers = list(pce_layers(model))
-    spare = all(layer.router.top_k < layer.router.num_experts for _, layer in layers)
-    common = min(layer.router.num_experts for _, layer in layers)
+    routers = list(routers_of(model))
+    spare = all(router.top_k < router.num_experts for _, router in routers)
+    common = min(router.num_experts for _, router in routers)
 
     def to(choose: Redirect) -> Change:
         return lambda network: redirect(network, choose)
@@ -108,13 +108,13 @@ def standard_interventions(model: nn.Module, seed: int = 0) -> list[Intervention
     if spare:
         found.append(Intervention("second choice", to(second_choice)))
     found += [Intervention("one expert for all", to(fixed_expert(e)), expert=e) for e in range(common)]
-    if any(layer.router.num_bands for _, layer in layers):
+    if any(router.num_bands for _, router in routers):
         found.append(Intervention("positions shuffled", shuffled_positions(seed)))
         found.append(Intervention("positions removed", removed_positions))
-    for name, layer in layers:
+    for name, router in routers:
         found.append(Intervention("random expert", to(in_layer(name, random_expert(seed))), layer=name))
-        if layer.router.top_k < layer.router.num_experts:
-            for e in range(layer.router.num_experts):
+        if router.top_k < router.num_experts:
+            for e in range(router.num_experts):
                 found.append(Intervention("knocked out", to(in_layer(name, knock_out(e))), layer=name, expert=e))
     return found
 

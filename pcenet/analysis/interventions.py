@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcenet.nn import PCELayer, Routing, expert_load
-from pcenet.nn.patches import Grid
+from pcenet.nn import Router, Routing, expert_load, routers_of
+from pcenet.nn.patches import Grid, merge_patches, split_map
 
 Redirect = Callable[[str, Routing], Tensor]
 """Layer name and its Routing to the experts ``[N, k]`` that serve the patches instead."""
@@ -37,19 +37,14 @@ def redirect(model: nn.Module, choose: Redirect) -> Iterator[None]:
         choose: for each layer and forward pass the experts, ``[N, k]`` int64.
     """
     with ExitStack() as stack:
-        for name, layer in pce_layers(model):
+        for name, router in routers_of(model):
 
             def change(_module: nn.Module, _args: Any, routing: Routing, name: str = name) -> Routing:
                 choice = choose(name, routing)
                 return replace(routing, choice=choice, load=expert_load(choice, routing.num_experts))
 
-            stack.callback(layer.router.register_forward_hook(change).remove)
+            stack.callback(router.register_forward_hook(change).remove)
         yield
-
-
-def pce_layers(model: nn.Module) -> Iterator[tuple[str, PCELayer]]:
-    """The PCE layers of a network with their names."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, PCELayer))
 
 
 def in_layer(layer: str, choose: Redirect) -> Redirect:
@@ -123,8 +118,8 @@ def shuffled_positions(seed: int = 0) -> Change:
     @contextmanager
     def change(model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
-            for _, layer in pce_layers(model):
-                _shuffle_positions(layer, generator, stack)
+            for _, router in routers_of(model):
+                _shuffle_positions(router, generator, stack)
             yield
 
     return change
@@ -133,7 +128,7 @@ def shuffled_positions(seed: int = 0) -> Change:
 @contextmanager
 def removed_positions(model: nn.Module) -> Iterator[None]:
     """Within it routers see no position: the weights of their position features are 0."""
-    weights = [layer.router.hidden.weight[:, layer.router.in_channels :] for _, layer in pce_layers(model)]
+    weights = [router.hidden.weight[:, router.in_channels :] for _, router in routers_of(model)]
     saved = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         for weight in weights:
@@ -145,8 +140,8 @@ def removed_positions(model: nn.Module) -> Iterator[None]:
                 weight.copy_(values)
 
 
-def _shuffle_positions(layer: PCELayer, generator: torch.Generator, stack: ExitStack) -> None:
-    """Let a layer's router see the map with its patches permuted, and put its routing back into their order.
+def _shuffle_positions(router: Router, generator: torch.Generator, stack: ExitStack) -> None:
+    """Let a router see the map with its patches permuted, and put its routing back into their order.
 
     Content j at the place of patch i is what content j with the position of i looks like to a router.
     """
@@ -155,19 +150,19 @@ def _shuffle_positions(layer: PCELayer, generator: torch.Generator, stack: ExitS
     def permute(_router: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = args
         size = (x.shape[2], x.shape[3])
-        patches, grid = layer.extractor.split(x)
-        whole = tuple(side // layer.extractor.patch_size for side in size)
+        patches, grid = split_map(x, router.patch_size)
+        whole = tuple(side // router.patch_size for side in size)
         order = patch_orders(grid, (whole[0], whole[1]), generator).to(x.device)
         orders.append(order)
-        return (layer.extractor.merge(patches[order], grid, size),)
+        return (merge_patches(patches[order], grid, size),)
 
     def restore(_router: nn.Module, _args: Any, routing: Routing) -> Routing:
         back = orders.pop().argsort()
         per_patch = ("logits", "probs", "choice", "choice_weight", "kept")
         return replace(routing, **{name: getattr(routing, name)[back] for name in per_patch})
 
-    stack.callback(layer.router.register_forward_pre_hook(permute).remove)
-    stack.callback(layer.router.register_forward_hook(restore).remove)
+    stack.callback(router.register_forward_pre_hook(permute).remove)
+    stack.callback(router.register_forward_hook(restore).remove)
 
 
 def patch_orders(grid: Grid, whole: tuple[int, int], generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from pcenet.nn import PCELayer, Routing
+from pcenet.nn import Router, Routing, routers_of
 
 Box = tuple[float, float, float, float]
 
@@ -57,14 +57,11 @@ def observe(model: nn.Module) -> Iterator[dict[str, Seen]]:
     """
     seen: dict[str, Seen] = {}
     with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if isinstance(module, PCELayer):
+        for name, router in routers_of(model):
 
-                def collect(
-                    _router: nn.Module, args: Any, routing: Routing, name: str = name, layer: PCELayer = module
-                ) -> None:
-                    height, width = args[0].shape[2:]
-                    seen[name] = Seen(routing, layer.extractor.patch_size, (height, width))
+            def collect(_module: nn.Module, args: Any, routing: Routing, name: str = name, of: Router = router) -> None:
+                height, width = args[0].shape[2:]
+                seen[name] = Seen(routing, of.patch_size, (height, width))
 
-                stack.callback(module.router.register_forward_hook(collect).remove)
+            stack.callback(router.register_forward_hook(collect).remove)
         yield seen

@@ -23,7 +23,7 @@ from pcenet.analysis import redirect
 from pcenet.analysis.interventions import Redirect
 from pcenet.data import Transform, cover_transform
 from pcenet.models import SavableModel
-from pcenet.nn import PCELayer, Routing, record_routing
+from pcenet.nn import Routing, record_routing, routers_of
 from pcenet.training.classify import eval_transform_of
 from pcenet.training.config import Precision
 from pcenet.training.device import autocast
@@ -217,7 +217,7 @@ class Explorer:
         self.precision: Precision = precision
         self._transform = transform_of(model)
         self._pass = Lock()  # hooks on the network are every thread's
-        if not any(isinstance(module, PCELayer) for module in model.modules()):
+        if not any(routers_of(model)):
             raise ValueError(
                 f"run: {model.pretrained_cfg['architecture']} has no PCE layer, and so no experts to look at;"
                 " give the run of a PCE network"
@@ -362,14 +362,13 @@ def map_sizes(model: nn.Module) -> Iterator[dict[str, tuple[int, int]]]:
     """By name of each PCE layer, height and width of the map that it last saw."""
     sizes: dict[str, tuple[int, int]] = {}
     with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if isinstance(module, PCELayer):
+        for name, router in routers_of(model):
 
-                def note(_module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                    height, width = args[0].shape[2:]
-                    sizes[name] = (height, width)
+            def note(_router: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                height, width = args[0].shape[2:]
+                sizes[name] = (height, width)
 
-                stack.callback(module.register_forward_pre_hook(note).remove)
+            stack.callback(router.register_forward_pre_hook(note).remove)
         yield sizes
 
 
@@ -382,9 +381,7 @@ def layer_routing(model: nn.Module, name: str, routing: Routing, size: tuple[int
         routing: its `Routing`, of a batch of one image.
         size: height and width of its map.
     """
-    layer = model.get_submodule(name)
-    assert isinstance(layer, PCELayer)
-    side = layer.extractor.patch_size
+    side = dict(routers_of(model))[name].patch_size
     _, rows, columns = routing.grid
 
     def grid(values: Tensor) -> Any:

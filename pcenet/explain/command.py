@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from pcenet.analysis import observe
 from pcenet.analysis.agreement import VIEWS, Pixels
 from pcenet.analysis.effects import Targets, standard_interventions, tallies
-from pcenet.analysis.interventions import pce_layers
 from pcenet.data import Transform, cover_transform, first_images
 from pcenet.data.files import printable
 from pcenet.explain.config import ExplainConfig
@@ -33,6 +32,7 @@ from pcenet.inference.inputs import InputFile, find_inputs
 from pcenet.inference.outputs import output_folder
 from pcenet.models import SavableModel, twin_of
 from pcenet.models.pretrained import bundled
+from pcenet.nn import routers_of
 from pcenet.training.classify import eval_transform_of
 from pcenet.training.device import autocast, resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.evaluate import EVAL_BATCH_SIZE, Trained, open_trained
@@ -61,7 +61,7 @@ def explain(config: ExplainConfig) -> Path:
     folder = output_folder(config.out, "explanation")
     work = Work(config, open_trained(config.of(config.run)))
     trained = work.trained
-    if not any(pce_layers(trained.model)):
+    if not any(routers_of(trained.model)):
         raise ValueError(
             f"run: {config.run} is a dense network ({trained.model.pretrained_cfg['architecture']}): nothing is routed "
             "in it, so there are no experts to explain; give a network with PCE layers, or measure it with pcenet eval"
@@ -166,7 +166,7 @@ class Work:
         if name is None:
             return None
         twin = open_trained(replace(config.of(name), data=self.trained.data))
-        if any(pce_layers(twin.model)) or twin.model.task != self.trained.model.task:
+        if any(routers_of(twin.model)) or twin.model.task != self.trained.model.task:
             raise ValueError(
                 f"twin: {name} ({twin.model.pretrained_cfg['architecture']}) is no dense network to "
                 f"{self.trained.model.task}; give the dense twin's run"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pcenet.nn import PCELayer, Router, Routing
+from pcenet.nn import PCEConv2d, PCELayer, Router, Routing, routers_of
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
         channels = positions.shape[-1] if isinstance(module, nn.Linear) else positions.shape[1]
         counts["dense"] += weight.numel() * positions.numel() // channels
 
-    def counter_of(layer: PCELayer) -> Callable[[nn.Module, tuple[Tensor, ...], Routing], None]:
+    def counter_of(router: Router, weights: int) -> Callable[[nn.Module, tuple[Tensor, ...], Routing], None]:
         def count(_router: nn.Module, args: tuple[Tensor, ...], routing: Routing) -> None:
-            counts["router"] += _router_multiply_adds(layer.router, args[0], routing)
-            counts["experts"] += _expert_multiply_adds(layer, routing)
+            counts["router"] += _router_multiply_adds(router, args[0], routing)
+            counts["experts"] += routing.choice.numel() * router.patch_size**2 * weights
 
         return count
 
@@ -77,12 +77,13 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
         for module in model.modules():
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 stack.callback(module.register_forward_hook(count_dense).remove)
-            elif isinstance(module, PCELayer):
-                stack.callback(module.router.register_forward_hook(counter_of(module)).remove)
-                experts = module.experts
-                stored = sum(p.numel() for p in experts.parameters())
-                norms = sum(p[0].numel() for norm in (experts.norm1, experts.norm2) for p in norm.parameters())
-                inactive += stored - (_kernel_weights(module) + norms) * module.router.top_k
+        for name, router in routers_of(model):
+            parts = _routed_by(model.get_submodule(name))
+            weights = sum(_kernel_weights(part) for part in parts)
+            stack.callback(router.register_forward_hook(counter_of(router, weights)).remove)
+            stored = [p for part in parts for p in _expert_parameters(part)]
+            others = sum(p[0].numel() for p in stored if p.ndim == 2)  # of norms, and biases
+            inactive += sum(p.numel() for p in stored) - (weights + others) * router.top_k
         reference = next(model.parameters(), torch.empty(0))
         image = torch.zeros(1, *input_size, device=reference.device, dtype=reference.dtype)
         try:
@@ -101,12 +102,22 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
     )
 
 
-def _expert_multiply_adds(layer: PCELayer, routing: Routing) -> int:
-    return routing.choice.numel() * layer.extractor.patch_size**2 * _kernel_weights(layer)
+def _routed_by(layer: nn.Module) -> tuple[PCELayer | PCEConv2d, ...]:
+    """The layers whose experts a layer's router chooses: itself, and those that follow it."""
+    assert isinstance(layer, PCELayer | PCEConv2d)
+    return (layer, *layer.followers) if isinstance(layer, PCEConv2d) else (layer,)
 
 
-def _kernel_weights(layer: PCELayer) -> int:
-    """Of one expert's two convolutions."""
+def _expert_parameters(layer: PCELayer | PCEConv2d) -> list[nn.Parameter]:
+    if isinstance(layer, PCELayer):
+        return list(layer.experts.parameters())
+    return [*layer.kernels.parameters(), *([] if layer.bias is None else [layer.bias])]
+
+
+def _kernel_weights(layer: PCELayer | PCEConv2d) -> int:
+    """Of one expert's convolutions."""
+    if isinstance(layer, PCEConv2d):
+        return layer.kernels.weight[0].numel()
     return layer.experts.conv1.weight[0].numel() + layer.experts.conv2.weight[0].numel()
 
 

@@ -214,6 +214,16 @@ def _shapes_of(path: Path) -> dict[str, Tensor]:
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: if it is broken.
+    """
+    _shapes_of(path)  # which says what is wrong
+    return load_file(path)
+
+
 class MisfitError(ValueError):
     """Tensors and network do not fit."""
 

@@ -21,11 +21,12 @@ from pcenet.models.blocks import make_blocks, make_downsampling, make_stem, reso
 from pcenet.models.hub import SavableModel
 from pcenet.models.pretrained import class_names_of, record_of, weights_of
 from pcenet.models.stages import make_stages
-from pcenet.nn import PCELayer
+from pcenet.nn import PCEConv2d, PCELayer
 from pcenet.nn.experts import Norm
 
 # A PCE layer's control flow depends on shapes and counts: symbolic tracing takes it as one node.
 register_notrace_module(PCELayer)
+register_notrace_module(PCEConv2d)
 
 
 class PCENet(SavableModel):

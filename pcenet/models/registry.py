@@ -16,6 +16,7 @@ from pcenet.models.decoded import DecodedNet, decoded_options
 from pcenet.models.hub import SavableModel
 from pcenet.models.pcenet import PCENet, classifier_names
 from pcenet.models.pretrained import list_bundled, weights_of
+from pcenet.models.timm_net import TimmNet, is_timm, timm_input_size
 from pcenet.models.unet import INPUT_SIZE, UNETS, PCEUNet
 
 
@@ -33,7 +34,7 @@ def list_models(task: Task | None = None) -> list[str]:
 
 def task_of(name: str) -> Task:
     """What a network of that name is for."""
-    return "classify" if name in list_models("classify") else "segment"
+    return "classify" if is_timm(name) or name in list_models("classify") else "segment"
 
 
 def twin_of(name: str) -> str | None:
@@ -45,7 +46,13 @@ def twin_of(name: str) -> str | None:
 
 
 def model_options(name: str) -> tuple[str, ...]:
-    """Names of the arguments that shape the network of that name: stages, blocks, and the options of its layers."""
+    """Names of the arguments that shape the network of that name: stages, blocks, and the options of its layers.
+
+    Raises:
+        ValueError: for "timm:NAME", whose arguments only timm knows.
+    """
+    if is_timm(name):
+        raise ValueError(f"model {name!r}: its arguments are timm's")
     if ":" in name:
         return decoded_options()
     return network_options(PCENet if task_of(name) == "classify" else PCEUNet)
@@ -53,6 +60,8 @@ def model_options(name: str) -> tuple[str, ...]:
 
 def input_size_of(name: str) -> tuple[int, int, int]:
     """Channels, height and width of the images that the network of that name is made for."""
+    if is_timm(name):
+        return timm_input_size(name)
     cfg = timm.get_pretrained_cfg(name) if task_of(name) == "classify" else None
     return INPUT_SIZE if cfg is None else cfg.input_size
 
@@ -61,7 +70,7 @@ def create_network(name: str, pretrained: bool = False, **arguments: Any) -> Sav
     """Make a network.
 
     Args:
-        name: see `list_models`, or "DECODER:ENCODER".
+        name: see `list_models`, or "DECODER:ENCODER", or "timm:NAME" for a classifier of timm, see `TimmNet`.
         pretrained: load the weights that come with the package, see `bundled`. The network then has their number of
             classes and knows the classes' names; where ``num_classes`` says otherwise, its classifier is a fresh one.
             The first convolution is fitted to another number of channels. By default all weights are fresh.
@@ -74,6 +83,8 @@ def create_network(name: str, pretrained: bool = False, **arguments: Any) -> Sav
         TypeError: for an argument that the network does not have.
         ModuleNotFoundError: for "DECODER:ENCODER" where segmentation-models-pytorch is not installed.
     """
+    if is_timm(name):
+        return TimmNet(name, pretrained=pretrained, **arguments)
     if ":" not in name and name not in list_models():
         raise ValueError(f"architecture {name!r} is not a network of this package")
     if pretrained and not weights_of(name):

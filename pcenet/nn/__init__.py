@@ -1,5 +1,6 @@
 """The idea itself: patches, routing, experts, dispatch, losses, and the layer made of them. Imports torch alone."""
 
+from pcenet.nn.conv import PCEConv2d
 from pcenet.nn.experts import ConvExperts
 from pcenet.nn.fourier import fourier_features
 from pcenet.nn.layer import PCELayer
@@ -13,7 +14,7 @@ from pcenet.nn.losses import (
     z_loss_from_logits,
 )
 from pcenet.nn.patches import Grid, PatchExtractor
-from pcenet.nn.recording import record_routing
+from pcenet.nn.recording import record_routing, routers_of
 from pcenet.nn.routing import Router, Routing, expert_load, route
 from pcenet.nn.statistics import RoutingStatistics, RoutingSummary
 from pcenet.nn.synchronising import synchronise
@@ -22,6 +23,7 @@ __all__ = [
     "AuxTerms",
     "ConvExperts",
     "Grid",
+    "PCEConv2d",
     "PCELayer",
     "PatchExtractor",
     "Router",
@@ -36,6 +38,7 @@ __all__ = [
     "load_balance_loss_from_logits",
     "record_routing",
     "route",
+    "routers_of",
     "synchronise",
     "z_loss",
     "z_loss_from_logits",

@@ -16,8 +16,8 @@ from torch import Tensor
 from pcenet.nn.experts import ConvExperts
 from pcenet.nn.kernels import Kernel, make_kernel, make_plain_kernel
 from pcenet.nn.routing import Routing
-from pcenet.nn.sorted_dispatch import run_sorted
-from pcenet.nn.static_dispatch import run_static
+from pcenet.nn.sorted_dispatch import convolve_sorted, run_sorted
+from pcenet.nn.static_dispatch import convolve_static, run_static
 
 Border = Literal["zero", "halo", "exchange"]
 Dispatch = Literal["sorted", "static"]
@@ -41,10 +41,35 @@ def run_experts(
     Returns:
         The map ``[B, C_out, H, W]``, channels-last in memory, zero where a patch was dropped.
     """
+    run = _run_static if _is_static(x, dispatch) else _run_sorted
+    return run(x, routing, experts, patch_size, border)
+
+
+def run_convolution(
+    x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None, *, patch_size: int, dispatch: Dispatch
+) -> Tensor:
+    """Each patch through its experts' single convolutions, which read the neighbours' pixels, weighted, summed over the
+    experts and put back in place.
+
+    Args:
+        x: the map ``[B, C, H, W]`` that is convolved.
+        routing: who goes where.
+        weight: ``[E, C_out, C, k, k]`` with k = 3 or 1.
+        bias: ``[E, C_out]``.
+        patch_size: S.
+        dispatch: as in `run_experts`.
+
+    Returns:
+        As there.
+    """
+    run = _convolve_static if _is_static(x, dispatch) else _convolve_sorted
+    return run(x, routing, weight, bias, patch_size)
+
+
+def _is_static(x: Tensor, dispatch: Dispatch) -> bool:
     # On the meta device there are no counts to sort by, only shapes. (`x.is_meta` is an operator to torch.compile, and
     # would be a graph of its own in every layer.)
-    run = _run_static if dispatch == "static" or x.device.type == "meta" else _run_sorted
-    return run(x, routing, experts, patch_size, border)
+    return dispatch == "static" or x.device.type == "meta"
 
 
 def _run_static(x: Tensor, routing: Routing, experts: ConvExperts, patch_size: int, border: Border) -> Tensor:
@@ -58,6 +83,17 @@ def _run_static(x: Tensor, routing: Routing, experts: ConvExperts, patch_size: i
 def _run_sorted(x: Tensor, routing: Routing, experts: ConvExperts, patch_size: int, border: Border) -> Tensor:
     first, second = _make_kernels(make_kernel, experts, patch_size, border)
     return run_sorted(_autocast(x), routing, experts, first, second)
+
+
+def _convolve_static(x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None, patch_size: int) -> Tensor:
+    kernel = make_plain_kernel(_autocast(weight), patch_size, weight.shape[-1] // 2)
+    return convolve_static(_autocast(x), routing, kernel, bias)
+
+
+@torch.compiler.disable
+def _convolve_sorted(x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None, patch_size: int) -> Tensor:
+    kernel = make_kernel(_autocast(weight), patch_size, weight.shape[-1] // 2)
+    return convolve_sorted(_autocast(x), routing, kernel, bias)
 
 
 def _make_kernels(

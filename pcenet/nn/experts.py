@@ -71,11 +71,11 @@ class _Stacked(nn.Module):
 
 
 class StackedConv2d(_Stacked):
-    """The weights of E convolutions 3x3 without bias, ``[E, C_out, C_in, 3, 3]``, each initialised like `nn.Conv2d`."""
+    """The weights of E convolutions without bias, ``[E, C_out, C_in, 3, 3]``, each initialised like `nn.Conv2d`."""
 
-    def __init__(self, num_experts: int, in_channels: int, out_channels: int) -> None:
+    def __init__(self, num_experts: int, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, out_channels, in_channels, 3, 3))
+        self.weight = nn.Parameter(torch.empty(num_experts, out_channels, in_channels, kernel_size, kernel_size))
         for expert_weight in self.weight.detach().unbind(0):
             _init_like_conv2d(expert_weight)
 
@@ -96,11 +96,11 @@ class SharedConv2d(_Stacked):
         difference: ``[E, C_out, C_in, 3, 3]``.
     """
 
-    def __init__(self, num_experts: int, in_channels: int, out_channels: int) -> None:
+    def __init__(self, num_experts: int, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
         super().__init__()
-        self.shared = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
+        self.shared = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
         _init_like_conv2d(self.shared.detach())
-        self.difference = nn.Parameter(torch.zeros(num_experts, out_channels, in_channels, 3, 3))
+        self.difference = nn.Parameter(torch.zeros(num_experts, *self.shared.shape))
 
     @property
     def weight(self) -> Tensor:

@@ -1,4 +1,5 @@
-"""How an expert's 3x3 convolution runs on a batch of patches: as a convolution, or as one or several matrix products.
+"""How an expert's convolution, 3x3 or 1x1, runs on a batch of patches: as a convolution, or as one or several matrix
+products.
 
 Axes: n patches, S patch side, m margin (pixels of a patch's surroundings that are read: 0 or 1), C channels in, D
 channels out, G blocks of b patches each. What a patch's convolution reads comes as a window ``[cells, C]``.
@@ -25,7 +26,7 @@ _POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)}
 
 
 class Kernel(ABC):
-    """E convolutions 3x3 in the form in which they are run.
+    """E convolutions in the form in which they are run.
 
     What a window lists is described by `pcenet.nn.windows.make_windows`.
 
@@ -75,14 +76,16 @@ class PlainKernel(Kernel):
 
 
 def make_plain_kernel(weight: Tensor, side: int, margin: int) -> PlainKernel:
-    """Convolutions ``[E, D, C, 3, 3]`` on patches of a side, read with a margin."""
-    return MatrixKernel(weight, side, margin) if side <= MATRIX_SIDE else WindowKernel(weight, side, margin)
+    """Convolutions ``[E, D, C, 3, 3]``, or 1x1 without margin, on patches of a side."""
+    small = side <= MATRIX_SIDE or weight.shape[-1] == 1
+    return MatrixKernel(weight, side, margin) if small else WindowKernel(weight, side, margin)
 
 
 def make_kernel(weight: Tensor, side: int, margin: int) -> Kernel:
-    """The fastest form of convolutions ``[E, D, C, 3, 3]`` on patches of a side (docs/performance.md)."""
+    """The fastest form of convolutions ``[E, D, C, 3, 3]``, or 1x1 without margin, on patches of a side
+    (docs/performance.md)."""
     precise = weight.dtype in (torch.float32, torch.float64)
-    if side in _POINTS and precise and weight.device.type == "cpu":
+    if side in _POINTS and weight.shape[-1] == 3 and precise and weight.device.type == "cpu":
         return WinogradKernel(weight, side, margin)
     return make_plain_kernel(weight, side, margin)
 
@@ -94,7 +97,7 @@ class WindowKernel(PlainKernel):
         super().__init__(side, margin)
         self.weight = weight
         self.spots, self.taps = 1, side + 2 * margin
-        self.padding = 1 - margin
+        self.padding = weight.shape[-1] // 2 - margin
 
     def _maps(self, windows: Tensor) -> Tensor:
         return windows.unflatten(1, (self.taps, self.taps)).permute(0, 3, 1, 2)
@@ -120,16 +123,17 @@ class WindowKernel(PlainKernel):
 class MatrixKernel(PlainKernel):
     """A matrix product, run as a 1x1 convolution, which every library does at full speed.
 
-    With a margin, a window lists the 9 pixels that each output pixel reads. Without, the whole patch is one vector and
-    so is the output: ``S**2 * C`` by ``S**2 * D`` numbers, of which none is multiplied by padding.
+    With a margin, a window lists the 9 pixels that each output pixel reads; for a 1x1 convolution that pixel alone.
+    Without, the whole patch is one vector and so is the output: ``S**2 * C`` by ``S**2 * D`` numbers, of which none is
+    multiplied by padding.
     """
 
     def __init__(self, weight: Tensor, side: int, margin: int) -> None:
         super().__init__(side, margin)
         self.out_channels = weight.shape[1]
         pixels_first = weight.permute(0, 1, 3, 4, 2)
-        if margin:
-            self.spots, self.taps = side, 3
+        if margin == weight.shape[-1] // 2:
+            self.spots, self.taps = side, weight.shape[-1]
         else:
             self.spots, self.taps = 1, side
             # Output pixel (i, j) sees input pixel (a, b) through the kernel's tap (a - i + 1, b - j + 1).

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from pcenet.nn.conv import PCEConv2d
 from pcenet.nn.layer import PCELayer
-from pcenet.nn.routing import Routing
+from pcenet.nn.routing import Router, Routing
 
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
-    """Collect every `Routing` that the network's PCE layers make, through forward hooks on their routers.
+    """Collect every `Routing` that the network's PCE layers and convolutions make, through hooks on their routers.
 
     >>> import torch
     >>> from pcenet.nn import PCELayer, record_routing
@@ -43,16 +44,22 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
             raise ValueError("model is compiled, and a compiled network calls no recorder: record the network itself")
     records: dict[str, list[Routing]] = {}
     with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if isinstance(module, PCELayer):
+        for name, router in routers_of(model):
 
-                def collect(_module: nn.Module, _args: Any, routing: Routing, name: str = name) -> None:
-                    if not _in_backward_pass():
-                        records.setdefault(name, []).append(routing)
+            def collect(_module: nn.Module, _args: Any, routing: Routing, name: str = name) -> None:
+                if not _in_backward_pass():
+                    records.setdefault(name, []).append(routing)
 
-                handle = module.router.register_forward_hook(collect)
-                stack.callback(handle.remove)
+            stack.callback(router.register_forward_hook(collect).remove)
         yield records
+
+
+def routers_of(model: nn.Module) -> Iterator[tuple[str, Router]]:
+    """The routers of a network, each under the name of its `PCELayer` or `PCEConv2d`; layers that follow another one's
+    router have none."""
+    for name, module in model.named_modules():
+        if isinstance(module, PCELayer | PCEConv2d) and module.router is not None:
+            yield name, module.router
 
 
 def _in_backward_pass() -> bool:

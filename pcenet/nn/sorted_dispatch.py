@@ -36,8 +36,7 @@ def run_sorted(x: Tensor, routing: Routing, experts: ConvExperts, first: Kernel,
         return experts.activate(normalised(hidden, share, weight, bias))
 
     def weighted(out: Tensor, share: _Share, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
-        out = norm2.forward_expert(out, share.expert, weight, bias, share.real)
-        return out * gate[:, None, None, None].to(out.dtype)
+        return _times(norm2.forward_expert(out, share.expert, weight, bias, share.real), gate)
 
     def block(
         hidden: Tensor, share: _Share, w1: Tensor, b1: Tensor, kernel: Tensor, w2: Tensor, b2: Tensor, gate: Tensor
@@ -47,7 +46,7 @@ def run_sorted(x: Tensor, routing: Routing, experts: ConvExperts, first: Kernel,
         return weighted(hidden, share, w2, b2, gate)
 
     turns = _Turns(x, routing, first.side)
-    gate = routing.choice_weight.flatten()[turns.pair_of_slot]
+    gate = turns.gate(routing)
     rows = map_to_rows(x)
     if second.margin:
         rows = turns.run(rows, first, activated, [norm1.weight, norm1.bias])
@@ -55,7 +54,26 @@ def run_sorted(x: Tensor, routing: Routing, experts: ConvExperts, first: Kernel,
     else:
         parameters = [norm1.weight, norm1.bias, second.weight, norm2.weight, norm2.bias]
         rows = turns.run(rows, first, block, parameters, gate)
-    return rows.view(routing.grid.batch, *turns.size, -1).permute(0, 3, 1, 2)
+    return turns.as_map(rows)
+
+
+def convolve_sorted(x: Tensor, routing: Routing, kernel: Kernel, bias: Tensor | None) -> Tensor:
+    """See `pcenet.nn.dispatch.run_convolution`; ``kernel`` is the experts' convolution."""
+
+    def weighted(out: Tensor, share: _Share, *own: Tensor) -> Tensor:
+        *own_bias, gate = own
+        if own_bias:
+            out = out + own_bias[0][:, None, None].to(out.dtype)
+        return _times(out, gate)
+
+    turns = _Turns(x, routing, kernel.side)
+    parameters = [] if bias is None else [bias]
+    return turns.as_map(turns.run(map_to_rows(x), kernel, weighted, parameters, turns.gate(routing)))
+
+
+def _times(out: Tensor, gate: Tensor) -> Tensor:
+    """Patches ``[n_e, F, S, S]``, each times its gate value."""
+    return out * gate[:, None, None, None].to(out.dtype)
 
 
 @dataclass(frozen=True)
@@ -113,6 +131,14 @@ class _Turns:
                 strict=True,
             )
         ]
+
+    def gate(self, routing: Routing) -> Tensor:
+        """``[T]``, the factor of each slot's output."""
+        return routing.choice_weight.flatten()[self.pair_of_slot]
+
+    def as_map(self, rows: Tensor) -> Tensor:
+        """``[R, F]`` to ``[B, F, H, W]``."""
+        return rows.view(self.grid.batch, *self.size, -1).permute(0, 3, 1, 2)
 
     def run(
         self,
@@ -253,7 +279,8 @@ class _TakeTurns(torch.autograd.Function):
         ctx.save_for_backward(rows, *tensors, *saved.tensors)
         saved.tensors = ()
         ctx.job, ctx.source, ctx.saved = job, source, saved
-        return out[: len(rows)]
+        # Cut off, not sliced: a function of one's own may not return a view if what follows works in place.
+        return out.resize_(len(rows), out.shape[1])
 
     @staticmethod
     @once_differentiable

@@ -29,7 +29,16 @@ def run_static(x: Tensor, routing: Routing, experts: ConvExperts, first: PlainKe
     else:
         windows = hidden.permute(0, 2, 3, 1).flatten(1, 2)
     out = experts.norm2.forward_slots(slots.convolve(windows, second), slots.expert, slots.real)
-    return merge_patches(slots.put(out * slots.weight[:, None, None, None].to(out.dtype)), routing.grid, size)
+    return merge_patches(slots.put_weighted(out), routing.grid, size)
+
+
+def convolve_static(x: Tensor, routing: Routing, kernel: PlainKernel, bias: Tensor | None) -> Tensor:
+    """See `pcenet.nn.dispatch.run_convolution`; ``kernel`` is the experts' convolution."""
+    slots = _Slots(x, routing, kernel.side)
+    out = slots.convolve(slots.take(x, kernel), kernel)
+    if bias is not None:
+        out = out + bias.index_select(0, slots.expert)[:, :, None, None].to(out.dtype)
+    return merge_patches(slots.put_weighted(out), routing.grid, (x.shape[2], x.shape[3]))
 
 
 class _Slots:
@@ -89,3 +98,7 @@ class _Slots:
         first, *others = (rows.index_select(0, column) for column in self._slot_of_pair.unbind(1))
         patches = sum(others, start=first)
         return patches.view(-1, *pixels_last.shape[1:]).permute(0, 3, 1, 2)
+
+    def put_weighted(self, batch: Tensor) -> Tensor:
+        """As `put`, each slot times its weight."""
+        return self.put(batch * self.weight[:, None, None, None].to(batch.dtype))

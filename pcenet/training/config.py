@@ -137,13 +137,40 @@ class TrainConfig:
     model: Annotated[
         str | None,
         Option(
-            "Name of the network; `pcenet models` lists them. To segment also DECODER:ENCODER, such as "
-            "unet:pce_nano_s2. null: pce_nano, or pce_unet_nano to segment."
+            "Name of the network; `pcenet models` lists them. To classify also timm:NAME, any classifier of timm, to "
+            "segment DECODER:ENCODER, such as unet:pce_nano_s2. null: pce_nano, or pce_unet_nano to segment."
         ),
     ] = None
     model_args: Annotated[
         dict[str, Any],
         Option('Arguments of the network as a mapping, such as {"num_experts": 8, "border": "exchange"}.'),
+    ] = field(default_factory=dict)
+    pretrained: Annotated[
+        bool,
+        Option(
+            "Start from trained weights: those that come with the package, or of timm:NAME those that timm downloads."
+        ),
+    ] = False
+    init: Annotated[
+        str | None,
+        Option(
+            "Start from the weights of another run: its folder, a model folder, or bundled weights such as "
+            "cifar10/pce_nano. The network must be the same; a classifier of other classes starts afresh."
+        ),
+    ] = None
+    upcycle: Annotated[
+        bool,
+        Option(
+            "Of timm:NAME: 3x3 convolutions become PCE convolutions whose experts start as copies of them, so that "
+            "training starts from the same network; mostly with --pretrained or --init."
+        ),
+    ] = False
+    upcycle_args: Annotated[
+        dict[str, Any],
+        Option(
+            "Arguments of pcenet.upcycle as a mapping, such as "
+            '{"layers": 0.75, "num_experts": 8, "patch_size": 4, "freeze": "dense"}.'
+        ),
     ] = field(default_factory=dict)
     data: Annotated[
         str,

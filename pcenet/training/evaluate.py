@@ -133,11 +133,12 @@ def written_for(path: Path) -> str | None:
     return source
 
 
-def find_model(name: str) -> tuple[Path, RunFolder | None]:
+def find_model(name: str, option: str = "run") -> tuple[Path, RunFolder | None]:
     """The model folder that a path is or holds, and the run folder around it, if it is one.
 
     Args:
         name: a path or, where there is none, the name of weights that come with the package.
+        option: what gave it, to be named in the error.
 
     Raises:
         FileNotFoundError: if there is neither.
@@ -148,4 +149,4 @@ def find_model(name: str) -> tuple[Path, RunFolder | None]:
             run = RunFolder(folder.parent)
             return folder, run if run.config.is_file() else None
     reason = "training has not finished there" if (path / "config.yaml").is_file() else "there is no model/config.json"
-    raise FileNotFoundError(f"run: {path} is no run folder or model folder: {reason}{or_bundled(name)}")
+    raise FileNotFoundError(f"{option}: {path} is no run folder or model folder: {reason}{or_bundled(name)}")

@@ -9,31 +9,49 @@ from typing import Any
 import torch
 
 from pcenet.choices import did_you_mean
-from pcenet.models import SavableModel, create_network, input_size_of, list_models, model_options, split_name, task_of
+from pcenet.models import (
+    SavableModel,
+    TimmNet,
+    check_timm,
+    create_network,
+    input_size_of,
+    is_timm,
+    list_models,
+    model_options,
+    split_name,
+    task_of,
+)
+from pcenet.models.hub import check_tensors, read_weights
+from pcenet.models.pretrained import WEIGHTS
 from pcenet.training.config import TrainConfig
+from pcenet.training.evaluate import find_model
 
 DECIDED_ELSEWHERE = {
     "num_classes": "the data decide it",
     "in_chans": "images are read as RGB",
     "drop_rate": "give --drop",
     "drop_path_rate": "give --drop-path",
+    "pretrained": "give --pretrained",
+    "upcycling": "give --upcycle and --upcycle-args",
 }
 
 
 def check_model(config: TrainConfig) -> None:
     """Raise a ``ValueError`` for a model, or an argument of it, that does not exist; it names the nearest."""
     name, names = config.model_name, list_models()
-    if ":" in name:
+    if is_timm(name):
+        check_timm(name)
+    elif ":" in name:
         split_name(name)
     elif name not in names:
         raise ValueError(f"model {name!r} is unknown{did_you_mean(name, list_models(config.task))}")
     if task_of(name) != config.task:
         raise ValueError(f"model {name!r} is made to {task_of(name)}; give --task {task_of(name)}, or another --model")
-    options = model_options(name)
+    options = None if is_timm(name) else model_options(name)
     for argument in config.model_args:
         if argument in DECIDED_ELSEWHERE:
             raise ValueError(f"model_args: {argument} cannot be given there: {DECIDED_ELSEWHERE[argument]}")
-        if argument not in options:
+        if options is not None and argument not in options:
             hint = did_you_mean(str(argument), options)
             raise ValueError(f"model_args: unknown argument {argument!r}; a network takes {', '.join(options)}{hint}")
 
@@ -49,18 +67,57 @@ def naming_model_args(values: dict[str, Any]) -> Iterator[None]:
         raise ValueError(f"model_args {values} make no network: {error}") from error
 
 
-def build_model(config: TrainConfig, num_classes: int) -> SavableModel:
-    """The untrained network; its weights depend on the state of torch's generator alone."""
+def build_model(config: TrainConfig, num_classes: int, start: bool = True) -> SavableModel:
+    """The network before training; fresh weights depend on the state of torch's generator alone.
+
+    Args:
+        config: the options.
+        num_classes: of the data.
+        start: load the weights that the options name; False where a checkpoint brings others anyway.
+
+    Raises:
+        ValueError: for weights that do not fit, or a network in which nothing can be upcycled.
+        FileNotFoundError: if there are no weights where ``config.init`` points.
+    """
     overlay = {} if config.size is None else {"input_size": (3, *config.size)}
-    model = create_network(
-        config.model_name,
-        num_classes=num_classes,
-        drop_rate=config.drop,
-        drop_path_rate=config.drop_path,
-        pretrained_cfg_overlay=overlay,
-        **config.model_args,
-    )
+    with naming_model_args(config.model_args):
+        model = create_network(
+            config.model_name,
+            pretrained=config.pretrained and start,
+            num_classes=num_classes,
+            drop_rate=config.drop,
+            drop_path_rate=config.drop_path,
+            pretrained_cfg_overlay=overlay,
+            **config.model_args,
+        )
+    if config.init is not None and start:
+        start_from(model, config.init)
+    if config.upcycle:
+        assert isinstance(model, TimmNet)
+        try:
+            model.upcycle(**config.upcycle_args)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"upcycle_args {config.upcycle_args}: {error}") from error
     return model.to(memory_format=torch.channels_last)
+
+
+def start_from(model: SavableModel, name: str) -> None:
+    """Load the weights of a run or model folder into a network; a classifier of other classes keeps its own.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: for weights that do not fit, naming the first tensor.
+    """
+    folder, _ = find_model(name, "init")
+    path = folder / WEIGHTS
+    weights, own = read_weights(path), model.state_dict(keep_vars=True)
+    make_classifier = getattr(model, "get_classifier", None)  # segmentation networks have none of that name
+    classifier = {id(p) for p in make_classifier().parameters()} if make_classifier else set()
+    for key, tensor in own.items():
+        if id(tensor) in classifier and key in weights and weights[key].shape != tensor.shape:
+            weights[key] = tensor.detach()
+    check_tensors(weights, model, f"init: {path} does not fit the network", "give a run of the same network")
+    model.load_state_dict(weights)
 
 
 def default_input_size(name: str) -> int | str:

@@ -45,6 +45,7 @@ def check_together(config: TrainConfig) -> None:
     """Raise a ``ValueError`` that names the first two options of a training run that do not go together."""
     if config.max_time is not None:
         duration(config.max_time)
+    check_start(config)
     for name, (start, off) in LASTS.items():
         if getattr(config, name) is not None and getattr(config, start) == off:
             raise ValueError(f"{name} {getattr(config, name):g} has no effect without {start}: give both, or neither")
@@ -58,6 +59,16 @@ def check_together(config: TrainConfig) -> None:
         check_overfit(config)
     if config.dry_run and config.find != "none":
         raise ValueError(f"dry_run and find {config.find!r} exclude each other: both end without a run; give one")
+
+
+def check_start(config: TrainConfig) -> None:
+    """What a network starts from: one set of weights, and experts only where there is something to copy."""
+    if config.pretrained and config.init is not None:
+        raise ValueError("pretrained and init are both weights to start from: give one of them")
+    if config.upcycle and not config.model_name.startswith("timm:"):
+        raise ValueError(f"upcycle is for networks of timm, not for {config.model_name}: give --model timm:NAME")
+    if config.upcycle_args and not config.upcycle:
+        raise ValueError("upcycle_args have no effect without upcycle: give both, or neither")
 
 
 def check_overfit(config: TrainConfig) -> None:

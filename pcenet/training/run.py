@@ -20,7 +20,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch.utils.data import DataLoader
 
 import pcenet.data as data
-from pcenet.models import SavableModel
+from pcenet.models import SavableModel, TimmNet
 from pcenet.training.callbacks import (
     EpochFigures,
     History,
@@ -146,8 +146,8 @@ def prepare(
         log.warning("%s: %s", config.data, finding.message)
     sources = choose_images(sources, config, batches)
     L.seed_everything(config.seed, workers=True, verbose=False)
+    model = build_model(config, len(classes), start=checkpoint is None)
     with naming_model_args(config.model_args):
-        model = build_model(config, len(classes))
         cost = cost_of(model)
     if checkpoint:
         check_weights(checkpoint, model)
@@ -321,6 +321,10 @@ def announce(run: Run) -> None:
         f"{config.precision}, {torch.get_num_threads()} threads, seed {config.seed}",
         f"run folder: {run.folder.path}",
     ]
+    if config.init and not run.checkpoint:
+        lines.append(f"starting from the weights of {config.init}")
+    if isinstance(run.model, TimmNet) and run.model.upcycling:
+        lines.append(str(run.model.upcycling))
     if run.checkpoint:
         position = run.position
         batch = f", batch {position.batch}" if position.batch else ""

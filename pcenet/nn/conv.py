@@ -1,0 +1,271 @@
+"""One convolution with E kernels, of which each patch gets its own: a drop-in for `torch.nn.Conv2d`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Self, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from pcenet.nn.checks import check_at_least, check_choice, is_number
+from pcenet.nn.dispatch import Dispatch, run_convolution
+from pcenet.nn.experts import SharedConv2d, StackedConv2d
+from pcenet.nn.patches import grid_of
+from pcenet.nn.routing import Router, Routing
+
+KERNEL_SIZES = (1, 3)
+# Where a layer's router differs from `Router`: the layer starts as the convolution that it replaces.
+ROUTER_DEFAULTS: dict[str, Any] = {"gate": "straight_through", "capacity_factor": None}
+
+
+class PCEConv2d(nn.Module):
+    """A convolution whose kernel is chosen patch by patch; a drop-in for `torch.nn.Conv2d` of stride 1 that keeps size.
+
+    The map is cut into patches, the router picks a kernel for each, and every pixel is computed by its patch's kernel
+    from the true pixels around it, beyond the patch's edge too: ``y = merge(g_i * (w_e * x + b_e))``. There is no seam
+    and no shortcut; equal kernels under ``gate="straight_through"`` are an ordinary convolution. `PCELayer` under
+    ``border="exchange"`` is two of these with normalisation and activation between.
+
+    A layer either has a router or follows another one. A follower uses the routing that its leader has just made, so
+    that the patches of a residual block keep their expert through all of its convolutions; it must run after its
+    leader, on a map of the same size. (The leader hands the `Routing` over and the follower takes it: between forward
+    passes nothing is kept, and one network must not be run by two threads at a time.)
+
+    Args:
+        in_channels: channels of the input map.
+        out_channels: channels of the output map.
+        kernel_size: 3 or 1.
+        stride: 1; this and the next four are there for the sake of `torch.nn.Conv2d`, whose other values are refused.
+        padding: what keeps the map's size; None is that.
+        dilation: 1.
+        groups: 1.
+        bias: whether each kernel has a bias.
+        padding_mode: ``"zeros"``.
+        patch_size: S, patch side in pixels of the map. Any H and W will do.
+        num_experts: E.
+        router: the layer to follow; None: this layer has a router of its own.
+        shared_kernel: kernels are differences from one that they share, see `SharedConv2d`.
+        dispatch: ``"sorted"`` or ``"static"``, see `PCELayer`.
+        router_options: those of `Router` (``gate``, ``gate_input``, ``balancing``, ``top_k`` ...). Unlike there, the
+            gate is ``"straight_through"`` by default, and ``capacity_factor`` is None: there is no shortcut that could
+            carry a patch that is dropped, which gets zeros.
+
+    Attributes:
+        kernels: the weights, `SharedConv2d` or `StackedConv2d`.
+        bias: ``[E, out_channels]`` or None.
+        router: the `Router`; None for a follower.
+
+    Raises:
+        ValueError: where an argument breaks its rule, or does not go with the leader; for an input that is no map ``[B,
+            in_channels, H, W]``, or of another grid than the leader's; if a follower runs without its leader.
+        TypeError: for an option that `Router` does not have.
+    """
+
+    bias: nn.Parameter | None
+    router: Router | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str | None = None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        patch_size: int,
+        num_experts: int = 4,
+        router: PCEConv2d | None = None,
+        shared_kernel: bool = True,
+        dispatch: Dispatch = "sorted",
+        **router_options: Any,
+    ) -> None:
+        super().__init__()
+        if reason := unfit(kernel_size, stride, padding, dilation, groups, padding_mode):
+            raise ValueError(f"{reason}; take nn.Conv2d for such a convolution")
+        check_at_least(1, in_channels=in_channels, out_channels=out_channels, patch_size=patch_size)
+        check_at_least(1, num_experts=num_experts)
+        check_choice("dispatch", dispatch, get_args(Dispatch))
+        size = kernel_size if isinstance(kernel_size, int) else kernel_size[0]
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = (size, size)
+        self.patch_size = patch_size
+        self.num_experts = num_experts
+        self.dispatch: Dispatch = dispatch
+        conv = SharedConv2d if shared_kernel else StackedConv2d
+        self.kernels = conv(num_experts, in_channels, out_channels, size)
+        if bias:
+            bound = 1 / math.sqrt(in_channels * size**2)  # nn.Conv2d's
+            self.bias = nn.Parameter(torch.empty(num_experts, out_channels).uniform_(-bound, bound))
+        else:
+            self.bias = None
+        self._followers: list[PCEConv2d] = []
+        self._handed: Routing | None = None
+        if router is None:
+            self.router = Router(in_channels, patch_size, num_experts, **(ROUTER_DEFAULTS | router_options))
+        else:
+            self.router = None
+            self._follow(router, router_options)
+
+    def _follow(self, other: PCEConv2d, router_options: dict[str, Any]) -> None:
+        if router_options:
+            raise ValueError(
+                f"{', '.join(sorted(router_options))}: no effect on a layer that follows another one's router; give it "
+                "to that layer"
+            )
+        for name in ("patch_size", "num_experts"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise ValueError(f"{name}={ours} must be the leader's, {theirs}: both use one routing")
+        if other.router is None:
+            raise ValueError("router must be a layer with a router of its own, not one that follows another")
+        other._followers.append(self)
+
+    @property
+    def followers(self) -> tuple[PCEConv2d, ...]:
+        """The layers that use this one's routing."""
+        return tuple(self._followers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, in_channels, H, W]`` to ``[B, out_channels, H, W]``."""
+        return self.forward_with_routing(x)[0]
+
+    def forward_with_routing(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """The output and the `Routing` that led to it."""
+        if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} must be a map [B, {self.in_channels}, H, W] with no empty axis"
+            )
+        routing = self._take_handed(x) if self.router is None else self.router(x)
+        for follower in self._followers:
+            follower._handed = routing
+        return self.forward_given_routing(x, routing), routing
+
+    def _take_handed(self, x: Tensor) -> Routing:
+        routing, self._handed = self._handed, None
+        if routing is None:
+            raise ValueError("this layer uses another one's routing, and that one has not run before it in this pass")
+        grid = grid_of(x, self.patch_size)
+        if routing.grid != grid:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} has the patches {grid}, and the layer whose routing is used had "
+                f"{routing.grid}; both need maps of one size"
+            )
+        return routing
+
+    def forward_given_routing(self, x: Tensor, routing: Routing) -> Tensor:
+        """The output under a given routing."""
+        return run_convolution(
+            x, routing, self.kernels.weight, self.bias, patch_size=self.patch_size, dispatch=self.dispatch
+        )
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, *, perturbation: float = 0.0, **options: Any) -> Self:
+        """A layer whose experts all start as copies of a convolution; under the default gate it computes the same.
+
+        Args:
+            conv: the convolution. It is copied, and stays as it is.
+            perturbation: standard deviation of normal noise on each expert's kernel, by that of the kernel's values.
+                The experts need none to part: they see different patches.
+            options: ``patch_size`` and the others of this class.
+
+        Raises:
+            ValueError: for a convolution that no such layer can stand for; says why.
+        """
+        if reason := why_not(conv):
+            raise ValueError(f"{reason}; leave this convolution as it is")
+        if not is_number(perturbation) or not 0 <= perturbation < math.inf:
+            raise ValueError(f"perturbation={perturbation!r} must be a number, and at least 0")
+        layer = cls(conv.in_channels, conv.out_channels, conv.kernel_size[0], bias=conv.bias is not None, **options).to(
+            conv.weight.device, conv.weight.dtype
+        )
+        with torch.no_grad():
+            if isinstance(layer.kernels, SharedConv2d):
+                layer.kernels.shared.copy_(conv.weight)
+            for expert in range(layer.num_experts):
+                noise = torch.randn_like(conv.weight) * conv.weight.std() * perturbation if perturbation else 0
+                layer.kernels.assign(expert, conv.weight + noise)
+            if layer.bias is not None and conv.bias is not None:
+                layer.bias.copy_(conv.bias.expand_as(layer.bias))
+        return layer.train(conv.training)
+
+    @torch.no_grad()
+    def to_conv2d(self, expert: int) -> nn.Conv2d:
+        """A copy of one expert as an ordinary convolution.
+
+        Raises:
+            ValueError: if there is no such expert.
+        """
+        if not 0 <= expert < self.num_experts:
+            raise ValueError(f"expert={expert} must lie between 0 and {self.num_experts - 1}")
+        weight = self.kernels.weight[expert]
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            padding=self.kernel_size[0] // 2,
+            bias=self.bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        conv.weight.copy_(weight)
+        if self.bias is not None and conv.bias is not None:
+            conv.bias.copy_(self.bias[expert])
+        return conv.train(self.training)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of the module's settings."""
+        role = "follows another layer's router, " if self.router is None else ""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, bias={self.bias is not None}, "
+            f"patch_size={self.patch_size}, num_experts={self.num_experts}, {role}dispatch={self.dispatch!r}"
+        )
+
+
+def unfit(kernel_size: Any, stride: Any, padding: Any, dilation: Any, groups: Any, padding_mode: Any) -> str | None:
+    """What of a convolution's arguments `PCEConv2d` cannot do, with its value and the rule; None where it can.
+
+    They are those of `torch.nn.Conv2d`; ``padding`` may be None.
+    """
+
+    def is_twice(value: Any, number: int) -> bool:
+        return value == number or (isinstance(value, tuple | list) and tuple(value) == (number, number))
+
+    size = next((size for size in KERNEL_SIZES if is_twice(kernel_size, size)), None)
+    if size is None:
+        return f"kernel_size={kernel_size} is neither 3 nor 1"
+    if not is_twice(stride, 1):
+        return f"stride={stride} is not 1"
+    if not is_twice(dilation, 1):
+        return f"dilation={dilation} is not 1"
+    if groups != 1:
+        return f"groups={groups} is not 1"
+    if padding_mode != "zeros":
+        return f"padding_mode={padding_mode!r} is not 'zeros'"
+    if padding is not None and padding != "same" and not is_twice(padding, size // 2):
+        return f"padding={padding} does not keep the map's size"
+    return None
+
+
+def why_not(conv: nn.Module) -> str | None:
+    """Why no `PCEConv2d` can stand for a module; None where one can.
+
+    A subclass of `torch.nn.Conv2d` may compute something else, and so does one whose weight is computed (weight
+    normalisation, pruning) or that has hooks.
+    """
+    if is_parametrized(conv):
+        return "its weight is parametrised"
+    if type(conv) is not nn.Conv2d:
+        return f"it is a {type(conv).__name__}, not a plain Conv2d"
+    if not isinstance(conv._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed from other parameters"
+    hooks = (conv._forward_pre_hooks, conv._forward_hooks, conv._backward_pre_hooks, conv._backward_hooks)
+    if any(hooks):
+        return "it has hooks"
+    return unfit(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
