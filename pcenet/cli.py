@@ -32,6 +32,14 @@ from pcenet.training.config import (
     choices_of,
     options_of,
 )
+from pcenet.training.launch import (
+    LOST,
+    LostProcessError,
+    OtherProcessError,
+    end_with_the_launcher,
+    launch,
+    ranks_of_environment,
+)
 from pcenet.training.signals import Terminated
 
 if TYPE_CHECKING:
@@ -72,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 where a command found what it was given unusable and has said so; 2 after an error that the
-        user can mend, printed as one line; 130 after Ctrl-C; 143 after SIGTERM.
+        user can mend, printed as one line; 130 after Ctrl-C; 143 after SIGTERM; 3 of a process that has lost
+        another one with which it trained.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_warnings()
@@ -80,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return dispatch(arguments)
     except KeyboardInterrupt as error:
         what, code = ("stopped by SIGTERM", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        if ranks_of_environment().rank:  # the first process says it
+            return code
         return fail(f"{what}{GO_ON.get(next(iter(arguments), ''), '')}", code)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in TRAIN_EXTRA:
@@ -89,6 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(str(error))
     except OSError as error:
         return fail(explain_system(error))
+    except OtherProcessError:
+        return 2
+    except LostProcessError as error:
+        return fail(str(error), LOST)
     except ValueError as error:
         return fail(str(error))
     except SystemExit as error:  # argparse leaves this way after --help and --version
@@ -99,7 +114,9 @@ def fail(message: str, code: int = 2) -> int:
     """Print one line on stderr, on request below the traceback of the error being handled; return the exit code."""
     if os.environ.get(TRACEBACK) == "1":
         traceback.print_exc()
-    print(f"pcenet: error: {' '.join(message.split())}", file=sys.stderr)
+    ranks = ranks_of_environment()
+    who = f"{ranks}: " if ranks.rank else ""
+    print(f"pcenet: error: {who}{' '.join(message.split())}", file=sys.stderr)
     return code
 
 
@@ -266,9 +283,12 @@ def explain(message: str, entries: dict[str, Entry]) -> str:
     return message.replace('Parser key "config"', "--config")
 
 
-def run_train(arguments: list[str]) -> None:
+def run_train(arguments: list[str]) -> int | None:
     """train a network on images"""
     config = parse("train", TrainConfig, arguments)
+    if config.devices > 1 and ranks_of_environment().count == 1:
+        return launch(["train", *arguments], config.devices)
+    end_with_the_launcher()
     if config.dry_run:
         from pcenet.training.rehearsal import dry_run
 
@@ -281,6 +301,7 @@ def run_train(arguments: list[str]) -> None:
         from pcenet.training.run import train
 
         train(config)
+    return None
 
 
 def run_compare(arguments: list[str]) -> None:

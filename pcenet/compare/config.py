@@ -11,8 +11,11 @@ from typing import Annotated, Any
 from pcenet.choices import did_you_mean
 from pcenet.training.config import Option, TrainConfig, check
 
-# Options of `pcenet train` that a comparison sets for each run, or that leave no run.
-OF_A_RUN = ("seed", "out", "resume", "dry_run", "find")
+# Options of `pcenet train` that a comparison sets for each run, that leave no run, or that are for several processes.
+OF_A_RUN = (
+    *("seed", "out", "resume", "dry_run", "find"),
+    *("devices", "strategy", "sync_batch_norm", "process_timeout"),
+)
 # What must be the same for all runs: without the first two their scores say nothing about each other, and torch keeps
 # the number of threads from one run to the next.
 OF_ALL_RUNS = ("task", "data", "device", "workers", "threads")

@@ -87,7 +87,7 @@ class SegmentationDataset(SeededDataset[tuple[Tensor, Tensor]]):
 
 
 class EpochSampler(Sampler[Key]):
-    """The keys (epoch, index) of one epoch.
+    """The keys (epoch, index) of one epoch, or of a process's part of it.
 
     Args:
         length: number of images.
@@ -101,6 +101,31 @@ class EpochSampler(Sampler[Key]):
         self.shuffle = shuffle
         self.epoch = 0
         self._start = 0
+        self._rank, self._processes, self._batch = 0, 1, 1
+
+    def divide(self, rank: int, processes: int, batch_size: int) -> None:
+        """Yield one process's part from now on.
+
+        Shuffled, all parts together are the epoch in its order: the first batch of each process, one after the other,
+        then the second of each, and so on, as far as all of them have whole batches. Not shuffled, a process gets every
+        so many-th image and no image is left out, so that one of them may have one more than another.
+
+        Args:
+            rank: the process's number, from 0.
+            processes: how many there are.
+            batch_size: images of a batch of one process.
+
+        Raises:
+            ValueError: if there are too few images for all processes.
+        """
+        needed = processes * batch_size if self.shuffle else processes
+        if processes > 1 and self.length < needed:
+            batches = f"of {batch_size} images each" if self.shuffle else "of validation"
+            raise ValueError(
+                f"devices {processes}: {self.length} images are too few for a batch {batches} in every process; give"
+                " fewer --devices, or a smaller --batch-size"
+            )
+        self._rank, self._processes, self._batch = rank, processes, batch_size
 
     def start_at(self, epoch: int, sample: int) -> None:
         """Let the next iteration, and that one alone, yield ``epoch`` from its ``sample``-th key on."""
@@ -108,18 +133,26 @@ class EpochSampler(Sampler[Key]):
         self._start = sample
 
     def order(self, epoch: int) -> list[int]:
-        """The indices of an epoch, in its order."""
+        """The indices of an epoch that are this process's, in their order."""
         if not self.shuffle:
-            return list(range(self.length))
+            return list(range(self._rank, self.length, self._processes))
         generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
-        return torch.randperm(self.length, generator=generator).tolist()
+        order = torch.randperm(self.length, generator=generator)
+        if self._processes > 1:
+            batches = order[: len(self) * self._processes].view(-1, self._processes, self._batch)
+            order = batches[:, self._rank].flatten()
+        return order.tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields. Lightning calls this; a plain loop has to."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        if not self.shuffle:
+            return len(range(self._rank, self.length, self._processes))
+        if self._processes == 1:
+            return self.length
+        return self.length // (self._processes * self._batch) * self._batch
 
     def __iter__(self) -> Iterator[Key]:
         epoch = self.epoch if self.shuffle else 0

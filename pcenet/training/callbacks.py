@@ -18,6 +18,8 @@ from typing_extensions import override
 
 from pcenet.training.folder import write_text
 from pcenet.training.measures import health_of
+from pcenet.training.ranks import over_processes, share_statistics
+from pcenet.training.strategies import Sharded, gather_weights, local_part, release_weights
 from pcenet.training.task import TrainingTask
 
 log = logging.getLogger(__name__)
@@ -36,21 +38,46 @@ def update_average(averaged: list[Tensor], current: list[Tensor], count: Tensor 
     """
     if averaged[0].is_floating_point():
         n = int(count)
+        averaged, current = ([local_part(tensor) for tensor in tensors] for tensors in (averaged, current))
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
     else:
         torch._foreach_copy_(averaged, current)
 
 
-def moving_average(decay: float) -> WeightAveraging:
+class Averaging(WeightAveraging):
     """Lightning's weight averaging, with `update_average` for parameters and buffers, after every step.
 
-    Validation and the checkpoints' ``state_dict`` use the averaged weights.
+    Validation and the checkpoints' ``state_dict`` use the averaged weights. Where the weights are divided between
+    processes, so are their averages.
+
+    Args:
+        decay: of the average.
     """
-    return WeightAveraging(multi_avg_fn=partial(update_average, decay=decay))
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(multi_avg_fn=partial(update_average, decay=decay))
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(trainer.strategy, Sharded):
+            assert self._average_model is not None
+            trainer.strategy.divide(self._average_model.module)
+
+    @override
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """All processes validate the network that the checkpoint will have."""
+        super().on_validation_epoch_start(trainer, pl_module)
+        share_statistics(pl_module)
+        gather_weights(pl_module)
+
+    @override
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        release_weights(pl_module)
+        super().on_validation_epoch_end(trainer, pl_module)
 
 
 class Throughput(Callback):
-    """Logs images per second, loading included, and the seconds of the training part of each epoch.
+    """Logs images per second, loading included, of all processes, and the seconds of the training part of each epoch.
 
     Where an epoch was interrupted, what lies between the checkpoint and its going on does not count.
     """
@@ -81,7 +108,7 @@ class Throughput(Callback):
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.log("train/epoch_seconds", self.seconds)
-        pl_module.log("train/images_per_second", self.images / self.seconds)
+        pl_module.log("train/images_per_second", trainer.world_size * self.images / self.seconds)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -116,7 +143,7 @@ class RouterHealth(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TrainingTask)
         for name, statistics in pl_module.routing.items():
-            summary = statistics.compute()
+            summary = over_processes(statistics).compute()
             statistics.reset()
             self.warn_of_dead(name, summary.dead, trainer.current_epoch + 1, pl_module.config.balance)
             self.health[name] = health_of(summary)
@@ -165,6 +192,8 @@ class History(Callback):
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(kinds)}
         row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **values}
         self.rows.append(row)
+        if not trainer.is_global_zero:
+            return
         self._write()
         assert isinstance(pl_module, TrainingTask)
         print(epoch_line(row, trainer.max_epochs or 0, pl_module.train_score, pl_module.score), flush=True)

@@ -23,8 +23,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
 from pcenet.training.folder import RunFolder
+from pcenet.training.ranks import largest
 from pcenet.training.sealing import TEMPORARY, discard, fault_of, flush, seal
-from pcenet.training.signals import Stop
+from pcenet.training.signals import Stop, end_by
 from pcenet.training.stopping import stopped_by
 from pcenet.training.task import TrainingTask
 
@@ -139,9 +140,9 @@ class Checkpoints(Checkpoint):
         if trainer.is_last_batch or trainer.should_stop or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         due = self.minutes is not None and time.monotonic() - self.written >= 60 * self.minutes
-        if trainer.strategy.reduce_boolean_decision(due or self.stop.requested, all=False):
+        if any(largest([due, self.stop.signal])):  # of all processes, so that they end after the same step
             self.write(trainer, batch_idx + 1)
-        self.stop.if_requested()
+            end_by(largest([self.stop.signal])[0])
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -150,13 +151,15 @@ class Checkpoints(Checkpoint):
         if score > self.best:
             self.best, self.best_step = score, trainer.global_step
         self.write(trainer, 0)
-        self.stop.if_requested()
+        end_by(largest([self.stop.signal])[0])
 
     def write(self, trainer: L.Trainer, batches: int) -> None:
         """Write one, and remove what need not be kept."""
         self.batches = batches
         trainer.save_checkpoint(self.folder.checkpoint(trainer.global_step))
         self.written = time.monotonic()
+        if not trainer.is_global_zero:
+            return
         best = self.folder.checkpoint(self.best_step)
         for path in self.folder.steps[:-KEPT]:
             if path != best:

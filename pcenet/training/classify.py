@@ -19,10 +19,12 @@ from torchmetrics.classification import (
 import pcenet.data as data
 from pcenet.models import SavableModel
 from pcenet.nn import RoutingStatistics, record_routing
+from pcenet.nn.processes import sum_over_processes
 from pcenet.training.config import EvalConfig, Precision, TrainConfig
 from pcenet.training.device import autocast
 from pcenet.training.kinds import Kind
 from pcenet.training.measures import CALIBRATION_BINS, TOP_K, Evaluation, health_of, image_side, preprocessing
+from pcenet.training.ranks import over_processes
 from pcenet.training.tables import percent, show
 from pcenet.training.task import ClassificationTask
 
@@ -106,6 +108,8 @@ def evaluate_model(
 ) -> Evaluation:
     """Measure ``model``, which is put on ``device`` and in evaluation mode.
 
+    Processes that train together each measure it on batches of their own; what comes out is of all.
+
     Args:
         model: images ``[B, 3, H, W]`` to logits ``[B, len(classes)]``.
         batches: images and their class numbers ``[B]``.
@@ -132,10 +136,10 @@ def evaluate_model(
         for name, routings in records.items():
             for record in routings:
                 routing[name].update(record)
-    matrix: list[list[int]] = confusion.compute().tolist()
+    matrix: list[list[int]] = confusion.compute().tolist()  # torchmetrics sums over processes by itself
     return Evaluation(
         images=sum(map(sum, matrix)),
-        loss=float(loss) / sum(map(sum, matrix)),
+        loss=float(sum_over_processes(loss)) / sum(map(sum, matrix)),
         top1=sum(row[i] for i, row in enumerate(matrix)) / sum(map(sum, matrix)),
         top5=float(top5.compute()) if top5 else None,
         calibration_error=float(calibration.compute()),
@@ -144,7 +148,7 @@ def evaluate_model(
             for i, (name, row) in enumerate(zip(classes, matrix, strict=True))
         },
         confusion=matrix,
-        router={name: health_of(statistics.compute()) for name, statistics in routing.items()},
+        router={name: health_of(over_processes(statistics).compute()) for name, statistics in routing.items()},
     )
 
 

@@ -20,6 +20,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 Schedule = Literal["cosine", "poly", "constant"]
 Log = Literal["tensorboard", "wandb"]
 Find = Literal["none", "batch-size", "lr"]
+Strategy = Literal["auto", "ddp", "fsdp"]
 
 DEFAULT_MODEL: dict[Task, str] = {"classify": "pce_nano", "segment": "pce_unet_nano"}
 DEFAULT_BATCH_SIZE: dict[Task, int] = {"classify": 128, "segment": 8}
@@ -206,7 +207,12 @@ class TrainConfig:
         ),
     ] = 0
     epochs: Annotated[int, Option("Passes over the training images.", at_least=1)] = 15
-    batch_size: Annotated[int | None, Option("Images per batch; null: 128, or 8 to segment.", at_least=1)] = None
+    batch_size: Annotated[
+        int | None,
+        Option(
+            "Images per batch, and of each process where --devices has several; null: 128, or 8 to segment.", at_least=1
+        ),
+    ] = None
     accumulate: Annotated[
         int,
         Option(
@@ -359,6 +365,31 @@ class TrainConfig:
     ] = "tensorboard"
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"
+    devices: Annotated[
+        int,
+        Option(
+            "Processes that train together on this machine, each on a GPU of its own, or all on the processor. Each "
+            "takes --batch-size images in a step. Under torchrun: as many as that has started, on all machines.",
+            at_least=1,
+        ),
+    ] = 1
+    strategy: Annotated[
+        Strategy,
+        Option(
+            "What each of several processes keeps: ddp: everything; fsdp: a part of weights, gradients, averages and "
+            "the optimiser's state; auto: ddp."
+        ),
+    ] = "auto"
+    sync_batch_norm: Annotated[
+        bool,
+        Option(
+            "Batch normalisation takes its statistics over the batches of all processes, in the experts, too. The "
+            "routers always balance over all of them."
+        ),
+    ] = False
+    process_timeout: Annotated[
+        float, Option("Minutes after which a process that does not answer the others is given up.", above=0)
+    ] = 10.0
     workers: WorkersOption = None
     threads: ThreadsOption = None
 

@@ -18,16 +18,24 @@ from pcenet.training.config import Device, Precision
 PACKAGES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow", "safetensors")
 
 
-def resolve_device(name: Device) -> torch.device:
+def resolve_device(name: Device, count: int = 1) -> torch.device:
     """``"auto"`` is a CUDA GPU where there is one.
 
+    Args:
+        name: what the options say.
+        count: processes on this machine, each of which needs a GPU of its own.
+
     Raises:
-        ValueError: for ``"cuda"`` where torch sees no GPU.
+        ValueError: for ``"cuda"`` where torch sees no GPU, or too few.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda': torch sees no CUDA GPU; use --device cpu")
+    if name == "cuda" and count > torch.cuda.device_count():
+        raise ValueError(
+            f"devices {count}: torch sees {torch.cuda.device_count()} CUDA GPUs; give as many or fewer, or --device cpu"
+        )
     return torch.device(name)
 
 
@@ -43,11 +51,17 @@ def resolve_precision(name: Precision, device: torch.device) -> Precision:
     return "bf16" if native else "fp32"
 
 
-def resolve_workers(workers: int | None, device: torch.device) -> int:
-    """None is no process where the processor itself computes, which needs every core, and up to 8 beside a GPU."""
+def resolve_workers(workers: int | None, device: torch.device, count: int = 1) -> int:
+    """None is no process where the processor itself computes, which needs every core, and up to 8 beside a GPU.
+
+    Args:
+        workers: what the options say.
+        device: where is computed.
+        count: processes on this machine that train together, which share its cores.
+    """
     if workers is not None:
         return workers
-    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    return 0 if device.type == "cpu" else min(8, max(1, (os.cpu_count() or 1) // count))
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:

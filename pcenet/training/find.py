@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from pcenet.training.config import TrainConfig
 from pcenet.training.device import resolve_device, set_threads
 from pcenet.training.folder import RunFolder
+from pcenet.training.launch import ranks_of_environment
 from pcenet.training.run import Run, prepare, quiet, resolve, steps_per_epoch, trainer_options
 
 LEARNING_RATES = (1e-6, 1.0)
@@ -30,6 +31,8 @@ def find(config: TrainConfig) -> float:
     Raises:
         ValueError: for faulty options or data; for the batch size without a GPU; where no suggestion can be made.
     """
+    if ranks_of_environment().count > 1:
+        raise ValueError(f"find {config.find!r} tries one process alone: start it without torchrun")
     set_threads(config.threads)
     device = resolve_device(config.device)
     if config.find == "batch-size" and device.type != "cuda":

@@ -19,7 +19,9 @@ from pcenet.training.locks import locked
 from pcenet.training.sealing import TEMPORARY, discard, fault_of, flush
 
 ELSEWHERE = {"out", "resume"}  # options that say where a run goes on, not what it is
-SAFE_TO_CHANGE = ELSEWHERE | {"log", "device", "workers", "threads", "checkpoint_minutes", "skip_nonfinite"}
+SAFE_TO_CHANGE = ELSEWHERE | {
+    *("log", "device", "workers", "threads", "checkpoint_minutes", "skip_nonfinite", "strategy", "process_timeout")
+}
 STEP = "step-"  # how the names of checkpoints begin
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,11 @@ def differences(saved: TrainConfig, config: TrainConfig, aside: set[str]) -> lis
     ]
 
 
+def images_per_step(config: TrainConfig) -> int:
+    """Images of a batch, of all processes together."""
+    return (config.batch_size or 0) * config.devices
+
+
 def check_same(saved: TrainConfig, config: TrainConfig, where: str, way_out: str) -> None:
     """Raise a ``ValueError`` that names what differs, unless ``config`` may continue a run started with ``saved``.
 
@@ -70,8 +77,14 @@ def check_same(saved: TrainConfig, config: TrainConfig, where: str, way_out: str
         where: the run folder or checkpoint that holds ``saved``.
         way_out: what the user can do instead.
     """
-    changed = differences(saved, config, SAFE_TO_CHANGE)
+    aside = SAFE_TO_CHANGE | ({"devices", "batch_size"} if images_per_step(saved) == images_per_step(config) else set())
+    changed = differences(saved, config, aside)
     if changed:
+        if saved.devices != config.devices and "devices" not in aside:
+            way_out = (
+                f"batch_size times devices has to stay {images_per_step(saved)}, so that each step sees the images that"
+                f" it would have seen; {way_out}"
+            )
         raise ValueError(f"resume: {where} was started with other options ({', '.join(changed)}); {way_out}")
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from pcenet.nn.processes import process_count, sum_over_processes
 
 
 class EpochMeans:
@@ -26,8 +29,18 @@ class EpochMeans:
         self.images += images
 
     def compute(self) -> dict[str, Tensor]:
-        """The means so far; empty without images."""
-        return {name: value / self.images for name, value in self.sums.items()}
+        """The means so far, over all processes, each of which has seen images; empty without images."""
+        if process_count() == 1:
+            return {name: value / self.images for name, value in self.sums.items()}
+        own = torch.stack([value.double() for value in self.sums.values()])
+        *sums, images = sum_over_processes(torch.cat((own, own.new_tensor([self.images])))).unbind()
+        return {name: (value / images).float() for name, value in zip(self.sums, sums, strict=True)}
+
+    def add(self, state: Mapping[str, Any]) -> None:
+        """Add the images of another object's `state_dict`."""
+        for name, value in state["sums"].items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.images += state["images"]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as a checkpoint keeps it."""

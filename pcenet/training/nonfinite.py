@@ -11,8 +11,12 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from pcenet.training.launch import OtherProcessError
+from pcenet.training.ranks import gather, largest, own_rank
+from pcenet.training.strategies import local_part
 from pcenet.training.task import Seen, TrainingTask
 
 log = logging.getLogger(__name__)
@@ -52,13 +56,17 @@ class FiniteSteps(Callback):
         assert isinstance(pl_module, TrainingTask)
         gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
         parts = [part for seen in pl_module.seen for part in parts_of(seen)]
-        parts.append(torch.nn.utils.get_total_norm(gradients).float())
-        if bool(torch.stack(parts).isfinite().all()):
+        norm = torch.nn.utils.get_total_norm(gradients).float()
+        parts.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        finite = bool(torch.stack(parts).isfinite().all())
+        if not any(largest([not finite])):  # all processes take the step, or none
             self.skipped = 0
             return
-        found = f"step {trainer.global_step + 1}, {explain(trainer, pl_module)}"
+        found = f"step {trainer.global_step + 1}, {first_cause(trainer, pl_module)}"
         if self.skipped >= self.limit:
             row = f" and {self.limit} steps in a row were left out" if self.limit else ""
+            if own_rank():
+                raise OtherProcessError(found)
             raise ValueError(
                 f"{found}{row}; the weights are those of before, and so are the checkpoints. Look at these images,"
                 " lower --lr, or leave out such steps with --skip-nonfinite"
@@ -87,21 +95,28 @@ def parts_of(seen: Seen) -> Iterator[Tensor]:
         yield from (routing.logits.abs().amax().float() for routing in routings)  # not the sum, which may overflow
 
 
-def explain(trainer: L.Trainer, task: TrainingTask) -> str:
-    """What is not finite, the earliest cause first, with the batch and the images that it came with."""
+def first_cause(trainer: L.Trainer, task: TrainingTask) -> str:
+    """`explain` by the process that knows most: gradients that are not finite reach all, their cause is in one."""
+    found = gather(explain(trainer, task))
+    rank, (_, text) = max(enumerate(found), key=lambda item: item[1][0])
+    return text if len(found) == 1 else f"process {rank}, {text}"
+
+
+def explain(trainer: L.Trainer, task: TrainingTask) -> tuple[int, str]:
+    """What is not finite, the earliest cause first, with the batch and the images that it came with; before it, how
+    much that says: 2 for a cause, 1 for parameters, 0 for neither."""
     for seen in task.seen:
         cause, rows = cause_of(seen)
         if cause:
-            return f"{place(trainer, seen)}: {cause}, {images_of(trainer, seen, rows)}"
-    names = [
-        name
-        for name, parameter in task.named_parameters()
-        if parameter.grad is not None and not parameter.grad.isfinite().all()
-    ]
+            return 2, f"{place(trainer, seen)}: {cause}, {images_of(trainer, seen, rows)}"
+    gradients = {name: parameter.grad for name, parameter in task.named_parameters() if parameter.grad is not None}
+    names = [name for name, gradient in gradients.items() if not local_part(gradient).isfinite().all()]
     named = ", ".join(name.removeprefix("model.") for name in names[:NAMED]) or "as a whole: its norm overflows"
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     last = task.seen[-1]
-    return f"{place(trainer, last)}: the gradient is not finite ({named}{more}), {images_of(trainer, last)}"
+    return int(
+        bool(names)
+    ), f"{place(trainer, last)}: the gradient is not finite ({named}{more}), {images_of(trainer, last)}"
 
 
 def cause_of(seen: Seen) -> tuple[str | None, Tensor | None]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from pcenet.data import IGNORE
+from pcenet.nn.processes import sum_over_processes
 
 PixelBatches = Sequence[tuple[Tensor, Sequence[Tensor]]]
 """Batches of images of one size each, ``[b, 3, h, w]``, with their masks, ``[H_i, W_i]`` each at its own size."""
@@ -72,9 +73,9 @@ class PixelScores:
             self._loss += F.cross_entropy(enlarged[None], mask[None], ignore_index=IGNORE, reduction="sum")
 
     def compute(self) -> PixelCounts:
-        """Everything seen so far."""
-        confusion = self._confusion.compute()
-        return PixelCounts(confusion, float(self._loss / confusion.sum().clamp(min=1)))
+        """Everything seen so far, by all processes."""
+        confusion = self._confusion.compute()  # torchmetrics sums over processes by itself
+        return PixelCounts(confusion, float(sum_over_processes(self._loss) / confusion.sum().clamp(min=1)))
 
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:

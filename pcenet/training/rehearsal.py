@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from pcenet.training.config import TrainConfig
 from pcenet.training.device import resolve_device
 from pcenet.training.folder import RunFolder
+from pcenet.training.launch import ranks_of_environment
+from pcenet.training.ranks import decide, together
 from pcenet.training.run import resolve, train
 
 BATCHES = 2
@@ -26,12 +29,15 @@ def dry_run(config: TrainConfig) -> None:
         ValueError: for whatever the run itself would refuse, its run folder included.
         FileNotFoundError: if ``config.resume`` names a checkpoint that does not exist.
     """
-    config = replace(config, dry_run=False)
-    RunFolder(config.folder).enter(resolve(config, resolve_device(config.device)))
-    with tempfile.TemporaryDirectory(prefix="pcenet-") as folder:
+    config, ranks = replace(config, dry_run=False), ranks_of_environment()
+    device = resolve_device(config.device, ranks.local_count)
+    with together(ranks, device, config.process_timeout), ExitStack() as stack:
+        decide(lambda: RunFolder(config.folder).enter(resolve(config, device)))
+        folder = decide(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="pcenet-")))
         out = str(Path(folder) / "run")
         train(
             replace(config, out=out, resume=None, epochs=1, early_stopping=None, max_time=None, log="tensorboard"),
             batches=BATCHES,
         )
-    print(f"dry run: everything works, and nothing of it is left; the run itself would be {config.folder}")
+    if ranks.first:
+        print(f"dry run: everything works, and nothing of it is left; the run itself would be {config.folder}")

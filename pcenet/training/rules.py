@@ -59,6 +59,8 @@ def check_together(config: TrainConfig) -> None:
         check_overfit(config)
     if config.dry_run and config.find != "none":
         raise ValueError(f"dry_run and find {config.find!r} exclude each other: both end without a run; give one")
+    if config.find != "none" and config.devices > 1:
+        raise ValueError(f"find {config.find!r} tries one process alone, got devices {config.devices}: leave that out")
 
 
 def check_start(config: TrainConfig) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import statistics
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,32 +23,36 @@ from torch.utils.data import DataLoader
 import pcenet.data as data
 from pcenet.models import SavableModel, TimmNet
 from pcenet.training.callbacks import (
+    Averaging,
     EpochFigures,
     History,
     RouterHealth,
     Throughput,
     TrainingBar,
-    moving_average,
 )
 from pcenet.training.checkpoints import CheckpointFiles, Checkpoints, read_checkpoint
 from pcenet.training.config import DEFAULT_BATCH_SIZE, TrainConfig
 from pcenet.training.device import environment, resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.evaluate import check_classes
-from pcenet.training.folder import RunFolder, write_atomically, write_json
+from pcenet.training.folder import RunFolder, images_per_step, write_atomically, write_json
 from pcenet.training.kinds import Kind, kind_of
+from pcenet.training.launch import Ranks, ranks_of_environment
 from pcenet.training.loggers import check_logging, run_loggers
 from pcenet.training.measures import cost_of
 from pcenet.training.network import build_model, check_model, default_input_size, naming_model_args
 from pcenet.training.nonfinite import FiniteSteps
 from pcenet.training.pictures import pictures_of, save_pictures
+from pcenet.training.ranks import agreeing, decide, share, together
 from pcenet.training.resume import Fingerprint, Position, check_weights, fingerprint, position_of
 from pcenet.training.router_schedules import RouterSchedules
 from pcenet.training.schedules import Schedules
 from pcenet.training.signals import Stop, listening
 from pcenet.training.stopping import stopped_by, stopping_callbacks
+from pcenet.training.strategies import strategy_options, synchronised
 from pcenet.training.tables import console, router_table
 
 LOG_EVERY = 50
+SAME_SIGNAL = 1.0  # seconds in which a batch system and torchrun, or our launcher, may send a process the same one
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +65,7 @@ class Run:
     kind: Kind
     folder: RunFolder
     device: torch.device
+    ranks: Ranks
     workers: int
     sources: Mapping[data.Split, Any]
     model: SavableModel
@@ -71,7 +77,7 @@ class Run:
 
 
 def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
-    """``pcenet train``: train a network and leave the run folder.
+    """``pcenet train``: train a network and leave the run folder; one of several processes does its part of it.
 
     On the CPU two runs with the same options leave the same ``model/``, bit for bit, on one kind of processor
     and with the same versions and number of threads. On a GPU they do not: some of its kernels add in any order.
@@ -89,6 +95,8 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
             folder is another process's; in training, for numbers that are not finite, or for images that cannot be
             read any more.
         FileNotFoundError: if ``config.resume`` names a checkpoint that does not exist.
+        pcenet.training.launch.OtherProcessError: if another process that trains with this one has an error.
+        pcenet.training.launch.LostProcessError: if another one has ended.
         KeyboardInterrupt: after Ctrl-C; a checkpoint holds the state after the step that was at work, unless there was
             a second Ctrl-C. `pcenet.training.signals.Terminated`, a kind of it: after SIGTERM.
     """
@@ -96,29 +104,61 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
         raise ValueError("dry_run and find leave no run: see pcenet.training.rehearsal and pcenet.training.find")
     set_threads(config.threads)
     check_logging(config)
-    device = resolve_device(config.device)
+    ranks = ranks_of_environment()
+    device = resolve_device(config.device, ranks.local_count)
     config = resolve(config, device)
     folder = RunFolder(config.folder)
     with ExitStack() as stack:
-        stop = stack.enter_context(listening())
+        stop = stack.enter_context(listening(SAME_SIGNAL if ranks.count > 1 else 0.0, quiet=not ranks.first))
         stack.enter_context(data.naming_dead_workers())
-        begun = folder.config.is_file()
-        if begun:
-            stack.enter_context(folder.held())
-        checkpoint = folder.enter(config)
-        if folder.finished:
+        stack.enter_context(together(ranks, device, config.process_timeout))
+        if not ranks.first:
+            stack.enter_context(silent())
+        begun, finished, checkpoint = decide(lambda: enter(folder, config, stack))
+        if finished:
             print(f"{folder.path} is finished; nothing to do")
             return folder
-        run = prepare(config, folder, device, checkpoint, batches)
+        with agreeing():
+            run = prepare(config, folder, device, checkpoint, batches)
         announce(run)
-        if not begun:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(folder.held())
-            folder.enter(config)  # another process may have begun here meanwhile
-        folder.create(config, environment(device, config.precision) | {"workers": run.workers})
+        decide(lambda: begin(run, begun, stack))
         fitted = fit(run, stop)
         finish(run, fitted)
     return folder
+
+
+def enter(folder: RunFolder, config: TrainConfig, stack: ExitStack) -> tuple[bool, bool, Path | None]:
+    """Whether a run has begun in a folder, which is then held until the stack is left; whether it is finished; and the
+    checkpoint that it goes on from."""
+    begun = folder.config.is_file()
+    if begun:
+        stack.enter_context(folder.held())
+    checkpoint = folder.enter(config)
+    return begun, folder.finished, checkpoint
+
+
+def begin(run: Run, begun: bool, stack: ExitStack) -> None:
+    """Make the run folder, and hold it until the stack is left."""
+    folder, config = run.folder, run.config
+    if not begun:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(folder.held())
+        folder.enter(config)  # another process may have begun here meanwhile
+    processes = {"workers": run.workers, "processes": run.ranks.count}
+    folder.create(config, environment(run.device, config.precision) | processes)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """For all processes but the first: nothing is printed, and no warnings are given."""
+    logger = logging.getLogger("pcenet")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def prepare(
@@ -152,7 +192,8 @@ def prepare(
     if checkpoint:
         check_weights(checkpoint, model)
     model.class_names = list(classes)
-    workers = resolve_workers(config.workers, device)
+    ranks = ranks_of_environment()
+    workers = resolve_workers(config.workers, device, ranks.local_count)
     assert config.batch_size is not None
     pin_memory = device.type == "cuda"
     loaders = {
@@ -161,8 +202,12 @@ def prepare(
             model, sources["val"], batch_size=config.batch_size, workers=workers, pin_memory=pin_memory
         ),
     }
+    for loader in loaders.values():
+        assert isinstance(loader.sampler, data.EpochSampler)
+        assert loader.batch_size is not None
+        loader.sampler.divide(ranks.rank, ranks.count, loader.batch_size)
     start_at(loaders["train"], position)
-    return Run(config, kind, folder, device, workers, sources, model, cost, loaders, checkpoint, position, known)
+    return Run(config, kind, folder, device, ranks, workers, sources, model, cost, loaders, checkpoint, position, known)
 
 
 def choose_images(sources: dict[data.Split, Any], config: TrainConfig, batches: int | None) -> dict[data.Split, Any]:
@@ -180,7 +225,7 @@ def choose_images(sources: dict[data.Split, Any], config: TrainConfig, batches: 
         sources = {**sources, "train": data.first_images(train, config.max_images, config.seed)}
     if batches is not None:
         assert config.batch_size is not None
-        images = batches * config.batch_size
+        images = batches * config.batch_size * config.devices
         sources = {split: data.first_images(source, images, config.seed) for split, source in sources.items()}
     return sources
 
@@ -189,11 +234,19 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
     """The options with what is left to the program filled in: ``out``, ``model``, ``precision``, sizes.
 
     Raises:
-        ValueError: for a model that does not exist, or an argument that it does not take; names the nearest.
+        ValueError: for a model that does not exist, or an argument that it does not take; names the nearest. If there
+            are not as many processes as the options say.
     """
     check_model(config)
+    count = ranks_of_environment().count
+    if config.devices not in (1, count):
+        way_out = "give as many, or none" if count > 1 else "they are started by the command line, or by torchrun"
+        raise ValueError(f"devices {config.devices}, but there are {count} processes; {way_out}")
+    if config.strategy == "fsdp" and count == 1:
+        raise ValueError("strategy 'fsdp' divides a network between processes: give --devices, or --strategy auto")
     return replace(
         config,
+        devices=count,
         out=str(config.folder),
         model=config.model_name,
         batch_size=config.batch_size or DEFAULT_BATCH_SIZE[config.task],
@@ -242,23 +295,27 @@ def fit(run: Run, stop: Stop) -> Fitted:
     }
     checkpoints = Checkpoints(folder, about, config.checkpoint_minutes, stop)
     callbacks = stopping_callbacks(config, f"val/{run.kind.task.score}")
-    callbacks += [FiniteSteps(config.skip_nonfinite), moving_average(config.ema_decay), Throughput(), EpochFigures()]
+    callbacks += [FiniteSteps(config.skip_nonfinite), Averaging(config.ema_decay), Throughput(), EpochFigures()]
     callbacks += [health, history, checkpoints]
     schedules = Schedules(config, steps)
     if schedules.of_the_routers:
         callbacks.append(RouterSchedules(schedules))
     terminal = sys.stdout.isatty()
-    with quiet(), run_loggers(config, folder, run.position.step) as loggers:
+    with ExitStack() as stack:
+        stack.enter_context(quiet())
+        loggers = stack.enter_context(run_loggers(config, folder, run.position.step)) if run.ranks.first else []
         trainer = L.Trainer(
             **trainer_options(run),
             max_epochs=config.epochs,
             callbacks=[*callbacks, TrainingBar()] if terminal else callbacks,
             enable_progress_bar=terminal,
-            logger=loggers,
+            logger=loggers or False,
             log_every_n_steps=min(LOG_EVERY, steps),
             plugins=[CheckpointFiles()],
             default_root_dir=folder.path,
         )
+        if run.ranks.count > 1:
+            synchronised(run.model, config, run.device)
         task = run.kind.make_task(run.model, config, run.sources["train"], steps)
         with interruptible(trainer, stop):
             trainer.fit(task, run.loaders["train"], run.loaders["val"], ckpt_path=run.checkpoint, weights_only=True)
@@ -269,7 +326,7 @@ def trainer_options(run: Run) -> dict[str, Any]:
     """What Lightning's trainer is told of how to compute, whatever it does."""
     return {
         "accelerator": run.device.type,
-        "devices": 1,
+        **strategy_options(run.config, run.ranks),
         "precision": "bf16-mixed" if run.config.precision == "bf16" else "32-true",
         "accumulate_grad_batches": run.config.accumulate,
         "gradient_clip_val": run.config.clip_grad or None,
@@ -289,6 +346,10 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PossibleUserWarning)
             warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)
+            # What it is to be replaced by is not in torch 2.6.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            # The gradients of 1x1 convolutions have either layout, which are the same.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -325,6 +386,9 @@ def announce(run: Run) -> None:
         lines.append(f"starting from the weights of {config.init}")
     if isinstance(run.model, TimmNet) and run.model.upcycling:
         lines.append(str(run.model.upcycling))
+    if config.devices > 1:
+        kind = "parts of the network in each" if config.strategy == "fsdp" else "the network in each"
+        lines[2] += f"; {config.devices} processes, {kind}, {images_per_step(config)} images in a step of all"
     if run.checkpoint:
         position = run.position
         batch = f", batch {position.batch}" if position.batch else ""
@@ -337,11 +401,27 @@ def announce(run: Run) -> None:
 
 def finish(run: Run, fitted: Fitted) -> None:
     """Write ``model/`` from the last checkpoint's averaged weights, measure and draw it, write ``metrics.json``."""
-    config, folder, model, source = run.config, run.folder, run.model, run.sources["val"]
+    config, source = run.config, run.sources["val"]
+    model = run.model
+    if config.strategy == "fsdp":  # each process has parts of that one
+        model = build_model(config, len(source.classes))
+        model.class_names = list(source.classes)
+    decide(lambda: keep_averaged(model, run.folder))
+    share(list(model.state_dict().values()))
+    result = run.kind.evaluate(model, run.loaders["val"], source.classes, device=run.device, precision=config.precision)
+    decide(lambda: report(run, fitted, result))
+
+
+def keep_averaged(model: SavableModel, folder: RunFolder) -> None:
+    """Give a network the averaged weights of the last checkpoint, and write it."""
     averaged = read_checkpoint(folder.steps[-1])["state_dict"]
     model.load_state_dict({name.removeprefix("model."): value for name, value in averaged.items()})
     write_atomically(folder.model, model.save_pretrained)
-    result = run.kind.evaluate(model, run.loaders["val"], source.classes, device=run.device, precision=config.precision)
+
+
+def report(run: Run, fitted: Fitted, result: Any) -> None:
+    """Write and show what was measured."""
+    config, folder = run.config, run.folder
     draw(run, fitted.history.rows, result)
     write_json(folder.metrics, summary(run, fitted, result))
     if fitted.stopped:

@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader
 import pcenet.data as data
 from pcenet.models import SavableModel
 from pcenet.nn import RoutingStatistics, record_routing
+from pcenet.nn.processes import sum_over_processes
 from pcenet.training.config import EvalConfig, Precision, TrainConfig
 from pcenet.training.device import autocast
 from pcenet.training.kinds import Kind
 from pcenet.training.measures import PixelEvaluation, health_of, image_size, preprocessing
 from pcenet.training.pixels import PixelBatches, PixelScores
+from pcenet.training.ranks import over_processes
 from pcenet.training.tables import percent, show_pixels
 from pcenet.training.task import SegmentationTask
 
@@ -82,11 +84,13 @@ class Segmentation(Kind):
         device: torch.device,
         precision: Precision,
     ) -> PixelEvaluation:
-        """Measure ``model``, which is put on ``device`` and in evaluation mode, at the size of the masks."""
+        """Measure ``model``, which is put on ``device`` and in evaluation mode, at the size of the masks.
+
+        Processes that train together each measure it on batches of their own; what comes out is of all."""
         model = model.to(device).to(memory_format=torch.channels_last).eval()
         scores = PixelScores(len(classes), device)
         routing: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
-        count = 0
+        count = torch.zeros((), dtype=torch.int64, device=device)
         for images, masks in (group for batch in batches for group in batch):
             with autocast(precision, device), record_routing(model) as records:
                 logits = model(images.to(device, memory_format=torch.channels_last))
@@ -99,7 +103,7 @@ class Segmentation(Kind):
         matrix: list[list[int]] = counts.confusion.tolist()
         pixels = sum(map(sum, matrix))
         return PixelEvaluation(
-            images=count,
+            images=int(sum_over_processes(count)),
             pixels=pixels,
             loss=counts.loss,
             miou=counts.miou,
@@ -113,7 +117,7 @@ class Segmentation(Kind):
                 for i, (name, row, iou) in enumerate(zip(classes, matrix, counts.iou.tolist(), strict=True))
             },
             confusion=matrix,
-            router={name: health_of(statistics.compute()) for name, statistics in routing.items()},
+            router={name: health_of(over_processes(statistics).compute()) for name, statistics in routing.items()},
         )
 
     def summary(self, result: PixelEvaluation) -> dict[str, Any]:

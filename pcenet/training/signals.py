@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,31 +21,34 @@ class Terminated(KeyboardInterrupt):
 class Stop:
     """Whether a signal has asked for the end, and what to do about it.
 
+    Args:
+        same: seconds in which a further signal is taken for the first once more: of several processes, one may be sent
+            it by the batch system and by the process that has started it.
+        quiet: do not print a notice.
+
     Attributes:
-        patient: the first signal waits for `if_requested`; otherwise every signal raises where it arrives.
+        patient: the first signal waits until somebody looks at `signal`; otherwise each raises where it arrives.
+        signal: the number of the last signal; 0 where none has come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, same: float = 0.0, quiet: bool = False) -> None:
         self.patient = False
-        self._signal: int | None = None
-
-    @property
-    def requested(self) -> bool:
-        """Whether a signal has come."""
-        return self._signal is not None
+        self.signal = 0
+        self._same = same
+        self._quiet = quiet
+        self._first = 0.0
 
     def handle(self, number: int, frame: FrameType | None = None) -> None:
         """The handler of both signals."""
-        wait = self.patient and not self.requested
-        self._signal = number
+        if self.signal and time.monotonic() - self._first < self._same:
+            return
+        wait = self.patient and not self.signal
+        self._first = self._first if self.signal else time.monotonic()
+        self.signal = number
         if not wait:
-            self.if_requested()
-        os.write(2, NOTICE)  # print may be what the signal has interrupted
-
-    def if_requested(self) -> None:
-        """Raise `Terminated` after SIGTERM, `KeyboardInterrupt` after Ctrl-C."""
-        if self.requested:
-            raise Terminated if self._signal == signal.SIGTERM else KeyboardInterrupt
+            end_by(number)
+        if not self._quiet:
+            os.write(2, NOTICE)  # print may be what the signal has interrupted
 
     def listen(self) -> None:
         """Handle both signals from now on; one that the caller has the system ignore stays ignored."""
@@ -54,10 +58,16 @@ class Stop:
                     signal.signal(number, self.handle)
 
 
+def end_by(number: int) -> None:
+    """Raise `Terminated` for SIGTERM, `KeyboardInterrupt` for Ctrl-C; nothing for 0."""
+    if number:
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
 @contextmanager
-def listening() -> Iterator[Stop]:
-    """A `Stop` that handles both signals; afterwards their handlers are those of before."""
-    stop = Stop()
+def listening(same: float = 0.0, quiet: bool = False) -> Iterator[Stop]:
+    """A `Stop` that handles both signals; afterwards their handlers are those of before. Arguments as there."""
+    stop = Stop(same, quiet)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     stop.listen()
     try:

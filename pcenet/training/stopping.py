@@ -21,7 +21,7 @@ class NoProgress(EarlyStopping):
         return self.wait_count >= self.patience
 
     @override
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.should_stop = trainer.should_stop or self.over
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning_utilities.core.apply_func import apply_to_collection
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
@@ -21,11 +22,13 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from pcenet.data import IGNORE
 from pcenet.nn import Routing, RoutingStatistics, aux_terms, record_routing
 from pcenet.nn.experts import SharedConv2d
+from pcenet.nn.processes import process_count, sum_over_processes
 from pcenet.training.config import TrainConfig
 from pcenet.training.means import EpochMeans
 from pcenet.training.measures import TOP_K
 from pcenet.training.mixing import make_mixing, make_pasting
 from pcenet.training.pixels import PixelBatches, PixelScores
+from pcenet.training.ranks import gather, own_rank, share_statistics
 from pcenet.training.schedules import Schedules
 
 
@@ -52,9 +55,10 @@ def parameter_groups(
     return [*groups, {"params": differences, "weight_decay": difference_decay}] if differences else groups
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The random seed of one batch: dropout, mixing and noise in batch t depend on (seed, t) alone."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The random seed of one batch: dropout, mixing and noise in it depend on (seed, step, rank) alone."""
+    own = [rank] if rank else []
+    return int(np.random.SeedSequence([seed, step, *own]).generate_state(1, np.uint64)[0])
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,15 @@ def without_gradient(routing: Routing) -> Routing:
         probs=routing.probs.detach(),
         choice_weight=routing.choice_weight.detach(),
     )
+
+
+def add_counts(statistics: RoutingStatistics, counts: Mapping[str, Tensor | None]) -> None:
+    """Add the counts of another object's state to router statistics."""
+    total = dict(counts)
+    for name, own in statistics.state_dict().items():
+        count = counts[name]
+        total[name] = count if own is None or count is None else own + count
+    statistics.load_state_dict(total)
 
 
 class TrainingTask(L.LightningModule, ABC):
@@ -127,9 +140,9 @@ class TrainingTask(L.LightningModule, ABC):
         """The share of the targets that the logits hit, a scalar."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, float32."""
+        """Logits, in float32 at least."""
         logits: Tensor = self.model(images.to(memory_format=torch.channels_last))
-        return logits.float()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def batch_number(self, batch_idx: int) -> int:
         """A number for each batch of the run; the optimiser's step where every batch makes one."""
@@ -139,12 +152,13 @@ class TrainingTask(L.LightningModule, ABC):
         """Task loss plus auxiliary losses; `seen` takes notes, without a transfer to the host."""
         images, targets = batch
         finite_images = images.isfinite().flatten(1).all(1)
-        torch.manual_seed(step_seed(self.config.seed, self.batch_number(batch_idx)))
+        share_statistics(self)
+        torch.manual_seed(step_seed(self.config.seed, self.batch_number(batch_idx), own_rank()))
         images, targets = self.mix(images, targets)
         with record_routing(self.model) as records:
             logits = self(images)
         task = self.task_loss(logits, targets)
-        balance, z = aux_terms(records)
+        balance, z = aux_terms(records, synchronised=process_count() > 1)
         # A term of weight 0 is left out, not multiplied: it may be infinite.
         weights = (self.schedules.balance(self.global_step), self.config.z)
         weighted = [w * term for w, term in zip(weights, (balance, z), strict=True) if w]
@@ -175,15 +189,20 @@ class TrainingTask(L.LightningModule, ABC):
         self.seen.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The figures of the epoch so far, which may be interrupted, are part of the state."""
+        """The figures of the epoch so far, which may be interrupted, are part of the state: those of each process."""
         routing = {name: statistics.state_dict() for name, statistics in self.routing.items()}
-        checkpoint["epoch_so_far"] = {"means": self.means.state_dict(), "routing": routing}
+        own = {"means": self.means.state_dict(), "routing": routing}
+        first, *others = gather(apply_to_collection(own, Tensor, Tensor.cpu))
+        checkpoint["epoch_so_far"] = {**first, "others": others}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on with them."""
-        self.means.load_state_dict(checkpoint["epoch_so_far"]["means"])
-        for name, state in checkpoint["epoch_so_far"]["routing"].items():
-            self.routing[name].load_state_dict(state)
+        """Goes on with them; where there are more or fewer processes than before, the first with all."""
+        first = checkpoint["epoch_so_far"]
+        states = [first, *first.get("others", [])]
+        for state in [states[own_rank()]] if len(states) == process_count() else states if own_rank() == 0 else []:
+            self.means.add(state["means"])
+            for name, counts in state["routing"].items():
+                add_counts(self.routing[name], counts)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, its learning rate a pure function of the step."""
@@ -203,6 +222,7 @@ class ClassificationTask(TrainingTask):
     def __init__(self, model: nn.Module, config: TrainConfig, steps_per_epoch: int) -> None:
         super().__init__(model, config, steps_per_epoch)
         self.mixing = make_mixing(config.mixup, config.cutmix)
+        self.validation = EpochMeans()
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The batch with mixup or cutmix, where the options ask for it."""
@@ -229,7 +249,12 @@ class ClassificationTask(TrainingTask):
         values = {"val/loss": F.cross_entropy(logits, labels), "val/top1": accuracy(top_k=1)}
         if classes >= TOP_K:
             values["val/top5"] = accuracy(top_k=TOP_K)
-        self.log_dict(values, batch_size=len(labels))
+        self.validation.update(values, len(labels))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means over the split."""
+        self.log_dict(self.validation.compute())
+        self.validation.reset()
 
 
 class SegmentationTask(TrainingTask):
@@ -256,7 +281,11 @@ class SegmentationTask(TrainingTask):
         return (images, targets) if self.pasting is None else self.pasting(images, targets)
 
     def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy over the pixels that count, weighted by class, with label smoothing; 0 where none counts."""
+        """Cross-entropy over the pixels that count, weighted by class, with label smoothing; 0 where none counts.
+
+        Where several processes train, what is divided by is the mean over their batches, so that the mean of their
+        losses is that of one batch, however unevenly the pixels that count are spread.
+        """
         total = F.cross_entropy(
             logits,
             targets,
@@ -267,12 +296,19 @@ class SegmentationTask(TrainingTask):
         )
         counted = targets != IGNORE
         weight = counted.sum() if self.class_weights is None else self.class_weights[targets[counted]].sum()
-        return total / weight.float().clamp(min=1e-12)
+        return total / self.mean_weight(weight).to(total.dtype).clamp(min=1e-12)
 
     def right(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Pixel accuracy; 0 where no pixel counts."""
         counted = targets != IGNORE
-        return ((logits.argmax(1) == targets) & counted).sum() / counted.sum().clamp(min=1)
+        return ((logits.argmax(1) == targets) & counted).sum() / self.mean_weight(counted.sum()).float().clamp(
+            min=1e-12
+        )
+
+    @staticmethod
+    def mean_weight(weight: Tensor) -> Tensor:
+        """The mean over processes of what each of their batches is divided by."""
+        return sum_over_processes(weight.double()) / process_count()
 
     def validation_step(self, batch: PixelBatches, batch_idx: int) -> None:
         """Counts pixels at the size of the masks, with the averaged weights."""

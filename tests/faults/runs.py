@@ -96,10 +96,9 @@ def arguments_of(config: TrainConfig) -> list[str]:
     defaults, words = TrainConfig(), ["train"]
     for name, value in vars(config).items():
         if value != getattr(defaults, name):
-            words += [
-                f"--{name.replace('_', '-')}",
-                json.dumps(value) if value is None or isinstance(value, dict) else str(value),
-            ]
+            words.append(f"--{name.replace('_', '-')}")
+            if not isinstance(value, bool):
+                words.append(json.dumps(value) if value is None or isinstance(value, dict) else str(value))
     return words
 
 

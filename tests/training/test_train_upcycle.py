@@ -48,7 +48,7 @@ def test_a_run_from_a_dense_one_to_its_explanation(dense, pictures, tmp_path, ca
     assert set(metrics["router"]) == routers
     files = [str(pictures / "val" / "red" / "0.png")]
     assert main(["predict", str(out), *files, "--out", str(tmp_path / "predictions"), "--routing", *MACHINE]) == 0
-    (image,) = json.loads((tmp_path / "predictions" / "predictions.json").read_text())["images"]
+    (image,) = json.loads((tmp_path / "predictions" / "predictions.json").read_text())["predictions"]
     assert {len(rows) for rows in image["routing"].values()} == {4}
     explained = tmp_path / "explanation"
     assert main(["explain", str(out), "--out", str(explained), "--max-images", "6", *MACHINE]) == 0

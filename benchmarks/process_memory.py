@@ -1,0 +1,102 @@
+"""Memory of each of 1, 2 and 4 processes that train a network of many experts: ``python benchmarks/process_memory.py``.
+
+Runs ``pcenet train`` on the processor with each number of processes and both strategies, three steps each; prints what
+the process with the most keeps: bytes of weights, gradients, optimiser state and averaged weights after a step, and the
+largest resident memory, of the steps alone and of the whole run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pcenet.training.callbacks import Averaging
+from pcenet.training.config import TrainConfig
+from pcenet.training.launch import Launcher
+from pcenet.training.run import train
+from pcenet.training.strategies import local_part
+from pcenet.training.task import TrainingTask
+
+EXPERTS = 256
+CASES = [(1, "auto"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")]
+MEBI = 2**20
+
+
+def kept(tensors: list[Tensor]) -> int:
+    """Bytes that this process keeps of some tensors."""
+    parts = [local_part(tensor) for tensor in tensors]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def measure(task: TrainingTask, *_: object) -> None:
+    """After each step: what is kept. The peak counts from the end of the first step on."""
+    parameters = list(task.parameters())
+    (optimizer,) = task.trainer.optimizers
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    RESULT["weights"] = kept(parameters)
+    RESULT["gradients"] = kept([p.grad for p in parameters if p.grad is not None])
+    RESULT["optimiser"] = kept(states)
+    (averaging,) = (callback for callback in task.trainer.callbacks if isinstance(callback, Averaging))
+    RESULT["averages"] = kept(list(averaging._average_model.module.parameters()))
+    if task.global_step == 1:
+        Path("/proc/self/clear_refs").write_text("5")
+    elif task.global_step == 3:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        RESULT["peak of steps"] = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+RESULT: dict[str, int] = {}
+
+
+def one_process(count: int, strategy: str, folder: str) -> None:
+    """Do a process's part of a run, and write what it has kept."""
+    TrainingTask.on_train_batch_end = measure
+    options = {"epochs": 1, "batch_size": 32 // count, "max_images": 96, "workers": 0, "checkpoint_minutes": None}
+    train(
+        TrainConfig(
+            out=f"{folder}/run",
+            model_args={"num_experts": EXPERTS},
+            device="cpu",
+            precision="fp32",
+            strategy=strategy,
+            **options,
+        )
+    )
+    RESULT["peak of all"] = max(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, RESULT["peak of steps"])
+    Path(folder, f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(RESULT))
+
+
+def main() -> None:
+    """Run each case and print a table in MiB."""
+    if len(sys.argv) > 1:
+        one_process(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+        return
+    print(f"pce_nano with {EXPERTS} experts, torch {torch.__version__}, MiB of the process that has most\n")
+    names = ["weights", "gradients", "optimiser", "averages", "peak of steps", "peak of all"]
+    print(f"| processes | strategy | {' | '.join([*names[:4], 'together', *names[4:]])} |")
+    print("|---" * (len(names) + 3) + "|")
+    for count, strategy in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, str(count), strategy, folder]
+            silent = os.dup(1)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            code = Launcher(command, count).run()
+            os.dup2(silent, 1)
+            if code:
+                raise SystemExit(code)
+            found = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+        most = {name: max(values[name] for values in found) / MEBI for name in names}
+        cells = [most[name] for name in names]
+        cells.insert(4, sum(cells[:4]))
+        print(f"| {count} | {strategy} | {' | '.join(f'{cell:.0f}' for cell in cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
