@@ -154,9 +154,10 @@ def synchronised(model: nn.Module, config: TrainConfig, device: torch.device) ->
         device: where it will compute.
     """
     model = synchronise(model, batch_norm=config.sync_batch_norm)
-    for module in model.modules():
-        if device.type == "cpu" and isinstance(module, nn.SyncBatchNorm):
-            module.__class__ = ProcessorSyncBatchNorm
+    if device.type == "cpu":
+        layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+        for layer in layers:
+            layer.__class__ = ProcessorSyncBatchNorm
     return model
 
 

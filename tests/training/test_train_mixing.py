@@ -166,7 +166,7 @@ def test_accumulated_steps_are_counted_as_lightning_takes_them(start: Start, mon
     """An epoch of six batches of four: four for the first step, the two that are left over for the second."""
     seeds: list[int] = []
     monkeypatch.setattr(
-        "pcenet.training.task.step_seed", lambda seed, batch_number: seeds.append(batch_number) or batch_number
+        "pcenet.training.task.step_seed", lambda seed, batch_number, rank: seeds.append(batch_number) or batch_number
     )
     folder = train(start(batch_size=4, accumulate=4))
     with open(folder.logs / "metrics.csv", newline="") as file:
