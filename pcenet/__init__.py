@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pcenet.models import complexity, create_network, load_model
-    from pcenet.nn import PCEConv2d, PCELayer, aux_loss, record_routing
+    from pcenet.nn import PCEConv2d, PCELayer, attach_aux_losses, aux_loss, record_routing
     from pcenet.upcycling import upcycle
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "PCEConv2d",
     "PCELayer",
     "__version__",
+    "attach_aux_losses",
     "aux_loss",
     "complexity",
     "create_network",
@@ -35,6 +36,7 @@ __all__ = [
 _HOME = {
     "PCEConv2d": "pcenet.nn",
     "PCELayer": "pcenet.nn",
+    "attach_aux_losses": "pcenet.nn",
     "aux_loss": "pcenet.nn",
     "record_routing": "pcenet.nn",
     "complexity": "pcenet.models",

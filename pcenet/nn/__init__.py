@@ -1,5 +1,6 @@
 """The idea itself: patches, routing, experts, dispatch, losses, and the layer made of them. Imports torch alone."""
 
+from pcenet.nn.attaching import AttachedLosses, attach_aux_losses
 from pcenet.nn.conv import PCEConv2d
 from pcenet.nn.experts import ConvExperts
 from pcenet.nn.fourier import fourier_features
@@ -20,6 +21,7 @@ from pcenet.nn.statistics import RoutingStatistics, RoutingSummary
 from pcenet.nn.synchronising import synchronise
 
 __all__ = [
+    "AttachedLosses",
     "AuxTerms",
     "ConvExperts",
     "Grid",
@@ -30,6 +32,7 @@ __all__ = [
     "Routing",
     "RoutingStatistics",
     "RoutingSummary",
+    "attach_aux_losses",
     "aux_loss",
     "aux_terms",
     "expert_load",

@@ -83,7 +83,9 @@ def aux_terms(records: Mapping[str, Sequence[Routing]], synchronised: bool = Fal
     return AuxTerms(balance, z)
 
 
-def aux_loss(records: Mapping[str, Sequence[Routing]], balance: float = 0.01, z: float = 0.001) -> Tensor:
+def aux_loss(
+    records: Mapping[str, Sequence[Routing]], balance: float = 0.01, z: float = 0.001, synchronised: bool = False
+) -> Tensor:
     """What a training loop adds to its task loss: ``sum over layers of (balance * load balance + z * z-loss)``.
 
     Args:
@@ -91,10 +93,11 @@ def aux_loss(records: Mapping[str, Sequence[Routing]], balance: float = 0.01, z:
             times its mean is taken.
         balance: weight of the load balance loss.
         z: weight of the z-loss.
+        synchronised: see `aux_terms`.
 
     Returns:
         A scalar; 0 for no records, so that one training loop serves PCE networks and dense ones.
     """
-    terms = aux_terms(records)
+    terms = aux_terms(records, synchronised)
     weighted = [weight * term for weight, term in ((balance, terms.balance), (z, terms.z)) if weight]
     return sum(weighted[1:], weighted[0]) if weighted else torch.zeros(())

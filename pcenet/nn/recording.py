@@ -39,9 +39,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
         Layer name (as in ``model.named_modules()``, ``""`` for the model itself) to its Routings in the order of the
         forward passes. Empty for a network without PCE layers; a layer that did not run has no entry.
     """
-    for name, module in model.named_modules():
-        if name.endswith("_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError("model is compiled, and a compiled network calls no recorder: record the network itself")
+    check_not_compiled(model, "record the network itself")
     records: dict[str, list[Routing]] = {}
     with ExitStack() as stack:
         for name, router in routers_of(model):
@@ -52,6 +50,13 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
 
             stack.callback(router.register_forward_hook(collect).remove)
         yield records
+
+
+def check_not_compiled(model: nn.Module, way_out: str) -> None:
+    """Raise a ``ValueError`` with a way out if a network, or a part of it, is compiled."""
+    for name, module in model.named_modules():
+        if name.endswith("_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(f"model is compiled, and a compiled network calls no hooks added later: {way_out}")
 
 
 def routers_of(model: nn.Module) -> Iterator[tuple[str, Router]]:
