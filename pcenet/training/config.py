@@ -18,7 +18,7 @@ ClassWeights = Literal["none", "median"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp32"]
 Schedule = Literal["cosine", "poly", "constant"]
-Log = Literal["tensorboard", "wandb"]
+Log = Literal["tensorboard", "wandb", "trackio"]
 Find = Literal["none", "batch-size", "lr"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 
@@ -361,7 +361,11 @@ class TrainConfig:
         Option("Print a suggestion for the batch size (GPU only) or the peak learning rate, and train nothing."),
     ] = "none"
     log: Annotated[
-        Log, Option("wandb: figures go to Weights & Biases too, beside TensorBoard's files and metrics.csv.")
+        Log,
+        Option(
+            "wandb, trackio: figures go to Weights & Biases or to trackio too, beside TensorBoard's files and "
+            "metrics.csv."
+        ),
     ] = "tensorboard"
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"

@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 
 def check_logging(config: TrainConfig) -> None:
     """Raise a ``ModuleNotFoundError`` that says what to install where a logger's package is missing."""
-    if config.log == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ModuleNotFoundError("log 'wandb' needs Weights & Biases: pip install 'pcenet[wandb]'")
+    name = config.log
+    if name in TRACKERS and importlib.util.find_spec(name) is None:
+        raise ModuleNotFoundError(f"log {name!r} needs {TRACKERS[name][0]}: pip install 'pcenet[{name}]'")
 
 
 class Forgiving(Logger):
@@ -91,7 +92,8 @@ class Forgiving(Logger):
 def run_loggers(config: TrainConfig, folder: RunFolder, first_step: int) -> Iterator[list[Logger]]:
     """The loggers that the options ask for, TensorBoard's first; closed at the end. One that fails is left out.
 
-    Weights & Biases obeys its environment variables: with WANDB_MODE=offline it keeps everything in ``logs/wandb``.
+    Weights & Biases and trackio obey their environment variables: with WANDB_MODE=offline the former keeps everything
+    in ``logs/wandb``; TRACKIO_SPACE_ID sends the latter's figures to a Space, which else stay on this machine.
 
     Args:
         config: the options.
@@ -100,15 +102,16 @@ def run_loggers(config: TrainConfig, folder: RunFolder, first_step: int) -> Iter
     """
     with quiet_threads():
         board = Forgiving("TensorBoard", lambda: tensorboard(folder, first_step))
-        if config.log != "wandb":
+        if config.log == "tensorboard":
             yield [board]
             return
-        wandb = Forgiving("Weights & Biases", lambda: weights_and_biases(folder))
-        wandb.log_hyperparams(asdict(config))
+        title, make = TRACKERS[config.log]
+        tracker = Forgiving(title, lambda: make(folder))
+        tracker.log_hyperparams(asdict(config))
         try:
-            yield [board, wandb]
+            yield [board, tracker]
         finally:
-            wandb.attempt(lambda logger: logger.experiment.finish())
+            tracker.attempt(lambda logger: logger.experiment.finish())
 
 
 def tensorboard(folder: RunFolder, first_step: int) -> Logger:
@@ -128,6 +131,52 @@ def weights_and_biases(folder: RunFolder) -> Logger:
     )
 
 
+class TrackioLogger(Logger):
+    """trackio's logger; Lightning and trackio have none.
+
+    Args:
+        folder: the run folder, which exists.
+
+    Attributes:
+        experiment: trackio's run, begun or gone on with.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        import trackio
+
+        # trackio knows a run by its name alone, and folders of one name may lie in several places.
+        self._name = f"{folder.path.resolve().name}-{kept_identity(folder.logs / 'trackio-id')[:6]}"
+        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+        self.experiment = trackio.init(project=project, name=self._name, resume="allow", embed=False)
+
+    @property
+    @override
+    def name(self) -> str:
+        return self._name
+
+    @property
+    @override
+    def version(self) -> str:
+        return ""
+
+    @override
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Figures of a step."""
+        self.experiment.log(metrics, step=step)
+
+    @override
+    def log_hyperparams(self, params: Any, *arguments: Any, **options: Any) -> None:
+        """The options of the run, a dictionary; they go with the first figures."""
+        self.experiment.config.update(params)
+
+
+# What follows the training beside TensorBoard: its title, and its logger, of which `experiment` has a method `finish`.
+TRACKERS: dict[str, tuple[str, Callable[[RunFolder], Logger]]] = {
+    "wandb": ("Weights & Biases", weights_and_biases),
+    "trackio": ("trackio", TrackioLogger),
+}
+
+
 @contextmanager
 def quiet_threads() -> Iterator[None]:
     """No tracebacks of threads: TensorBoard's writes in one, and raises the error again where it is called next."""
@@ -140,7 +189,7 @@ def quiet_threads() -> Iterator[None]:
 
 
 def kept_identity(path: Path) -> str:
-    """A name by which wandb knows this run, so that it goes on when the run is resumed; kept in a file."""
+    """A name by which a tracker knows this run, so that it goes on when the run is resumed; kept in a file."""
     if not path.is_file():
         write_text(path, secrets.token_hex(8))
     return path.read_text(encoding="utf-8").strip()

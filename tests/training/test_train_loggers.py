@@ -1,16 +1,21 @@
-"""Weights & Biases, with a stand-in for its package."""
+"""Weights & Biases with a stand-in for its package, and trackio itself, on this machine."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pcenet.training.config import TrainConfig
+from pcenet.training.folder import RunFolder
+from pcenet.training.loggers import TrackioLogger
 from pcenet.training.run import train
 
 Start = Callable[..., TrainConfig]
@@ -69,10 +74,52 @@ def test_figures_go_to_wandb_too(wandb: SimpleNamespace, start: Start) -> None:
     assert (folder.logs / "metrics.csv").is_file()
 
 
-def test_a_missing_package_is_named_before_anything_is_written(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def trackio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """trackio with an empty store of its own, no network, and nothing measured of this machine."""
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for name in ("TRACKIO_PROJECT", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)  # the folder is read when it is imported
+    return importlib.import_module("trackio")
+
+
+def logged(name: str) -> list[dict[str, Any]]:
+    """What trackio has stored of a run."""
+    return importlib.import_module("trackio.sqlite_storage").SQLiteStorage.get_logs("pcenet", name)
+
+
+def test_figures_go_to_trackio_too(trackio: ModuleType, start: Start) -> None:
+    folder = train(start(model="dense_nano", epochs=1, log="trackio"))
+    name = f"run-{(folder.logs / 'trackio-id').read_text()[:6]}"
+    (run,) = trackio.Api().runs("pcenet")
+    assert run.name == name
+    assert run.config["model"] == "dense_nano"
+    (score,) = [row["val/top1"] for row in logged(name) if "val/top1" in row]
+    assert score == pytest.approx(json.loads(folder.metrics.read_text())["val"]["top1"], abs=1e-6)
+    assert list(folder.logs.glob("tensorboard/events*"))
+
+
+def test_trackio_goes_on_with_a_run(trackio: ModuleType, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.logs.mkdir(parents=True)
+    for step in (1, 2):
+        logger = TrackioLogger(folder)
+        logger.log_metrics({"loss": 1 / step}, step)
+        logger.experiment.finish()
+    (run,) = trackio.Api().runs("pcenet")
+    assert [(row["step"], row["loss"]) for row in logged(run.name)] == [(1, 1.0), (2, 0.5)]
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_a_missing_package_is_named_before_anything_is_written(
+    start: Start, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find_spec(name))
-    config = start(log="wandb")
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'pcenet\[wandb\]'"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find_spec(name))
+    config = start(log=package)
+    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'pcenet\[{package}\]'"):
         train(config)
     assert not config.folder.exists()
