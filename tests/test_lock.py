@@ -17,9 +17,8 @@ def test_the_lock_file_is_that_of_the_dependencies() -> None:
     locked = dict(line.split(" ")[0].split("==") for line in lines)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    asked = project["dependencies"] + [
-        text for name in ("train", "digits", "plot", "explain", "segment", "app", "dev") for text in extras[name]
-    ]
+    names = ("train", "digits", "plot", "explain", "segment", "app", "trackio", "examples", "dev")
+    asked = project["dependencies"] + [text for name in names for text in extras[name]]
     wanted = [Requirement(text) for text in asked]
     assert len(wanted) > 15
     for requirement in wanted:
