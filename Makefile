@@ -8,16 +8,18 @@ CIFAR10 ?= cifar10
 CAMVID ?= camvid.zip
 COMPARE = $(BIN)/pcenet compare --config experiments/$(1).yaml --data $(2) --out experiments/results/$(1)
 
-.PHONY: help demo bench experiments test test-faults audit lint clean
+.PHONY: help demo bench experiments docs test test-faults audit lint dist clean
 
 help:
 	@echo "make demo   train pce_nano and its dense twin on digits, compare them, draw the routing"
 	@echo "make bench  time and memory against the dense twin, the whole table (about 15 minutes)"
 	@echo "make experiments CIFAR10=... CAMVID=...   show what is left of the runs over three seeds, and go on with it (hours)"
-	@echo "make test   ruff, mypy and the default test suite"
+	@echo "make docs   the site, into docs/_build/html, and the code of its pages and docstrings"
+	@echo "make test   ruff, mypy, deptry and the default test suite"
 	@echo "make test-faults   kill, fill, damage, deceive: each fault of docs/reliability.md with its outcome (minutes)"
 	@echo "make audit  known vulnerabilities of the locked versions (needs the internet)"
-	@echo "make clean  remove the virtual environment and the demo's runs"
+	@echo "make dist   sdist and wheel, tried in an empty virtual environment (needs a package index)"
+	@echo "make clean  remove the virtual environment, what was built and the demo's runs"
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -38,10 +40,15 @@ experiments: $(VENV)/installed
 	$(call COMPARE,cifar10,$(CIFAR10))
 	$(BIN)/python experiments/report.py
 
+docs: $(VENV)/installed
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m pytest tests/test_docs.py -m 'slow or not slow'
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/deptry pcenet
 
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
@@ -53,5 +60,11 @@ audit: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
 	$(BIN)/pip-audit --strict --disable-pip --requirement requirements-lock.txt
 
+dist: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) .ci/try_wheel.py dist/*.whl
+
 clean:
-	rm -rf $(VENV) .venv-ci runs/demo
+	rm -rf $(VENV) .venv-ci runs/demo docs/_build dist

@@ -68,7 +68,7 @@ def comparison_tables(name: str) -> str:
         return f"No run of `experiments/{name}.yaml` is finished yet."
     report = json.loads(path.read_text(encoding="utf-8"))
     done = f"{len(report['runs'])} of {report['planned']} runs are finished.\n\n"
-    return done + "\n".join(sheet.markdown().replace("## ", "#### ") for sheet in sheets(report)).rstrip()
+    return done + "\n".join(sheet.markdown().replace("## ", "### ") for sheet in sheets(report)).rstrip()
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

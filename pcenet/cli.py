@@ -383,39 +383,34 @@ def run_models(arguments: list[str]) -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
         return
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    from pcenet.training.tables import console
-
-    columns = (
-        "name",
-        "task",
-        "input",
-        "parameters",
-        "active",
-        "multiply-\nadds",
-        "router",
-        "routed",
-        "twin",
-        "weights",
-    )
-    # Without lines and with little room between the columns all names fit into 120 characters.
-    table = Table(*columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for row in rows:
-        table.add_row(
-            row["name"],
-            row["task"],
-            " x ".join(map(str, row["input_size"])),
-            f"{row['parameters'] / 1e6:.2f} M",
-            f"{row['active_parameters'] / 1e6:.2f} M",
-            f"{row['multiply_adds'] / 1e6:.1f} M",
-            f"{row['router_share']:.1%}",
-            f"{row['routed_share']:.1%}",
-            row["twin"] or "",
-            ", ".join(row["weights"]),
+    titles = ("name", "task", "input", "parameters", "active", "multiply-adds", "router", "routed", "twin", "weights")
+    print(
+        as_columns(
+            titles,
+            [
+                (
+                    row["name"],
+                    row["task"],
+                    " x ".join(map(str, row["input_size"])),
+                    f"{row['parameters'] / 1e6:.2f} M",
+                    f"{row['active_parameters'] / 1e6:.2f} M",
+                    f"{row['multiply_adds'] / 1e6:.1f} M",
+                    f"{row['router_share']:.1%}",
+                    f"{row['routed_share']:.1%}",
+                    row["twin"] or "",
+                    ", ".join(row["weights"]),
+                )
+                for row in rows
+            ],
         )
-    console().print(table)
+    )
+
+
+def as_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lines in which every column is as wide as its widest entry: rich, which draws tables, is an extra."""
+    lines = [titles, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def run_bench(arguments: list[str]) -> None:

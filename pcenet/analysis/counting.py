@@ -35,7 +35,7 @@ class PatchCounts:
 
         Args:
             routing: of N patches.
-            classes: ``[N]`` int64, the class of each patch; patches of `pcenet.data.IGNORE` are not counted.
+            classes: ``[N]`` int64, the class of each patch; patches of ``pcenet.data.IGNORE`` are not counted.
         """
         grid, num_experts = routing.grid, routing.num_experts
         cells = grid.rows * grid.columns
@@ -61,8 +61,8 @@ class PatchCounts:
 def patch_classes(
     mask: Tensor, grid: tuple[int, int], patch_size: int, map_size: tuple[int, int], num_classes: int
 ) -> Tensor:
-    """The class of most of each patch's pixels, ``[rows * columns]`` int64; of equally many the first, `IGNORE` where
-    no pixel counts.
+    """The class of most of each patch's pixels, ``[rows * columns]`` int64; of equally many the first,
+    ``pcenet.data.IGNORE`` where no pixel counts.
 
     Args:
         mask: ``[H, W]`` int64 of a whole image, of whatever size; a mask's pixel belongs to the patch in which its

@@ -115,7 +115,7 @@ class CompareConfig:
 
     @property
     def folder(self) -> Path:
-        """Where everything goes: `out`, or ``runs/compare-<data>``."""
+        """``out``, or ``runs/compare-<data>``."""
         return Path(self.out or f"runs/compare-{Path(self.recipe.data).resolve().stem}")
 
     @property

@@ -107,12 +107,12 @@ class CheckReport:
 
     @property
     def usable(self) -> bool:
-        """Whether training would accept the set: no finding is an error."""
+        """Whether training would accept the set, which it does if no finding is an error."""
         return all(finding.severity != "error" for finding in self.findings)
 
     @property
     def shares(self) -> dict[str, float]:
-        """Class balance: each class's share of the training images, or pixels that count."""
+        """Each class's share of the training images, or pixels that count."""
         counts = self.counts.get("train", {})
         return {name: count / max(sum(counts.values()), 1) for name, count in counts.items()}
 

@@ -211,7 +211,7 @@ class DecodedNet(SavableModel):
     need batches of two images or more.
 
     Args:
-        name: "DECODER:ENCODER", such as ``"unet:pce_nano_s2"``; see `DECODERS` and `list_models`.
+        name: "DECODER:ENCODER", such as ``"unet:pce_nano_s2"``; see ``DECODERS`` and `list_models`.
         in_chans: channels of the image.
         num_classes: classes of a pixel.
         decoder_widths: channels of the decoder: for unet, unetplusplus and manet one for each doubling of the map, the
@@ -270,7 +270,7 @@ class DecodedNet(SavableModel):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The stacked normalisations, see `stacked_norm_names`."""
+        """The stacked normalisations, see ``stacked_norm_names``."""
         return stacked_norm_names(self)
 
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:

@@ -117,7 +117,7 @@ class PCENet(SavableModel):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The stacked normalisations, see `stacked_norm_names`."""
+        """The stacked normalisations, see ``stacked_norm_names``."""
         return stacked_norm_names(self)
 
     @torch.jit.ignore

@@ -57,7 +57,7 @@ class TimmNet(SavableModel):
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth; only networks that have it take another value than 0.
         pretrained_cfg_overlay: replaces parts of timm's record of the preprocessing, such as ``input_size``.
-        upcycling: what `Upcycling.to_dict` gave: which layers are PCE convolutions. None: none are.
+        upcycling: what `pcenet.upcycling.Upcycling.to_dict` gave: which layers are PCE convolutions. None: none are.
         timm_options: further arguments of the network, as `timm.create_model` takes them.
 
     Attributes:

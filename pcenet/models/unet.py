@@ -121,7 +121,7 @@ class PCEUNet(SavableModel):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The stacked normalisations, see `stacked_norm_names`."""
+        """The stacked normalisations, see ``stacked_norm_names``."""
         return stacked_norm_names(self)
 
     def forward_features(self, x: Tensor) -> Tensor:

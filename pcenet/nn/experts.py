@@ -71,7 +71,7 @@ class _Stacked(nn.Module):
 
 
 class StackedConv2d(_Stacked):
-    """The weights of E convolutions without bias, ``[E, C_out, C_in, 3, 3]``, each initialised like `nn.Conv2d`."""
+    """The weights of E convolutions without bias, ``[E, C_out, C_in, 3, 3]``, initialised like `torch.nn.Conv2d`."""
 
     def __init__(self, num_experts: int, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class SharedConv2d(_Stacked):
     the data, is learnt from all of it. Differences start at zero, and weight decay draws them there.
 
     Attributes:
-        shared: ``[C_out, C_in, 3, 3]``, initialised like `nn.Conv2d`.
+        shared: ``[C_out, C_in, 3, 3]``, initialised like `torch.nn.Conv2d`.
         difference: ``[E, C_out, C_in, 3, 3]``.
     """
 
@@ -239,7 +239,7 @@ def _per_slot(per_expert: Tensor, expert: Tensor) -> Tensor:
 class ConvExperts(nn.Module):
     """E experts ``Conv3x3 -> Norm -> GELU -> Dropout -> Conv3x3 -> Norm``, no skip inside, no bias (design, section 1).
 
-    The module holds the weights; `pcenet.nn.dispatch` runs each expert on its patches.
+    The module holds the weights; ``pcenet.nn.dispatch`` runs each expert on its patches.
 
     Args:
         in_channels: channels of a patch.

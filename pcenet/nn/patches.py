@@ -79,7 +79,7 @@ class PatchExtractor(nn.Module):
 
     @property
     def position_channels(self) -> int:
-        """Channels that the enriched patch has beyond the map's: 8K."""
+        """8K, the channels that the enriched patch has beyond the map's."""
         return 8 * self.num_bands
 
     def split(self, x: Tensor) -> tuple[Tensor, Grid]:

@@ -408,12 +408,12 @@ class TrainConfig:
 
     @property
     def model_name(self) -> str:
-        """`model`, or the task's default."""
+        """``model``, or the task's default."""
         return self.model or DEFAULT_MODEL[self.task]
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width of the images, where `input_size` says so."""
+        """Height and width of the images, where ``input_size`` says so."""
         if self.input_size is None:
             return None
         height, _, width = str(self.input_size).partition("x")
@@ -421,7 +421,7 @@ class TrainConfig:
 
     @property
     def folder(self) -> Path:
-        """The run folder: `out`, or ``runs/<model>-<data>-<seed>``."""
+        """``out``, or ``runs/<model>-<data>-<seed>``."""
         model = self.model_name.replace(":", "-")
         return Path(self.out or f"runs/{model}-{Path(self.data).resolve().stem}-{self.seed}")
 

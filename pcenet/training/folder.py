@@ -130,7 +130,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether training came to its end here: ``metrics.json`` is the last file that is written."""
+        """Whether training came to its end here; ``metrics.json`` is the last file that is written."""
         return self.metrics.is_file() and self.model.is_dir()
 
     @property

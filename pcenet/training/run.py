@@ -98,7 +98,7 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
         pcenet.training.launch.OtherProcessError: if another process that trains with this one has an error.
         pcenet.training.launch.LostProcessError: if another one has ended.
         KeyboardInterrupt: after Ctrl-C; a checkpoint holds the state after the step that was at work, unless there was
-            a second Ctrl-C. `pcenet.training.signals.Terminated`, a kind of it: after SIGTERM.
+            a second Ctrl-C. ``pcenet.training.signals.Terminated``, a kind of it: after SIGTERM.
     """
     if config.dry_run or config.find != "none":
         raise ValueError("dry_run and find leave no run: see pcenet.training.rehearsal and pcenet.training.find")

@@ -108,8 +108,8 @@ class TrainingTask(L.LightningModule, ABC):
         steps_per_epoch: steps of the optimiser in one pass over the training images.
 
     Attributes:
-        score: name of the figure of merit that `validation_step` logs as ``val/<score>``; higher is better.
-        train_score: name of the figure that `training_step` logs as ``train/<train_score>``.
+        score: name of the figure of merit that ``validation_step`` logs as ``val/<score>``; higher is better.
+        train_score: name of the figure that ``training_step`` logs as ``train/<train_score>``.
         seen: batches that the optimiser has not used yet; it, or whoever leaves them out, clears them.
         means: the means of the figures over the batches that it has used, since somebody reset them.
         routing: what happened in each PCE layer with these.
@@ -258,7 +258,7 @@ class ClassificationTask(TrainingTask):
 
 
 class SegmentationTask(TrainingTask):
-    """Logits ``[B, num_classes, H, W]``, class numbers ``[B, H, W]``; pixels of `pcenet.data.IGNORE` do not count.
+    """Logits ``[B, num_classes, H, W]``, class numbers ``[B, H, W]``; pixels of ``pcenet.data.IGNORE`` do not count.
 
     Args:
         class_weights: ``[num_classes]``, weight of each class in the loss; None: all equal.

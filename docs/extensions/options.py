@@ -1,0 +1,49 @@
+"""The directive `pcenet-options`: the options of a command, as the program itself knows them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from pcenet import cli
+from pcenet.training.config import choices_of
+
+
+class Options(SphinxDirective):
+    """A definition list: each option with its default, and what it does.
+
+    The directive's argument is the full name of the class that holds the options.
+    """
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """The list."""
+        module, _, name = self.arguments[0].rpartition(".")
+        entries = cli.entries_of(getattr(import_module(module), name))
+        entries.pop("recipe", None)  # in its place a command has the options of `pcenet train`
+        return [nodes.definition_list("", *(item(name, entry) for name, entry in entries.items()))]
+
+
+def item(name: str, entry: cli.Entry) -> nodes.definition_list_item:
+    """One option."""
+    term = nodes.term()
+    if entry.option.positional:
+        term += nodes.literal(text=name.upper())
+    else:
+        term += nodes.literal(text=cli.option_name(name))
+        if entry.kind is not bool:
+            term += nodes.Text("  ")
+            term += nodes.literal(text="null" if entry.default is None else str(entry.default))
+    choices = choices_of(entry.kind)
+    text = entry.option.help + (f" One of {', '.join(choices)}." if choices else "")
+    return nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph(text=text)))
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Make the directive known."""
+    app.add_directive("pcenet-options", Options)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,83 @@
+"""The code of the pages runs, their commands are understood, and so are the examples of the docstrings.
+
+`make docs` runs all of it; what takes a while is left out of the default suite.
+"""
+
+from __future__ import annotations
+
+import doctest
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from pcenet import cli
+
+ROOT = Path(__file__).parents[1]
+# The log keeps commands as they were; some have changed since.
+DOCS = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "log.md"]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The calls of pcenet in a page's blocks of shell commands, as words."""
+    lines = "\n".join(blocks(path, "bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("pcenet ")]
+
+
+def modules_with_examples() -> list[str]:
+    paths = sorted((ROOT / "pcenet").rglob("*.py"))
+    found = [path for path in paths if ">>> " in path.read_text(encoding="utf-8")]
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [path.name for path in DOCS if blocks(path, "python")])
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for code in blocks(ROOT / "docs" / page, "python"):
+        exec(compile(code, page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", [path.name for path in DOCS if commands(path)])
+def test_the_commands_of_a_page_are_understood(page, monkeypatch):
+    """UnderstoodError to the end, options and values; not run."""
+    for words in commands(ROOT / "docs" / page):
+        assert words[0] in cli.COMMANDS
+        with monkeypatch.context() as patch:
+            patch.setattr(cli, "parse_values", stop_after(cli.parse_values))
+            if words[0] not in ("models", "doctor"):
+                with pytest.raises(UnderstoodError):
+                    cli.COMMANDS[words[0]](words[1:])
+
+
+class UnderstoodError(Exception):
+    """Everything was understood."""
+
+
+def stop_after(parse_values):
+    def parse(command, entries, arguments):
+        # The file need not be there: what it would say is not for the parser of the command line.
+        without_config = [word for pair in zip(["", *arguments], arguments, strict=False) for word in without(pair)]
+        parse_values(command, entries, without_config)
+        raise UnderstoodError
+
+    return parse
+
+
+def without(pair: tuple[str, str]) -> list[str]:
+    return [] if "--config" in pair else [pair[1]]
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_the_examples_of_a_module_run(name):
+    module = import_module(name)
+    results = doctest.testmod(module)
+    assert results.attempted
+    assert not results.failed
