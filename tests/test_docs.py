@@ -11,13 +11,24 @@ import shlex
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pcenet import cli
 
 ROOT = Path(__file__).parents[1]
 # The log keeps commands as they were; some have changed since.
 DOCS = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "log.md"]
+
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+QUICK = {
+    "train": ["--epochs", "1", "--workers", "0", "--threads", "1"],
+    "compare": ["--epochs", "1", "--seeds", "1", "--workers", "0", "--threads", "1"],
+    "eval": ["--workers", "0", "--threads", "1"],
+    "predict": ["--workers", "0", "--threads", "1"],
+    "explain": ["--workers", "0", "--threads", "1", "--intervention-images", "4"],
+}
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -37,12 +48,29 @@ def modules_with_examples() -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [path.name for path in DOCS if blocks(path, "python")])
+@pytest.mark.parametrize("page", [path.name for path in DOCS if path != TUTORIAL and blocks(path, "python")])
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for code in blocks(ROOT / "docs" / page, "python"):
         exec(compile(code, page, "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_from_the_top_to_the_end(tmp_path, monkeypatch):
+    """On other pictures, for one epoch."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("airplane", "frog", "horse"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for index in range(20):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{index:04}.jpg")
+    for words in commands(TUTORIAL):
+        assert cli.main([*words, *QUICK.get(words[0], [])]) == 0
+    names: dict = {}
+    for code in blocks(TUTORIAL, "python"):
+        exec(compile(code, "tutorial.md", "exec"), names)
 
 
 @pytest.mark.parametrize("page", [path.name for path in DOCS if commands(path)])
