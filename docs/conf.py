@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(abc|collections|contextlib|huggingface_hub|lightning|numpy|pathlib|PIL|rich|timm|torch)\..*"),
     # Names of types that stand for themselves in signatures, and what is private to a package.
     ("py:class", r"[A-Z]\w*|nn\.Module"),
-    ("py:(class|exc)", r"pcenet\.(analysis|data|explain|inference|training|upcycling)\.\w+\.\w+|pcenet\..*\._\w+"),
+    ("py:(class|exc)", r"pcenet\.(analysis|data|explain|inference|training|upcycling)\.\w+\.\w+"),
 ]
 
 myst_enable_extensions = ["colon_fence"]
@@ -44,9 +45,10 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 napoleon_use_rtype = False
 
+highlight_language = "none"
 html_theme = "furo"
 html_title = f"PCE {release}"
 
@@ -73,7 +75,13 @@ def skip_fields_of_tuples(app: Sphinx, what: str, name: str, member: Any, skip: 
     return True if type(member).__name__ == "_tuplegetter" else None
 
 
+def keep_letters(app: Sphinx, what: str, name: str, member: Any, options: Any, lines: list[str]) -> None:
+    """``num_experts: E.`` is a description, not the fifth item of a list."""
+    lines[:] = [re.sub(r"^( +[\w, ]+: )([A-Z])\.", r"\1\\\2.", line) for line in lines]
+
+
 def setup(app: Sphinx) -> None:
     """Connect what stands above."""
     app.connect("missing-reference", find_by_name)
+    app.connect("autodoc-process-docstring", keep_letters, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", skip_fields_of_tuples)

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from pcenet import cli
+from pcenet.models import complexity, create_network, input_size_of, list_models, twin_of
 
 ROOT = Path(__file__).parents[1]
 # The log keeps commands as they were; some have changed since.
@@ -54,6 +55,25 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     names: dict = {}
     for code in blocks(ROOT / "docs" / page, "python"):
         exec(compile(code, page, "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_tables_of_networks_are_true():
+    """Patches, cost and twin, as rounded there, are those that the networks have."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(pce_\w+)`[^|]*\|(.*)\| `(dense_\w+)` \|$", page, re.MULTILINE)
+    unlisted = {"pce_tiny_spec", "pce_small_spec"}  # as `pce_tiny` and `pce_small`
+    assert {name for name, *_ in rows} == {name for name in list_models() if name.startswith("pce_")} - unlisted
+    for name, row, twin in rows:
+        *_, patches, multiply_adds, parameters = (cell.strip() for cell in row.strip("| ").split("|"))
+        network = create_network(name)
+        cost = complexity(network, input_size_of(name))
+        sides = ["dense" if side is None else str(side) for side in network.model_args["patch_sizes"]]
+        assert patches == ", ".join(sides)
+        mega = cost.multiply_adds / 1e6
+        assert multiply_adds == (f"{mega:.1f} M" if mega < 100 else f"{mega / 1000:.2f} G")
+        assert parameters == f"{cost.parameters / 1e6:.2f} M ({cost.active_parameters / 1e6:.2f} M)"
+        assert twin == twin_of(name)
 
 
 @pytest.mark.slow

@@ -40,7 +40,13 @@ def item(name: str, entry: cli.Entry) -> nodes.definition_list_item:
             term += nodes.literal(text="null" if entry.default is None else str(entry.default))
     choices = choices_of(entry.kind)
     text = entry.option.help + (f" One of {', '.join(choices)}." if choices else "")
-    return nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph(text=text)))
+    return nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph("", "", *marked(text))))
+
+
+def marked(text: str) -> list[nodes.Node]:
+    """A text in which what stands between backticks is code."""
+    parts = enumerate(text.split("`"))
+    return [nodes.literal(text=part) if number % 2 else nodes.Text(part) for number, part in parts]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -102,8 +102,8 @@ def attach_aux_losses(
     In training mode, where gradients are computed, the backward pass of each PCE layer and convolution adds the
     gradients of `aux_loss` for its routing. Outputs, the loss that the loop prints, and evaluation are unchanged, and a
     loop that does add `aux_loss` itself would count it twice. It works beside `record_routing`, under activation
-    checkpointing of both kinds, and for networks compiled or wrapped (`DistributedDataParallel`) afterwards. Loads are
-    counted over all processes where `synchronise` was called.
+    checkpointing of both kinds, and for networks compiled or wrapped (``DistributedDataParallel``) afterwards. Loads
+    are counted over all processes where `synchronise` was called.
 
     **What the scale assumes.** The gradients of the auxiliary losses are added as they are, times ``scale``: as if the
     loop called ``backward()`` on the mean loss of the batch. What it multiplies its loss by before that, the layers
