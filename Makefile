@@ -8,7 +8,7 @@ CIFAR10 ?= cifar10
 CAMVID ?= camvid.zip
 COMPARE = $(BIN)/pcenet compare --config experiments/$(1).yaml --data $(2) --out experiments/results/$(1)
 
-.PHONY: help demo bench experiments docs test test-faults audit lint dist clean
+.PHONY: help demo bench experiments docs test test-faults examples audit lint dist clean
 
 help:
 	@echo "make demo   train pce_nano and its dense twin on digits, compare them, draw the routing"
@@ -16,6 +16,7 @@ help:
 	@echo "make experiments CIFAR10=... CAMVID=...   show what is left of the runs over three seeds, and go on with it (hours)"
 	@echo "make docs   the site, into docs/_build/html, and the code of its pages and docstrings"
 	@echo "make test   ruff, mypy, deptry and the default test suite"
+	@echo "make examples   run the examples: timm, Lightning, Hugging Face, segmentation-models-pytorch, torchvision"
 	@echo "make test-faults   kill, fill, damage, deceive: each fault of docs/reliability.md with its outcome (minutes)"
 	@echo "make audit  known vulnerabilities of the locked versions (needs the internet)"
 	@echo "make dist   sdist and wheel, tried in an empty virtual environment (needs a package index)"
@@ -55,6 +56,9 @@ test: lint
 
 test-faults: $(VENV)/installed
 	$(BIN)/python -m pytest tests/faults -m faults
+
+examples: $(VENV)/installed
+	$(BIN)/python -m pytest tests/test_examples.py -m "slow or not slow"
 
 audit: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit

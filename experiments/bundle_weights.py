@@ -12,7 +12,6 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ from huggingface_hub import ModelCard
 
 from pcenet.models import create_network, load_model, pretrained
 from pcenet.models.pretrained import CONFIG, WEIGHTS
+from pcenet.publish.card import SCORES, recipe, score_of
 from pcenet.training.config import TrainConfig
-from pcenet.training.folder import SAFE_TO_CHANGE, RunFolder, write_atomically
+from pcenet.training.folder import RunFolder, write_atomically
 
 CARD = "README.md"
 LIMIT = 6 * 10**6  # bytes of a file: whoever installs the package downloads all of them
-SCORES = {"top1": "top-1", "miou": "mIoU"}
+LICENSE = "apache-2.0"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,6 +53,7 @@ def bundle(run: RunFolder, name: str) -> Path:
     metrics = json.loads(run.metrics.read_text(encoding="utf-8"))
     environment = json.loads(run.environment.read_text(encoding="utf-8"))
     card = ModelCard.load(run.model / CARD)
+    card.data.license = LICENSE
     text = card_text(name, run.read_config(), metrics, environment, load_model(run.model).class_names or [])
 
     def write(folder: Path) -> None:
@@ -94,11 +95,7 @@ def card_text(
 ) -> str:
     """The body of the card. No path of the machine that trained is in it."""
     network, val = name.partition("/")[2], metrics["val"]
-    score = next(key for key in SCORES if key in val)
-    options = {key: value for key, value in asdict(config).items() if key not in SAFE_TO_CHANGE}
-    for key in ("data", "classes"):
-        if isinstance(options[key], str):
-            options[key] = Path(options[key]).name
+    score, options = score_of(val), recipe(config)
     versions = ", ".join(f"{part} {environment['versions'][part]}" for part in ("torch", "timm"))
     return f"""# {name}
 

@@ -1,4 +1,5 @@
-"""The command line: ``pcenet check-data | train | compare | eval | predict | explain | app | models | bench | doctor``.
+"""The command line: ``pcenet check-data | train | compare | eval | predict | explain | app | push | models | bench |
+doctor``.
 
 Nothing heavy is imported before a command runs, so that help and mistakes in the options cost no time.
 """
@@ -23,6 +24,7 @@ from pcenet.benchmark.config import BenchConfig
 from pcenet.choices import did_you_mean
 from pcenet.compare.config import OF_A_RUN, CompareConfig
 from pcenet.explain.config import ExplainConfig
+from pcenet.publish.config import PushConfig
 from pcenet.training.config import (
     CheckDataConfig,
     EvalConfig,
@@ -45,7 +47,9 @@ from pcenet.training.signals import Terminated
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-C = TypeVar("C", TrainConfig, EvalConfig, PredictConfig, ExplainConfig, CheckDataConfig, BenchConfig, AppConfig)
+C = TypeVar(
+    "C", TrainConfig, EvalConfig, PredictConfig, ExplainConfig, CheckDataConfig, BenchConfig, AppConfig, PushConfig
+)
 
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "scipy", "tensorboard", "torchmetrics", "yaml")
 TRACEBACK = "PCENET_TRACEBACK"
@@ -376,6 +380,14 @@ def run_app(arguments: list[str]) -> None:
     serve(config)
 
 
+def run_push(arguments: list[str]) -> None:
+    """publish the network of a run on the Hugging Face Hub, with a model card"""
+    config = parse("push", PushConfig, arguments)
+    from pcenet.publish.command import push
+
+    push(config)
+
+
 def run_models(arguments: list[str]) -> None:
     """list the networks with their cost and their dense twins"""
     options = parse_json_flag("models", arguments)
@@ -469,6 +481,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "predict": run_predict,
     "explain": run_explain,
     "app": run_app,
+    "push": run_push,
     "models": run_models,
     "bench": run_bench,
     "doctor": run_doctor,

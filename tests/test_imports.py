@@ -33,6 +33,7 @@ ALLOWED = {
     "app": {"choices", "models", "nn", "data", "training", "analysis"},
     "inference": {"choices", "nn", "models", "data", "training", "analysis"},
     "explain": {"choices", "nn", "models", "data", "training", "analysis", "inference"},
+    "publish": {"choices", "nn", "models", "data", "training", "analysis"},
 }
 
 

@@ -11,25 +11,20 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pcenet.choices import Task
+from pcenet.models.card import model_card
 from pcenet.models.pretrained import CONFIG, WEIGHTS, bundled_folder, or_bundled, preprocessing_of
 
 LARGEST_CONFIG = 2**24  # bytes; the names of 21,000 classes take half a megabyte
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
 
 
-class SavableModel(
-    nn.Module,
-    ModelHubMixin,
-    library_name="pcenet",
-    tags=["mixture-of-experts"],
-    license="apache-2.0",
-):
+class SavableModel(nn.Module, ModelHubMixin):
     """A network of this package: huggingface_hub's ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
     Attributes:
@@ -99,6 +94,16 @@ class SavableModel(
             if not hint:
                 raise
             raise ValueError(f"there is no folder {name}{hint}; nor could it be had from the Hub: {error}") from error
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card that ``save_pretrained`` writes where there is none: what the network is, and how to load it.
+        ``pcenet push`` writes one that also says how it was trained and what it scores.
+
+        Args:
+            args: those of `pcenet.models.card.model_card` behind its first.
+            kwargs: likewise.
+        """
+        return model_card(self.config(), *args, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}

@@ -1,12 +1,15 @@
 """A network as a folder."""
 
 import json
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from pcenet.models import PCENet, load_model
@@ -39,6 +42,34 @@ def test_round_trip(model, folder):
         assert loaded.model_args == model.model_args
         assert loaded.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
         assert torch.equal(loaded(x), model(x))
+
+
+def test_through_the_hub(model, tmp_path, monkeypatch):
+    """huggingface_hub's own methods, with a stand-in for the server: a folder."""
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, *, repo_id, folder_path, **_):
+            shutil.copytree(folder_path, tmp_path / repo_id)
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    monkeypatch.setattr(
+        "huggingface_hub.hub_mixin.hf_hub_download", lambda repo_id, filename, **_: str(tmp_path / repo_id / filename)
+    )
+    monkeypatch.setattr("pcenet.models.hub.snapshot_download", lambda repo_id, **_: str(tmp_path / repo_id))
+    model.push_to_hub("me/pavements")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(PCENet.from_pretrained("me/pavements")(x), model(x))
+    card = ModelCard.load(tmp_path / "me/pavements/README.md")
+    assert card.data.pipeline_tag == "image-classification"
+    assert "mixture-of-experts" in card.data.tags
+    assert card.data.license is None, "that is for the owner of the weights to say"
+    assert "3 classes: leaf, pavement, sky." in card.text
 
 
 def test_timm_loads_it_too(model, folder):

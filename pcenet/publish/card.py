@@ -1,0 +1,161 @@
+"""What a run says of its network on a model card, from the files of its folder. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import EvalResult
+
+from pcenet.choices import Task
+from pcenet.models import bundled
+from pcenet.models.card import PIPELINE, plain
+from pcenet.training.config import TrainConfig
+from pcenet.training.folder import SAFE_TO_CHANGE
+
+PICTURE = "routing.png"
+SCORES = {"top1": "top-1", "miou": "mIoU"}
+METRICS = {"top1": "accuracy", "miou": "mean_iou"}  # as the Hub calls them
+
+Values = Mapping[str, Any]
+
+
+def recipe(config: TrainConfig) -> dict[str, Any]:
+    """The options that ``pcenet train --config`` reads to train it again. No path of the machine that trained is in
+    them: of files and folders the names are."""
+    options = {key: value for key, value in asdict(config).items() if key not in SAFE_TO_CHANGE}
+    for key in ("data", "classes", "init"):
+        if isinstance(options[key], str) and options[key] not in bundled():
+            options[key] = Path(options[key]).name
+    return options
+
+
+def score_of(figures: Values) -> str:
+    """The figure of an evaluation that counts: a key of `SCORES`."""
+    return next(key for key in SCORES if key in figures)
+
+
+def data_of(metrics: Values) -> str:
+    """What the run was trained on, without the folders that it lies in."""
+    return Path(metrics["data"]).name
+
+
+def percent(value: float) -> str:
+    """A share, such as "83.08 %"."""
+    return f"{value:.2%}".replace("%", " %")
+
+
+def score_section(metrics: Values, evaluations: Sequence[Values], twin: Values | None) -> str:
+    """The scores, of validation and of what ``pcenet eval`` measured, and the twin's beside the former.
+
+    Args:
+        metrics: the run's ``metrics.json``.
+        evaluations: its ``eval-*.json``.
+        twin: the twin's ``metrics.json``, if there is a twin.
+    """
+    val = metrics["val"]
+    score = score_of(val)
+    rows = [
+        f"| {plain(each['data'])}, {each['split']} | {each['images']} | {percent(each[score])} |"
+        for each in ({"data": data_of(metrics), "split": "val"} | dict(val), *evaluations)
+    ]
+    table = f"| data | images | {SCORES[score]} |\n|---|---|---|\n" + "\n".join(rows)
+    text = f"## Score\n\n{table}"
+    if twin is not None:
+        theirs = percent(twin["val"][score])
+        ahead = 100 * (val[score] - twin["val"][score])
+        where = f"{abs(ahead):.2f} points {'ahead of' if ahead > 0 else 'behind'} it" if ahead else "level with it"
+        text += (
+            f"\n\nIts dense twin `{twin['model']}`, the same network with a plain double convolution in place of each "
+            f"PCE layer, has {theirs} on the validation images: PCE is {where}, in one run of each."
+        )
+    return text
+
+
+def cost_section(name: str, cost: Values, twin: tuple[str, Values] | None, size: tuple[int, int]) -> str:
+    """Parameters and multiply-adds, and the twin's where they are known.
+
+    Args:
+        name: of the network.
+        cost: its cost, as ``metrics.json`` has it.
+        twin: the dense twin's name and cost, if they are known.
+        size: height and width of the images.
+    """
+
+    def row(name: str, cost: Values) -> str:
+        millions = (cost[key] / 1e6 for key in ("parameters", "active_parameters", "multiply_adds"))
+        return f"| {name} |" + "".join(f" {number:.2f} M |" for number in millions)
+
+    rows = [row(f"`{name}`", cost)] + ([row(f"`{twin[0]}`, its dense twin", twin[1])] if twin is not None else [])
+    return (
+        f"## Cost\n\nOf one image of {size[0]} x {size[1]} px; active is what one patch meets on its way.\n\n"
+        "| | parameters | active | multiply-adds |\n|---|---|---|---|\n" + "\n".join(rows)
+    )
+
+
+def routing_section(metrics: Values, evaluations: Sequence[Values], picture: bool) -> str:
+    """Which experts are in use, and the picture.
+
+    Args:
+        metrics: the run's ``metrics.json``, of a network with PCE layers.
+        evaluations: its ``eval-*.json``.
+        picture: whether there is one.
+    """
+    columns = {"last epoch of training": metrics["router"]}
+    columns |= {f"{plain(each['data'])}, {each['split']}": each["router"] for each in evaluations}
+    rows = [
+        f"| `{layer}` | " + " | ".join(", ".join(map(rounded, router[layer]["load"])) for router in columns.values())
+        for layer in metrics["router"]
+    ]
+    text = "## Routing\n\nShares of the patches that each expert of a layer gets:\n\n"
+    text += f"| layer | {' | '.join(columns)} |\n{'|---' * (1 + len(columns))}|\n" + "".join(
+        f"{row} |\n" for row in rows
+    )
+    if picture:
+        titles = (
+            " Above each image: the network's answer, and the truth in brackets." if "top1" in metrics["val"] else ""
+        )
+        text += (
+            f"\n![Which expert served which patch]({PICTURE})\n\n*Images of the validation data, and below them which "
+            f"expert of each layer served which patch: hue by expert, stronger where the router is surer.{titles}*\n"
+        )
+    return text.rstrip()
+
+
+def rounded(share: float) -> str:
+    """A share in whole per cent, such as "25 %"."""
+    return f"{share:.0%}".replace("%", " %")
+
+
+def training_section(config: TrainConfig, metrics: Values, environment: Values) -> str:
+    """What it was trained on, and how."""
+    epochs = "1 epoch" if metrics["epochs"] == 1 else f"{metrics['epochs']} epochs"
+    versions = ", ".join(f"{part} {environment['versions'][part]}" for part in ("torch", "timm"))
+    options = yaml.safe_dump(recipe(config), sort_keys=False).strip()
+    return f"""## Training
+
+On {plain(data_of(metrics))}, {epochs}, with pcenet {environment["pcenet"]}, {versions}, {environment["precision"]} \
+on {environment["device"]}. The recipe, as `pcenet train --config` reads it:
+
+```yaml
+{options}
+```"""
+
+
+def results(task: Task, metrics: Values) -> list[EvalResult]:
+    """The validation score for the Hub's own tables."""
+    score = score_of(metrics["val"])
+    return [
+        EvalResult(
+            task_type=PIPELINE[task],
+            dataset_type=data_of(metrics),
+            dataset_name=data_of(metrics),
+            dataset_split="val",
+            metric_type=METRICS[score],
+            metric_name=SCORES[score],
+            metric_value=round(metrics["val"][score], 4),
+        )
+    ]
