@@ -100,7 +100,7 @@ class SavableModel(nn.Module, ModelHubMixin):
         ``pcenet push`` writes one that also says how it was trained and what it scores.
 
         Args:
-            args: those of `pcenet.models.card.model_card` behind its first.
+            args: those of ``pcenet.models.card.model_card`` behind its first.
             kwargs: likewise.
         """
         return model_card(self.config(), *args, **kwargs)
