@@ -12,7 +12,17 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pcenet.nn import Grid, PCELayer, aux_terms, load_balance_loss, record_routing, route, synchronise
+from pcenet.nn import (
+    Grid,
+    PCELayer,
+    attach_aux_losses,
+    aux_terms,
+    load_balance_loss,
+    record_routing,
+    route,
+    routers_of,
+    synchronise,
+)
 from pcenet.nn.processes import gather_rows, process_count, sum_over_processes
 
 STEPS = 5
@@ -41,10 +51,12 @@ def images() -> tuple[Tensor, Tensor]:
 
 
 def loss_of(network: nn.Module, x: Tensor, counts: Tensor, count: Tensor | float, processes: int) -> Tensor:
-    """The mean of squares over what counts in the whole batch, and the auxiliary losses."""
+    """The mean of squares over what counts in the whole batch, and the auxiliary losses, unless they
+    are attached."""
     with record_routing(network) as records:
         out = network(x)
-    balance, z = aux_terms(records, synchronised=processes > 1)
+    attached = any(router._forward_hooks for _, router in routers_of(network))
+    balance, z = (0.0, 0.0) if attached else aux_terms(records, synchronised=processes > 1)
     return (out.square() * counts).sum() * processes / count + 0.1 * balance + 0.01 * z
 
 
@@ -75,13 +87,16 @@ def start(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     found = {norm: half_of_the_training(rank, norm) for norm in NORMS}
+    found["attached"] = half_of_the_training(rank, "group", attach=True)
     torch.save(found | {"sums": sums_and_rows(rank)}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def half_of_the_training(rank: int, norm: str) -> dict[str, Any]:
+def half_of_the_training(rank: int, norm: str, attach: bool = False) -> dict[str, Any]:
     x, counts = (part.chunk(2)[rank] for part in images())
     network = synchronise(build(norm), batch_norm=norm == "batch")
+    if attach:
+        attach_aux_losses(network, balance=0.1, z=0.01)
     wrapped = DistributedDataParallel(network)
     result = train(wrapped, x, counts, processes=2)
     return {kind: {name.removeprefix("module."): t for name, t in result[kind].items()} for kind in result}
@@ -110,7 +125,14 @@ def test_two_processes_train_as_one(norm: str, halves: list[dict[str, Any]]) -> 
             assert (half[norm]["state"][name] - value).abs().max() < 1e-8, name
 
 
-def test_in_the_test_above_some_expert_idles_in_one_half() -> None:
+def test_attached_losses_see_the_loads_of_all_processes(halves: list[dict[str, Any]]) -> None:
+    expected = train(build("group"), *images(), processes=1)
+    for half in halves:
+        for name, gradient in expected["gradients"].items():
+            assert (half["attached"]["gradients"][name] - gradient).abs().max() < 1e-10, name
+
+
+def test_in_the_tests_above_some_expert_idles_in_one_half() -> None:
     """With the bias of the whole batch, which the halves share, an expert of a half has no patch at all."""
     network = build("batch")
     with record_routing(network) as records:
