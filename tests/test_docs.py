@@ -105,6 +105,18 @@ def test_the_commands_of_a_page_are_understood(page, monkeypatch):
                     cli.COMMANDS[words[0]](words[1:])
 
 
+def test_the_links_of_the_pages_lead_somewhere():
+    """In the repository; that they do so in the site, `make docs` sees to."""
+    links = [
+        (path, link)
+        for path in (ROOT / "docs").rglob("*.md")
+        for link in re.findall(r"\]\(([^)#:\s]+)\)", path.read_text(encoding="utf-8"))
+    ]
+    assert len(links) > 50
+    for path, link in links:
+        assert (path.parent / link).exists(), (path.name, link)
+
+
 class UnderstoodError(Exception):
     """Everything was understood."""
 
