@@ -105,6 +105,12 @@ def test_the_commands_of_a_page_are_understood(page, monkeypatch):
                     cli.COMMANDS[words[0]](words[1:])
 
 
+def test_every_command_has_a_section():
+    headings = re.findall("^## (.*)$", (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), re.MULTILINE)
+    named = [command for heading in headings for command in re.findall(r"pcenet ([\w-]+)", heading)]
+    assert sorted(named) == sorted(cli.COMMANDS)
+
+
 def test_the_links_of_the_pages_lead_somewhere():
     """In the repository; that they do so in the site, `make docs` sees to."""
     links = [
