@@ -11,6 +11,7 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.util.inspect import signature, stringify_signature
 
 sys.path.insert(0, str(Path(__file__).parent / "extensions"))
 
@@ -48,6 +49,7 @@ autodoc_typehints_description_target = "documented_params"
 autodoc_default_options = {"members": True}
 napoleon_use_rtype = False
 
+smartquotes = False  # --out would become a dash and "out"
 highlight_language = "none"
 html_theme = "furo"
 html_title = f"PCE {release}"
@@ -80,8 +82,18 @@ def keep_letters(app: Sphinx, what: str, name: str, member: Any, options: Any, l
     lines[:] = [re.sub(r"^( +[\w, ]+: )([A-Z])\.", r"\1\\\2.", line) for line in lines]
 
 
+def show_arguments(
+    app: Sphinx, what: str, name: str, member: Any, options: Any, arguments: str | None, result: str | None
+) -> tuple[str, str | None] | None:
+    """The arguments of a network are those of its constructor, not those of huggingface_hub's ``__new__``."""
+    if what != "class" or arguments != "(*args, **kwargs)":
+        return None
+    return stringify_signature(signature(member.__init__, bound_method=True), show_annotation=False), result
+
+
 def setup(app: Sphinx) -> None:
     """Connect what stands above."""
     app.connect("missing-reference", find_by_name)
     app.connect("autodoc-process-docstring", keep_letters, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", show_arguments)
     app.connect("autodoc-skip-member", skip_fields_of_tuples)
