@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 LABELLED = 40  # classes up to which the confusion matrix names them
 NUMBERED = 15  # and writes its shares down
+NAMED = 16  # experts up to which a legend names them; one of more would leave no room for the load
 RESOLUTION = 110  # pixels per inch
 
 Row = Mapping[str, float]
@@ -138,7 +139,8 @@ def draw_load(axis: Any, rows: Sequence[Row], layer: str, colours: Sequence[str]
         axis.bar(epochs, shares, bottom=below, width=1, color=colours[expert % len(colours)], label=str(expert))
         below = [a + b for a, b in zip(below, shares, strict=True)]
     axis.set_ylim(0, 1)
-    axis.legend(title="expert", fontsize=7, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    if len(axis.containers) <= NAMED:
+        axis.legend(title="expert", fontsize=7, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def layers_of(rows: Sequence[Row]) -> list[str]:

@@ -73,6 +73,14 @@ def test_loads_are_stacked_and_drops_drawn_beside() -> None:
     assert list(dropped.lines[0].get_ydata()) == [0.125, 0.375]
 
 
+def test_many_experts_leave_room_for_their_load(tmp_path: Path) -> None:
+    """A legend of 64 would leave none, and matplotlib would warn, which is an error here."""
+    loads = {f"router/stages.0.0.body/load_{expert}": 1 / 64 for expert in range(64)}
+    figure = expert_load([row | loads | {"router/stages.0.0.body/drop_rate": 0.0} for row in DENSE])
+    figure.savefig(tmp_path / "load.png")
+    assert figure.axes[0].get_position().height > 0.5
+
+
 def test_a_dense_network_has_no_load() -> None:
     assert set(pictures_of(DENSE, RESULT.confusion, ["leaf", "sky"], ["val/top1"])) == {"curves", "confusion"}
     with pytest.raises(ValueError, match="network without PCE layers"):
