@@ -1,0 +1,98 @@
+"""PCE layers in a network that no longer learns; see `pcenet.export.evaluation`."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcenet.export.convolving import TileConv, Tiles, tile_of
+from pcenet.export.routing import Choice, FixedRouter
+from pcenet.nn import PCEConv2d, PCELayer
+from pcenet.nn.experts import NORM_EPS, StackedNorm
+
+
+class FixedLayer(nn.Module):
+    """A `PCELayer` for evaluation, or the residual block around one.
+
+    Args:
+        layer: the layer that it computes the same as.
+        name: of the layer in its network.
+        residual: whether the input is added, as by a residual block; a layer with a shortcut adds its own.
+
+    Attributes:
+        router: its `FixedRouter`.
+    """
+
+    def __init__(self, layer: PCELayer, name: str, residual: bool = False) -> None:
+        super().__init__()
+        experts = layer.experts
+        self.name, self.border, self.patch_size = name, layer.border, layer.extractor.patch_size
+        self.tile = tile_of(self.patch_size, 3)
+        self.router = FixedRouter(layer.router)
+        self.conv1 = _folded(experts.conv1.weight, experts.norm1, self.tile)
+        self.conv2 = _folded(experts.conv2.weight, experts.norm2, self.tile)
+        self.residual = residual or isinstance(layer.shortcut, nn.Identity)
+        self.shortcut = None if isinstance(layer.shortcut, nn.Identity) else layer.shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, C_out, H, W]``."""
+        pixels = x.permute(0, 2, 3, 1)
+        choice: Choice = self.router(pixels)
+        tiles = Tiles(choice, (x.shape[2], x.shape[3]), self.patch_size, self.tile, 3)
+        reads = tiles.reads(own=self.border == "zero")
+        hidden = F.gelu(self.conv1(tiles.rows_of_map(pixels), reads, tiles)).flatten(0, 1)
+        reads = tiles.reads_of_neighbours(reads) if self.border == "exchange" else tiles.reads_of_own()
+        out = tiles.to_map(self.conv2(hidden, reads, tiles))
+        if self.residual:
+            out = pixels + out
+        out = out.permute(0, 3, 1, 2)
+        return out if self.shortcut is None else self.shortcut(x) + out
+
+
+class FixedConv2d(nn.Module):
+    """A `PCEConv2d` for evaluation.
+
+    Args:
+        layer: the layer that it computes the same as.
+        name: of the layer in its network.
+        leader: of which layer it uses the routing; None: of its own router.
+
+    Attributes:
+        router: its `FixedRouter`; None for a follower.
+    """
+
+    def __init__(self, layer: PCEConv2d, name: str, leader: FixedConv2d | None) -> None:
+        super().__init__()
+        self.name, self.patch_size, self.kernel_size = name, layer.patch_size, layer.kernel_size[0]
+        weight = layer.kernels.weight.detach()
+        bias = weight.new_zeros(weight.shape[:2]) if layer.bias is None else layer.bias
+        self.conv = TileConv(weight, bias, tile_of(self.patch_size, self.kernel_size))
+        self.router = None if layer.router is None else FixedRouter(layer.router)
+        self._handed = _Handed() if leader is None else leader._handed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, C_out, H, W]``."""
+        pixels = x.permute(0, 2, 3, 1)
+        if self.router is not None:
+            self._handed.choice = self.router(pixels)
+        choice = self._handed.choice
+        assert choice is not None
+        tiles = Tiles(choice, (x.shape[2], x.shape[3]), self.patch_size, self.conv.tile, self.kernel_size)
+        out = self.conv(tiles.rows_of_map(pixels), tiles.reads(own=False), tiles)
+        return tiles.to_map(out).permute(0, 3, 1, 2)
+
+
+class _Handed:
+    """Where a leader leaves its routing for those that follow it."""
+
+    choice: Choice | None = None
+
+
+def _folded(weight: Tensor, norm: StackedNorm, tile: int) -> TileConv:
+    """Convolutions ``[E, D, C, 3, 3]`` with the normalisation that follows, by its running statistics."""
+    weight = weight.detach()
+    if norm.kind == "group":
+        return TileConv(weight, weight.new_zeros(weight.shape[:2]), tile, norm)
+    scale = (norm.weight.double() * (norm.running_var.double() + NORM_EPS).rsqrt()).detach()
+    bias = norm.bias.detach().double() - norm.running_mean.double() * scale
+    return TileConv((weight.double() * scale[:, :, None, None, None]).to(weight.dtype), bias.to(weight.dtype), tile)
