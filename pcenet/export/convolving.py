@@ -8,6 +8,8 @@ patch, of 4x4, by Winograd's algorithm, at a quarter of the products. Pixels of 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +29,9 @@ def tile_of(patch_size: int, kernel_size: int) -> int:
 class Tiles:
     """Which rows the tiles of one routing read and write.
 
+    Reads are listed as a convolution takes them: for tiles of one pixel ``[M, K]``, what a tile reads side by side for
+    one matrix product; for larger ones ``[K, M]``, the first cells of all tiles, then the second ones, for a transform.
+
     Args:
         choice: the routing.
         size: H and W of the map.
@@ -35,7 +40,8 @@ class Tiles:
         kernel: side of the convolutions' kernel, 3 or 1.
 
     Attributes:
-        counts: tiles of each expert.
+        counts: ``[E]`` int64, tiles of each expert.
+        total: M.
     """
 
     def __init__(self, choice: Choice, size: tuple[int, int], side: int, tile: int, kernel: int) -> None:
@@ -44,19 +50,41 @@ class Tiles:
         self.per_axis = side // tile
         self.taps = tile + kernel - 1
         self.per_patch = self.per_axis**2
-        self.counts = [load * self.per_patch for load in choice.loads]
-        self.total = len(choice.order) * self.per_patch
+        self.counts = choice.loads * self.per_patch
+        self.total = choice.order.shape[0] * self.per_patch
         self.device = choice.order.device
         # The map lies inside a margin, and is filled up to whole patches.
         self.inner = (choice.grid.rows * side, choice.grid.columns * side)
         self.padded = (self.inner[0] + 2 * self.margin, self.inner[1] + 2 * self.margin)
 
-    def _arange(self, *sizes: int) -> list[Tensor]:
-        """Coordinates of cells: for each axis its numbers, in a shape that makes all of them broadcast."""
+    def axes(self, *sizes: int) -> list[Tensor]:
+        """For each axis the numbers of its cells, in a shape that makes all axes broadcast."""
         return [
             torch.arange(size, device=self.device).view([-1 if axis == index else 1 for index in range(len(sizes))])
             for axis, size in enumerate(sizes)
         ]
+
+    def _cells(self) -> tuple[Tensor, Tensor]:
+        """Row and column, in the patch and its margin, of the cells that a patch's tiles read; each broadcasts to ``[q,
+        q, taps, taps]``."""
+        tile_row, tile_column, tap_row, tap_column = self.axes(self.per_axis, self.per_axis, self.taps, self.taps)
+        return tile_row * self.tile + tap_row, tile_column * self.tile + tap_column
+
+    def _listed(self, per_patch: Tensor, start: Tensor | None = None) -> Tensor:
+        """``[q, q, taps, taps]``, the same for every patch, as reads, ``start`` ``[R]`` added; without it, as what
+        broadcasts to reads whose tiles are still apart by patch."""
+        flat = per_patch.flatten(2).flatten(0, 1)
+        if self.tile == 1:
+            return flat[None] if start is None else flat + start[:, None, None]
+        return flat.T[:, None] if start is None else flat.T[:, None] + start[:, None]
+
+    def _joined(self, reads: Tensor) -> Tensor:
+        return reads.flatten(0, 1) if self.tile == 1 else reads.flatten(1)
+
+    def _inside(self) -> Tensor:
+        """Whether what is read lies in the tile's own patch."""
+        on_axis = [(cell >= self.margin) & (cell < self.side + self.margin) for cell in self._cells()]
+        return self._listed(on_axis[0] & on_axis[1])
 
     def rows_of_map(self, pixels: Tensor) -> Tensor:
         """A map ``[B, H, W, C]`` as rows, zeros around it; the first row is zeros where there is a margin."""
@@ -65,40 +93,26 @@ class Tiles:
         return F.pad(pixels, (0, 0, m, m + right, m, m + below)).flatten(0, 2)
 
     def reads(self, own: bool) -> Tensor:
-        """The cells of the padded map that tiles read, ``[K, M]``; under ``own`` the zeros of its corner stand for
-        whatever lies beyond the tile's patch."""
-        grid, width, tile = self.choice.grid, self.padded[1], self.tile
-        image, row, column = self._arange(grid.batch, grid.rows, grid.columns)
+        """The rows of `rows_of_map` that tiles read; under ``own`` zeros for whatever lies beyond the tile's patch."""
+        grid, width = self.choice.grid, self.padded[1]
+        image, row, column = self.axes(grid.batch, grid.rows, grid.columns)
         corner = image * (self.padded[0] * width) + (row * width + column) * self.side
-        tile_row, tile_column, tap_row, tap_column = self._arange(self.per_axis, self.per_axis, self.taps, self.taps)
-        cell_row, cell_column = tile_row * tile + tap_row, tile_column * tile + tap_column
-        offset = (cell_row * width + cell_column).flatten(0, 1).flatten(1).T
-        read = corner.flatten().index_select(0, self.choice.patch)[:, None] + offset[:, None]
-        if own:
-            read = torch.where(self._inside(cell_row, cell_column)[:, None], read, 0)
-        return read.flatten(1)
-
-    def _inside(self, cell_row: Tensor, cell_column: Tensor) -> Tensor:
-        """Whether cells of a patch and its margin lie in the patch, ``[K, q**2]``."""
-        on_axis = [(cell >= self.margin) & (cell < self.side + self.margin) for cell in (cell_row, cell_column)]
-        return (on_axis[0] & on_axis[1]).flatten(0, 1).flatten(1).T
+        cell_row, cell_column = self._cells()
+        start = corner.flatten().index_select(0, self.choice.patch)
+        reads = self._listed(cell_row * width + cell_column, start)
+        return self._joined(torch.where(self._inside(), reads, 0) if own else reads)
 
     def places(self) -> Tensor:
         """The rows of `TileConv`'s output in which the pixels of all pairs' patches lie, ``[B, h*S, w*S, k]``."""
         grid, q, tile = self.choice.grid, self.per_axis, self.tile
         top_k = self.choice.expert.shape[1]
         rank = self.choice.rank.view(grid.batch, grid.rows, 1, 1, grid.columns, 1, 1, top_k) * self.per_patch
-        _, _, tile_row, cell_row, _, tile_column, cell_column, _ = self._arange(1, 1, q, tile, 1, q, tile, 1)
-        inside = tile_row * q + tile_column + (cell_row * tile + cell_column) * self.stride
+        _, _, tile_row, cell_row, _, tile_column, cell_column, _ = self.axes(1, 1, q, tile, 1, q, tile, 1)
+        inside = tile_row * q + tile_column + (cell_row * tile + cell_column) * (self.total + 1)
         return (rank + inside).flatten(4, 6).flatten(1, 3)
 
-    @property
-    def stride(self) -> int:
-        """Rows between two cells of a tile."""
-        return self.total + 1
-
     def reads_of_neighbours(self, reads: Tensor) -> Tensor:
-        """What tiles read, ``[K, M]``, of another convolution's output; only for k = 1."""
+        """The rows of another convolution's output that are where ``reads`` reads of the map; only for k = 1."""
         (height, width), m = self.size, self.margin
         places = self.places()[:, :height, :width, 0]
         below, right = self.padded[0] - 2 * m - height, self.padded[1] - 2 * m - width
@@ -107,14 +121,13 @@ class Tiles:
         return padded.flatten().index_select(0, reads.flatten()).view(reads.shape)
 
     def reads_of_own(self) -> Tensor:
-        """What tiles read, ``[K, M]``, of their own patch in another convolution's output; else the row of zeros."""
-        q, tile = self.per_axis, self.tile
-        tile_row, tile_column, tap_row, tap_column = self._arange(q, q, self.taps, self.taps)
-        cell_row, cell_column = tile_row * tile + tap_row, tile_column * tile + tap_column
-        row, column = cell_row - self.margin, cell_column - self.margin
-        inside = (row % tile * tile + column % tile) * self.stride + row // tile * q + column // tile
-        place = inside.flatten(0, 1).flatten(1).T[:, None] + self._arange(len(self.choice.order), 1)[0] * self.per_patch
-        return torch.where(self._inside(cell_row, cell_column)[:, None], place, self.total).flatten(1)
+        """The rows of another convolution's output that tiles read of their own patch; else the row of zeros."""
+        tile = self.tile
+        row, column = (cell - self.margin for cell in self._cells())
+        cell = row % tile * tile + column % tile
+        place = cell * (self.total + 1) + row // tile * self.per_axis + column // tile
+        start = torch.arange(self.choice.order.shape[0], device=self.device) * self.per_patch
+        return self._joined(torch.where(self._inside(), self._listed(place, start), self.total))
 
     def to_map(self, out: Tensor) -> Tensor:
         """`TileConv`'s output ``[T**2, M + 1, D]``, weighted and summed over each patch's experts, as a map ``[B, H, W,
@@ -146,22 +159,24 @@ class TileConv(nn.Module):
         bias: ``[E, D]``.
         tile: T.
         norm: a group normalisation that follows; a batch normalisation is part of weight and bias.
+
+    Attributes:
+        opaque: whether this is one operator, ``pcenet::convolve_tiles``, to an exporter that knows how to write it.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, tile: int, norm: StackedNorm | None = None) -> None:
         super().__init__()
-        self.tile, self.out_channels = tile, weight.shape[1]
-        self.kernel_size = weight.shape[-1]
+        self.tile, self.opaque = tile, False
         # Apart, so that they are constants of their own in a file.
         self.bias = _fixed_list(bias)
+        self.transforms = nn.ParameterList()
         if tile == 1:
             self.weight = _fixed_list(weight.permute(0, 3, 4, 2, 1).flatten(1, 3))
         else:
             read, kernel, write = (torch.kron(each, each) for each in winograd_matrices(tile))
-            transformed = torch.einsum("pt,edct->epcd", kernel, weight.flatten(3).double())
+            transformed = torch.einsum("pt,edct->epcd", kernel.to(weight.device), weight.flatten(3).double())
             self.weight = _fixed_list(transformed.to(weight.dtype))
-            self.register_buffer("read", read.to(weight.dtype))
-            self.register_buffer("write", write.to(weight.dtype))
+            self.transforms = _fixed_list(matrix.to(weight) for matrix in (read, write))
         self.norm = None if norm is None else FixedGroupNorm(norm)
 
     def forward(self, rows: Tensor, reads: Tensor, tiles: Tiles) -> Tensor:
@@ -169,65 +184,100 @@ class TileConv(nn.Module):
 
         Args:
             rows: ``[Z, C]``.
-            reads: ``[K, M]``, the rows that each tile reads.
+            reads: the rows that each tile reads.
             tiles: which tiles are whose.
 
         Returns:
             ``[T**2, M + 1, D]``, the last tile zeros.
         """
-        # A tile's cells side by side for one product; for Winograd's transform the cells of all tiles.
-        own = torch.split(reads.T.contiguous() if self.tile == 1 else reads, tiles.counts, dim=0 if self.tile == 1 else 1)
-        parts = []
-        for expert, index in enumerate(own):
-            out = self._convolve(rows.index_select(0, index.flatten()), expert)
-            if self.norm is not None:
-                out = self.norm(out, expert, tiles)
-            parts.append(out)
-        parts.append(rows.new_zeros(self.tile**2, 1, self.out_channels))
-        return torch.cat(parts, dim=1)
+        run = convolve_tiles_opaque if self.opaque else convolve_tiles
+        out = run(rows, reads, tiles.counts, list(self.weight), list(self.bias), list(self.transforms))
+        return out if self.norm is None else self.norm(out, tiles)
 
-    def _convolve(self, windows: Tensor, expert: int) -> Tensor:
-        """Rows ``[K * m, C]`` to ``[T**2, m, D]``."""
-        channels = windows.shape[1]
-        if self.tile == 1:
-            vectors = windows.view(-1, self.kernel_size**2 * channels)
-            return torch.addmm(self.bias[expert], vectors, self.weight[expert])[None]
-        cells = (self.tile + self.kernel_size - 1) ** 2
-        transformed = (self.read @ windows.view(cells, -1)).view(cells, -1, channels)
-        products = (transformed @ self.weight[expert]).view(cells, -1)
-        out = (self.write @ products).view(-1, self.out_channels) + self.bias[expert]
-        return out.view(self.tile**2, -1, self.out_channels)
+
+def convolve_tiles(
+    rows: Tensor, reads: Tensor, counts: Tensor, weights: list[Tensor], biases: list[Tensor], transforms: list[Tensor]
+) -> Tensor:
+    """Each expert's convolution of its own tiles.
+
+    Args:
+        rows: ``[Z, C]``.
+        reads: the rows that tiles read, as `Tiles` lists them.
+        counts: ``[E]`` int64, tiles of each expert; their sum is M.
+        weights: an expert's ``[K * C, D]`` where tiles are one pixel, else ``[(T + 2)**2, C, D]``, transformed.
+        biases: an expert's ``[D]``.
+        transforms: Winograd's matrices for reading ``[(T + 2)**2, (T + 2)**2]`` and writing ``[T**2, (T + 2)**2]``; none
+            where tiles are one pixel.
+
+    Returns:
+        ``[T**2, M + 1, D]``, the last tile zeros.
+    """
+    sizes: list[int] = counts.tolist()
+    for size in sizes:
+        torch._check(size >= 0)
+    parts = []
+    for index, weight, bias in zip(reads.split(sizes, dim=1 if transforms else 0), weights, biases, strict=True):
+        windows = rows.index_select(0, index.flatten())
+        if transforms:
+            cells, channels, _ = weight.shape
+            products = (transforms[0] @ windows.view(cells, -1)).view(cells, -1, channels) @ weight
+            out = (transforms[1] @ products.view(cells, -1)).view(len(transforms[1]), -1, len(bias)) + bias
+        else:
+            out = torch.addmm(bias, windows.view(-1, len(weight)), weight)[None]
+        parts.append(out)
+    parts.append(rows.new_zeros(len(parts[0]), 1, len(biases[0])))
+    return torch.cat(parts, dim=1)
+
+
+@torch.library.custom_op("pcenet::convolve_tiles", mutates_args=())
+def convolve_tiles_opaque(
+    rows: Tensor, reads: Tensor, counts: Tensor, weights: list[Tensor], biases: list[Tensor], transforms: list[Tensor]
+) -> Tensor:
+    """`convolve_tiles` as one operator, whose shapes do not depend on the routing."""
+    return convolve_tiles(rows, reads, counts, weights, biases, transforms)
+
+
+@convolve_tiles_opaque.register_fake
+def _(
+    rows: Tensor, reads: Tensor, counts: Tensor, weights: list[Tensor], biases: list[Tensor], transforms: list[Tensor]
+) -> Tensor:
+    if transforms:
+        return rows.new_empty(len(transforms[1]), reads.shape[1] + 1, len(biases[0]))
+    return rows.new_empty(1, reads.shape[0] + 1, len(biases[0]))
 
 
 class FixedGroupNorm(nn.Module):
-    """Group normalisation of the experts' patches, over the cells that lie on the map."""
+    """Group normalisation patch by patch, over the cells that lie on the map, with the experts' parameters."""
 
     def __init__(self, norm: StackedNorm) -> None:
         super().__init__()
         self.groups = norm.groups
-        self.weight, self.bias = _fixed_list(norm.weight), _fixed_list(norm.bias)
+        self.weight = nn.Parameter(norm.weight.detach().clone(), requires_grad=False)
+        self.bias = nn.Parameter(norm.bias.detach().clone(), requires_grad=False)
 
-    def forward(self, out: Tensor, expert: int, tiles: Tiles) -> Tensor:
-        """Tiles of an expert's patches ``[T**2, m, D]``, normalised patch by patch."""
-        grouped = out.view(out.shape[0], -1, tiles.per_patch, self.groups, out.shape[2] // self.groups)
-        mask = self._real(tiles, expert)
-        count = mask.sum((0, 2, 3, 4), keepdim=True) * grouped.shape[4]
-        centred = grouped - (grouped * mask).sum((0, 2, 4), keepdim=True) / count
-        variance = (centred.square() * mask).sum((0, 2, 4), keepdim=True) / count
-        normalised = (centred * torch.rsqrt(variance + NORM_EPS)).view(out.shape)
-        return normalised * self.weight[expert] + self.bias[expert]
+    def forward(self, out: Tensor, tiles: Tiles) -> Tensor:
+        """`convolve_tiles`'s output, normalised."""
+        cells, _, channels = out.shape
+        grouped = out[:, :-1].reshape(cells, -1, tiles.per_patch, self.groups, channels // self.groups)
+        real = self._real(tiles)
+        count = real.sum((0, 2, 3, 4), keepdim=True) * grouped.shape[4]
+        centred = grouped - (grouped * real).sum((0, 2, 4), keepdim=True) / count
+        variance = (centred.square() * real).sum((0, 2, 4), keepdim=True) / count
+        normalised = (centred * torch.rsqrt(variance + NORM_EPS)).flatten(3)
+        expert = tiles.choice.expert.flatten().index_select(0, tiles.choice.order)
+        weight, bias = (each.index_select(0, expert)[:, None] for each in (self.weight, self.bias))
+        return torch.cat(((normalised * weight + bias).flatten(1, 2), out[:, -1:]), dim=1)
 
-    def _real(self, tiles: Tiles, expert: int) -> Tensor:
-        """``[T**2, n_e, q**2, 1, 1]``, 1 for cells on the map, else 0."""
+    def _real(self, tiles: Tiles) -> Tensor:
+        """``[T**2, R, q**2, 1, 1]``, 1 for cells on the map, else 0."""
         grid, q, tile = tiles.choice.grid, tiles.per_axis, tiles.tile
-        cell = tiles._arange(tile, tile, 1, grid.rows, grid.columns, q, q)
-        row = (cell[3] * q + cell[5]) * tile + cell[0]
-        column = (cell[4] * q + cell[6]) * tile + cell[1]
-        real = ((row < tiles.size[0]) & (column < tiles.size[1])).flatten(5).flatten(2, 4).flatten(0, 1)
-        own = torch.split(tiles.choice.patch % (grid.rows * grid.columns), tiles.choice.loads)[expert]
-        return real.index_select(1, own)[..., None, None].to(self.bias[0].dtype)
+        cell = tiles.axes(tile, tile, grid.rows, grid.columns, q, q)
+        row = (cell[2] * q + cell[4]) * tile + cell[0]
+        column = (cell[3] * q + cell[5]) * tile + cell[1]
+        real = ((row < tiles.size[0]) & (column < tiles.size[1])).flatten(4).flatten(2, 3).flatten(0, 1)
+        own = real.index_select(1, tiles.choice.patch % (grid.rows * grid.columns))
+        return own[..., None, None].to(self.bias.dtype)
 
 
-def _fixed_list(stacked: Tensor) -> nn.ParameterList:
-    """One parameter for each expert's slice of ``[E, ...]``."""
-    return nn.ParameterList(nn.Parameter(part.clone(), requires_grad=False) for part in stacked.detach().unbind(0))
+def _fixed_list(parts: Iterable[Tensor]) -> nn.ParameterList:
+    return nn.ParameterList(nn.Parameter(part.detach().clone().contiguous(), requires_grad=False) for part in parts)

@@ -26,7 +26,7 @@ class Choice:
         weight: ``[N, k]``, the factors of the experts' outputs; None where all are 1.
         order: ``[R]`` int64, the pairs (patch * k + choice) sorted by expert.
         rank: ``[R]`` int64, the place of each pair in that order.
-        loads: pairs of each expert.
+        loads: ``[E]`` int64, pairs of each expert.
         grid: how the patches lie.
     """
 
@@ -34,7 +34,7 @@ class Choice:
     weight: Tensor | None
     order: Tensor
     rank: Tensor
-    loads: list[int]
+    loads: Tensor
     grid: Grid
 
     @property
@@ -123,12 +123,9 @@ def choose(logits: Tensor, grid: Grid, top_k: int, gate: str, temperature: float
             weight = weight / weight.sum(1, keepdim=True)
     pairs = expert.flatten()
     order = torch.sort(pairs, stable=True).indices
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
     experts = torch.arange(num_experts, device=pairs.device)
-    loads: list[int] = (pairs == experts[:, None]).sum(1).tolist()
-    for load in loads:
-        torch._check(load >= 0)
-        torch._check(load <= len(order))
+    loads = (pairs == experts[:, None]).sum(1)
     return Choice(expert, weight, order, rank, loads, grid)
 
 
