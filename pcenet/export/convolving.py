@@ -23,7 +23,7 @@ WINOGRAD_TILE = 4
 
 def tile_of(patch_size: int, kernel_size: int) -> int:
     """T for patches of a side."""
-    return WINOGRAD_TILE if patch_size % WINOGRAD_TILE == 0 and kernel_size == 3 else 1
+    return next(tile for tile in (4, 2, 1) if patch_size % tile == 0) if kernel_size == 3 else 1
 
 
 class Tiles:
