@@ -1,4 +1,4 @@
-"""The command line: ``pcenet check-data | train | compare | eval | predict | explain | app | push | models | bench |
+"""The command line: ``pcenet check-data | train | compare | eval | predict | export | explain | app | push | models | bench |
 doctor``.
 
 Nothing heavy is imported before a command runs, so that help and mistakes in the options cost no time.
@@ -24,6 +24,7 @@ from pcenet.benchmark.config import BenchConfig
 from pcenet.choices import did_you_mean
 from pcenet.compare.config import OF_A_RUN, CompareConfig
 from pcenet.explain.config import ExplainConfig
+from pcenet.export.config import ExportConfig
 from pcenet.publish.config import PushConfig
 from pcenet.training.config import (
     CheckDataConfig,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 C = TypeVar(
-    "C", TrainConfig, EvalConfig, PredictConfig, ExplainConfig, CheckDataConfig, BenchConfig, AppConfig, PushConfig
+    "C", TrainConfig, EvalConfig, PredictConfig, ExportConfig, ExplainConfig, CheckDataConfig, BenchConfig, AppConfig, PushConfig
 )
 
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "scipy", "tensorboard", "torchmetrics", "yaml")
@@ -364,6 +365,14 @@ def run_predict(arguments: list[str]) -> int:
     return 0 if result.predicted else fail(f"none of {len(result.left_out)} files could be predicted", code=1)
 
 
+def run_export(arguments: list[str]) -> None:
+    """write a trained network to an ONNX file, or to a program of torch.export"""
+    config = parse("export", ExportConfig, arguments)
+    from pcenet.export.command import export
+
+    export(config)
+
+
 def run_explain(arguments: list[str]) -> None:
     """write a page on what each expert of a trained network does, and how much it matters"""
     config = parse("explain", ExplainConfig, arguments)
@@ -479,6 +488,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "eval": run_eval,
     "check-data": run_check_data,
     "predict": run_predict,
+    "export": run_export,
     "explain": run_explain,
     "app": run_app,
     "push": run_push,

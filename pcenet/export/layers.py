@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -80,6 +82,13 @@ class FixedConv2d(nn.Module):
         tiles = Tiles(choice, (x.shape[2], x.shape[3]), self.patch_size, self.conv.tile, self.kernel_size)
         out = self.conv(tiles.rows_of_map(pixels), tiles.reads(own=False), tiles)
         return tiles.to_map(out).permute(0, 3, 1, 2)
+
+
+def routed_layers(form: nn.Module) -> Iterator[tuple[str, FixedRouter]]:
+    """The routers of a network in evaluation form, each under its layer's name in the network that it was made from."""
+    for module in form.modules():
+        if isinstance(module, FixedLayer | FixedConv2d) and module.router is not None:
+            yield module.name, module.router
 
 
 class _Handed:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcenet.nn import Grid, Router
-from pcenet.nn.fourier import axis_features, position_map
-from pcenet.nn.patches import grid_of, split_map
+from pcenet.nn.fourier import fourier_features, position_map
+from pcenet.nn.patches import split_map
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ class FixedRouter(nn.Module):
         by_axis = self.position[:, :, 0, 0].unflatten(1, (2, 2, 2 * self.num_bands))
         lines = []
         for axis, (cells, size) in enumerate(((grid.rows, height), (grid.columns, width))):
-            absolute, relative = axis_features(
-                cells, self.patch_size, self.num_bands, dtype=pixels.dtype, device=pixels.device
-            )
-            features = torch.cat((absolute[:size], relative[:size]), dim=1)
+            pixel = torch.arange(size, device=pixels.device)
+            places = ((pixel // self.patch_size, cells), (pixel % self.patch_size, self.patch_size))
+            centres = torch.stack([(2 * cell.to(pixels.dtype) + 1) / count - 1 for cell, count in places], dim=1)
+            features = fourier_features(centres, self.num_bands).flatten(1)
             lines.append(F.linear(features, by_axis[:, :, axis].flatten(1), None if axis else self.hidden_bias))
         hidden = F.gelu(torch.matmul(pixels, self.content) + (lines[0][:, None] + lines[1]))
         return _patch_means(hidden, grid, self.patch_size)

@@ -1,0 +1,247 @@
+"""``pcenet export`` from its options to the file: the order in which everything happens."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pcenet
+from pcenet.export.checks import BOOST, SMALL_MARGIN, CheckReport, check_runner, list_names, sent_to_one
+from pcenet.export.config import ExportConfig
+from pcenet.export.counting import count_multiply_adds
+from pcenet.export.evaluation import evaluation_form
+from pcenet.export.files import EXTRA, METADATA, ExportedNet, Runner, output_names, require, run_with
+from pcenet.export.layers import routed_layers
+from pcenet.export.routing import Choice, FixedRouter
+from pcenet.models import SavableModel, complexity, load_model
+from pcenet.nn import record_routing, routers_of
+from pcenet.training.device import set_threads
+from pcenet.training.evaluate import find_model
+from pcenet.training.measures import image_size, preprocessing
+
+BATCHES = (1, 2, 7)
+MULTIPLE_OF_DENSE = 32  # what a dense network's image sides are multiples of at least
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        report: what the comparison with the network found.
+        metadata: what the file carries.
+    """
+
+    path: Path
+    report: CheckReport
+    metadata: dict[str, Any]
+
+
+def export(config: ExportConfig) -> Export:
+    """Write a trained network to a file, compare both, and keep the file only if they are equal.
+
+    Raises:
+        FileNotFoundError: if there is no model where ``config.run`` points.
+        ValueError: if the file exists, the network cannot be exported, or the file does not compute what it does.
+        ModuleNotFoundError: for ONNX without the packages that it needs.
+    """
+    set_threads(config.threads)
+    if config.format == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            require(package)
+    folder, _ = find_model(config.run)
+    model = load_dropless(folder)
+    path = Path(config.out or f"{model.pretrained_cfg['architecture'].replace(':', '-')}.{config.format}")
+    if path.exists():
+        raise ValueError(f"out: {path} exists and is never overwritten; choose another name with --out")
+    if path.suffix != f".{config.format}":
+        raise ValueError(f"out: {path} must end in .{config.format}")
+    subject = Subject(model, config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        subject.write(path)
+        report = subject.check(path)
+        if report.verdict is not None:
+            raise ValueError(f"{path} was written and deleted: {report.verdict}")
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    show(path, report)
+    if config.format == "onnx":
+        show_cost(path, subject)
+    print(f"wrote {path}")
+    return Export(path, report, subject.metadata)
+
+
+def load_dropless(folder: Path) -> SavableModel:
+    """The network of a folder, which drops nothing at evaluation; it says so where the one that was saved did."""
+    model = load_model(folder)
+    factor = model.model_args.get("eval_capacity_factor")
+    if factor is not None:
+        print(f"eval_capacity_factor={factor} is left out: an exported network drops nothing")
+        model = load_model(folder, eval_capacity_factor=None)
+    return model
+
+
+class Subject:
+    """A network, and how it is exported.
+
+    Args:
+        model: in evaluation mode, in float32.
+        config: the options.
+    """
+
+    def __init__(self, model: SavableModel, config: ExportConfig) -> None:
+        self.model, self.config = model, config
+        self.size = image_size(model)
+        self.open_batch, self.open_size = "batch" in config.open_axes, "size" in config.open_axes
+        self.example = torch.randn(2 if self.open_batch else 1, 3, *self.size, generator=torch.Generator().manual_seed(0))
+        form = evaluation_form(model, self.example)
+        routed = [name for name, _ in routers_of(model)] if config.routing else []
+        self.form = WithRouting(form) if routed else form
+        self.multiple = size_multiple(model, self.size) if self.open_size else None
+        values = preprocessing(model)
+        self.metadata: dict[str, Any] = {
+            "architecture": model.pretrained_cfg["architecture"],
+            "task": model.task,
+            "num_classes": model.num_classes,
+            "class_names": model.class_names,
+            "input_size": list(values["input_size"]),
+            "preprocessing": {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in values.items()
+                if name in ("input_size", "interpolation", "crop_pct", "mean", "std")
+            }
+            | {"architecture": model.pretrained_cfg["architecture"]},
+            "outputs": output_names(routed),
+            "fixed_batch": not self.open_batch,
+            "size_multiple": self.multiple,
+            "versions": {"pcenet": pcenet.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+
+    def write(self, path: Path) -> None:
+        """Write the file."""
+        shapes: dict[int, Any] = {0: torch.export.Dim("batch")} if self.open_batch else {}
+        if self.multiple is not None:
+            shapes |= {2: self.multiple * torch.export.Dim("rows", min=1), 3: self.multiple * torch.export.Dim("columns", min=1)}
+        if self.config.format == "onnx":
+            # Imported here: it needs the extra.
+            import onnx_ir
+
+            from pcenet.export.onnx_writing import to_onnx
+
+            self.metadata["versions"]["onnx"] = version("onnx")
+            carried = {METADATA: json.dumps(self.metadata), "class_names": json.dumps(self.metadata["class_names"])}
+            model = to_onnx(
+                self.form,
+                self.example,
+                dynamic_shapes=shapes,
+                output_names=self.metadata["outputs"],
+                metadata=carried,
+            )
+            onnx_ir.save(model, path)
+            return
+        program = torch.export.export(self.form, (self.example,), dynamic_shapes=(shapes,), strict=False)
+        torch.export.save(program, str(path), extra_files={EXTRA: json.dumps(self.metadata)})
+
+    def check(self, path: Path) -> CheckReport:
+        """Compare the file with the network: as it routes, and with all patches sent to the first or the last expert."""
+        report = CheckReport()
+        batches = BATCHES if self.open_batch else (1,)
+        sizes = [self.size]
+        if self.multiple is not None:
+            sizes.append((self.size[0] + self.multiple, self.size[1] + 2 * self.multiple))
+        check_runner(report, self.model, ExportedNet(path, self.config.threads), batches, sizes, "as routed,")
+        if any(True for _ in routers_of(self.model)):
+            for expert, name in ((0, "first"), (-1, "last")):
+                forced = sent_to_one(self.model, expert)
+                run = self._sent_to_one(path, expert)
+                check_runner(report, forced, lambda x, run=run: run(x)[0], batches[-1:], sizes[:1], f"all to the {name} expert,")
+        return report
+
+    def _sent_to_one(self, path: Path, expert: int) -> Runner:
+        """The file, its routers changed as by `sent_to_one`."""
+        raised = {}
+        for name, module in self.form.named_modules():
+            if isinstance(module, FixedRouter):
+                raised[f"{name}.bias"] = bias = module.bias.detach().clone()
+                bias[expert] += BOOST
+        return run_with(path, raised)
+
+
+class WithRouting(nn.Module):
+    """A network in evaluation form that also gives its routing.
+
+    Args:
+        form: the network.
+    """
+
+    def __init__(self, form: nn.Module) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images ``[B, C, H, W]`` to logits, then for each layer experts and gate values ``[B, rows, columns]`` (with a
+        further axis of k where there are several)."""
+        choices: list[Choice] = []
+        with ExitStack() as stack:
+            for _, router in routed_layers(self.form):
+                hook = router.register_forward_hook(lambda _module, _args, choice: choices.append(choice))
+                stack.callback(hook.remove)
+            logits = self.form(x)
+        outputs: list[Tensor] = [logits]
+        for choice in choices:
+            weight = torch.ones_like(choice.expert, dtype=x.dtype) if choice.weight is None else choice.weight
+            shape = (*choice.grid, *([] if weight.shape[1] == 1 else [weight.shape[1]]))
+            outputs += [choice.expert.view(shape), weight.view(shape)]
+        return tuple(outputs)
+
+
+def size_multiple(model: nn.Module, size: tuple[int, int]) -> int:
+    """What the sides of images have to be multiples of for every layer's patches to divide its map.
+
+    Args:
+        model: the network.
+        size: an image's height and width that it takes.
+    """
+    multiple = MULTIPLE_OF_DENSE
+    with torch.no_grad(), record_routing(model) as records:
+        model(torch.zeros(1, 3, *size))
+    for name, _ in routers_of(model):
+        multiple = math.lcm(multiple, -(-size[0] // records[name][0].grid.rows))
+    return multiple
+
+
+def show(path: Path, report: CheckReport) -> None:
+    """Print what the comparison found."""
+    print(
+        f"checked {path}: {report.samples} images, logits within {report.largest_difference:.1e}, "
+        f"{report.small_margins} of {report.patches} patches with a router margin under {SMALL_MARGIN:g}"
+    )
+    if report.unsure:
+        print(f"unsure: {list_names(report.unsure)}")
+    if report.excused:
+        print(f"of these differ: {list_names(report.excused)}")
+
+
+def show_cost(path: Path, subject: Subject) -> None:
+    """Print the multiply-adds in the graph beside what they should be."""
+    cost = complexity(subject.model, (3, *subject.size))
+    counted = count_multiply_adds(path, subject.example[:1])
+    experts = max((router.num_experts for _, router in routers_of(subject.model)), default=1)
+    top_k = min((router.top_k for _, router in routers_of(subject.model)), default=1)
+    everywhere = cost.multiply_adds + cost.routed_multiply_adds * (experts / top_k - 1)
+    print(f"multiply-adds of one image, counted in the graph: {counted.total / 1e6:.1f} M")
+    print(f"the network's, as direct convolutions: {cost.multiply_adds / 1e6:.1f} M")
+    if experts > 1:
+        print(f"if every expert ran on every patch: {everywhere / 1e6:.1f} M")
