@@ -1,5 +1,5 @@
-"""The command line: ``pcenet check-data | train | compare | eval | predict | export | explain | app | push | models | bench |
-doctor``.
+"""The command line: ``pcenet check-data | train | compare | eval | predict | export | explain | app | push | models |
+bench | doctor``.
 
 Nothing heavy is imported before a command runs, so that help and mistakes in the options cost no time.
 """
@@ -49,7 +49,16 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 C = TypeVar(
-    "C", TrainConfig, EvalConfig, PredictConfig, ExportConfig, ExplainConfig, CheckDataConfig, BenchConfig, AppConfig, PushConfig
+    "C",
+    TrainConfig,
+    EvalConfig,
+    PredictConfig,
+    ExportConfig,
+    ExplainConfig,
+    CheckDataConfig,
+    BenchConfig,
+    AppConfig,
+    PushConfig,
 )
 
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "scipy", "tensorboard", "torchmetrics", "yaml")

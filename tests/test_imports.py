@@ -31,7 +31,8 @@ ALLOWED = {
     "compare": {"choices", "models", "training"},
     "analysis": {"choices", "nn", "models", "data", "training"},
     "app": {"choices", "models", "nn", "data", "training", "analysis"},
-    "inference": {"choices", "nn", "models", "data", "training", "analysis"},
+    "inference": {"choices", "nn", "models", "data", "training", "analysis", "export"},
+    "export": {"choices", "nn", "models", "data", "training"},
     "explain": {"choices", "nn", "models", "data", "training", "analysis", "inference"},
     "publish": {"choices", "nn", "models", "data", "training", "analysis"},
 }

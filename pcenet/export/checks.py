@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcenet.export.files import Runner
 from pcenet.nn import Routing, record_routing, routers_of
 
 TOLERANCE = 1e-4  # of logits, by their largest magnitude where that is above 1
@@ -17,8 +18,6 @@ SMALL_MARGIN = 1e-4  # of a patch's best logit over the next: rounding may send 
 MOST_SMALL = 1e-3  # share of the patches that may have such a margin
 BOOST = 100.0  # what is added to one expert's logit to leave the others empty
 SHOWN = 20
-
-Runner = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -51,8 +50,9 @@ class CheckReport:
             return f"its output is not the network's: {self.failures[0]}{more}"
         if self.small_margins > MOST_SMALL * self.patches:
             return (
-                f"the router is unsure: {self.small_margins} of {self.patches} patches have a margin under {SMALL_MARGIN}"
-                f", more than {MOST_SMALL:.1%}, so that rounding would decide which expert serves them; train it longer"
+                f"the router is unsure: {self.small_margins} of {self.patches} patches have a margin under "
+                f"{SMALL_MARGIN}, more than {MOST_SMALL:.1%}, so that rounding would decide which expert serves them; "
+                "train it longer"
             )
         return None
 
@@ -87,14 +87,19 @@ class CheckReport:
 
 
 def check_runner(
-    report: CheckReport, model: nn.Module, run: Runner, batches: Sequence[int], sizes: Sequence[tuple[int, int]], case: str
+    report: CheckReport,
+    model: nn.Module,
+    run: Runner,
+    batches: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    case: str,
 ) -> None:
     """Compare a network with what runs in its place, on made-up images.
 
     Args:
         report: what is added to.
         model: the network, in evaluation mode.
-        run: images ``[B, 3, H, W]`` to logits.
+        run: images ``[B, 3, H, W]`` to a list whose first entry is the logits.
         batches: sizes of batches.
         sizes: heights and widths of images.
         case: how this is called in the report.
@@ -107,7 +112,7 @@ def check_runner(
         report.compare(
             f"{case} batch of {len(images)} at {height}x{width}",
             expected,
-            run(images),
+            run(images)[0],
             torch.cat(margins, dim=1) if margins else torch.zeros(len(images), 0),
         )
 

@@ -105,10 +105,11 @@ class Subject:
         self.model, self.config = model, config
         self.size = image_size(model)
         self.open_batch, self.open_size = "batch" in config.open_axes, "size" in config.open_axes
-        self.example = torch.randn(2 if self.open_batch else 1, 3, *self.size, generator=torch.Generator().manual_seed(0))
+        batch = 2 if self.open_batch else 1
+        self.example = torch.randn(batch, 3, *self.size, generator=torch.Generator().manual_seed(0))
         form = evaluation_form(model, self.example)
         routed = [name for name, _ in routers_of(model)] if config.routing else []
-        self.form = WithRouting(form) if routed else form
+        self.form = WithRouting(form).eval() if routed else form
         self.multiple = size_multiple(model, self.size) if self.open_size else None
         values = preprocessing(model)
         self.metadata: dict[str, Any] = {
@@ -133,7 +134,7 @@ class Subject:
         """Write the file."""
         shapes: dict[int, Any] = {0: torch.export.Dim("batch")} if self.open_batch else {}
         if self.multiple is not None:
-            shapes |= {2: self.multiple * torch.export.Dim("rows", min=1), 3: self.multiple * torch.export.Dim("columns", min=1)}
+            shapes |= {axis: self.multiple * torch.export.Dim(name) for axis, name in ((2, "rows"), (3, "columns"))}
         if self.config.format == "onnx":
             # Imported here: it needs the extra.
             import onnx_ir
@@ -155,18 +156,17 @@ class Subject:
         torch.export.save(program, str(path), extra_files={EXTRA: json.dumps(self.metadata)})
 
     def check(self, path: Path) -> CheckReport:
-        """Compare the file with the network: as it routes, and with all patches sent to the first or the last expert."""
+        """Compare the file with the network: as it routes, and with all patches sent to one expert."""
         report = CheckReport()
         batches = BATCHES if self.open_batch else (1,)
         sizes = [self.size]
         if self.multiple is not None:
             sizes.append((self.size[0] + self.multiple, self.size[1] + 2 * self.multiple))
-        check_runner(report, self.model, ExportedNet(path, self.config.threads), batches, sizes, "as routed,")
+        check_runner(report, self.model, ExportedNet(path, self.config.threads).outputs, batches, sizes, "as routed,")
         if any(True for _ in routers_of(self.model)):
             for expert, name in ((0, "first"), (-1, "last")):
-                forced = sent_to_one(self.model, expert)
-                run = self._sent_to_one(path, expert)
-                check_runner(report, forced, lambda x, run=run: run(x)[0], batches[-1:], sizes[:1], f"all to the {name} expert,")
+                forced, run = sent_to_one(self.model, expert), self._sent_to_one(path, expert)
+                check_runner(report, forced, run, batches[-1:], sizes[:1], f"all to the {name} expert,")
         return report
 
     def _sent_to_one(self, path: Path, expert: int) -> Runner:
@@ -194,10 +194,13 @@ class WithRouting(nn.Module):
         """Images ``[B, C, H, W]`` to logits, then for each layer experts and gate values ``[B, rows, columns]`` (with a
         further axis of k where there are several)."""
         choices: list[Choice] = []
+
+        def collect(_module: nn.Module, _args: Any, choice: Choice) -> None:
+            choices.append(choice)
+
         with ExitStack() as stack:
             for _, router in routed_layers(self.form):
-                hook = router.register_forward_hook(lambda _module, _args, choice: choices.append(choice))
-                stack.callback(hook.remove)
+                stack.callback(router.register_forward_hook(collect).remove)
             logits = self.form(x)
         outputs: list[Tensor] = [logits]
         for choice in choices:

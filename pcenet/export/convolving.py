@@ -1,9 +1,10 @@
-"""Convolutions by experts in a network that no longer learns. Each expert reads its own patches' pixels and nothing else,
+"""Convolutions by experts in a network that no longer learns. Each expert reads what its own patches need,
 in operators that exporters know: gathers and matrix products, which run at full speed everywhere.
 
-A patch is cut into tiles: of one pixel, whose convolution is a matrix product of what it reads, or, where 4 divides the
-patch, of 4x4, by Winograd's algorithm, at a quarter of the products. Pixels of a map are rows of C numbers. Axes as in
-`pcenet.export.routing`; K cells that a tile reads, Z rows, D channels out. Tiles lie sorted by expert.
+A patch is cut into tiles: of 4x4 or 2x2 pixels where they divide it, by Winograd's algorithm, at a quarter or less than
+half of the products; else of one pixel, whose convolution is a matrix product of what it reads. Pixels of a map are
+rows of C numbers. Axes as in `pcenet.export.routing`; K cells that a tile reads, Z rows, D channels out. Tiles lie
+sorted by expert.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from pcenet.export.routing import Choice
 from pcenet.nn.experts import NORM_EPS, StackedNorm
 from pcenet.nn.kernels import winograd_matrices
 
-WINOGRAD_TILE = 4
+TILES = (4, 2, 1)
 
 
 def tile_of(patch_size: int, kernel_size: int) -> int:
     """T for patches of a side."""
-    return next(tile for tile in (4, 2, 1) if patch_size % tile == 0) if kernel_size == 3 else 1
+    return next(tile for tile in TILES if patch_size % tile == 0) if kernel_size == 3 else 1
 
 
 class Tiles:
@@ -206,8 +207,8 @@ def convolve_tiles(
         counts: ``[E]`` int64, tiles of each expert; their sum is M.
         weights: an expert's ``[K * C, D]`` where tiles are one pixel, else ``[(T + 2)**2, C, D]``, transformed.
         biases: an expert's ``[D]``.
-        transforms: Winograd's matrices for reading ``[(T + 2)**2, (T + 2)**2]`` and writing ``[T**2, (T + 2)**2]``; none
-            where tiles are one pixel.
+        transforms: Winograd's matrices for reading ``[(T + 2)**2, (T + 2)**2]`` and writing ``[T**2, (T + 2)**2]``;
+            none where tiles are one pixel.
 
     Returns:
         ``[T**2, M + 1, D]``, the last tile zeros.

@@ -52,7 +52,9 @@ class ExportedNet(nn.Module):
             self.pretrained_cfg: dict[str, Any] = self.metadata["preprocessing"]
             self.output_names: list[str] = self.metadata["outputs"]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: it does not carry what pcenet export writes into a file; export it anew") from error
+            raise ValueError(
+                f"{path}: it does not carry what pcenet export writes into a file; export it anew"
+            ) from error
         self.path = path
 
     def outputs(self, x: Tensor) -> list[Tensor]:
@@ -61,14 +63,17 @@ class ExportedNet(nn.Module):
         Raises:
             ValueError: for images of a size that the file does not take.
         """
-        height, width, multiple = *self.metadata["input_size"][1:], self.metadata["size_multiple"]
+        _, height, width = self.metadata["input_size"]
+        multiple: int | None = self.metadata["size_multiple"]
         if multiple is None and x.shape[2:] != (height, width):
             raise ValueError(
                 f"{self.path} takes images of {height} x {width} px, not {x.shape[2]} x {x.shape[3]}; export with "
                 "--dynamic batch,size"
             )
         if multiple is not None and (x.shape[2] % multiple or x.shape[3] % multiple):
-            raise ValueError(f"{self.path} takes images whose sides are multiples of {multiple} px, not {tuple(x.shape[2:])}")
+            raise ValueError(
+                f"{self.path} takes images whose sides are multiples of {multiple} px, not {x.shape[2]} x {x.shape[3]}"
+            )
         if self.metadata["fixed_batch"]:
             each = [self._run(image[None]) for image in x]
             return [torch.cat(parts) for parts in zip(*each, strict=True)]
@@ -156,9 +161,7 @@ def require(package: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        raise ModuleNotFoundError(
-            f"ONNX files need {package}: pip install 'pcenet[export]'", name=package
-        ) from error
+        raise ModuleNotFoundError(f"ONNX files need {package}: pip install 'pcenet[export]'", name=package) from error
 
 
 def output_names(layers: Sequence[str]) -> list[str]:

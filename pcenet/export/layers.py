@@ -70,7 +70,7 @@ class FixedConv2d(nn.Module):
         bias = weight.new_zeros(weight.shape[:2]) if layer.bias is None else layer.bias
         self.conv = TileConv(weight, bias, tile_of(self.patch_size, self.kernel_size))
         self.router = None if layer.router is None else FixedRouter(layer.router)
-        self._handed = _Handed() if leader is None else leader._handed
+        self._handed: _Handed = _Handed() if leader is None else leader._handed
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, C_out, H, W]``."""

@@ -82,8 +82,8 @@ def _convolve_tiles(
         else:
             parts.append(op.Gemm(op.Reshape(windows, _shape(-1, weight.shape[0])), weight, bias))
     zeros = torch.zeros(*([transforms[1].shape[0]] if transforms else []), 1, biases[0].shape[0])
-    joined = op.Concat(*parts, op.Constant(value=ir.tensor(zeros.numpy())), axis=axis)
-    return joined if transforms else op.Unsqueeze(joined, op.Constant(value_ints=[0]))
+    joined = op.Concat(*parts, op.Constant(value=ir.serde.serialize_tensor(ir.tensor(zeros.numpy()))), axis=axis)
+    return joined if transforms else op.Unsqueeze(joined, _shape(0))
 
 
 def _shape(*sizes: int) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pcenet.analysis import expert_map
+from pcenet.export.files import ExportedNet
 from pcenet.models import SavableModel
 from pcenet.nn import Routing, record_routing
 from pcenet.training.config import Precision
@@ -33,7 +34,7 @@ class Network:
         precision: ``"bf16"`` or ``"fp32"``.
     """
 
-    model: SavableModel
+    model: SavableModel | ExportedNet
     classes: Sequence[str]
     routing: bool
     device: torch.device

@@ -15,13 +15,14 @@ from rich.table import Column, Table
 from pcenet.analysis.colours import legend
 from pcenet.data.files import printable
 from pcenet.data.loaders import naming_dead_workers
+from pcenet.export.files import ExportedNet, is_exported
 from pcenet.inference.batches import Batch, read_batches
 from pcenet.inference.classify import Classifier
 from pcenet.inference.inputs import LeftOut, find_inputs
 from pcenet.inference.network import Network
 from pcenet.inference.outputs import ResultFiles, Row, output_folder
 from pcenet.inference.segment import Segmenter
-from pcenet.models import load_model
+from pcenet.models import SavableModel, load_model
 from pcenet.training.config import PredictConfig
 from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.evaluate import EVAL_BATCH_SIZE, find_model
@@ -59,12 +60,11 @@ def predict(config: PredictConfig) -> Predicted:
         ValueError: if an input does not exist or holds no images, or if the folder for the results is in use.
     """
     set_threads(config.threads)
-    device = resolve_device(config.device)
+    device = resolve_device("cpu" if is_exported(config.run) else config.device)
     precision = resolve_precision(config.precision, device)
-    model_folder, _ = find_model(config.run)
+    model = open_network(config).to(device).to(memory_format=torch.channels_last)
     files, left_out = find_inputs(config.inputs)
     folder = output_folder(config.out, "predictions")
-    model = load_model(model_folder).to(device).to(memory_format=torch.channels_last)
     classes = [printable(name) for name in model.class_names or map(str, range(model.num_classes))]
     network = Network(model, classes, config.routing, device, precision)
     predictor = make_predictor(network, config, folder)
@@ -91,6 +91,21 @@ def predict(config: PredictConfig) -> Predicted:
             legend(classes).save(folder / "legend.png")
     report(predictor.headings, first, Predicted(predicted, left_out, folder))
     return Predicted(predicted, left_out, folder)
+
+
+def open_network(config: PredictConfig) -> SavableModel | ExportedNet:
+    """What predicts: a trained network, or a file that `pcenet export` wrote.
+
+    Raises:
+        ValueError: if a file was asked for the routing, or to compute elsewhere than on the processor.
+    """
+    if not is_exported(config.run):
+        return load_model(find_model(config.run)[0])
+    if config.routing:
+        raise ValueError(f"routing: {config.run} is an exported file; give the run that it was made from")
+    if config.device == "cuda":
+        raise ValueError(f"device 'cuda': {config.run} is an exported file, which is run on the processor here")
+    return ExportedNet(config.run, config.threads).eval()
 
 
 def make_predictor(network: Network, config: PredictConfig, folder: Path) -> Classifier | Segmenter:

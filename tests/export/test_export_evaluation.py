@@ -1,0 +1,140 @@
+"""The evaluation form computes what the network does."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from exporting import trained_like
+from torch import nn
+
+from pcenet.export.convolving import TileConv
+from pcenet.export.evaluation import evaluation_form, fold_batch_norms
+from pcenet.models import create_network
+from pcenet.nn import PCEConv2d, PCELayer
+from pcenet.upcycling import upcycle
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 22)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"patch_sizes": (8, 2)},
+        {"patch_sizes": (3, 1), "gate": "straight_through", "num_experts": 3},
+        {"border": "halo", "top_k": 2, "num_experts": 3},
+        {"border": "halo", "top_k": 2, "num_experts": 3, "gate": "straight_through"},
+        {"border": "zero", "patch_sizes": (4, 2), "shared_kernel": False, "balancing": "none"},
+        {"border": "zero", "patch_sizes": (3, 1)},
+        {"norm": "group"},
+        {"norm": "group", "border": "halo"},
+        {"gate_input": "flat"},
+        {"gate_input": "flat", "num_bands": 0},
+        {"num_experts": 1},
+    ],
+    ids=str,
+)
+def test_a_classifier_is_the_same_in_evaluation_form(tiny, changes, size):
+    model = tiny(**changes)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images = torch.randn(3, 3, *size)
+    form = evaluation_form(model, images)
+    within = 1e-4 if "norm" in changes else 1e-5  # group normalisation enlarges rounding where patches vary little
+    with torch.no_grad():
+        torch.testing.assert_close(form(images), model(images), rtol=within, atol=within)
+    assert not [module for module in form.modules() if isinstance(module, PCELayer)]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "left"), [("pce_unet_nano", 1), ("dense_unet_nano", 1), ("dense_nano", 1)])
+def test_other_networks_are_the_same(name, left):
+    model = trained_like(create_network(name, num_classes=3))
+    images = torch.randn(2, 3, 40, 56)
+    form = evaluation_form(model, images)
+    with torch.no_grad():
+        torch.testing.assert_close(form(images), model(images), rtol=1e-5, atol=2e-5)
+    # The last normalisation follows a sum, not a convolution.
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in form.modules()) == left
+
+
+def test_a_decoder_on_an_encoder_is_the_same():
+    model = trained_like(create_network("unet:pce_nano_s2", num_classes=3))
+    images = torch.randn(1, 3, 32, 48)
+    form = evaluation_form(model, images)
+    with torch.no_grad():
+        torch.testing.assert_close(form(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_an_upcycled_network_is_the_same_and_followers_follow():
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=3).eval()
+    images = torch.randn(2, 3, 64, 64)
+    upcycle(model, num_experts=3, example=images, layers=1.0)
+    trained_like(model)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, PCEConv2d):
+                module.kernels.difference.copy_(0.05 * torch.randn_like(module.kernels.difference))
+    assert any(module.followers for module in model.modules() if isinstance(module, PCEConv2d))
+    form = evaluation_form(model, images)
+    with torch.no_grad():
+        torch.testing.assert_close(form(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_with_a_shortcut_of_its_own_is_the_same():
+    torch.manual_seed(0)
+    images = torch.randn(2, 6, 9, 8)
+    for layer in (
+        PCELayer(6, 6, patch_size=4),
+        PCELayer(6, 4, patch_size=2),
+        PCELayer(6, 4, patch_size=4, shortcut=False),
+    ):
+        form = evaluation_form(layer.eval())
+        with torch.no_grad():
+            torch.testing.assert_close(form(images), layer(images), rtol=1e-5, atol=1e-5)
+
+
+def test_dropping_at_evaluation_is_refused():
+    with pytest.raises(ValueError, match=r"eval_capacity_factor=1.5: .* load it with eval_capacity_factor=None"):
+        evaluation_form(PCELayer(4, 4, patch_size=2, eval_capacity_factor=1.5))
+
+
+def test_only_what_alone_reads_a_convolution_is_folded():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.once, self.twice = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+            self.first, self.second = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.twice(x)
+            return self.first(self.once(x)) + self.second(y) + y
+
+    torch.manual_seed(0)
+    model = Shared().eval()
+    trained_like(model)
+    images = torch.randn(2, 3, 8, 8)
+    expected = copy.deepcopy(model)(images)
+    assert fold_batch_norms(model, images) == 1
+    assert isinstance(model.first, nn.Identity)
+    assert isinstance(model.second, nn.BatchNorm2d)
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_expert_multiplies_its_own_patches_alone(tiny, monkeypatch):
+    rows = []
+    plain = TileConv.forward
+
+    def noted(self, source, reads, tiles):
+        rows.append((self.tile, tiles.counts.tolist(), reads.numel()))
+        return plain(self, source, reads, tiles)
+
+    monkeypatch.setattr(TileConv, "forward", noted)
+    evaluation_form(tiny())(torch.randn(2, 3, 16, 16))
+    # Maps of 8 x 8 in patches of 4 are 4 patches of one tile each; of 4 x 4 in patches of 1, 16 of one tile each.
+    assert [(tile, sum(counts), reads) for tile, counts, reads in rows] == [
+        (4, 8, 8 * 36),
+        (4, 8, 8 * 36),
+        (1, 32, 32 * 9),
+        (1, 32, 32 * 9),
+    ]

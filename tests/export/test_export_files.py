@@ -1,0 +1,187 @@
+"""Files: written, checked, counted, refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pcenet.cli import main
+from pcenet.export.checks import CheckReport, margin_of, sent_to_one
+from pcenet.export.files import ExportedNet
+from pcenet.nn import Grid, record_routing
+from pcenet.nn.routing import route
+
+for package in ("onnx", "onnxscript"):
+    pytest.importorskip(package)
+ort = pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A network, its folder and its ONNX file with routing, which takes some seconds to write."""
+    from exporting import make_tiny
+
+    folder = tmp_path_factory.mktemp("export")
+    model = make_tiny()
+    model.save_pretrained(folder / "model")
+    assert main(["export", str(folder / "model"), "--out", str(folder / "net.onnx"), "--routing"]) == 0
+    return model, folder
+
+
+def test_onnxruntime_computes_what_the_network_does(exported):
+    model, folder = exported
+    images = torch.randn(5, 3, 16, 16)
+    session = ort.InferenceSession(str(folder / "net.onnx"))
+    names = [output.name for output in session.get_outputs()]
+    found = dict(zip(names, session.run(None, {"images": images.numpy()}), strict=True))
+    with torch.no_grad(), record_routing(model) as records:
+        expected = model(images)
+    np.testing.assert_allclose(found["logits"], expected, rtol=1e-4, atol=1e-5)
+    assert len(records) == 2
+    for layer, (routing,) in records.items():
+        assert found[f"expert:{layer}"].shape == routing.grid
+        np.testing.assert_array_equal(found[f"expert:{layer}"].ravel(), routing.choice[:, 0])
+        np.testing.assert_allclose(found[f"gate:{layer}"].ravel(), routing.choice_weight[:, 0], rtol=1e-5)
+
+
+def test_the_file_carries_what_is_needed_to_use_it(exported):
+    model, folder = exported
+    carried = json.loads(ort.InferenceSession(str(folder / "net.onnx")).get_modelmeta().custom_metadata_map["pcenet"])
+    assert carried["class_names"] == ["a", "b", "c"]
+    assert carried["task"] == "classify"
+    assert carried["input_size"] == [3, 16, 16]
+    assert carried["preprocessing"]["mean"] == list(model.pretrained_cfg["mean"])
+    assert {"pcenet", "torch", "onnx"} <= carried["versions"].keys()
+
+
+def test_the_graph_does_the_work_of_one_expert_for_each_patch(exported):
+    from pcenet.export.counting import count_multiply_adds
+
+    _, folder = exported
+    counts = [
+        count_multiply_adds(
+            folder / "net.onnx", torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        )
+        for seed in (0, 1)
+    ]
+    assert counts[0] == counts[1]  # whoever the experts are
+    stem, down = 64 * 9 * 3 * 8, 16 * 4 * 8 * 16
+    assert counts[0].by_operator["Conv"] == stem + down
+    # Maps of 8 x 8 in 8 channels, 4 tiles of 4 x 4 by Winograd; of 4 x 4 in 16 channels, a product for each pixel.
+    winograd = 2 * 4 * (36 * 36 * 8 + 36 * 8 * 8 + 16 * 36 * 8)
+    router = 64 * 8 * 16 + 4 * 16 * 2
+    products = 2 * 16 * 9 * 16 * 16
+    router_of_pixels = 16 * 16 * 16 + 16 * 16 * 2
+    classifier = 16 * 3
+    assert counts[0].total == stem + down + winograd + router + products + router_of_pixels + classifier
+
+
+def test_predict_takes_the_file(exported, tmp_path):
+    from PIL import Image
+
+    _, folder = exported
+    Image.new("RGB", (20, 16), "red").save(tmp_path / "red.png")
+    results = []
+    for name in ("model", "net.onnx"):
+        out = tmp_path / name
+        arguments = [str(folder / name), str(tmp_path / "red.png"), "--out", str(out), "--precision", "fp32"]
+        assert main(["predict", *arguments]) == 0
+        results.append(json.loads((out / "predictions.json").read_text())["predictions"][0])
+    assert results[0]["label"] == results[1]["label"]
+    assert results[0]["probability"] == pytest.approx(results[1]["probability"], abs=1e-5)
+
+
+def test_the_file_is_not_overwritten(exported, capsys):
+    _, folder = exported
+    content = (folder / "net.onnx").read_bytes()
+    assert main(["export", str(folder / "model"), "--out", str(folder / "net.onnx")]) == 2
+    assert "never overwritten" in capsys.readouterr().err
+    assert (folder / "net.onnx").read_bytes() == content
+
+
+def test_a_file_that_computes_something_else_is_deleted(exported, tmp_path, capsys, monkeypatch):
+    from pcenet.export import command
+
+    _, folder = exported
+
+    def write(self, path):
+        content = (folder / "net.onnx").read_bytes()
+        path.write_bytes(content)
+        # The network beside it is another one.
+        with torch.no_grad():
+            self.model.head.fc.bias[1] += 0.01
+
+    monkeypatch.setattr(command.Subject, "write", write)
+    assert main(["export", str(folder / "model"), "--routing", "--out", str(tmp_path / "wrong.onnx")]) == 2
+    error = capsys.readouterr().err
+    assert "written and deleted: its output is not the network's: as routed, batch of 1 at 16x16, image 0" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_of_another_size_are_refused(exported):
+    _, folder = exported
+    with pytest.raises(ValueError, match="takes images of 16 x 16 px, not 16 x 20"):
+        ExportedNet(folder / "net.onnx")(torch.zeros(1, 3, 16, 20))
+
+
+def test_what_is_no_export_of_ours_is_refused(tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="onnxruntime cannot read it"):
+        ExportedNet(tmp_path / "broken.onnx")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dynamic", "height"], "dynamic 'height': 'height' is none of batch, size"),
+        (["--format", "tflite"], "format 'tflite' is not one of onnx, pt2"),
+        (["--out", "net.bin"], "net.bin must end in .onnx"),
+    ],
+)
+def test_options_are_checked(exported, capsys, arguments, message):
+    _, folder = exported
+    assert main(["export", str(folder / "model"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_all_patches_can_be_sent_to_one_expert(exported):
+    model, _ = exported
+    for expert, number in ((0, 0), (-1, 1)):
+        with torch.no_grad(), record_routing(sent_to_one(model, expert)) as records:
+            sent_to_one(model, expert)
+            forced = sent_to_one(model, expert)
+            with record_routing(forced) as own:
+                forced(torch.randn(2, 3, 16, 16))
+        assert not records
+        assert all((routing.choice == number).all() for (routing,) in own.values())
+
+
+def test_margins():
+    logits = torch.tensor([[1.0, 3.0, 2.5], [0.0, 0.0, 5.0]])
+    for top_k, expected in ((1, [0.5, 5.0]), (2, [1.5, 0.0]), (3, [torch.inf, torch.inf])):
+        torch.testing.assert_close(margin_of(route(logits, Grid(1, 1, 2), top_k=top_k)), torch.tensor(expected))
+
+
+def test_differences_are_judged_by_margins():
+    report = CheckReport()
+    expected = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    found = torch.tensor([[1.00005, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    margins = torch.ones(3, 1000)
+    margins[1, 7] = 1e-5
+    report.compare("case", expected, found, margins)
+    assert (report.samples, report.patches, report.small_margins) == (3, 3000, 1)
+    assert report.unsure == report.excused == ["case, image 1"]
+    assert report.verdict is None
+    assert report.largest_difference == pytest.approx(5e-5, rel=1e-2)
+    report.compare("case", expected[1:2], found[1:2], torch.ones(1, 1000))
+    assert report.verdict is not None
+    assert "case, image 0: a logit differs by 1" in report.verdict
+
+
+def test_many_unsure_patches_fail():
+    report = CheckReport()
+    logits = torch.zeros(1, 2)
+    report.compare("case", logits, logits, torch.full((1, 10), 1e-6))
+    assert report.verdict is not None
+    assert "10 of 10 patches" in report.verdict
