@@ -29,7 +29,7 @@ from pcenet.training.evaluate import find_model
 from pcenet.training.measures import image_size, preprocessing
 
 BATCHES = (1, 2, 7)
-MULTIPLE_OF_DENSE = 32  # what a dense network's image sides are multiples of at least
+MULTIPLE_OF_DENSE = 32  # the stride of most networks' last maps
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,11 @@ def export(config: ExportConfig) -> Export:
     subject = Subject(model, config)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        subject.write(path)
+        try:
+            subject.write(path)
+        except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise ValueError(f"run: {subject.metadata['architecture']} cannot be exported: {reason}") from error
         report = subject.check(path)
         if report.verdict is not None:
             raise ValueError(f"{path} was written and deleted: {report.verdict}")
@@ -216,12 +220,20 @@ def size_multiple(model: nn.Module, size: tuple[int, int]) -> int:
     Args:
         model: the network.
         size: an image's height and width that it takes.
+
+    Raises:
+        ValueError: if those are no such multiples themselves.
     """
-    multiple = MULTIPLE_OF_DENSE
+    multiple = math.gcd(MULTIPLE_OF_DENSE, *size)
     with torch.no_grad(), record_routing(model) as records:
         model(torch.zeros(1, 3, *size))
     for name, _ in routers_of(model):
         multiple = math.lcm(multiple, -(-size[0] // records[name][0].grid.rows))
+    if any(side % multiple for side in size):
+        raise ValueError(
+            f"dynamic size: patches do not divide the maps of images of {size[0]} x {size[1]} px, whose sides would "
+            f"have to be multiples of {multiple}; leave size out"
+        )
     return multiple
 
 
