@@ -21,6 +21,7 @@ from pcenet.export.counting import count_multiply_adds
 from pcenet.export.evaluation import evaluation_form
 from pcenet.export.files import EXTRA, METADATA, ExportedNet, Runner, output_names, require, run_with
 from pcenet.export.layers import routed_layers
+from pcenet.export.quantising import quantise
 from pcenet.export.routing import Choice, FixedRouter
 from pcenet.models import SavableModel, complexity, load_model
 from pcenet.nn import record_routing, routers_of
@@ -77,11 +78,15 @@ def export(config: ExportConfig) -> Export:
         report = subject.check(path)
         if report.verdict is not None:
             raise ValueError(f"{path} was written and deleted: {report.verdict}")
+        show(path, report)
+        if config.int8:
+            assert config.data is not None
+            int8 = quantise(path, config.run, config.data, config.split, config.threads)
+            print(f"int8: {int8.score} {int8.before:.2%} before, {int8.after:.2%} after, on {int8.data}, {int8.split}")
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    show(path, report)
-    if config.format == "onnx":
+    if config.format == "onnx" and not config.int8:
         show_cost(path, subject)
     print(f"wrote {path}")
     return Export(path, report, subject.metadata)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from pcenet.choices import Split
 from pcenet.training.config import Option, RunOption, ThreadsOption, check
 
 Format = Literal["onnx", "pt2"]
@@ -32,10 +33,22 @@ class ExportConfig:
         ),
     ] = "batch"
     routing: Annotated[bool, Option("The expert of each patch, and its gate value, as further outputs.")] = False
+    int8: Annotated[
+        bool,
+        Option(
+            "ONNX: int8 weights where matrices are multiplied; the accuracy before and after is measured on --data."
+        ),
+    ] = False
+    data: Annotated[str | None, Option("For --int8: images, as in `pcenet train`.")] = None
+    split: Annotated[Split, Option("For --int8: which part of the images.")] = "val"
     threads: ThreadsOption = None
 
     def __post_init__(self) -> None:
         check(self)
+        if self.int8 and (self.data is None or self.format != "onnx"):
+            raise ValueError("int8 is for --format onnx, and measures what it costs: give --data SOURCE")
+        if self.data is not None and not self.int8:
+            raise ValueError("data has no effect without --int8; leave it out")
         unknown = sorted(self.open_axes - set(AXES))
         if unknown:
             raise ValueError(f"dynamic {self.dynamic!r}: {unknown[0]!r} is none of {', '.join(AXES)}; or give none")

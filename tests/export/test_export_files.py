@@ -9,6 +9,7 @@ import torch
 from pcenet.cli import main
 from pcenet.export.checks import CheckReport, margin_of, sent_to_one
 from pcenet.export.files import ExportedNet
+from pcenet.models import create_network
 from pcenet.nn import Grid, record_routing
 from pcenet.nn.routing import route
 
@@ -185,3 +186,86 @@ def test_many_unsure_patches_fail():
     report.compare("case", logits, logits, torch.full((1, 10), 1e-6))
     assert report.verdict is not None
     assert "10 of 10 patches" in report.verdict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        (["--format", "pt2"], (16, 16)),
+        (["--dynamic", "batch,size"], (32, 16)),
+        (["--dynamic", "none"], (16, 16)),
+        (["--dynamic", "none", "--format", "pt2"], (16, 16)),
+    ],
+    ids=str,
+)
+def test_other_kinds_of_file(exported, tmp_path, arguments, size):
+    model, folder = exported
+    path = tmp_path / f"net.{'pt2' if 'pt2' in arguments else 'onnx'}"
+    assert main(["export", str(folder / "model"), *arguments, "--out", str(path)]) == 0
+    images = torch.randn(3, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(ExportedNet(path)(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes", "size"),
+    [
+        ("pce_nano", {"border": "halo", "top_k": 2, "num_experts": 3, "norm": "group"}, 17),
+        ("pce_nano", {"border": "zero", "gate_input": "flat", "patch_sizes": (3, 1)}, 16),
+        ("pce_unet_nano", {}, 16),
+        ("unet:pce_nano_s2", {"strides": (2, 4)}, 16),
+    ],
+    ids=str,
+)
+def test_other_networks(tmp_path, name, changes, size):
+    from exporting import make_tiny
+
+    model = make_tiny(name, **changes)
+    model.pretrained_cfg["input_size"] = (3, size, size)
+    model.save_pretrained(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), "--out", str(tmp_path / "net.onnx")]) == 0
+    images = torch.randn(4, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(ExportedNet(tmp_path / "net.onnx")(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_upcycled_network_is_exported(tmp_path):
+    from exporting import trained_like
+
+    torch.manual_seed(0)
+    model = create_network("timm:resnet10t", num_classes=3, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
+    model.upcycle(num_experts=2, layers=1.0)
+    trained_like(model).save_pretrained(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), "--out", str(tmp_path / "net.onnx")]) == 0
+
+
+@pytest.mark.slow
+def test_int8_says_what_it_costs(exported, tmp_path, capsys):
+    from PIL import Image
+
+    _, folder = exported
+    for split in ("train", "val"):
+        for number, (name, colour) in enumerate({"a": "red", "b": "green", "c": "blue"}.items()):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for copy in range(3):
+                image = Image.new("RGB", (16, 16), colour)
+                image.putpixel((number, copy), (255, 255, 255))
+                image.save(tmp_path / "data" / split / name / f"{copy}.png")
+    arguments = ["--int8", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "net.onnx")]
+    assert main(["export", str(folder / "model"), *arguments]) == 0
+    assert "before" in capsys.readouterr().out
+    net = ExportedNet(tmp_path / "net.onnx")
+    assert net.metadata["int8"].keys() == {"data", "split", "score", "before", "after"}
+    assert 0 <= net.metadata["int8"]["after"] <= 1
+    assert net(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
+
+    assert not list(tmp_path.glob("*.int8.onnx"))
+
+
+def test_int8_asks_for_data(exported, capsys):
+    _, folder = exported
+    assert main(["export", str(folder / "model"), "--int8"]) == 2
+    assert "give --data SOURCE" in capsys.readouterr().err

@@ -1,0 +1,80 @@
+"""An ONNX file with int8 weights, and what that costs in accuracy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from pcenet.choices import Split
+from pcenet.export.files import METADATA, ExportedNet, require
+from pcenet.training.config import EvalConfig
+from pcenet.training.evaluate import EVAL_BATCH_SIZE, Trained, open_trained
+
+
+@dataclass(frozen=True)
+class Int8:
+    """What the int8 weights did.
+
+    Attributes:
+        data, split: on what was measured.
+        score: what: ``top1`` or ``miou``, as a share.
+        before: that of the float32 file.
+        after: that of the int8 file.
+    """
+
+    data: str
+    split: str
+    score: str
+    before: float
+    after: float
+
+
+def quantise(path: Path, run: str, data: str, split: Split, threads: int | None) -> Int8:
+    """Give a file int8 weights where matrices are multiplied, in place; it carries what `Int8` says.
+
+    onnxruntime's dynamic quantisation: weights by output channel, activations by their range at the time. Routers,
+    which compare numbers, stay float32, and so do convolutions of the dense part and by Winograd's algorithm, for which
+    onnxruntime has nothing quick.
+
+    Args:
+        path: an ONNX file that was compared with its network.
+        run: what it was made from.
+        data: images with labels, or masks.
+        split: which part of them.
+        threads: of onnxruntime.
+    """
+    onnx, quantisation = require("onnx"), require("onnxruntime.quantization")
+    trained = open_trained(EvalConfig(run=run, data=data, split=split))
+    before, score = _measure(path, trained, threads)
+    model = onnx.load(str(path))
+    kept = {each.name for each in model.graph.initializer if ".router." in each.name or len(each.dims) > 2}
+    quantised = path.with_name(f"{path.stem}.int8{path.suffix}")
+    try:
+        quantisation.quantize_dynamic(
+            model,
+            str(quantised),
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            nodes_to_exclude=[node.name for node in model.graph.node if not set(node.input).isdisjoint(kept)],
+        )
+        after, _ = _measure(quantised, trained, threads)
+        result = Int8(data, split, score, before, after)
+        model = onnx.load(str(quantised))
+        carried = next(entry for entry in model.metadata_props if entry.key == METADATA)
+        carried.value = json.dumps(json.loads(carried.value) | {"int8": asdict(result)})
+        onnx.save(model, str(path))
+    finally:
+        quantised.unlink(missing_ok=True)
+    return result
+
+
+def _measure(path: Path, trained: Trained, threads: int | None) -> tuple[float, str]:
+    """The score of a file, and its name."""
+    model = ExportedNet(path, threads)
+    batches = trained.kind.eval_loader(model, trained.source, batch_size=EVAL_BATCH_SIZE[model.task], workers=0)
+    result = trained.kind.evaluate(model, batches, trained.source.classes, device=torch.device("cpu"), precision="fp32")
+    score = "top1" if model.task == "classify" else "miou"
+    return float(getattr(result, score)), score
