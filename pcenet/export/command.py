@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pcenet
@@ -142,8 +143,11 @@ class Subject:
     def write(self, path: Path) -> None:
         """Write the file."""
         shapes: dict[int, Any] = {0: torch.export.Dim("batch")} if self.open_batch else {}
+        example = self.example
         if self.multiple is not None:
             shapes |= {axis: self.multiple * torch.export.Dim(name) for axis, name in ((2, "rows"), (3, "columns"))}
+            # What is 1 somewhere in the example would be taken for always 1.
+            example = F.pad(example, (0, 2 * self.multiple, 0, self.multiple))
         if self.config.format == "onnx":
             # Imported here: it needs the extra.
             import onnx_ir
@@ -154,14 +158,14 @@ class Subject:
             carried = {METADATA: json.dumps(self.metadata), "class_names": json.dumps(self.metadata["class_names"])}
             model = to_onnx(
                 self.form,
-                self.example,
+                example,
                 dynamic_shapes=shapes,
                 output_names=self.metadata["outputs"],
                 metadata=carried,
             )
             onnx_ir.save(model, path)
             return
-        program = torch.export.export(self.form, (self.example,), dynamic_shapes=(shapes,), strict=False)
+        program = torch.export.export(self.form, (example,), dynamic_shapes=(shapes,), strict=False)
         torch.export.save(program, str(path), extra_files={EXTRA: json.dumps(self.metadata)})
 
     def check(self, path: Path) -> CheckReport:
