@@ -28,6 +28,8 @@ def test_rate_and_chance_by_hand() -> None:
 class ByLeftEdge(nn.Module):
     """Routes each patch of 2 x 2 by the red of its left upper pixel."""
 
+    patch_size = 2
+
     def forward(self, x: torch.Tensor) -> object:
         red = x[:, 0, ::2, ::2]
         experts = red.flatten().long()

@@ -24,7 +24,7 @@ WRONG = [
     ("--hepl", "unknown option '--hepl'; did you mean '--help'?"),
     (
         "",
-        "no command given; give one of train, compare, eval, check-data, predict, explain, app, push, models,",
+        "no command given; give one of train, compare, eval, check-data, predict, export, explain,",
     ),
     ("train --bath-size 3", "unknown option '--bath-size'; did you mean '--batch-size'?"),
     ("train --epcohs=3", "unknown option '--epcohs'; did you mean '--epochs'?"),

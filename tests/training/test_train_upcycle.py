@@ -97,7 +97,7 @@ def test_another_classifier_starts_afresh_and_another_network_is_refused(dense, 
         (["--model", "timm:resnet18", "--model-args", '{"chanels": [8]}'], "make no network: "),
         (["--model", "timm:resnet18", "--model-args", '{"pretrained": true}'], "give --pretrained"),
         (["--model", "timm:resnet18", "--task", "segment"], "is made to classify; give --task classify"),
-        (["--model", "pce_nano", "--pretrained"], "pce_nano has no bundled weights"),
+        (["--model", "pce_tiny", "--pretrained"], "pce_tiny has no bundled weights"),
     ],
 )
 def test_mistakes_end_in_one_line(options, message, pictures, tmp_path, capsys):
