@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from faults.runs import Start, arguments_of, assert_same_run, at_step, command, have_ended
 from several import in_processes, printed
 
 from pcenet.training.checkpoints import read_checkpoint
 from pcenet.training.config import TrainConfig
 from pcenet.training.folder import RunFolder
-from pcenet.training.launch import LOST, Launcher
+from pcenet.training.launch import LOST, Launcher, ranks_of_environment
+from pcenet.training.ranks import agreeing
+from pcenet.training.ranks import together as in_a_group
 from pcenet.training.run import train
 from pcenet.training.task import TrainingTask
 
@@ -238,3 +241,23 @@ def test_a_disk_that_is_full_ends_all(start: Start, monkeypatch: pytest.MonkeyPa
         patch.setattr("pcenet.training.checkpoints.seal", full)
         assert together(config, log) == [2, LOST], printed(log)
     assert "somewhere: No space left on device" in printed(log)[0]
+
+
+@pytest.mark.faults("an error of one of several processes")
+def test_who_had_no_error_ends_with_those_who_had(tmp_path: Path) -> None:
+    """Without waiting for an exchange that the others will never come to."""
+
+    def work() -> str:
+        with in_a_group(ranks_of_environment(), torch.device("cpu"), minutes=0.5):
+            try:
+                with agreeing():
+                    if own_rank() == 1:
+                        raise ValueError("of one process alone")
+            except ValueError as error:
+                return f"{type(error).__name__}: {error}"
+        return "no error"
+
+    assert in_processes(work, tmp_path) == [1, 1]
+    first, second = printed(tmp_path)
+    assert first == "OtherProcessError: another process has failed\n"
+    assert second == "ValueError: of one process alone\n"
