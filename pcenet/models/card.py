@@ -91,6 +91,6 @@ pip install pcenet
 
 
 def plain(text: str) -> str:
-    """A name as Markdown that shows it as it is, in one line, in a table too; bytes that are no Unicode, written out."""
+    """A name as Markdown that shows it as it is, in one line, in a table too; bytes that are no Unicode written out."""
     valid = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(valid.split()))
