@@ -22,7 +22,7 @@ from pcenet.training.evaluate import evaluate
 from pcenet.training.folder import RunFolder
 from pcenet.training.run import train
 from pcenet.training.segment import median_weights
-from pcenet.training.task import TrainingTask
+from pcenet.training.task import TrainingTask, step_seed
 
 Start = Callable[..., TrainConfig]
 
@@ -59,6 +59,17 @@ def test_parts_of_an_evaluation_have_each_image_once() -> None:
         assert len(sampler) == len(parts[-1])
     assert [len(part) for part in parts] == [3, 3, 2, 2]
     assert sorted(index for part in parts for index in part) == list(range(10))
+
+
+def test_chance_within_a_step_is_each_process_s_own(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len({step_seed(0, 7, rank) for rank in range(8)}) == 8
+    ranks: list[int] = []
+    monkeypatch.setattr("pcenet.training.task.own_rank", lambda: 3)
+    monkeypatch.setattr(
+        "pcenet.training.task.step_seed", lambda seed, batch, rank: ranks.append(rank) or step_seed(seed, batch, rank)
+    )
+    train(start(epochs=1))
+    assert set(ranks) == {3}
 
 
 @pytest.mark.parametrize(("length", "shuffle"), [(11, True), (2, False)])
