@@ -78,6 +78,9 @@ def check_same_function(make: Callable[[], nn.Module], converted: int) -> None:
         assert distance(before, model, x) < 1e-5
     # In training, where normalisation by few values enlarges what is rounded.
     before, model = before.double().train(), model.double().train()
+    for module in (*before.modules(), *model.modules()):
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # what it drops depends on the order of the map's axes in memory
     assert distance(before, model, images[1].double()) < 1e-10
 
 
