@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id
 
 from pcenet.analysis import routing_picture
 from pcenet.analysis.agreement import Pixels

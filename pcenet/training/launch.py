@@ -152,9 +152,12 @@ class Launcher:
     def wait(self) -> None:
         """Until all have ended, or the time is over since the first failed."""
         ended: queue.Queue[tuple[int, int]] = queue.Queue()
+
+        def wait_for(rank: int, process: subprocess.Popen[bytes]) -> None:
+            ended.put((rank, process.wait()))
+
         for rank, process in enumerate(self.processes):
-            wait = lambda rank=rank, process=process: ended.put((rank, process.wait()))  # noqa: E731
-            threading.Thread(target=wait, daemon=True).start()
+            threading.Thread(target=wait_for, args=(rank, process), daemon=True).start()
         deadline: float | None = None
         while len(self.codes) < self.count:
             try:

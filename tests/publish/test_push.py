@@ -213,7 +213,7 @@ def test_private_is_not_public(runs: dict[str, Path], hub: Hub) -> None:
 
 def refusal(status: int) -> HfHubHTTPError:
     response = SimpleNamespace(status_code=status, headers={}, request=None)
-    return HfHubHTTPError("refused", response=response, server_message="no such organisation")  # type: ignore[arg-type]
+    return HfHubHTTPError("refused", response=response, server_message="no such organisation")
 
 
 @pytest.mark.parametrize(
