@@ -266,9 +266,10 @@ def make_default_cfgs() -> dict[str, DefaultCfg]:
 
 default_cfgs = make_default_cfgs()
 
-# Patches cover 8, 4, 4 px of a 32 px image: small ones win on CIFAR-10 (docs/experiments.md). Those of `_TINY` and
-# `_SMALL` cover 56, 56, 32 px of a 224 px one; a pixel at stride 32 has nothing to route by, so that stage is dense.
-_NANO = {"strides": (1, 2, 4), "depths": (1, 1, 1), "widths": (24, 48, 96), "patch_sizes": (8, 2, 1)}
+# Patches cover 8, 4 px of a 32 px image: small ones win on CIFAR-10, and a routed first stage costs time alone
+# (docs/experiments.md). Those of `_TINY` and `_SMALL` cover 56, 56, 32 px of a 224 px one; a pixel at stride 32 has
+# nothing to route by, so that stage is dense.
+_NANO = {"strides": (1, 2, 4), "depths": (1, 1, 1), "widths": (24, 48, 96), "patch_sizes": (None, 4, 1)}
 # An island of one pixel would see nothing.
 _NANO_ISLANDS = {**_NANO, "patch_sizes": (16, 4, 2)}
 # As many parameters in all as `pce_nano`.

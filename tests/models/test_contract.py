@@ -238,7 +238,7 @@ def test_a_dropped_patch_passes_through_its_block_unchanged():
 def test_layer_options_reach_every_layer():
     model = create("pce_nano", num_experts=3, border="exchange", gate="straight_through", norm="group", dropout=0.1)
     layers = [m for m in model.modules() if isinstance(m, PCELayer)]
-    assert [layer.extractor.patch_size for layer in layers] == [8, 2, 1]
+    assert [layer.extractor.patch_size for layer in layers] == [4, 1]
     for layer in layers:
         assert (layer.router.num_experts, layer.border, layer.router.gate) == (3, "exchange", "straight_through")
         assert (layer.experts.norm1.kind, layer.experts.dropout, layer.shortcut) == ("group", 0.1, None)
