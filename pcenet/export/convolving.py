@@ -103,22 +103,26 @@ class Tiles:
         reads = self._listed(cell_row * width + cell_column, start)
         return self._joined(torch.where(self._inside(), reads, 0) if own else reads)
 
-    def places(self) -> Tensor:
-        """The rows of `TileConv`'s output in which the pixels of all pairs' patches lie, ``[B, h*S, w*S, k]``."""
+    def places(self) -> list[Tensor]:
+        """The rows of `TileConv`'s output in which the pixels lie, ``[B, h*S, w*S]``, for each of a patch's k experts."""
         grid, q, tile = self.choice.grid, self.per_axis, self.tile
         top_k = self.choice.expert.shape[1]
-        rank = self.choice.rank.view(grid.batch, grid.rows, 1, 1, grid.columns, 1, 1, top_k) * self.per_patch
-        _, _, tile_row, cell_row, _, tile_column, cell_column, _ = self.axes(1, 1, q, tile, 1, q, tile, 1)
-        inside = tile_row * q + tile_column + (cell_row * tile + cell_column) * (self.total + 1)
-        return (rank + inside).flatten(4, 6).flatten(1, 3)
+        _, _, tile_row, cell_row, _, tile_column, cell_column = self.axes(1, 1, q, tile, 1, q, tile)
+        inside = 1 + tile_row * q + tile_column + (cell_row * tile + cell_column) * (self.total + 1)
+        ranks = [self.choice.rank] if top_k == 1 else self.choice.rank.view(-1, top_k).unbind(1)
+        return [
+            (rank.view(grid.batch, grid.rows, 1, 1, grid.columns, 1, 1) * self.per_patch + inside)
+            .flatten(4, 6)
+            .flatten(1, 3)
+            for rank in ranks
+        ]
 
     def reads_of_neighbours(self, reads: Tensor) -> Tensor:
         """The rows of another convolution's output that are where ``reads`` reads of the map; only for k = 1."""
         (height, width), m = self.size, self.margin
-        places = self.places()[:, :height, :width, 0]
+        (places,) = self.places()
         below, right = self.padded[0] - 2 * m - height, self.padded[1] - 2 * m - width
-        # Shifted so that the padding's zeros stand for the row of zeros.
-        padded = F.pad(places - self.total, (m, m + right, m, m + below)) + self.total
+        padded = F.pad(places[:, :height, :width], (m, m + right, m, m + below))
         return padded.flatten().index_select(0, reads.flatten()).view(reads.shape)
 
     def reads_of_own(self) -> Tensor:
@@ -126,30 +130,30 @@ class Tiles:
         tile = self.tile
         row, column = (cell - self.margin for cell in self._cells())
         cell = row % tile * tile + column % tile
-        place = cell * (self.total + 1) + row // tile * self.per_axis + column // tile
+        place = 1 + cell * (self.total + 1) + row // tile * self.per_axis + column // tile
         start = torch.arange(self.choice.order.shape[0], device=self.device) * self.per_patch
-        return self._joined(torch.where(self._inside(), self._listed(place, start), self.total))
+        return self._joined(torch.where(self._inside(), self._listed(place, start), 0))
+
+    def owners(self) -> Tensor:
+        """``[1 + M]``: the expert of each tile, before them E for the tile of zeros."""
+        owner = self.choice.owner
+        if self.per_patch > 1:
+            owner = owner[:, None].expand(-1, self.per_patch).flatten()
+        return F.pad(owner, (1, 0), value=len(self.counts))
 
     def to_map(self, out: Tensor) -> Tensor:
-        """`TileConv`'s output ``[T**2, M + 1, D]``, weighted and summed over each patch's experts, as a map ``[B, H, W,
+        """`TileConv`'s output ``[T**2, 1 + M, D]``, weighted and summed over each patch's experts, as a map ``[B, H, W,
         D]``."""
-        rows, (height, width) = out.flatten(0, 1), self.size
-        places = self.places()[:, :height, :width]
-        weight = self.choice.weight
+        rows, grid, side, weight = out.flatten(0, 1), self.choice.grid, self.side, self.choice.weight
         total: Tensor | None = None
-        for index, place in enumerate(places.unbind(3)):
-            picked = rows.index_select(0, place.flatten())
+        for index, places in enumerate(self.places()):
+            picked = rows.index_select(0, places.flatten()).view(grid.batch, grid.rows, side, grid.columns, side, -1)
             if weight is not None:
-                picked = picked * self._of_pixels(weight[:, index])
+                own = weight if weight.shape[1] == 1 else weight[:, index]
+                picked = picked * own.view(grid.batch, grid.rows, 1, grid.columns, 1, 1)
             total = picked if total is None else total + picked
         assert total is not None
-        return total.view(self.choice.grid.batch, height, width, -1)
-
-    def _of_pixels(self, per_patch: Tensor) -> Tensor:
-        """``[N]`` to ``[B*H*W, 1]``."""
-        grid, side = self.choice.grid, self.side
-        cells = per_patch.view(grid.batch, grid.rows, 1, grid.columns, 1).expand(-1, -1, side, -1, side)
-        return cells.flatten(3).flatten(1, 2)[:, : self.size[0], : self.size[1]].reshape(-1, 1)
+        return total.flatten(3, 4).flatten(1, 2)[:, : self.size[0], : self.size[1]]
 
 
 class TileConv(nn.Module):
@@ -168,14 +172,15 @@ class TileConv(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor, tile: int, norm: StackedNorm | None = None) -> None:
         super().__init__()
         self.tile, self.opaque = tile, False
-        # Apart, so that they are constants of their own in a file.
-        self.bias = _fixed_list(bias)
         self.transforms = nn.ParameterList()
+        # What is used apart is a parameter of its own, and so a constant of its own in a file.
         if tile == 1:
+            self.bias = _fixed_list(bias)
             self.weight = _fixed_list(weight.permute(0, 3, 4, 2, 1).flatten(1, 3))
         else:
             read, kernel, write = (torch.kron(each, each) for each in winograd_matrices(tile))
             transformed = torch.einsum("pt,edct->epcd", kernel.to(weight.device), weight.flatten(3).double())
+            self.bias = _fixed_list([F.pad(bias, (0, 0, 0, 1))])
             self.weight = _fixed_list(transformed.to(weight.dtype))
             self.transforms = _fixed_list(matrix.to(weight) for matrix in (read, write))
         self.norm = None if norm is None else FixedGroupNorm(norm)
@@ -189,15 +194,22 @@ class TileConv(nn.Module):
             tiles: which tiles are whose.
 
         Returns:
-            ``[T**2, M + 1, D]``, the last tile zeros.
+            ``[T**2, 1 + M, D]``, the first tile zeros.
         """
         run = convolve_tiles_opaque if self.opaque else convolve_tiles
-        out = run(rows, reads, tiles.counts, list(self.weight), list(self.bias), list(self.transforms))
+        owners = tiles.owners() if self.transforms else None
+        out = run(rows, reads, tiles.counts, owners, list(self.weight), list(self.bias), list(self.transforms))
         return out if self.norm is None else self.norm(out, tiles)
 
 
 def convolve_tiles(
-    rows: Tensor, reads: Tensor, counts: Tensor, weights: list[Tensor], biases: list[Tensor], transforms: list[Tensor]
+    rows: Tensor,
+    reads: Tensor,
+    counts: Tensor,
+    owners: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    transforms: list[Tensor],
 ) -> Tensor:
     """Each expert's convolution of its own tiles.
 
@@ -205,46 +217,59 @@ def convolve_tiles(
         rows: ``[Z, C]``.
         reads: the rows that tiles read, as `Tiles` lists them.
         counts: ``[E]`` int64, tiles of each expert; their sum is M.
+        owners: ``[1 + M]`` int64, E and the expert of each tile; None where tiles are one pixel.
         weights: an expert's ``[K * C, D]`` where tiles are one pixel, else ``[(T + 2)**2, C, D]``, transformed.
-        biases: an expert's ``[D]``.
+        biases: an expert's ``[D]`` where tiles are one pixel, else ``[E + 1, D]`` of all experts, zeros at the end.
         transforms: Winograd's matrices for reading ``[(T + 2)**2, (T + 2)**2]`` and writing ``[T**2, (T + 2)**2]``;
             none where tiles are one pixel.
 
     Returns:
-        ``[T**2, M + 1, D]``, the last tile zeros.
+        ``[T**2, 1 + M, D]``, the first tile zeros.
     """
     sizes: list[int] = counts.tolist()
     for size in sizes:
         torch._check(size >= 0)
-    parts = []
-    for index, weight, bias in zip(reads.split(sizes, dim=1 if transforms else 0), weights, biases, strict=True):
-        windows = rows.index_select(0, index.flatten())
-        if transforms:
-            cells, channels, _ = weight.shape
-            products = (transforms[0] @ windows.view(cells, -1)).view(cells, -1, channels) @ weight
-            out = (transforms[1] @ products.view(cells, -1)).view(len(transforms[1]), -1, len(bias)) + bias
-        else:
-            out = torch.addmm(bias, windows.view(-1, len(weight)), weight)[None]
-        parts.append(out)
-    parts.append(rows.new_zeros(len(parts[0]), 1, len(biases[0])))
-    return torch.cat(parts, dim=1)
+    windows = [rows.index_select(0, index.flatten()) for index in reads.split(sizes, dim=1 if transforms else 0)]
+    if owners is None:
+        parts = [
+            torch.addmm(bias, own.view(-1, len(weight)), weight)
+            for own, weight, bias in zip(windows, weights, biases, strict=True)
+        ]
+        return torch.cat((rows.new_zeros(1, len(biases[0])), *parts))[None]
+    (read, write), (bias,), (cells, channels, width) = transforms, biases, weights[0].shape
+    parts = [rows.new_zeros(len(write), width)]
+    for own, weight in zip(windows, weights, strict=True):
+        products = (read @ own.view(cells, -1)).view(cells, -1, channels) @ weight
+        parts.append(write @ products.view(cells, -1))
+    return torch.cat(parts, dim=1).view(len(write), -1, width) + bias.index_select(0, owners)
 
 
 @torch.library.custom_op("pcenet::convolve_tiles", mutates_args=())
 def convolve_tiles_opaque(
-    rows: Tensor, reads: Tensor, counts: Tensor, weights: list[Tensor], biases: list[Tensor], transforms: list[Tensor]
+    rows: Tensor,
+    reads: Tensor,
+    counts: Tensor,
+    owners: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    transforms: list[Tensor],
 ) -> Tensor:
     """`convolve_tiles` as one operator, whose shapes do not depend on the routing."""
-    return convolve_tiles(rows, reads, counts, weights, biases, transforms)
+    return convolve_tiles(rows, reads, counts, owners, weights, biases, transforms)
 
 
 @convolve_tiles_opaque.register_fake
 def _(
-    rows: Tensor, reads: Tensor, counts: Tensor, weights: list[Tensor], biases: list[Tensor], transforms: list[Tensor]
+    rows: Tensor,
+    reads: Tensor,
+    counts: Tensor,
+    owners: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    transforms: list[Tensor],
 ) -> Tensor:
-    if transforms:
-        return rows.new_empty(len(transforms[1]), reads.shape[1] + 1, len(biases[0]))
-    return rows.new_empty(1, reads.shape[0] + 1, len(biases[0]))
+    tiles = reads.shape[0] if owners is None else reads.shape[1]
+    return rows.new_empty(1 if owners is None else len(transforms[1]), tiles + 1, weights[0].shape[-1])
 
 
 class FixedGroupNorm(nn.Module):
@@ -259,15 +284,15 @@ class FixedGroupNorm(nn.Module):
     def forward(self, out: Tensor, tiles: Tiles) -> Tensor:
         """`convolve_tiles`'s output, normalised."""
         cells, _, channels = out.shape
-        grouped = out[:, :-1].reshape(cells, -1, tiles.per_patch, self.groups, channels // self.groups)
+        grouped = out[:, 1:].reshape(cells, -1, tiles.per_patch, self.groups, channels // self.groups)
         real = self._real(tiles)
         count = real.sum((0, 2, 3, 4), keepdim=True) * grouped.shape[4]
         centred = grouped - (grouped * real).sum((0, 2, 4), keepdim=True) / count
         variance = (centred.square() * real).sum((0, 2, 4), keepdim=True) / count
         normalised = (centred * torch.rsqrt(variance + NORM_EPS)).flatten(3)
-        expert = tiles.choice.expert.flatten().index_select(0, tiles.choice.order)
-        weight, bias = (each.index_select(0, expert)[:, None] for each in (self.weight, self.bias))
-        return torch.cat(((normalised * weight + bias).flatten(1, 2), out[:, -1:]), dim=1)
+        owner = tiles.choice.owner
+        weight, bias = (each.index_select(0, owner)[:, None] for each in (self.weight, self.bias))
+        return torch.cat((out[:, :1], (normalised * weight + bias).flatten(1, 2)), dim=1)
 
     def _real(self, tiles: Tiles) -> Tensor:
         """``[T**2, R, q**2, 1, 1]``, 1 for cells on the map, else 0."""

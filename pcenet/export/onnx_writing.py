@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnxscript import opset20 as op
@@ -65,25 +66,36 @@ def _sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = 
 
 
 def _convolve_tiles(
-    rows: Any, reads: Any, counts: Any, weights: Sequence[Any], biases: Sequence[Any], transforms: Sequence[Any]
+    rows: Any,
+    reads: Any,
+    counts: Any,
+    owners: Any,
+    weights: Sequence[Any],
+    biases: Sequence[Any],
+    transforms: Sequence[Any],
 ) -> Any:
     """`pcenet.export.convolving.convolve_tiles`."""
-    axis = 1 if transforms else 0
+    axis, width = (1 if transforms else 0), weights[0].shape[-1]
     own = [reads] if len(weights) == 1 else op.Split(reads, counts, axis=axis, num_outputs=len(weights))
-    parts = []
-    for index, weight, bias in zip(own, weights, biases, strict=True):
-        windows = op.Gather(rows, index, axis=0)
-        if transforms:
-            cells, channels, out_channels = weight.shape
-            read = op.MatMul(transforms[0], op.Reshape(windows, _shape(cells, -1)))
-            products = op.MatMul(op.Reshape(read, _shape(cells, -1, channels)), weight)
-            out = op.MatMul(transforms[1], op.Reshape(products, _shape(cells, -1)))
-            parts.append(op.Add(op.Reshape(out, _shape(transforms[1].shape[0], -1, out_channels)), bias))
-        else:
-            parts.append(op.Gemm(op.Reshape(windows, _shape(-1, weight.shape[0])), weight, bias))
-    zeros = torch.zeros(*([transforms[1].shape[0]] if transforms else []), 1, biases[0].shape[0])
-    joined = op.Concat(*parts, op.Constant(value=ir.serde.serialize_tensor(ir.tensor(zeros.numpy()))), axis=axis)
-    return joined if transforms else op.Unsqueeze(joined, _shape(0))
+    windows = [op.Gather(rows, index, axis=0) for index in own]
+    if not transforms:
+        parts = [
+            op.Gemm(op.Reshape(each, _shape(-1, weight.shape[0])), weight, bias)
+            for each, weight, bias in zip(windows, weights, biases, strict=True)
+        ]
+        return op.Unsqueeze(op.Concat(_zeros(1, width), *parts, axis=0), _shape(0))
+    (read, write), (cells, channels, _) = transforms, weights[0].shape
+    parts = [_zeros(write.shape[0], width)]
+    for each, weight in zip(windows, weights, strict=True):
+        inputs = op.MatMul(read, op.Reshape(each, _shape(cells, -1)))
+        products = op.MatMul(op.Reshape(inputs, _shape(cells, -1, channels)), weight)
+        parts.append(op.MatMul(write, op.Reshape(products, _shape(cells, -1))))
+    joined = op.Reshape(op.Concat(*parts, axis=1), _shape(write.shape[0], -1, width))
+    return op.Add(joined, op.Gather(biases[0], owners, axis=0))
+
+
+def _zeros(*sizes: int) -> Any:
+    return op.Constant(value=ir.serde.serialize_tensor(ir.tensor(np.zeros(sizes, np.float32))))
 
 
 def _shape(*sizes: int) -> Any:

@@ -25,6 +25,7 @@ class Choice:
         expert: ``[N, k]`` int64, best first.
         weight: ``[N, k]``, the factors of the experts' outputs; None where all are 1.
         order: ``[R]`` int64, the pairs (patch * k + choice) sorted by expert.
+        owner: ``[R]`` int64, the expert of each pair in that order.
         rank: ``[R]`` int64, the place of each pair in that order.
         loads: ``[E]`` int64, pairs of each expert.
         grid: how the patches lie.
@@ -33,6 +34,7 @@ class Choice:
     expert: Tensor
     weight: Tensor | None
     order: Tensor
+    owner: Tensor
     rank: Tensor
     loads: Tensor
     grid: Grid
@@ -122,11 +124,11 @@ def choose(logits: Tensor, grid: Grid, top_k: int, gate: str, temperature: float
         if gate != "prob":
             weight = weight / weight.sum(1, keepdim=True)
     pairs = expert.flatten()
-    order = torch.sort(pairs, stable=True).indices
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    owner, order = torch.sort(pairs, stable=True)
+    rank = order.scatter(0, order, torch.arange(order.shape[0], device=order.device))
     experts = torch.arange(num_experts, device=pairs.device)
     loads = (pairs == experts[:, None]).sum(1)
-    return Choice(expert, weight, order, rank, loads, grid)
+    return Choice(expert, weight, order, owner, rank, loads, grid)
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:
