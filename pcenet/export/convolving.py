@@ -104,7 +104,7 @@ class Tiles:
         return self._joined(torch.where(self._inside(), reads, 0) if own else reads)
 
     def places(self) -> list[Tensor]:
-        """The rows of `TileConv`'s output in which the pixels lie, ``[B, h*S, w*S]``, for each of a patch's k experts."""
+        """For each of a patch's k experts the rows of `TileConv`'s output in which pixels lie, ``[B, h*S, w*S]``."""
         grid, q, tile = self.choice.grid, self.per_axis, self.tile
         top_k = self.choice.expert.shape[1]
         _, _, tile_row, cell_row, _, tile_column, cell_column = self.axes(1, 1, q, tile, 1, q, tile)
