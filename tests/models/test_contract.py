@@ -19,7 +19,8 @@ NAMES = ["dense_nano", "dense_small", "dense_tiny"] + [
 ]
 NAMES += [f"{kind}_{size}_s2" for kind in ("dense", "pce") for size in ("nano", "tiny")]
 NAMES += ["dense_nano_wide"]
-NANO = ["dense_nano", "pce_nano", "pce_nano_spec"]
+ROUTED = {"dense_nano": 0, "pce_nano": 2, "pce_nano_spec": 3}  # stages
+NANO = list(ROUTED)
 
 
 def create(name: str, **kwargs: object) -> torch.nn.Module:
@@ -201,7 +202,7 @@ def test_parameter_groups(name):
     assert decayed["weight_decay"] == 0.05
     assert undecayed["weight_decay"] == 0
     assert shapes <= {2, 4, 5}
-    assert sum(p.ndim == 2 for p in decayed["params"]) == (1 if name.startswith("dense") else 4)  # head, 3 routers
+    assert sum(p.ndim == 2 for p in decayed["params"]) == 1 + ROUTED[name]  # the head's and the routers'
     for coarse, count in ((True, 5), (False, 7)):  # stem, stages (strides apart from blocks), head
         groups = group_parameters(model, model.group_matcher(coarse=coarse))
         assert len(groups) == count, coarse
@@ -220,7 +221,8 @@ def test_bfloat16_and_other_devices(name):
 @pytest.mark.parametrize("name", NANO)
 def test_a_block_is_a_sum_with_nothing_after_it(name):
     for block in _blocks(create(name).eval()):
-        x = torch.randn(2, block.body.in_channels if name.startswith("pce") else block.body[0].in_channels, 8, 8)
+        first = block.body if isinstance(block.body, PCELayer) else block.body[0]
+        x = torch.randn(2, first.in_channels, 8, 8)
         assert torch.equal(block(x), x + block.body(x))
 
 
