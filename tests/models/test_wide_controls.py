@@ -83,9 +83,7 @@ def test_a_wide_network_has_the_parameters_of_the_pce_network() -> None:
         ("dense_unet_nano_wide", "dense_unet_nano", WIDE_UNET, (3, 192, 256)),
     ],
 )
-def test_a_wide_network_is_the_twin_but_wider(
-    wide: str, twin: str, widths: Widths, size: tuple[int, int, int]
-) -> None:
+def test_a_wide_network_is_the_twin_but_wider(wide: str, twin: str, widths: Widths, size: tuple[int, int, int]) -> None:
     model, narrow = create_network(wide), create_network(twin)
     assert model.model_args == {**narrow.model_args, "widths": list(widths)}
     assert all(width % 8 == 0 for width in widths)
