@@ -42,14 +42,14 @@ def poison_input(patch: pytest.MonkeyPatch, value: float, steps: tuple[int, ...]
 
 
 def poison_logits(patch: pytest.MonkeyPatch, value: float) -> None:
-    """One logit of the second layer's router, in the patches of the third image of six; -inf passes softmax unseen."""
+    """One logit of the first of two routers, in the patches of the third image of six; -inf passes softmax unseen."""
     original = Router.forward
     calls = [0]
 
     def forward(self: Router, *arguments: Any, **options: Any) -> Any:
         routing = original(self, *arguments, **options)
         calls[0] += self.training
-        if self.training and calls[0] == 3 * STEP + 2:
+        if self.training and calls[0] == 2 * STEP + 1:
             routing.logits.data[2 * len(routing.logits) // 6, 0] = value
         return routing
 

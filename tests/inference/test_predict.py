@@ -119,9 +119,9 @@ def test_the_expert_of_each_patch_on_request(
     for number, record in enumerate(results("predictions")["predictions"]):
         with torch.inference_mode(), record_routing(model) as records:
             model(eval_transform(32)(noise(number))[None])
-        assert len(record["routing"]) == 3
+        assert len(record["routing"]) == 2
         assert record["routing"] == {name: expert_map(routings[0])[0].tolist() for name, routings in records.items()}
-        assert [len(grid) for grid in record["routing"].values()] == [4, 8, 8]  # 32/8, 16/2 and 8/1 patches a side
+        assert [len(grid) for grid in record["routing"].values()] == [4, 8]  # 16/4 and 8/1 patches a side
         assert len(record["top"]) == 1
 
 

@@ -104,7 +104,7 @@ def test_an_argument_of_none_survives(tmp_path):
 def test_saved_defaults_survive_a_change_of_defaults(folder):
     arguments = json.loads((folder / "config.json").read_text())["model_args"]
     assert arguments["gate_input"] == "pixels"
-    assert arguments["patch_sizes"] == [8, 2, 1]
+    assert arguments["patch_sizes"] == [None, 4, 1]
 
 
 def test_loading_needs_no_training_code(folder):

@@ -99,7 +99,7 @@ def test_run_folder_is_complete(finished: RunFolder, pictures: Path) -> None:
     assert metrics["val"]["top5"] is None  # three classes
     assert 0 <= metrics["val"]["top1"] <= metrics["best"]["top1"] <= 1
     assert metrics["images_per_second"] > 0
-    assert set(metrics["router"]) == {"stages.0.0.body", "stages.1.1.body", "stages.2.1.body"}
+    assert set(metrics["router"]) == {"stages.1.1.body", "stages.2.1.body"}
     assert metrics["complexity"]["active_parameters"] < metrics["complexity"]["parameters"]
     environment = json.loads(finished.environment.read_text())
     assert (environment["precision"], environment["workers"]) == ("fp32", 0)
@@ -117,9 +117,9 @@ def test_losses_are_logged_apart_and_add_up(finished: RunFolder) -> None:
     for row in logged:
         parts = row["train/task_loss"] + 0.01 * row["train/balance_loss"] + 0.001 * row["train/z_loss"]
         assert row["train/loss"] == pytest.approx(parts, rel=1e-5)
-        assert row["train/balance_loss"] > 0.9 * 3  # three layers, 1 each where the router is uniform
+        assert row["train/balance_loss"] > 0.9 * 2  # two layers, 1 each where the router is uniform
         assert row["train/z_loss"] > 0
-        for layer in ("stages.0.0.body", "stages.1.1.body", "stages.2.1.body"):
+        for layer in ("stages.1.1.body", "stages.2.1.body"):
             assert sum(row[f"router/{layer}/load_{expert}"] for expert in range(4)) == pytest.approx(1)
 
 
@@ -356,13 +356,13 @@ def test_arguments_of_the_network_reach_it_and_travel(start: Start) -> None:
     folder = train(start(epochs=1, model_args={"num_experts": 2, "border": "exchange"}))
     assert folder.read_config().model_args == {"num_experts": 2, "border": "exchange"}
     layers = [module for module in load_model(folder.model).modules() if isinstance(module, PCELayer)]
-    assert [(layer.router.num_experts, layer.border) for layer in layers] == [(2, "exchange")] * 3
+    assert [(layer.router.num_experts, layer.border) for layer in layers] == [(2, "exchange")] * 2
 
 
 def test_an_argument_of_the_network_may_be_none(start: Start) -> None:
     model = prepare_only(start(model_args={"capacity_factor": None})).model
     layers = [module for module in model.modules() if isinstance(module, PCELayer)]
-    assert [layer.router.capacity_factor for layer in layers] == [None] * 3
+    assert [layer.router.capacity_factor for layer in layers] == [None] * 2
 
 
 @pytest.mark.parametrize(

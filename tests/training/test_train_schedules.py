@@ -117,7 +117,7 @@ def test_routers_of_a_run_follow_the_schedules(start: Start, monkeypatch: pytest
     monkeypatch.setattr(Router, "forward", watch)
     # Two epochs of three steps, both schedules over four steps: 3, 2.5, 2, 1.5, 1, 1 and 0.4, 0.3, 0.2, 0.1, 0, 0.
     folder = train(start(temperature=3.0, temperature_epochs=4 / 3, router_noise=0.4, router_noise_epochs=4 / 3))
-    layers = 3
+    layers = 2
     training = [entry[1:] for entry in seen if entry[0]][::layers]
     assert [temperature for temperature, _ in training] == [3.0, 2.5, 2.0, 1.5, 1.0, 1.0]
     assert [noise for _, noise in training] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0, 0.0])
@@ -136,7 +136,7 @@ def test_balance_weight_enters_the_loss(start: Start) -> None:
         with open(run.logs / "metrics.csv", newline="") as file:
             rows.append({name: float(value) for name, value in next(csv.DictReader(file)).items()})
     assert "train/balance_weight" not in rows[0]
-    # 0.2, 0.3, 0.4 in three steps of equal batches: logged is the last one; the balance loss itself stays near 3.
+    # 0.2, 0.3, 0.4 in three steps of equal batches: logged is the last one; the balance loss itself stays near 2.
     assert rows[1]["train/balance_weight"] == pytest.approx(0.4)
     added = [row["train/loss"] - row["train/task_loss"] for row in rows]
     assert added[0] == pytest.approx(0.5 * rows[0]["train/balance_loss"], rel=1e-5)

@@ -42,7 +42,7 @@ def test_differences_of_experts_decay_by_a_rate_of_their_own(weight_decay: float
     }
     assert len(rates) == len(list(model.parameters()))
     differences = [p for name, p in model.named_parameters() if name.endswith("difference")]
-    assert len(differences) == 6  # two convolutions in each of three layers
+    assert len(differences) == 4  # two convolutions in each of two layers
     assert all(rates.pop(id(parameter)) == 0.5 for parameter in differences)
     assert set(rates.values()) == {0.0, weight_decay}
 
