@@ -206,8 +206,8 @@ def test_networks_with_sorted_dispatch(name: str, side: int, backend: str, dynam
     """The dispatch itself is never compiled, and breaks the graph of every function that it is called from. Of a layer
     that leaves two graphs, its router and the sum of its block, and between two layers a third one at most.
 
-    (With torch._dynamo.config.nested_graph_breaks functions are no longer compiled apart.) Where one stage is dense, its
-    blocks are compiled again, apart, in the second step: no `nn.Sequential` is compiled once a graph broke in one.
+    (With torch._dynamo.config.nested_graph_breaks functions are no longer compiled apart.) Blocks of a dense stage are
+    compiled again, apart, in the second step: no `nn.Sequential` is compiled once a graph broke in one.
     """
     model = create_network(name, num_classes=4).double()
     layers = sum(isinstance(module, PCELayer) for module in model.modules())
