@@ -149,7 +149,7 @@ def test_without_a_pointer(server, visit):
     page.get_by_label("Row", exact=True).fill("1")
     page.get_by_label("Column", exact=True).fill("0")
     page.get_by_role("button", name="Look").press("Enter")
-    has(page, "#answer", "Patch in row 1, column 0 of stages.0.0.")
+    has(page, "#answer", "Patch in row 1, column 0 of stages.1.1.")
     page.get_by_role("radio", name="expert 3", exact=True).press("Space")
     page.get_by_role("button", name="Send").press("Enter")
     has(page, "#answer", "expert 3 (")

@@ -134,17 +134,17 @@ def test_a_visit_over_http(server):
     visitor = Visitor(server.url, "visit")
     answer = visitor.ask(None, "load")
     assert re.fullmatch(r"(red|green|blue) , probability \d+\.\d %", words_of(answer["headline"]))
-    assert answer["layer"] == "stages.0.0.body"
+    assert answer["layer"] == "stages.1.1.body"
     assert answer["experts"]["path"].endswith(".png")
     assert raw(server, urlsplit(answer["experts"]["url"]).path)[2].startswith(b"\x89PNG")
-    answer = visitor.ask("layer", "input", None, "stages.1.1.body")
+    answer = visitor.ask("layer", "input", None, "stages.2.1.body")
     assert "Click on a patch" in answer["answer"]
     # The picture has 640 pixels, the layer 8 x 8 patches.
     answer = visitor.ask("experts", "select", None, event_data={"index": [170, 639], "value": None})
-    assert "Patch in row 7, column 2 of stages.1.1" in words_of(answer["answer"])
+    assert "Patch in row 7, column 2 of stages.2.1" in words_of(answer["answer"])
     other = (answer["expert"] + 1) % 4
     answer = visitor.ask("send", "click", None, other)
-    assert f"stages.1.1, row 7, column 2: to expert {other}" in words_of(answer["report"])
+    assert f"stages.2.1, row 7, column 2: to expert {other}" in words_of(answer["report"])
     assert "Nothing is changed yet" in visitor.ask("reset", "click", None)["report"]
 
 
