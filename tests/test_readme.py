@@ -76,10 +76,11 @@ def test_figures_are_those_of_the_raw_results():
     rows = re.findall(r"^\| `(pce_nano|dense_nano)` \|(.*)\|$", README, re.MULTILINE)
     assert [name for name, _ in rows] == ["dense_nano", "pce_nano"]
     for name, row in rows:
-        metrics = json.loads((ROOT / "experiments" / "results" / "cifar10" / f"{name}-0" / "metrics.json").read_text())
-        cost = metrics["complexity"]
+        folders = [ROOT / "experiments" / "results" / "cifar10" / f"{name}-{seed}" for seed in range(3)]
+        runs = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+        cost = runs[0]["complexity"]
         assert [cell.strip() for cell in row.split("|")] == [
-            f"{metrics['val']['top1']:.2%}".replace("%", " %"),
+            *(f"{run['val']['top1']:.2%}".replace("%", " %") for run in runs),
             f"{cost['multiply_adds'] / 1e6:.1f} M",
             f"{cost['parameters'] / 1e6:.2f} M",
             f"{cost['active_parameters'] / 1e6:.2f} M",
