@@ -244,18 +244,8 @@ def convolve_tiles(
     return torch.cat(parts, dim=1).view(len(write), -1, width) + bias.index_select(0, owners)
 
 
-@torch.library.custom_op("pcenet::convolve_tiles", mutates_args=())
-def convolve_tiles_opaque(
-    rows: Tensor,
-    reads: Tensor,
-    counts: Tensor,
-    owners: Tensor | None,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    transforms: list[Tensor],
-) -> Tensor:
-    """`convolve_tiles` as one operator, whose shapes do not depend on the routing."""
-    return convolve_tiles(rows, reads, counts, owners, weights, biases, transforms)
+# As one operator, whose shapes do not depend on the routing.
+convolve_tiles_opaque = torch.library.custom_op("pcenet::convolve_tiles", convolve_tiles, mutates_args=())
 
 
 @convolve_tiles_opaque.register_fake

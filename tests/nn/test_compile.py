@@ -219,7 +219,7 @@ def test_networks_with_sorted_dispatch(name: str, side: int, backend: str, dynam
         compiled.train(training)
         steps = [torch.randn(2, 3, side, side, dtype=torch.float64) for _ in range(3)]
         graphs.ran = 0
-        assert_same_steps(model, compiled, steps, 1e-8, 1e-9, warm_up=2)
+        assert_same_steps(model, compiled, steps, 1e-8, 1e-9, warm_up=2 if dense else 1)
         assert 2 * layers <= graphs.ran / len(steps) <= 3 * layers + 1 + dense
         for reason in counters["graph_break"]:
             assert "_run_sorted" in reason.splitlines()[1], reason
