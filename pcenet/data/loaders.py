@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 import threading
+import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -273,16 +274,29 @@ def _end_when_told(parent: int) -> None:
 
 @contextmanager
 def naming_dead_workers() -> Iterator[None]:
-    """Turn PyTorch's error for a process that died while it loaded images into a ``ValueError`` with the way out."""
+    """Turn the errors that follow the death of a process that loads images into a ``ValueError`` with the way out.
+
+    PyTorch names the process. Where it died while it handed a batch over, its socket may be closed before the system
+    reports it dead: then the error is Python's, about the connection.
+    """
     try:
         yield
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise ValueError(
-            f"workers: a process that loads images has died ({str(error).splitlines()[0].rstrip('. ')}), for lack of"
-            " memory perhaps; try fewer --workers"
-        ) from error
+        raise _dead_worker(error) from error
+    except (OSError, EOFError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals["__name__"] != "multiprocessing.connection":
+            raise
+        raise _dead_worker(error) from error
+
+
+def _dead_worker(error: Exception) -> ValueError:
+    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(". ")
+    return ValueError(
+        f"workers: a process that loads images has died ({reason}), for lack of memory perhaps; try fewer --workers"
+    )
 
 
 def _mix(*numbers: int) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 import random
 import traceback
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Client
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from pcenet.data import (
     ImageSource,
     build_loader,
     eval_transform,
+    naming_dead_workers,
     open_source,
     train_transform,
 )
@@ -185,6 +188,42 @@ def test_a_dataset_can_be_sent_to_a_spawned_worker(make_tree: Tree, pack: Pack) 
     dataset = ImageDataset(source, train_transform(12), seed=4)
     expected = dataset[2, 1][0]
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[2, 1][0], expected)
+
+
+def reset_connection() -> None:
+    near, far = multiprocessing.Pipe()
+    near.send("a request that nobody reads")
+    far.close()
+    near.recv()
+
+
+def ended_connection() -> None:
+    near, far = multiprocessing.Pipe()
+    far.close()
+    near.recv()
+
+
+@pytest.mark.parametrize(
+    ("connect", "reason"),
+    [
+        (reset_connection, r"\[Errno \d+\] Connection reset by peer"),
+        (ended_connection, "EOFError"),
+        (lambda: Client("/nowhere/socket"), r"\[Errno \d+\] No such file or directory"),
+    ],
+)
+def test_a_connection_that_breaks_while_a_batch_comes_over_is_a_dead_worker(
+    connect: Callable[[], None], reason: str
+) -> None:
+    message = rf"^workers: .* has died \({reason}\), .* try fewer --workers$"
+    with pytest.raises(ValueError, match=message), naming_dead_workers():
+        connect()
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("of another kind"), EOFError("a short file")])
+def test_errors_of_other_origin_are_left_alone(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, naming_dead_workers():
+        raise error
+    assert raised.value is error
 
 
 @pytest.mark.parametrize(("option", "value"), [("batch_size", 0), ("workers", -1)])

@@ -32,7 +32,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message(
         at_step(2, patch, kill_workers)
         assert pcenet(config, log) == 2, log.read_text()
     error = log.read_text().splitlines()[-1]
-    assert error.startswith("pcenet: error: workers: a process that loads images has died (DataLoader worker (pid")
+    assert error.startswith("pcenet: error: workers: a process that loads images has died (")
     assert error.endswith("try fewer --workers")
     assert "Traceback" not in log.read_text()
     # It is noticed during the step or, where the next batch had been loaded before, during the one after.
