@@ -19,7 +19,8 @@ def synchronise(model: nn.Module, batch_norm: bool = False) -> nn.Module:
         model: the network, changed in place.
         batch_norm: take the statistics of batch normalisation over all processes too, weighted by the values that each
             has: those of the experts, whose layers then use ``dispatch="static"``, one exchange for all experts instead
-            of one for each; and those of ordinary layers, by `torch.nn.SyncBatchNorm`, which needs GPUs.
+            of one for each; and those of ordinary layers, timm's with an activation among them, by
+            `torch.nn.SyncBatchNorm`, which needs GPUs.
 
     Returns:
         The network; another module where it is itself an ordinary batch normalisation.
@@ -31,4 +32,9 @@ def synchronise(model: nn.Module, batch_norm: bool = False) -> nn.Module:
             module.dispatch = "static"
         elif batch_norm and isinstance(module, StackedNorm):
             module.synchronised = module.kind == "batch"
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if batch_norm else model
+    if not batch_norm:
+        return model
+    from timm.layers import convert_sync_batchnorm  # here, since importing timm takes a second
+
+    synchronised: nn.Module = convert_sync_batchnorm(model)
+    return synchronised

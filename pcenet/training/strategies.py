@@ -11,6 +11,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
+from timm.layers import SyncBatchNormAct
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -157,7 +158,8 @@ def synchronised(model: nn.Module, config: TrainConfig, device: torch.device) ->
     if device.type == "cpu":
         layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
         for layer in layers:
-            layer.__class__ = ProcessorSyncBatchNorm
+            with_act = isinstance(layer, SyncBatchNormAct)
+            layer.__class__ = ProcessorSyncBatchNormAct if with_act else ProcessorSyncBatchNorm
     return model
 
 
@@ -184,3 +186,16 @@ class ProcessorSyncBatchNorm(nn.BatchNorm2d):
         scale = torch.rsqrt(variance + self.eps)
         normalised = (input - mean[:, None, None]) * scale[:, None, None]
         return normalised * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class ProcessorSyncBatchNormAct(ProcessorSyncBatchNorm):
+    """timm's SyncBatchNormAct, on processors."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to the same shape."""
+        activated: Tensor = self.act(self.drop(super().forward(input)))
+        return activated
