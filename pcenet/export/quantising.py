@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def quantise(path: Path, run: str, data: str, split: Split, threads: int | None)
     model = onnx.load(str(path))
     kept = {each.name for each in model.graph.initializer if ".router." in each.name or len(each.dims) > 2}
     quantised = path.with_name(f"{path.stem}.int8{path.suffix}")
+    root = logging.getLogger()
+    root.addFilter(_other_than_advice)
     try:
         quantisation.quantize_dynamic(
             model,
@@ -67,8 +70,14 @@ def quantise(path: Path, run: str, data: str, split: Split, threads: int | None)
         carried.value = json.dumps(json.loads(carried.value) | {"int8": asdict(result)})
         onnx.save(model, str(path))
     finally:
+        root.removeFilter(_other_than_advice)
         quantised.unlink(missing_ok=True)
     return result
+
+
+def _other_than_advice(record: logging.LogRecord) -> bool:
+    """onnxruntime advises, for every file, to run its own optimisation before; ours has nothing for it to do."""
+    return not record.getMessage().startswith("Please consider to run pre-processing before quantization.")
 
 
 def _measure(path: Path, trained: Trained, threads: int | None) -> tuple[float, str]:

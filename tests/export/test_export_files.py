@@ -243,7 +243,7 @@ def test_an_upcycled_network_is_exported(tmp_path):
 
 
 @pytest.mark.slow
-def test_int8_says_what_it_costs(exported, tmp_path, capsys):
+def test_int8_says_what_it_costs(exported, tmp_path, capsys, caplog):
     from PIL import Image
 
     _, folder = exported
@@ -257,6 +257,7 @@ def test_int8_says_what_it_costs(exported, tmp_path, capsys):
     arguments = ["--int8", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "net.onnx")]
     assert main(["export", str(folder / "model"), *arguments]) == 0
     assert "before" in capsys.readouterr().out
+    assert "pre-processing" not in caplog.text
     net = ExportedNet(tmp_path / "net.onnx")
     assert net.metadata["int8"].keys() == {"data", "split", "score", "before", "after"}
     assert 0 <= net.metadata["int8"]["after"] <= 1
