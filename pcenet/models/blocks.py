@@ -14,13 +14,14 @@ from pcenet.models.stages import Stage
 from pcenet.nn import PCELayer
 from pcenet.nn.experts import Norm, StackedNorm, double_conv
 
-# What a network sets itself for each of its layers; everything else of PCELayer is an option of the network.
+# What a network sets itself for each of its layers; everything else of PCELayer is an option of the network. So is the
+# width inside an expert, which stages share as a ratio.
 _SET_BY_NETWORK = {"in_channels", "out_channels", "patch_size", "hidden_channels", "dropout", "norm", "shortcut"}
 LAYER_DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(PCELayer).parameters.items()
     if name not in _SET_BY_NETWORK
-}
+} | {"expert_width": 1.0}
 
 
 class ConvNormAct(nn.Sequential):
@@ -69,7 +70,7 @@ def resolve_layer_options(network: nn.Module, given: dict[str, Any], stages: Seq
 
     Raises:
         TypeError: for an option that `PCELayer` does not have.
-        ValueError: for any option where no stage is routed.
+        ValueError: for any option where no stage is routed; for an ``expert_width`` that is not positive.
     """
     unknown = sorted(given.keys() - LAYER_DEFAULTS.keys())
     if unknown:
@@ -79,7 +80,10 @@ def resolve_layer_options(network: nn.Module, given: dict[str, Any], stages: Seq
         if given:
             raise ValueError(f"{', '.join(sorted(given))}: no effect on a dense network; leave out, or route a stage")
         return {}
-    return {**LAYER_DEFAULTS, **given}
+    options = {**LAYER_DEFAULTS, **given}
+    if not options["expert_width"] > 0:
+        raise ValueError(f"expert_width={options['expert_width']} must be above 0; 1 is the width of the stage")
+    return options
 
 
 def make_stem(in_chans: int, stage: Stage) -> nn.Sequential:
@@ -107,6 +111,7 @@ def make_blocks(
     stage: Stage, drop_path_rates: Sequence[Any], dropout: float, norm: Norm, options: dict[str, Any]
 ) -> list[nn.Module]:
     """The residual blocks of a stage, one per rate of stochastic depth; ``options`` are those of its PCE layers."""
+    layer_options = {name: value for name, value in options.items() if name != "expert_width"}
 
     def body() -> nn.Module:
         if stage.patch_size is None:
@@ -115,10 +120,11 @@ def make_blocks(
             stage.width,
             stage.width,
             patch_size=stage.patch_size,
+            hidden_channels=max(1, round(options["expert_width"] * stage.width)),
             dropout=dropout,
             norm=norm,
             shortcut=False,
-            **options,
+            **layer_options,
         )
 
     return [ResidualBlock(body(), rate) for rate in drop_path_rates]

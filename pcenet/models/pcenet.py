@@ -46,6 +46,8 @@ class PCENet(SavableModel):
         norm: normalisation inside the blocks, ``"batch"`` or ``"group"``.
         device, dtype: of the parameters.
         layer_options: further arguments of every `PCELayer`: ``num_experts``, ``top_k``, ``border``, ``gate`` ...
+            And ``expert_width``, channels inside an expert by those of its stage, 1 by default; ``top_k=2`` with 0.5
+            costs as much as ``top_k=1``.
             (`timm.create_model` drops arguments that are None: for ``capacity_factor`` give it the number of experts,
             which drops nothing either.)
 

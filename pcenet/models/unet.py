@@ -62,6 +62,8 @@ class PCEUNet(SavableModel):
         dropout: inside the blocks, between their convolutions.
         norm: normalisation inside the blocks, ``"batch"`` or ``"group"``.
         layer_options: further arguments of every `PCELayer`: ``num_experts``, ``top_k``, ``border``, ``gate`` ...
+            And ``expert_width``, channels inside an expert by those of its stage, 1 by default; ``top_k=2`` with 0.5
+            costs as much as ``top_k=1``.
 
     Raises:
         TypeError: for an option that `PCELayer` does not have.

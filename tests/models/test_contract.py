@@ -11,7 +11,7 @@ from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 
 import pcenet
-from pcenet.models import PCENet, list_models, model_options, twin_of
+from pcenet.models import PCENet, complexity, list_models, model_options, twin_of
 from pcenet.nn import PCELayer, record_routing
 
 NAMES = ["dense_nano", "dense_small", "dense_tiny"] + [
@@ -244,6 +244,24 @@ def test_layer_options_reach_every_layer():
     for layer in layers:
         assert (layer.router.num_experts, layer.border, layer.router.gate) == (3, "exchange", "straight_through")
         assert (layer.experts.norm1.kind, layer.experts.dropout, layer.shortcut) == ("group", 0.1, None)
+
+
+def test_two_experts_of_half_the_width_cost_as_much_as_one():
+    one = create("pce_nano", border="halo", num_experts=4)
+    two = create("pce_nano", border="halo", num_experts=8, top_k=2, expert_width=0.5)
+    layers = [m for m in two.modules() if isinstance(m, PCELayer)]
+    assert [tuple(layer.experts.conv1.difference.shape) for layer in layers] == [(8, 24, 48, 3, 3), (8, 48, 96, 3, 3)]
+    assert [tuple(layer.experts.conv2.difference.shape) for layer in layers] == [(8, 48, 24, 3, 3), (8, 96, 48, 3, 3)]
+    costs = [complexity(network, (3, 32, 32)) for network in (one, two)]
+    assert costs[0].routed_multiply_adds == costs[1].routed_multiply_adds
+    # Routers differ, by 4 more logits of perceptrons 16 and 24 wide, for 16 and for 64 patches.
+    assert costs[1].multiply_adds - costs[0].multiply_adds == 4 * (16 * 16 + 64 * 24)
+
+
+@pytest.mark.parametrize("width", [0, -0.5, float("nan")])
+def test_an_expert_has_some_width(width):
+    with pytest.raises(ValueError, match=rf"expert_width={width} must be above 0"):
+        create("pce_nano", expert_width=width)
 
 
 @pytest.mark.parametrize(("name", "factor"), [("pce_nano", 1.25), ("pce_nano_s2", 2.0), ("pce_tiny_s2", 2.0)])
