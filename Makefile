@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# What the experiments train on, as pcenet's --data takes it.
-CIFAR10 ?= cifar10
+# What the experiments train on, as pcenet's --data takes it: docs/experiments.md says what is in them.
+CIFAR10 ?= cifar10.zip
 CAMVID ?= camvid.zip
 COMPARE = $(BIN)/pcenet compare --config experiments/$(1).yaml --data $(2) --out experiments/results/$(1)
 
