@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from pcenet.models.stages import Stage
 from pcenet.nn import PCELayer
+from pcenet.nn.checks import is_number
 from pcenet.nn.experts import Norm, StackedNorm, double_conv
 
 # What a network sets itself for each of its layers; everything else of PCELayer is an option of the network. So is the
@@ -81,8 +83,9 @@ def resolve_layer_options(network: nn.Module, given: dict[str, Any], stages: Seq
             raise ValueError(f"{', '.join(sorted(given))}: no effect on a dense network; leave out, or route a stage")
         return {}
     options = {**LAYER_DEFAULTS, **given}
-    if not options["expert_width"] > 0:
-        raise ValueError(f"expert_width={options['expert_width']} must be above 0; 1 is the width of the stage")
+    width = options["expert_width"]
+    if not is_number(width) or not 0 < width < math.inf:
+        raise ValueError(f"expert_width={width!r} must be a number above 0; 1 is the width of the stage")
     return options
 
 

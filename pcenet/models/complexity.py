@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pcenet.nn import PCEConv2d, PCELayer, Router, Routing, routers_of
+from pcenet.upcycling.survey import run
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,6 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
         return count
 
     inactive = 0
-    was_training = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
@@ -86,12 +86,7 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
             inactive += sum(p.numel() for p in stored) - (weights + others) * router.top_k
         reference = next(model.parameters(), torch.empty(0))
         image = torch.zeros(1, *input_size, device=reference.device, dtype=reference.dtype)
-        try:
-            with torch.no_grad():
-                model.eval()(image)
-        finally:
-            for module, training in was_training.items():
-                module.training = training
+        run(model, (image,))
     parameters = sum(p.numel() for p in model.parameters())
     return Complexity(
         parameters=parameters,

@@ -195,8 +195,8 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
 
 def _label_names(config: dict[str, Any], model: SavableModel, path: Path) -> list[str] | None:
     names: list[str] | None = config.get("label_names")
-    if names is None or model.num_classes != config["num_classes"]:  # an override makes other classes
-        return names
+    if names is None:
+        return None
     if (
         not isinstance(names, list)
         or len(names) != model.num_classes

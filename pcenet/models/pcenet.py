@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pcenet.models.blocks import make_blocks, make_downsampling, make_stem, resolve_layer_options, stacked_norm_names
 from pcenet.models.hub import SavableModel
 from pcenet.models.pretrained import class_names_of, record_of, weights_of
-from pcenet.models.stages import make_stages
+from pcenet.models.stages import dense, make_stages
 from pcenet.nn import PCEConv2d, PCELayer
 from pcenet.nn.experts import Norm
 
@@ -320,10 +320,6 @@ def _create(variant: str, pretrained: bool, arguments: dict[str, Any], given: di
     return model
 
 
-def _dense(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {**arguments, "patch_sizes": (None,) * len(arguments["strides"])}
-
-
 @register_model
 def pce_nano(pretrained: bool = False, **kwargs: Any) -> PCENet:
     """PCE for 32 px images, about 35 M multiply-adds."""
@@ -339,13 +335,13 @@ def pce_nano_spec(pretrained: bool = False, **kwargs: Any) -> PCENet:
 @register_model
 def dense_nano(pretrained: bool = False, **kwargs: Any) -> PCENet:
     """The dense twin of `pce_nano`."""
-    return _create("dense_nano", pretrained, _dense(_NANO), kwargs)
+    return _create("dense_nano", pretrained, dense(_NANO), kwargs)
 
 
 @register_model
 def dense_nano_wide(pretrained: bool = False, **kwargs: Any) -> PCENet:
     """`dense_nano`, so much wider that it has the parameters of `pce_nano`, at 3.6 times the multiply-adds."""
-    return _create("dense_nano_wide", pretrained, _dense(_NANO_WIDE), kwargs)
+    return _create("dense_nano_wide", pretrained, dense(_NANO_WIDE), kwargs)
 
 
 @register_model
@@ -363,7 +359,7 @@ def pce_tiny_spec(pretrained: bool = False, **kwargs: Any) -> PCENet:
 @register_model
 def dense_tiny(pretrained: bool = False, **kwargs: Any) -> PCENet:
     """The dense twin of `pce_tiny`."""
-    return _create("dense_tiny", pretrained, _dense(_TINY), kwargs)
+    return _create("dense_tiny", pretrained, dense(_TINY), kwargs)
 
 
 @register_model
@@ -381,7 +377,7 @@ def pce_small_spec(pretrained: bool = False, **kwargs: Any) -> PCENet:
 @register_model
 def dense_small(pretrained: bool = False, **kwargs: Any) -> PCENet:
     """The dense twin of `pce_small`."""
-    return _create("dense_small", pretrained, _dense(_SMALL), kwargs)
+    return _create("dense_small", pretrained, dense(_SMALL), kwargs)
 
 
 @register_model
@@ -393,7 +389,7 @@ def pce_nano_s2(pretrained: bool = False, **kwargs: Any) -> PCENet:
 @register_model
 def dense_nano_s2(pretrained: bool = False, **kwargs: Any) -> PCENet:
     """The dense twin of `pce_nano_s2`."""
-    return _create("dense_nano_s2", pretrained, _dense(_NANO_S2), kwargs)
+    return _create("dense_nano_s2", pretrained, dense(_NANO_S2), kwargs)
 
 
 @register_model
@@ -405,7 +401,7 @@ def pce_tiny_s2(pretrained: bool = False, **kwargs: Any) -> PCENet:
 @register_model
 def dense_tiny_s2(pretrained: bool = False, **kwargs: Any) -> PCENet:
     """The dense twin of `pce_tiny_s2`."""
-    return _create("dense_tiny_s2", pretrained, _dense(_TINY_S2), kwargs)
+    return _create("dense_tiny_s2", pretrained, dense(_TINY_S2), kwargs)
 
 
 def classifier_names() -> list[str]:

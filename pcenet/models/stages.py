@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pcenet.nn.checks import is_whole
 
@@ -23,6 +23,11 @@ class Stage(NamedTuple):
     depth: int
     width: int
     patch_size: int | None
+
+
+def dense(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a network's dense twin: no stage is routed."""
+    return {**arguments, "patch_sizes": (None,) * len(arguments["strides"])}
 
 
 def make_stages(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pcenet.models.blocks import make_blocks, make_downsampling, make_stem, resolve_layer_options, stacked_norm_names
 from pcenet.models.hub import SavableModel
 from pcenet.models.pretrained import class_names_of, record_of, weights_of
-from pcenet.models.stages import make_stages
+from pcenet.models.stages import dense, make_stages
 from pcenet.nn.experts import Norm
 
 INPUT_SIZE = (3, 192, 256)
@@ -164,16 +164,12 @@ _TINY: dict[str, Any] = {
 _ROUTED = {"border": "exchange", "capacity_factor": 2.0}
 
 
-def _dense(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {**arguments, "patch_sizes": (None,) * len(arguments["strides"])}
-
-
 _ARGUMENTS = {
     "pce_unet_nano": {**_NANO, **_ROUTED},
     "pce_unet_tiny": {**_TINY, **_ROUTED},
-    "dense_unet_nano": _dense(_NANO),
-    "dense_unet_nano_wide": _dense(_NANO_WIDE),
-    "dense_unet_tiny": _dense(_TINY),
+    "dense_unet_nano": dense(_NANO),
+    "dense_unet_nano_wide": dense(_NANO_WIDE),
+    "dense_unet_tiny": dense(_TINY),
 }
 
 

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from pcenet.nn.checks import check_at_least, check_choice, is_number
 from pcenet.nn.dispatch import Dispatch, run_convolution
 from pcenet.nn.experts import SharedConv2d, StackedConv2d
-from pcenet.nn.patches import grid_of
+from pcenet.nn.patches import check_grid
 from pcenet.nn.routing import Router, Routing
 
 KERNEL_SIZES = (1, 3)
@@ -30,8 +30,8 @@ class PCEConv2d(nn.Module):
 
     A layer either has a router or follows another one. A follower uses the routing that its leader has just made, so
     that the patches of a residual block keep their expert through all of its convolutions; it must run after its
-    leader, on a map of the same size. (The leader hands the `Routing` over and the follower takes it: between forward
-    passes nothing is kept, and one network must not be run by two threads at a time.)
+    leader, on a map of the same size. (The leader hands the `Routing` over and the follower takes it: after a whole
+    forward pass nothing is kept, and one network must not be run by two threads at a time.)
 
     Args:
         in_channels: channels of the input map.
@@ -119,6 +119,8 @@ class PCEConv2d(nn.Module):
                 f"{', '.join(sorted(router_options))}: no effect on a layer that follows another one's router; give it "
                 "to that layer"
             )
+        if not isinstance(other, PCEConv2d):
+            raise ValueError(f"router must be the PCEConv2d to follow, not a {type(other).__name__}")
         for name in ("patch_size", "num_experts"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
@@ -126,6 +128,10 @@ class PCEConv2d(nn.Module):
         if other.router is None:
             raise ValueError("router must be a layer with a router of its own, not one that follows another")
         other._followers.append(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes: not a routing that was handed over and not taken, which has a graph."""
+        return self.__dict__ | {"_handed": None}
 
     @property
     def followers(self) -> tuple[PCEConv2d, ...]:
@@ -142,25 +148,24 @@ class PCEConv2d(nn.Module):
             raise ValueError(
                 f"x of shape {tuple(x.shape)} must be a map [B, {self.in_channels}, H, W] with no empty axis"
             )
-        routing = self._take_handed(x) if self.router is None else self.router(x)
+        routing = self._take_handed() if self.router is None else self.router(x)
         for follower in self._followers:
             follower._handed = routing
         return self.forward_given_routing(x, routing), routing
 
-    def _take_handed(self, x: Tensor) -> Routing:
+    def _take_handed(self) -> Routing:
         routing, self._handed = self._handed, None
         if routing is None:
             raise ValueError("this layer uses another one's routing, and that one has not run before it in this pass")
-        grid = grid_of(x, self.patch_size)
-        if routing.grid != grid:
-            raise ValueError(
-                f"x of shape {tuple(x.shape)} has the patches {grid}, and the layer whose routing is used had "
-                f"{routing.grid}; both need maps of one size"
-            )
         return routing
 
     def forward_given_routing(self, x: Tensor, routing: Routing) -> Tensor:
-        """The output under a given routing."""
+        """The output under a given routing.
+
+        Raises:
+            ValueError: for a routing of another map's grid.
+        """
+        check_grid(x, self.patch_size, routing.grid)
         return run_convolution(
             x, routing, self.kernels.weight, self.bias, patch_size=self.patch_size, dispatch=self.dispatch
         )

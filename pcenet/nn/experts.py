@@ -38,7 +38,8 @@ def double_conv(
     norm: Norm = "batch",
 ) -> nn.Sequential:
     """One expert as ordinary modules, and the dense twin of a whole layer: ``Conv3x3 -> Norm -> GELU -> Dropout ->
-    Conv3x3 -> Norm`` with padding 1. The arguments are those of `ConvExperts`."""
+    Conv3x3 -> Norm`` with padding 1. The arguments are those of `ConvExperts`, and so are the errors."""
+    check_choice("norm", norm, get_args(Norm))
     hidden_channels = out_channels if hidden_channels is None else hidden_channels
 
     def normalisation(channels: int) -> nn.Module:
@@ -110,7 +111,7 @@ class SharedConv2d(_Stacked):
     @torch.no_grad()
     def assign(self, expert: int, weight: Tensor) -> None:
         """Give one expert the weight ``[C_out, C_in, 3, 3]``, by its difference from what is shared."""
-        self.difference[expert].copy_(weight - self.shared)
+        self.difference[expert].copy_(weight.to(self.shared) - self.shared)
 
 
 def _init_like_conv2d(weight: Tensor) -> None:
@@ -183,7 +184,8 @@ class StackedNorm(nn.Module):
         self, x: Tensor, expert: Tensor, real: Tensor, weight: Tensor, bias: Tensor, experts: slice
     ) -> Tensor:
         """`forward_slots` for some of the experts, of which ``weight`` and ``bias`` are the parameters."""
-        dtype = torch.promote_types(x.dtype, weight.dtype)
+        # Sums and counts over many cells: a network that is itself in bfloat16 would stop counting at 256.
+        dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         values, mask = x.to(dtype), real.to(dtype)
         if self.kind == "group":
             normalised = self._group_normalised(values, mask)

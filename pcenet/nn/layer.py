@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pcenet.nn.checks import check_at_least, check_choice
 from pcenet.nn.dispatch import Border, Dispatch, run_experts
 from pcenet.nn.experts import ConvExperts, Norm
-from pcenet.nn.patches import PatchExtractor
+from pcenet.nn.patches import PatchExtractor, check_grid
 from pcenet.nn.routing import Balancing, Gate, GateInput, Priority, Router, Routing
 
 
@@ -78,11 +78,7 @@ class PCELayer(nn.Module):
         super().__init__()
         check_choice("border", border, get_args(Border))
         check_choice("dispatch", dispatch, get_args(Dispatch))
-        if border == "exchange" and top_k > 1:
-            raise ValueError(
-                f"top_k={top_k} does not go with border='exchange': a pixel's activation would belong to several "
-                "experts; take top_k=1, or border='halo'"
-            )
+        check_border(border, top_k)
         if router_hidden is not None:
             check_at_least(1, router_hidden=router_hidden)
         self.in_channels = in_channels
@@ -134,7 +130,13 @@ class PCELayer(nn.Module):
         return self.forward_given_routing(x, routing), routing
 
     def forward_given_routing(self, x: Tensor, routing: Routing) -> Tensor:
-        """The output under a given routing, for interventions and for comparing implementations."""
+        """The output under a given routing, for interventions and for comparing implementations.
+
+        Raises:
+            ValueError: for a routing of another map's grid; for one with ``top_k`` above 1 under ``"exchange"``.
+        """
+        check_grid(x, self.extractor.patch_size, routing.grid)
+        check_border(self.border, routing.top_k)
         out = run_experts(
             x,
             routing,
@@ -148,3 +150,12 @@ class PCELayer(nn.Module):
     def extra_repr(self) -> str:
         """What ``repr`` shows of the module\'s settings."""
         return f"border={self.border!r}, dispatch={self.dispatch!r}"
+
+
+def check_border(border: Border, top_k: int) -> None:
+    """Raise a ``ValueError`` for a border that does not go with several experts per patch."""
+    if border == "exchange" and top_k > 1:
+        raise ValueError(
+            f"top_k={top_k} does not go with border='exchange': a pixel's activation would belong to several "
+            "experts; take top_k=1, or border='halo'"
+        )

@@ -35,6 +35,16 @@ def grid_of(x: Tensor, patch_size: int) -> Grid:
     return Grid(batch, -(-height // patch_size), -(-width // patch_size))
 
 
+def check_grid(x: Tensor, patch_size: int, grid: Grid) -> None:
+    """Raise a ``ValueError`` unless the map x ``[B, C, H, W]`` has the grid that a routing was made for."""
+    found = grid_of(x, patch_size)
+    if found != grid:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} has the patches {found}, and its routing is for {grid}: both must be of maps "
+            "of one size, as many images, and one patch_size"
+        )
+
+
 def split_map(x: Tensor, patch_size: int) -> tuple[Tensor, Grid]:
     """Cut a map ``[B, C, H, W]`` into patches ``[N, C, S, S]``, zeros where they stick out; channels-last."""
     grid = grid_of(x, patch_size)

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from pcenet.training.folder import write_text
 from pcenet.training.measures import health_of
+from pcenet.training.nonfinite import FiniteSteps
 from pcenet.training.ranks import over_processes, share_statistics
 from pcenet.training.strategies import Sharded, gather_weights, local_part, release_weights
 from pcenet.training.task import TrainingTask
@@ -52,10 +53,16 @@ class Averaging(WeightAveraging):
 
     Args:
         decay: of the average.
+        finite: knows which step was left out, so that it leaves no trace in the average either.
     """
 
-    def __init__(self, decay: float) -> None:
+    def __init__(self, decay: float, finite: FiniteSteps) -> None:
         super().__init__(multi_avg_fn=partial(update_average, decay=decay))
+        self.finite = finite
+
+    @override
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return step_idx is not None and step_idx != self.finite.left_out
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -52,7 +52,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if path.exists():
-        shutil.rmtree(path)
+        discard(path)
     os.replace(temporary, path)
     flush(path.parent)
 

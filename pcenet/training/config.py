@@ -9,7 +9,8 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pcenet.choices import Augment, Split, Task, did_you_mean
 from pcenet.training.rules import check_together
@@ -90,6 +91,31 @@ def choices_of(kind: Any) -> tuple[str, ...]:
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
+# Types of options, in the words of an error.
+KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+    NoneType: "null",
+}
+
+
+def alternatives_of(kind: Any) -> tuple[Any, ...]:
+    """The plain types that an option may have: ``list[str] | None`` is list or NoneType."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return tuple(get_origin(each) or each for each in kinds)
+
+
+def is_of(value: Any, kinds: tuple[Any, ...]) -> bool:
+    """Whether a value has one of some plain types. True and false are no numbers; a whole number stands for any."""
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+
+
 def check(config: Any) -> None:
     """Raise a ``ValueError`` naming field, value and rule for the first value that is not allowed."""
     for name, (kind, option) in options_of(type(config)).items():
@@ -97,8 +123,9 @@ def check(config: Any) -> None:
         if choices and value not in choices:
             hint = did_you_mean(str(value), choices)
             raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}{hint}")
-        if kind is bool and not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, got {value!r}")
+        kinds = alternatives_of(kind)
+        if not choices and not is_of(value, kinds):
+            raise ValueError(f"{name} must be {' or '.join(KINDS[each] for each in kinds)}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value}")
         if not isinstance(value, int | float):

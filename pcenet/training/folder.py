@@ -39,7 +39,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     for written in (*temporary.rglob("*"), temporary):
         flush(written)
     if path.is_dir():
-        shutil.rmtree(path)
+        discard(path)
     os.replace(temporary, path)
     flush(path.parent)
 

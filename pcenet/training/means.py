@@ -45,7 +45,3 @@ class EpochMeans:
     def state_dict(self) -> dict[str, Any]:
         """Everything, as a checkpoint keeps it."""
         return {"sums": dict(self.sums), "images": self.images}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What `state_dict` gave."""
-        self.sums, self.images = dict(state["sums"]), state["images"]

@@ -32,11 +32,16 @@ class FiniteSteps(Callback):
 
     Args:
         limit: steps in a row that may be left out; at 0 the first that is not finite ends training.
+
+    Attributes:
+        skipped: steps in a row that were left out last.
+        left_out: the last of all that were, counted from 0; None before.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.skipped = 0
+        self.left_out: int | None = None
         self._buffers: list[Tensor] = []
 
     @override
@@ -72,6 +77,7 @@ class FiniteSteps(Callback):
                 " lower --lr, or leave out such steps with --skip-nonfinite"
             )
         self.skipped += 1
+        self.left_out = trainer.global_step
         log.warning("%s; the step is left out (%d of at most %d in a row)", found, self.skipped, self.limit)
         optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(pl_module.buffers(), self._buffers, strict=True):
@@ -80,11 +86,11 @@ class FiniteSteps(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped}
+        return {"skipped": self.skipped, "left_out": self.left_out}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped = state_dict["skipped"]
+        self.skipped, self.left_out = state_dict["skipped"], state_dict["left_out"]
 
 
 def parts_of(seen: Seen) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ LASTS = {
     "router_noise_epochs": ("router_noise", 0.0),
 }
 MIXING = ("mixup", "cutmix")
+# Options of one task alone.
+TO_CLASSIFY = ("mixup", "random_erasing")
+TO_SEGMENT = ("classes", "ignore_index", "class_weights", "min_scale", "max_scale", "jitter")
 
 
 def duration(text: str) -> timedelta:
@@ -49,9 +53,10 @@ def check_together(config: TrainConfig) -> None:
     for name, (start, off) in LASTS.items():
         if getattr(config, name) is not None and getattr(config, start) == off:
             raise ValueError(f"{name} {getattr(config, name):g} has no effect without {start}: give both, or neither")
-    for name in ("mixup", "random_erasing"):
-        if getattr(config, name) and config.task != "classify":
-            raise ValueError(f"{name} is for classification: leave it out to {config.task}")
+    kind, names = ("segmentation", TO_SEGMENT) if config.task == "classify" else ("classification", TO_CLASSIFY)
+    for item in fields(config):
+        if item.name in names and getattr(config, item.name) != item.default:
+            raise ValueError(f"{item.name} is for {kind}: leave it out to {config.task}")
     for name in MIXING:
         if getattr(config, name) and config.batch_size == 1:
             raise ValueError(f"{name} mixes the images of a batch, so batch_size must be at least 2, got 1")

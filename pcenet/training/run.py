@@ -295,7 +295,8 @@ def fit(run: Run, stop: Stop) -> Fitted:
     }
     checkpoints = Checkpoints(folder, about, config.checkpoint_minutes, stop)
     callbacks = stopping_callbacks(config, f"val/{run.kind.task.score}")
-    callbacks += [FiniteSteps(config.skip_nonfinite), Averaging(config.ema_decay), Throughput(), EpochFigures()]
+    finite = FiniteSteps(config.skip_nonfinite)
+    callbacks += [finite, Averaging(config.ema_decay, finite), Throughput(), EpochFigures()]
     callbacks += [health, history, checkpoints]
     schedules = Schedules(config, steps)
     if schedules.of_the_routers:

@@ -40,7 +40,7 @@ def digest(path: Path) -> str:
 
 def discard(folder: Path) -> None:
     """Remove a folder, which loses its name first: at no moment is a part of it seen under that."""
-    temporary = folder.with_name(folder.name + TEMPORARY)
+    temporary = folder.with_name(f"{folder.name}.old{TEMPORARY}")  # not the name of what may replace it
     shutil.rmtree(temporary, ignore_errors=True)
     os.replace(folder, temporary)
     shutil.rmtree(temporary)

@@ -75,7 +75,7 @@ class Sharded(DDPStrategy):
             fully_shard(block, mesh=self.mesh, shard_placement_fn=self.placement)
 
     def placement(self, parameter: nn.Parameter) -> Shard:
-        """The axis along which a weight is divided: the first that gives all equal parts, else the longest.
+        """The axis along which a weight is divided: the first that gives all equal parts, else the first of all.
 
         The experts' axis, which comes first, is often shorter than there are processes.
         """
@@ -164,28 +164,33 @@ def synchronised(model: nn.Module, config: TrainConfig, device: torch.device) ->
 
 
 class ProcessorSyncBatchNorm(nn.BatchNorm2d):
-    """torch's SyncBatchNorm computes on GPUs alone, and is refused elsewhere; this one computes on processors."""
+    """torch's SyncBatchNorm computes on GPUs alone, and is refused elsewhere; this one computes on processors,
+    maps of any number of axes."""
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        """``[B, C, H, W]`` to the same shape."""
+        """``[B, C, ...]`` to the same shape and type; statistics are taken in float32 at least."""
         assert self.running_mean is not None
         assert self.running_var is not None
+        values = input.to(torch.promote_types(input.dtype, torch.float32))
+        axes = [0, *range(2, input.ndim)]
+        per_channel = (-1, *(1 for _ in axes[1:]))
         mean, variance = self.running_mean, self.running_var
         if self.training:
             assert self.momentum is not None
             assert self.num_batches_tracked is not None
-            count = sum_over_processes(input.new_tensor(input.numel() / input.shape[1]))
-            mean = sum_over_processes(input.sum((0, 2, 3))) / count
-            variance = sum_over_processes((input - mean[:, None, None]).square().sum((0, 2, 3))) / count
+            count = sum_over_processes(values.new_tensor(input.numel() / input.shape[1]))
+            mean = sum_over_processes(values.sum(axes)) / count
+            variance = sum_over_processes((values - mean.view(per_channel)).square().sum(axes)) / count
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
                 unbiased = variance * count / (count - 1).clamp(min=1)
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        scale = torch.rsqrt(variance + self.eps)
-        normalised = (input - mean[:, None, None]) * scale[:, None, None]
-        return normalised * self.weight[:, None, None] + self.bias[:, None, None]
+        normalised = (values - mean.view(per_channel)) * torch.rsqrt(variance + self.eps).view(per_channel)
+        if self.affine:
+            normalised = normalised * self.weight.view(per_channel) + self.bias.view(per_channel)
+        return normalised.to(input.dtype)
 
 
 class ProcessorSyncBatchNormAct(ProcessorSyncBatchNorm):

@@ -159,14 +159,15 @@ def make_example(model: nn.Module, example: Any) -> tuple[Any, ...]:
     """
     if example is not None:
         return example if isinstance(example, tuple) else (example,)
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | PCEConv2d | PCELayer)), None)
     if first is None:
         return (torch.zeros(1, 3, IMAGE_SIDE, IMAGE_SIDE),)
     cfg = getattr(model, "pretrained_cfg", None)
     known = cfg.get("input_size") if isinstance(cfg, Mapping) else None
     height, width = known[1:] if known else (IMAGE_SIDE, IMAGE_SIDE)
     noise = torch.randn(1, first.in_channels, height, width, generator=torch.Generator().manual_seed(0))
-    return (noise.to(first.weight.device, first.weight.dtype),)
+    reference = next(first.parameters())
+    return (noise.to(reference.device, reference.dtype),)
 
 
 def tensors_of(output: Any) -> list[Tensor]:

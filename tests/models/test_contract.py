@@ -258,9 +258,9 @@ def test_two_experts_of_half_the_width_cost_as_much_as_one():
     assert costs[1].multiply_adds - costs[0].multiply_adds == 4 * (16 * 16 + 64 * 24)
 
 
-@pytest.mark.parametrize("width", [0, -0.5, float("nan")])
+@pytest.mark.parametrize("width", [0, -0.5, float("nan"), float("inf"), "2"])
 def test_an_expert_has_some_width(width):
-    with pytest.raises(ValueError, match=rf"expert_width={width} must be above 0"):
+    with pytest.raises(ValueError, match=rf"expert_width={width!r} must be a number above 0"):
         create("pce_nano", expert_width=width)
 
 

@@ -154,8 +154,18 @@ def test_a_follower_uses_the_routing_of_its_leader_and_keeps_nothing() -> None:
     with pytest.raises(ValueError, match="has not run before it in this pass"):
         second(torch.randn(2, 5, 6, 6, dtype=torch.float64))
     first(x[:, :, :4])
-    with pytest.raises(ValueError, match=r"has the patches Grid\(batch=2, rows=3, columns=3\), and the layer whose"):
+    with pytest.raises(ValueError, match=r"has the patches Grid\(batch=2, rows=3, columns=3\), and its routing is for"):
         second(torch.randn(2, 5, 6, 6, dtype=torch.float64))
+
+
+def test_a_routing_that_no_follower_has_taken_is_not_copied() -> None:
+    first = PCEConv2d(3, 3, patch_size=2)
+    block = nn.Sequential(first, PCEConv2d(3, 3, patch_size=2, router=first))
+    first(torch.randn(1, 3, 4, 4))
+    twin = copy.deepcopy(block)
+    with pytest.raises(ValueError, match="has not run before it in this pass"):
+        twin[1](torch.randn(1, 3, 4, 4))
+    assert block[1](torch.randn(1, 3, 4, 4)).shape == (1, 3, 4, 4)
 
 
 def test_a_copied_follower_follows_the_copied_leader() -> None:
@@ -262,6 +272,8 @@ def test_a_follower_must_fit_its_leader() -> None:
         PCEConv2d(3, 3, patch_size=2, num_experts=2, router=leader)
     with pytest.raises(ValueError, match="gate: no effect on a layer that follows"):
         PCEConv2d(3, 3, patch_size=2, router=leader, gate="prob")
+    with pytest.raises(ValueError, match="router must be the PCEConv2d to follow, not a Router"):
+        PCEConv2d(3, 3, patch_size=2, router=leader.router)
     assert leader.followers == ()
     with pytest.raises(ValueError, match="not one that follows another"):
         PCEConv2d(3, 3, patch_size=2, router=PCEConv2d(3, 3, patch_size=2, router=leader))

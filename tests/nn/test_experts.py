@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcenet.nn import ConvExperts, Grid, PatchExtractor, PCELayer, route
+from pcenet.nn.experts import StackedNorm, double_conv
 
 
 def random_experts(*args: int, **options: Any) -> ConvExperts:
@@ -213,6 +214,24 @@ def test_a_block_that_does_not_fit_changes_nothing(block: nn.Sequential) -> None
 def test_wrong_arguments_are_named(options: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         ConvExperts(**({"in_channels": 3, "out_channels": 4, "num_experts": 2} | options))
+
+
+def test_a_dense_block_takes_the_same_norms() -> None:
+    with pytest.raises(ValueError, match="norm='layer' is not one of 'batch', 'group'"):
+        double_conv(3, 4, norm="layer")
+
+
+def test_statistics_of_a_network_in_bfloat16_are_of_full_precision() -> None:
+    """16,384 ones and as many fives: in bfloat16 counting by 16 ends at 4,096. Mean 3, deviation 2."""
+    norm = StackedNorm(1, 1, "batch").bfloat16()
+    x = torch.cat([torch.ones(1024, 1, 4, 4), 5 * torch.ones(1024, 1, 4, 4)]).bfloat16()
+    real = torch.ones(2048, 1, 4, 4, dtype=torch.bool)
+    for out in (
+        norm.forward_slots(x, torch.zeros(2048, dtype=torch.int64), real),
+        norm.forward_expert(x, 0, norm.weight[0], norm.bias[0], real),
+    ):
+        assert out.dtype == torch.bfloat16
+        assert out.unique().tolist() == [-1, 1]
 
 
 # Dispatch against the modules

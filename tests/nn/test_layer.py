@@ -603,3 +603,19 @@ def test_wrong_arguments_are_named(options: dict[str, Any], name: str) -> None:
 def test_a_wrong_input_is_described(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=re.escape(str(shape))):
         PCELayer(4, 4, patch_size=2)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dispatch", ["sorted", "static"])
+@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (2, 3, 8, 8)])
+def test_a_routing_of_another_map_is_refused(shape: tuple[int, ...], dispatch: str) -> None:
+    layer = PCELayer(3, 3, patch_size=4, dispatch=dispatch)
+    _, routing = layer.forward_with_routing(torch.randn(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"and its routing is for Grid\(batch=1, rows=2, columns=2\)"):
+        layer.forward_given_routing(torch.randn(shape), routing)
+
+
+def test_a_routing_of_two_experts_does_not_go_with_exchange() -> None:
+    layer = PCELayer(3, 3, patch_size=4, border="exchange")
+    routing = route(torch.randn(4, 4), Grid(1, 2, 2), top_k=2)
+    with pytest.raises(ValueError, match="top_k=2 does not go with border='exchange'"):
+        layer.forward_given_routing(torch.randn(1, 3, 8, 8), routing)

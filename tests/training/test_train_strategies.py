@@ -42,3 +42,30 @@ def test_synchronised_batch_norms_compute_the_same_in_one_process(training: bool
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "shape"), [(nn.BatchNorm1d, (64, 2)), (nn.BatchNorm1d, (8, 2, 8)), (nn.BatchNorm3d, (2, 2, 4, 2, 4))]
+)
+def test_maps_of_any_number_of_axes(kind: type[nn.Module], shape: tuple[int, ...], affine: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64) * 3 + 1
+    model = nn.Sequential(kind(2, affine=affine).double())
+    expected = model(x)
+    running = model[0].running_var.clone()
+    model[0].reset_running_stats()
+    config = replace(TrainConfig(), sync_batch_norm=True)
+    torch.testing.assert_close(synchronised(model, config, torch.device("cpu"))(x), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model[0].running_var, running, rtol=1e-10, atol=1e-10)
+
+
+def test_statistics_are_of_full_precision() -> None:
+    """In bfloat16 a sum of 1,024 ones and one of 3 times as many stop at 256; the output keeps the input's type."""
+    x = torch.cat([torch.ones(1024, 1), 5 * torch.ones(1024, 1)]).bfloat16()
+    model = synchronised(
+        nn.Sequential(nn.BatchNorm1d(1)), replace(TrainConfig(), sync_batch_norm=True), torch.device("cpu")
+    )
+    output = model(x)
+    assert output.dtype == torch.bfloat16
+    assert output.unique().tolist() == [-1, 1]  # mean 3, deviation 2

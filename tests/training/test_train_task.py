@@ -13,6 +13,7 @@ from pcenet.nn import PCELayer
 from pcenet.nn.experts import StackedNorm
 from pcenet.training.callbacks import Averaging, update_average
 from pcenet.training.config import TrainConfig
+from pcenet.training.nonfinite import FiniteSteps
 from pcenet.training.task import ClassificationTask, parameter_groups, step_seed
 
 
@@ -76,7 +77,7 @@ def test_average_reads_the_count_once_and_only_for_numbers_that_are_averaged() -
 
 def test_lightning_averages_every_parameter_and_buffer_bit_for_bit() -> None:
     task = ClassificationTask(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)), TrainConfig(), steps_per_epoch=1)
-    callback = Averaging(0.25)
+    callback = Averaging(0.25, FiniteSteps(0))
     callback.setup(None, task, "fit")
     average = callback._average_model
     assert average is not None

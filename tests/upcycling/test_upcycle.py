@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import pcenet
-from pcenet.nn import PCEConv2d, aux_loss, record_routing
+from pcenet.nn import PCEConv2d, PCELayer, aux_loss, record_routing
 from pcenet.upcycling import Upcycling, rebuild
 
 NARROW = (8, 16, 24, 32)
@@ -187,6 +187,14 @@ def test_a_second_time_changes_nothing() -> None:
     assert model.upcycling.left["layer4.1.conv2"] == "it is a PCEConv2d already"
     pcenet.upcycle(model, layers="layer2", example=EXAMPLE)
     assert [layer.name for layer in model.upcycling.converted] == ["layer2.0.conv2", "layer2.1.conv1", "layer2.1.conv2"]
+
+
+def test_a_second_time_without_an_example() -> None:
+    """The trial image has the channels of the first layer, which is a PCE convolution by then."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+    assert len(pcenet.upcycle(model, layers=1.0).upcycling.converted) == 2
+    assert pcenet.upcycle(model, layers=1.0).upcycling.converted == ()
+    pcenet.upcycle(nn.Sequential(PCELayer(5, 8, patch_size=4), nn.Conv2d(8, 8, 3, padding=1)), layers=1.0)
 
 
 class Odd(nn.Module):
