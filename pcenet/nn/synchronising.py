@@ -8,6 +8,8 @@ from pcenet.nn.experts import StackedNorm
 from pcenet.nn.layer import PCELayer
 from pcenet.nn.routing import Router
 
+ORDINARY = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 
 def synchronise(model: nn.Module, batch_norm: bool = False) -> nn.Module:
     """Let a network's routers, and its batch statistics on demand, see the batches of all processes in training.
@@ -19,12 +21,16 @@ def synchronise(model: nn.Module, batch_norm: bool = False) -> nn.Module:
         model: the network, changed in place.
         batch_norm: take the statistics of batch normalisation over all processes too, weighted by the values that each
             has: those of the experts, whose layers then use ``dispatch="static"``, one exchange for all experts instead
-            of one for each; and those of ordinary layers, timm's with an activation among them, by
-            `torch.nn.SyncBatchNorm`, which needs GPUs.
+            of one for each; and those of ordinary layers, by `torch.nn.SyncBatchNorm`, which needs GPUs.
 
     Returns:
         The network; another module where it is itself an ordinary batch normalisation.
+
+    Raises:
+        ValueError: for a batch normalisation that does more than torch's, which that would lose.
     """
+    if batch_norm:
+        _check_ordinary(model)
     for module in model.modules():
         if isinstance(module, Router):
             module.synchronised = True
@@ -32,9 +38,22 @@ def synchronise(model: nn.Module, batch_norm: bool = False) -> nn.Module:
             module.dispatch = "static"
         elif batch_norm and isinstance(module, StackedNorm):
             module.synchronised = module.kind == "batch"
-    if not batch_norm:
-        return model
-    from timm.layers import convert_sync_batchnorm  # here, since importing timm takes a second
+    return _convert(model) if batch_norm else model
 
-    synchronised: nn.Module = convert_sync_batchnorm(model)
-    return synchronised
+
+def _convert(module: nn.Module) -> nn.Module:
+    """As `torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, but for what is synchronised already: that stays."""
+    if type(module) in ORDINARY:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in module.named_children():
+        module.add_module(name, _convert(child))
+    return module
+
+
+def _check_ordinary(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, ORDINARY) and type(module) not in ORDINARY:
+            raise ValueError(
+                f"batch_norm: {name or 'the network'} is a {type(module).__name__}, and torch.nn.SyncBatchNorm would"
+                " lose what it does beside normalising; convert it before, timm's by timm.layers.convert_sync_batchnorm"
+            )

@@ -11,7 +11,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
-from timm.layers import SyncBatchNormAct
+from timm.layers import SyncBatchNormAct, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -154,6 +154,8 @@ def synchronised(model: nn.Module, config: TrainConfig, device: torch.device) ->
         config: the options.
         device: where it will compute.
     """
+    if config.sync_batch_norm:
+        model = convert_sync_batchnorm(model)
     model = synchronise(model, batch_norm=config.sync_batch_norm)
     if device.type == "cpu":
         layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]

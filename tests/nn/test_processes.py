@@ -155,6 +155,24 @@ def test_sums_and_rows_by_hand(halves: list[dict[str, Any]]) -> None:
     assert process_count() == 1
 
 
+def test_ordinary_batch_norms_are_converted_once_and_others_refused() -> None:
+    class WithActivation(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).relu()
+
+    network = nn.Sequential(nn.Sequential(nn.BatchNorm2d(3)), nn.BatchNorm1d(3))
+    assert synchronise(network) is network
+    assert not isinstance(network[1], nn.SyncBatchNorm)
+    assert synchronise(network, batch_norm=True) is network
+    converted = [network[0][0], network[1]]
+    assert [type(module) for module in converted] == [nn.SyncBatchNorm] * 2
+    synchronise(network, batch_norm=True)
+    assert [network[0][0], network[1]] == converted
+    assert isinstance(synchronise(nn.BatchNorm3d(2), batch_norm=True), nn.SyncBatchNorm)
+    with pytest.raises(ValueError, match=r"batch_norm: 0 is a WithActivation, .* timm\.layers"):
+        synchronise(nn.Sequential(WithActivation(3)), batch_norm=True)
+
+
 def test_a_part_with_the_load_of_the_whole() -> None:
     """Two patches on expert 0 in one half, two on expert 1 in the other. Loads of all: (2, 2), so each half has
     E * (p_0 / 2 + p_1 / 2) = 1, as the whole; by its own load the loss would be 2 * max p > 1."""
