@@ -3,7 +3,8 @@
     python experiments/report.py
 
 A line ``<!-- trials NAME -->`` becomes the table of ``results/trials/NAME.json``, ``<!-- comparison NAME -->`` the
-tables that `pcenet compare` made of the runs of ``NAME.yaml`` under ``results/NAME``.
+tables that `pcenet compare` made of the runs of ``NAME.yaml`` under ``results/NAME``, and ``<!-- probes NAME -->`` the
+table of what ``probe_scenes.py`` left in ``results/NAME.json``, of one pair of runs.
 """
 
 from __future__ import annotations
@@ -71,13 +72,34 @@ def comparison_tables(name: str) -> str:
     return done + "\n".join(sheet.markdown().replace("## ", "### ") for sheet in sheets(report)).rstrip()
 
 
+def probes_table(name: str) -> str:
+    """What a linear classifier reads off the features of each layer; both networks and their difference."""
+    found = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    first, second = found["networks"]
+    (differences,) = found["differences"]
+    pixels = found["controls"]["pixels"]["pixels"]["attributes"]
+    names = list(pixels)
+
+    def row(label: str, attributes: dict[str, Any], value: str = "accuracy") -> list[str]:
+        return [label, *(f"{attributes[name][value]:.1%}" for name in names)]
+
+    rows = [row("chance", pixels, "chance"), row("mean colours of the patch", pixels)]
+    for layer, difference in differences.items():
+        rows += [row(f"{layer}, `{side['network']}`", side["layers"][layer]["attributes"]) for side in (second, first)]
+        changes = (difference[name] for name in names)
+        rows.append(
+            [f"{layer}, difference", *(f"{100 * each['value']:+.1f} ± {100 * each['error']:.1f}" for each in changes)]
+        )
+    return markdown(["features", *names], rows)
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table: the first column is text, the others are figures."""
     ruler = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ruler, *rows))
 
 
-TABLES = {"trials": trials_table, "comparison": comparison_tables}
+TABLES = {"trials": trials_table, "comparison": comparison_tables, "probes": probes_table}
 
 if __name__ == "__main__":
     main()
