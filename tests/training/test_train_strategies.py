@@ -61,11 +61,11 @@ def test_maps_of_any_number_of_axes(kind: type[nn.Module], shape: tuple[int, ...
 
 
 def test_statistics_are_of_full_precision() -> None:
-    """In bfloat16 a sum of 1,024 ones and one of 3 times as many stop at 256; the output keeps the input's type."""
+    """Of 1,024 ones and as many fives in bfloat16: mean 3, deviation 2. The output keeps the input's type."""
     x = torch.cat([torch.ones(1024, 1), 5 * torch.ones(1024, 1)]).bfloat16()
     model = synchronised(
         nn.Sequential(nn.BatchNorm1d(1)), replace(TrainConfig(), sync_batch_norm=True), torch.device("cpu")
     )
     output = model(x)
     assert output.dtype == torch.bfloat16
-    assert output.unique().tolist() == [-1, 1]  # mean 3, deviation 2
+    assert output.unique().tolist() == [-1, 1]
