@@ -391,7 +391,7 @@ def gradients(output: Tensor, x: Tensor, module: nn.Module, seed: int = 1) -> di
     """
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     named = {"x": x, **dict(module.named_parameters())}
-    found = torch.autograd.grad((output * direction.to(output.dtype)).sum(), list(named.values()), allow_unused=True)
+    found = torch.autograd.grad((output * direction.to(output)).sum(), list(named.values()), allow_unused=True)
     return {
         name: torch.zeros_like(tensor) if grad is None else grad
         for (name, tensor), grad in zip(named.items(), found, strict=True)
