@@ -117,7 +117,7 @@ class Subject:
         self.open_batch, self.open_size = "batch" in config.open_axes, "size" in config.open_axes
         batch = 2 if self.open_batch else 1
         self.example = torch.randn(batch, 3, *self.size, generator=torch.Generator().manual_seed(0))
-        form = evaluation_form(model, self.example)
+        form = evaluation_form(model, self.example, fixed=not self.config.open_axes)
         routed = [name for name, _ in routers_of(model)] if config.routing else []
         self.form = WithRouting(form).eval() if routed else form
         self.multiple = size_multiple(model, self.size) if self.open_size else None

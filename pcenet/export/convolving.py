@@ -1,14 +1,15 @@
 """Convolutions by experts in a network that no longer learns. Each expert reads what its own patches need,
 in operators that exporters know: gathers and matrix products, which run at full speed everywhere.
 
-A patch is cut into tiles: of 4x4 or 2x2 pixels where they divide it, by Winograd's algorithm, at a quarter or less than
-half of the products; else of one pixel, whose convolution is a matrix product of what it reads. Pixels of a map are
-rows of C numbers. Axes as in `pcenet.export.routing`; K cells that a tile reads, Z rows, D channels out. Tiles lie
-sorted by expert.
+A patch is cut into tiles: of 4x4 or 2x2 pixels where they divide it and are many, by Winograd's algorithm, at a quarter
+or less than half of the products; else of one pixel, whose convolution is a matrix product of what it reads. Pixels of
+a map are rows of C numbers. Axes as in `pcenet.export.routing`; K cells that a tile reads, Z rows, D channels out.
+Tiles lie sorted by expert.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -20,11 +21,22 @@ from pcenet.nn.experts import NORM_EPS, StackedNorm
 from pcenet.nn.kernels import winograd_matrices
 
 TILES = (4, 2, 1)
+# Winograd's kernels are two to four times as large: for fewer tiles than this, reading them takes the time.
+FEW_TILES = 8
 
 
-def tile_of(patch_size: int, kernel_size: int) -> int:
-    """T for patches of a side."""
-    return next(tile for tile in TILES if patch_size % tile == 0) if kernel_size == 3 else 1
+def tile_of(patch_size: int, kernel_size: int, patches: float = math.inf) -> int:
+    """T for patches of a side.
+
+    Args:
+        patch_size: S.
+        kernel_size: 3 or 1.
+        patches: that an expert serves on average; where they are cut into few tiles, these are single pixels.
+    """
+    if kernel_size == 1:
+        return 1
+    tile = next(tile for tile in TILES if patch_size % tile == 0)
+    return tile if patches * (patch_size // tile) ** 2 >= FEW_TILES else 1
 
 
 class Tiles:
@@ -111,9 +123,9 @@ class Tiles:
         inside = 1 + tile_row * q + tile_column + (cell_row * tile + cell_column) * (self.total + 1)
         ranks = [self.choice.rank] if top_k == 1 else self.choice.rank.view(-1, top_k).unbind(1)
         return [
-            (rank.view(grid.batch, grid.rows, 1, 1, grid.columns, 1, 1) * self.per_patch + inside)
-            .flatten(4, 6)
-            .flatten(1, 3)
+            (rank.view(grid.batch, grid.rows, 1, 1, grid.columns, 1, 1) * self.per_patch + inside).reshape(
+                grid.batch, *self.inner
+            )
             for rank in ranks
         ]
 
@@ -123,7 +135,7 @@ class Tiles:
         (places,) = self.places()
         below, right = self.padded[0] - 2 * m - height, self.padded[1] - 2 * m - width
         padded = F.pad(places[:, :height, :width], (m, m + right, m, m + below))
-        return padded.flatten().index_select(0, reads.flatten()).view(reads.shape)
+        return F.embedding(reads, padded.view(-1, 1)).squeeze(2)
 
     def reads_of_own(self) -> Tensor:
         """The rows of another convolution's output that tiles read of their own patch; else the row of zeros."""
@@ -141,19 +153,19 @@ class Tiles:
             owner = owner[:, None].expand(-1, self.per_patch).flatten()
         return F.pad(owner, (1, 0), value=len(self.counts))
 
-    def to_map(self, out: Tensor) -> Tensor:
-        """`TileConv`'s output ``[T**2, 1 + M, D]``, weighted and summed over each patch's experts, as a map ``[B, H, W,
-        D]``."""
-        rows, grid, side, weight = out.flatten(0, 1), self.choice.grid, self.side, self.choice.weight
+    def to_map(self, rows: Tensor) -> Tensor:
+        """`TileConv`'s output, weighted and summed over each patch's experts, as a map ``[B, H, W, D]``."""
+        grid, side, weight = self.choice.grid, self.side, self.choice.weight
         total: Tensor | None = None
         for index, places in enumerate(self.places()):
-            picked = rows.index_select(0, places.flatten()).view(grid.batch, grid.rows, side, grid.columns, side, -1)
+            picked = F.embedding(places, rows)
             if weight is not None:
                 own = weight if weight.shape[1] == 1 else weight[:, index]
-                picked = picked * own.view(grid.batch, grid.rows, 1, grid.columns, 1, 1)
+                own = own.view(grid.batch, grid.rows, 1, grid.columns, 1, 1)
+                picked = picked.unflatten(2, (grid.columns, side)).unflatten(1, (grid.rows, side)) * own
             total = picked if total is None else total + picked
         assert total is not None
-        return total.flatten(3, 4).flatten(1, 2)[:, : self.size[0], : self.size[1]]
+        return total.reshape(grid.batch, *self.inner, -1)[:, : self.size[0], : self.size[1]]
 
 
 class TileConv(nn.Module):
@@ -194,7 +206,7 @@ class TileConv(nn.Module):
             tiles: which tiles are whose.
 
         Returns:
-            ``[T**2, 1 + M, D]``, the first tile zeros.
+            ``[T**2 * (1 + M), D]``: a tile's first cell, of all tiles, then the second one; the first tile is zeros.
         """
         run = convolve_tiles_opaque if self.opaque else convolve_tiles
         owners = tiles.owners() if self.transforms else None
@@ -224,7 +236,7 @@ def convolve_tiles(
             none where tiles are one pixel.
 
     Returns:
-        ``[T**2, 1 + M, D]``, the first tile zeros.
+        As `TileConv.forward`.
     """
     sizes: list[int] = counts.tolist()
     for size in sizes:
@@ -235,13 +247,13 @@ def convolve_tiles(
             torch.addmm(bias, own.view(-1, len(weight)), weight)
             for own, weight, bias in zip(windows, weights, biases, strict=True)
         ]
-        return torch.cat((rows.new_zeros(1, len(biases[0])), *parts))[None]
+        return torch.cat((rows.new_zeros(1, len(biases[0])), *parts))
     (read, write), (bias,), (cells, channels, width) = transforms, biases, weights[0].shape
     parts = [rows.new_zeros(len(write), width)]
     for own, weight in zip(windows, weights, strict=True):
         products = (read @ own.view(cells, -1)).view(cells, -1, channels) @ weight
         parts.append(write @ products.view(cells, -1))
-    return torch.cat(parts, dim=1).view(len(write), -1, width) + bias.index_select(0, owners)
+    return (torch.cat(parts, dim=1).view(len(write), -1, width) + bias.index_select(0, owners)).flatten(0, 1)
 
 
 # As one operator, whose shapes do not depend on the routing.
@@ -258,8 +270,8 @@ def _(
     biases: list[Tensor],
     transforms: list[Tensor],
 ) -> Tensor:
-    tiles = reads.shape[0] if owners is None else reads.shape[1]
-    return rows.new_empty(1 if owners is None else len(transforms[1]), tiles + 1, weights[0].shape[-1])
+    cells, tiles = (1, reads.shape[0]) if owners is None else (len(transforms[1]), reads.shape[1])
+    return rows.new_empty(cells * (tiles + 1), weights[0].shape[-1])
 
 
 class FixedGroupNorm(nn.Module):
@@ -273,7 +285,8 @@ class FixedGroupNorm(nn.Module):
 
     def forward(self, out: Tensor, tiles: Tiles) -> Tensor:
         """`convolve_tiles`'s output, normalised."""
-        cells, _, channels = out.shape
+        cells, channels = tiles.tile**2, out.shape[1]
+        out = out.view(cells, -1, channels)
         grouped = out[:, 1:].reshape(cells, -1, tiles.per_patch, self.groups, channels // self.groups)
         real = self._real(tiles)
         count = real.sum((0, 2, 3, 4), keepdim=True) * grouped.shape[4]
@@ -282,7 +295,7 @@ class FixedGroupNorm(nn.Module):
         normalised = (centred * torch.rsqrt(variance + NORM_EPS)).flatten(3)
         owner = tiles.choice.owner
         weight, bias = (each.index_select(0, owner)[:, None] for each in (self.weight, self.bias))
-        return torch.cat((out[:, :1], (normalised * weight + bias).flatten(1, 2)), dim=1)
+        return torch.cat((out[:, :1], (normalised * weight + bias).flatten(1, 2)), dim=1).flatten(0, 1)
 
     def _real(self, tiles: Tiles) -> Tensor:
         """``[T**2, R, q**2, 1, 1]``, 1 for cells on the map, else 0."""

@@ -7,7 +7,8 @@ dropped, and every patch runs through its own experts alone, in operators that e
 from __future__ import annotations
 
 import copy
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -18,41 +19,55 @@ from torch.utils._pytree import tree_leaves
 
 from pcenet.export.layers import FixedConv2d, FixedLayer
 from pcenet.models.blocks import ResidualBlock
-from pcenet.nn import PCEConv2d, PCELayer
+from pcenet.nn import PCEConv2d, PCELayer, record_routing
 
 _NORMS = (torch.ops.aten.native_batch_norm.default, torch.ops.aten.cudnn_batch_norm.default)
 
 
-def evaluation_form(model: nn.Module, example: Tensor | None = None) -> nn.Module:
+def evaluation_form(model: nn.Module, example: Tensor | None = None, *, fixed: bool = False) -> nn.Module:
     """A copy of a network in evaluation form, equal to it within rounding.
 
     Args:
         model: any network, with or without PCE layers, in float32; it is left as it is.
         example: images ``[B, C, H, W]`` of a size that it takes. The network is run on them, to see which batch
             normalisations of its dense part can be folded; None leaves those as they are.
+        fixed: whether all images will come in batches and sizes as the example: experts with few patches then convolve
+            pixel by pixel, which is quicker than Winograd's algorithm for few.
 
     Raises:
         ValueError: for a router that drops patches at evaluation.
     """
     form = copy.deepcopy(model).eval().requires_grad_(False)
-    fixed: dict[PCEConv2d, FixedConv2d] = {}
+    convolutions: dict[PCEConv2d, FixedConv2d] = {}
     leaders = {
         follower: layer for layer in form.modules() if isinstance(layer, PCEConv2d) for follower in layer.followers
     }
+    patches: defaultdict[str, float] = defaultdict(lambda: math.inf)
+    if fixed and example is not None:
+        patches |= _patches_by_expert(form, example)
     for name, module in list(form.named_modules()):
         if isinstance(module, PCELayer):
             parent = form.get_submodule(name.rpartition(".")[0]) if name else None
             if isinstance(parent, ResidualBlock):
-                form = _put(form, name.rpartition(".")[0], FixedLayer(module, name, residual=True))
+                form = _put(form, name.rpartition(".")[0], FixedLayer(module, name, patches[name], residual=True))
             else:
-                form = _put(form, name, FixedLayer(module, name))
+                form = _put(form, name, FixedLayer(module, name, patches[name]))
         elif isinstance(module, PCEConv2d):
-            leader = leaders.get(module)
-            fixed[module] = FixedConv2d(module, name, None if leader is None else fixed[leader])
-            form = _put(form, name, fixed[module])
+            leader = convolutions[leaders[module]] if module in leaders else None
+            own = patches[name if leader is None else leader.name]
+            convolutions[module] = FixedConv2d(module, name, own, leader)
+            form = _put(form, name, convolutions[module])
     if example is not None:
         fold_batch_norms(form, example)
     return form
+
+
+@torch.no_grad()
+def _patches_by_expert(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """Under each layer's name how many patches of these images one of its experts serves on average."""
+    with record_routing(model) as records:
+        model(images)
+    return {name: float(routings[0].load.float().mean()) for name, routings in records.items()}
 
 
 def _put(root: nn.Module, name: str, module: nn.Module) -> nn.Module:

@@ -19,17 +19,18 @@ class FixedLayer(nn.Module):
     Args:
         layer: the layer that it computes the same as.
         name: of the layer in its network.
+        patches: that one of its experts serves on average; inf where that is open.
         residual: whether the input is added, as by a residual block; a layer with a shortcut adds its own.
 
     Attributes:
         router: its `FixedRouter`.
     """
 
-    def __init__(self, layer: PCELayer, name: str, residual: bool = False) -> None:
+    def __init__(self, layer: PCELayer, name: str, patches: float, residual: bool = False) -> None:
         super().__init__()
         experts = layer.experts
         self.name, self.border, self.patch_size = name, layer.border, layer.extractor.patch_size
-        self.tile = tile_of(self.patch_size, 3)
+        self.tile = tile_of(self.patch_size, 3, patches)
         self.router = FixedRouter(layer.router)
         self.conv1 = _folded(experts.conv1.weight, experts.norm1, self.tile)
         self.conv2 = _folded(experts.conv2.weight, experts.norm2, self.tile)
@@ -42,7 +43,7 @@ class FixedLayer(nn.Module):
         choice: Choice = self.router(pixels)
         tiles = Tiles(choice, (x.shape[2], x.shape[3]), self.patch_size, self.tile, 3)
         reads = tiles.reads(own=self.border == "zero")
-        hidden = F.gelu(self.conv1(tiles.rows_of_map(pixels), reads, tiles)).flatten(0, 1)
+        hidden = F.gelu(self.conv1(tiles.rows_of_map(pixels), reads, tiles))
         reads = tiles.reads_of_neighbours(reads) if self.border == "exchange" else tiles.reads_of_own()
         out = tiles.to_map(self.conv2(hidden, reads, tiles))
         if self.residual:
@@ -57,18 +58,19 @@ class FixedConv2d(nn.Module):
     Args:
         layer: the layer that it computes the same as.
         name: of the layer in its network.
+        patches: that one of its experts serves on average; inf where that is open.
         leader: of which layer it uses the routing; None: of its own router.
 
     Attributes:
         router: its `FixedRouter`; None for a follower.
     """
 
-    def __init__(self, layer: PCEConv2d, name: str, leader: FixedConv2d | None) -> None:
+    def __init__(self, layer: PCEConv2d, name: str, patches: float, leader: FixedConv2d | None) -> None:
         super().__init__()
         self.name, self.patch_size, self.kernel_size = name, layer.patch_size, layer.kernel_size[0]
         weight = layer.kernels.weight.detach()
         bias = weight.new_zeros(weight.shape[:2]) if layer.bias is None else layer.bias
-        self.conv = TileConv(weight, bias, tile_of(self.patch_size, self.kernel_size))
+        self.conv = TileConv(weight, bias, tile_of(self.patch_size, self.kernel_size, patches))
         self.router = None if layer.router is None else FixedRouter(layer.router)
         self._handed: _Handed = _Handed() if leader is None else leader._handed
 

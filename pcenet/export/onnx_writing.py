@@ -83,7 +83,7 @@ def _convolve_tiles(
             op.Gemm(op.Reshape(each, _shape(-1, weight.shape[0])), weight, bias)
             for each, weight, bias in zip(windows, weights, biases, strict=True)
         ]
-        return op.Unsqueeze(op.Concat(_zeros(1, width), *parts, axis=0), _shape(0))
+        return op.Concat(_zeros(1, width), *parts, axis=0)
     (read, write), (cells, channels, _) = transforms, weights[0].shape
     parts = [_zeros(write.shape[0], width)]
     for each, weight in zip(windows, weights, strict=True):
@@ -91,7 +91,7 @@ def _convolve_tiles(
         products = op.MatMul(op.Reshape(inputs, _shape(cells, -1, channels)), weight)
         parts.append(op.MatMul(write, op.Reshape(products, _shape(cells, -1))))
     joined = op.Reshape(op.Concat(*parts, axis=1), _shape(write.shape[0], -1, width))
-    return op.Add(joined, op.Gather(biases[0], owners, axis=0))
+    return op.Reshape(op.Add(joined, op.Gather(biases[0], owners, axis=0)), _shape(-1, width))
 
 
 def _zeros(*sizes: int) -> Any:
