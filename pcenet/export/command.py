@@ -117,7 +117,7 @@ class Subject:
         self.open_batch, self.open_size = "batch" in config.open_axes, "size" in config.open_axes
         batch = 2 if self.open_batch else 1
         self.example = torch.randn(batch, 3, *self.size, generator=torch.Generator().manual_seed(0))
-        form = evaluation_form(model, self.example, fixed=not self.config.open_axes)
+        form = evaluation_form(model, self.example, same_shape=not self.config.open_axes)
         routed = [name for name, _ in routers_of(model)] if config.routing else []
         self.form = WithRouting(form).eval() if routed else form
         self.multiple = size_multiple(model, self.size) if self.open_size else None
@@ -171,15 +171,15 @@ class Subject:
     def check(self, path: Path) -> CheckReport:
         """Compare the file with the network: as it routes, and with all patches sent to one expert."""
         report = CheckReport()
-        batches = BATCHES if self.open_batch else (1,)
         sizes = [self.size]
         if self.multiple is not None:
             sizes.append((self.size[0] + self.multiple, self.size[1] + 2 * self.multiple))
-        check_runner(report, self.model, ExportedNet(path, self.config.threads).outputs, batches, sizes, "as routed,")
+        check_runner(report, self.model, ExportedNet(path, self.config.threads).outputs, BATCHES, sizes, "as routed,")
         if any(True for _ in routers_of(self.model)):
+            batch = BATCHES[-1:] if self.open_batch else (1,)
             for expert, name in ((0, "first"), (-1, "last")):
                 forced, run = sent_to_one(self.model, expert), self._sent_to_one(path, expert)
-                check_runner(report, forced, run, batches[-1:], sizes[:1], f"all to the {name} expert,")
+                check_runner(report, forced, run, batch, sizes[:1], f"all to the {name} expert,")
         return report
 
     def _sent_to_one(self, path: Path, expert: int) -> Runner:

@@ -24,26 +24,28 @@ from pcenet.nn import PCEConv2d, PCELayer, record_routing
 _NORMS = (torch.ops.aten.native_batch_norm.default, torch.ops.aten.cudnn_batch_norm.default)
 
 
-def evaluation_form(model: nn.Module, example: Tensor | None = None, *, fixed: bool = False) -> nn.Module:
+def evaluation_form(model: nn.Module, example: Tensor | None = None, *, same_shape: bool = False) -> nn.Module:
     """A copy of a network in evaluation form, equal to it within rounding.
 
     Args:
         model: any network, with or without PCE layers, in float32; it is left as it is.
         example: images ``[B, C, H, W]`` of a size that it takes. The network is run on them, to see which batch
             normalisations of its dense part can be folded; None leaves those as they are.
-        fixed: whether all images will come in batches and sizes as the example: experts with few patches then convolve
-            pixel by pixel, which is quicker than Winograd's algorithm for few.
+        same_shape: whether all images will come in the example's shape: experts with few patches then convolve pixel by
+            pixel, which is quicker than Winograd's algorithm for few.
 
     Raises:
-        ValueError: for a router that drops patches at evaluation.
+        ValueError: for a router that drops patches at evaluation; for ``same_shape`` without an example.
     """
+    if same_shape and example is None:
+        raise ValueError("same_shape=True needs an example, whose shape it is")
     form = copy.deepcopy(model).eval().requires_grad_(False)
     convolutions: dict[PCEConv2d, FixedConv2d] = {}
     leaders = {
         follower: layer for layer in form.modules() if isinstance(layer, PCEConv2d) for follower in layer.followers
     }
     patches: defaultdict[str, float] = defaultdict(lambda: math.inf)
-    if fixed and example is not None:
+    if same_shape and example is not None:
         patches |= _patches_by_expert(form, example)
     for name, module in list(form.named_modules()):
         if isinstance(module, PCELayer):
@@ -64,10 +66,15 @@ def evaluation_form(model: nn.Module, example: Tensor | None = None, *, fixed: b
 
 @torch.no_grad()
 def _patches_by_expert(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Under each layer's name how many patches of these images one of its experts serves on average."""
+    """Under each layer's name how many patches of these images one of its experts serves on average, in the largest of
+    its passes."""
     with record_routing(model) as records:
         model(images)
-    return {name: float(routings[0].load.float().mean()) for name, routings in records.items()}
+    return {
+        name: max(float(routing.load.float().mean()) for routing in routings)
+        for name, routings in records.items()
+        if routings
+    }
 
 
 def _put(root: nn.Module, name: str, module: nn.Module) -> nn.Module:

@@ -52,6 +52,7 @@ def quantise(path: Path, run: str, data: str, split: Split, threads: int | None)
     before, score = _measure(path, trained, threads)
     model = onnx.load(str(path))
     kept = {each.name for each in model.graph.initializer if ".router." in each.name or len(each.dims) > 2}
+    excluded = [node.name for node in model.graph.node if not set(node.input).isdisjoint(kept)]
     quantised = path.with_name(f"{path.stem}.int8{path.suffix}")
     root = logging.getLogger()
     root.addFilter(_other_than_advice)
@@ -61,7 +62,8 @@ def quantise(path: Path, run: str, data: str, split: Split, threads: int | None)
             str(quantised),
             op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True,
-            nodes_to_exclude=[node.name for node in model.graph.node if not set(node.input).isdisjoint(kept)],
+            # It makes a MatMul of each Gemm before it looks at their names.
+            nodes_to_exclude=[*excluded, *(f"{name}_MatMul" for name in excluded)],
         )
         after, _ = _measure(quantised, trained, threads)
         result = Int8(data, split, score, before, after)

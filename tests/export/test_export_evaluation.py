@@ -34,16 +34,18 @@ from pcenet.upcycling import upcycle
     ],
     ids=str,
 )
-@pytest.mark.parametrize("fixed", [False, True])
-def test_a_classifier_is_the_same_in_evaluation_form(tiny, changes, size, fixed):
+@pytest.mark.parametrize("same_shape", [False, True])
+def test_a_classifier_is_the_same_in_evaluation_form(tiny, changes, size, same_shape):
     model = tiny(**changes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    images = torch.randn(3, 3, *size)
-    form = evaluation_form(model, images, fixed=fixed)
+    images = torch.randn(1 if same_shape else 3, 3, *size)
+    form = evaluation_form(model, images, same_shape=same_shape)
     within = 1e-4 if "norm" in changes else 1e-5  # group normalisation enlarges rounding where patches vary little
     with torch.no_grad():
         torch.testing.assert_close(form(images), model(images), rtol=within, atol=within)
     assert not [module for module in form.modules() if isinstance(module, PCELayer)]
+    if not changes:  # an image has 4 or 9 patches of 4 px, fewer than 8 for each of two experts
+        assert [conv.tile for conv in tile_convolutions(form)] == ([1, 1] if same_shape else [4, 4]) + [1, 1]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -66,11 +68,11 @@ def test_a_decoder_on_an_encoder_is_the_same():
         torch.testing.assert_close(form(images), model(images), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-def test_an_upcycled_network_is_the_same_and_followers_follow(fixed):
+@pytest.mark.parametrize("same_shape", [False, True])
+def test_an_upcycled_network_is_the_same_and_followers_follow(same_shape):
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=3).eval()
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(1 if same_shape else 2, 3, 64, 64)
     upcycle(model, num_experts=3, example=images, layers=1.0)
     trained_like(model)
     with torch.no_grad():
@@ -78,9 +80,12 @@ def test_an_upcycled_network_is_the_same_and_followers_follow(fixed):
             if isinstance(module, PCEConv2d):
                 module.kernels.difference.copy_(0.05 * torch.randn_like(module.kernels.difference))
     assert any(module.followers for module in model.modules() if isinstance(module, PCEConv2d))
-    form = evaluation_form(model, images, fixed=fixed)
+    form = evaluation_form(model, images, same_shape=same_shape)
     with torch.no_grad():
         torch.testing.assert_close(form(images), model(images), rtol=1e-5, atol=1e-5)
+    # One image has 4 patches of 8 px where a router is shared, 4 tiles each, for three experts.
+    leader, follower = (form.get_submodule(f"layer1.0.conv{number}").conv for number in (1, 2))
+    assert leader.tile == follower.tile == (1 if same_shape else 4)
 
 
 def test_a_layer_with_a_shortcut_of_its_own_is_the_same():
@@ -94,6 +99,15 @@ def test_a_layer_with_a_shortcut_of_its_own_is_the_same():
         form = evaluation_form(layer.eval())
         with torch.no_grad():
             torch.testing.assert_close(form(images), layer(images), rtol=1e-5, atol=1e-5)
+
+
+def tile_convolutions(form):
+    return [module for module in form.modules() if isinstance(module, TileConv)]
+
+
+def test_a_shape_needs_an_example(tiny):
+    with pytest.raises(ValueError, match="same_shape=True needs an example"):
+        evaluation_form(tiny(), same_shape=True)
 
 
 def test_dropping_at_evaluation_is_refused():
@@ -123,8 +137,8 @@ def test_only_what_alone_reads_a_convolution_is_folded():
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-def test_each_expert_multiplies_its_own_patches_alone(tiny, monkeypatch, fixed):
+@pytest.mark.parametrize("same_shape", [False, True])
+def test_each_expert_multiplies_its_own_patches_alone(tiny, monkeypatch, same_shape):
     rows = []
     plain = TileConv.forward
 
@@ -134,9 +148,9 @@ def test_each_expert_multiplies_its_own_patches_alone(tiny, monkeypatch, fixed):
 
     monkeypatch.setattr(TileConv, "forward", noted)
     images = torch.randn(2, 3, 16, 16)
-    evaluation_form(tiny(), images, fixed=fixed)(images)
+    evaluation_form(tiny(), images, same_shape=same_shape)(images)
     # Maps of 8 x 8 in patches of 4 are 4 patches of one tile each; of 4 x 4 in patches of 1, 16 of one tile each. Eight
     # tiles are few for several experts: of images that are always two, their 16 pixels are convolved one by one.
-    first = (1, 8 * 16, 8 * 16 * 9) if fixed else (4, 8, 8 * 36)
+    first = (1, 8 * 16, 8 * 16 * 9) if same_shape else (4, 8, 8 * 36)
     called = [(tile, sum(counts), reads) for tile, counts, reads in rows[-4:]]
     assert called == [first, first, (1, 32, 32 * 9), (1, 32, 32 * 9)]

@@ -78,6 +78,22 @@ def test_the_graph_does_the_work_of_one_expert_for_each_patch(exported):
     assert counts[0].total == stem + down + winograd + router + products + router_of_pixels + classifier
 
 
+def test_the_file_for_one_image_multiplies_few_patches_pixel_by_pixel(exported, tmp_path):
+    from pcenet.export.counting import count_multiply_adds
+
+    model, folder = exported
+    path = tmp_path / "one.onnx"
+    assert main(["export", str(folder / "model"), "--out", str(path), "--dynamic", "none"]) == 0
+    counts = count_multiply_adds(path, torch.randn(1, 3, 16, 16))
+    # As above, but for the first layer: its 64 pixels read 9 of 8 channels each.
+    first, second = 2 * 64 * 9 * 8 * 8, 2 * 16 * 9 * 16 * 16
+    routers = 64 * 8 * 16 + 4 * 16 * 2 + 16 * 16 * 16 + 16 * 16 * 2
+    assert counts.total == counts.by_operator["Conv"] + first + second + routers + 16 * 3
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(ExportedNet(path)(images), model(images), rtol=1e-4, atol=1e-5)
+
+
 def test_predict_takes_the_file(exported, tmp_path):
     from PIL import Image
 
@@ -194,7 +210,6 @@ def test_many_unsure_patches_fail():
     [
         (["--format", "pt2"], (16, 16)),
         (["--dynamic", "batch,size"], (32, 16)),
-        (["--dynamic", "none"], (16, 16)),
         (["--dynamic", "none", "--format", "pt2"], (16, 16)),
     ],
     ids=str,
@@ -244,6 +259,7 @@ def test_an_upcycled_network_is_exported(tmp_path):
 
 @pytest.mark.slow
 def test_int8_says_what_it_costs(exported, tmp_path, capsys, caplog):
+    import onnx
     from PIL import Image
 
     _, folder = exported
@@ -262,7 +278,13 @@ def test_int8_says_what_it_costs(exported, tmp_path, capsys, caplog):
     assert net.metadata["int8"].keys() == {"data", "split", "score", "before", "after"}
     assert 0 <= net.metadata["int8"]["after"] <= 1
     assert net(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
-
+    types = {each.name: each.data_type for each in onnx.load(tmp_path / "net.onnx").graph.initializer}
+    quantised = [name for name, kind in types.items() if kind in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)]
+    # The kernels of the second layer's experts, in patches of one pixel; their names follow the network's.
+    assert (
+        sum("conv1.weight" in name or "conv2.weight" in name for name in quantised if name.endswith("quantized")) == 4
+    )
+    assert not [name for name in quantised if ".router." in name]
     assert not list(tmp_path.glob("*.int8.onnx"))
 
 
