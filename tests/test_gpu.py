@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import reference
 import timm
 import torch
+from exporting import trained_like
 from torch import Tensor
 
 import pcenet
@@ -31,21 +33,28 @@ def train(data: Path, out: Path, *options: str, model: str = "pce_nano") -> dict
 # Exact arithmetic: in float64 only the order of sums differs.
 
 
-@pytest.mark.parametrize(
-    ("border", "gate", "dispatch", "side"),
-    list(
-        itertools.product(("zero", "halo", "exchange"), ("prob", "straight_through"), ("sorted", "static"), (1, 2, 4))
+BORDERS, DISPATCHES = ("zero", "halo", "exchange"), ("sorted", "static")
+CASES: list[dict[str, Any]] = [
+    *(
+        {"border": border, "gate": gate, "dispatch": dispatch, "patch_size": side}
+        for border, gate, dispatch, side in itertools.product(
+            BORDERS, ("prob", "straight_through"), DISPATCHES, (1, 2, 4)
+        )
     ),
-)
+    *({"border": "halo", "top_k": 2, "dispatch": dispatch, "patch_size": 2} for dispatch in DISPATCHES),
+    {"border": "halo", "norm": "group", "gate_input": "flat", "priority": "order", "patch_size": 3},
+]
+
+
 @pytest.mark.parametrize("train_mode", [True, False], ids=["train", "eval"])
-def test_the_layer_equals_the_reference(border: str, gate: str, dispatch: str, side: int, train_mode: bool) -> None:
-    options: dict[str, Any] = {"border": border, "gate": gate, "dispatch": dispatch, "capacity_factor": 0.8}
-    layer = PCELayer(4, 6, patch_size=side, num_experts=3, num_bands=2, router_hidden=5, **options).double()
-    layer = reference.randomise(layer, 0).train(train_mode)
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_the_layer_equals_the_reference(options: dict[str, Any], train_mode: bool) -> None:
+    sizes: dict[str, Any] = {"num_experts": 3, "num_bands": 2, "router_hidden": 5, "capacity_factor": 0.8}
+    layer = reference.randomise(PCELayer(4, 6, **sizes, **options).double(), 0).train(train_mode)
     x = torch.randn(2, 4, 7, 5, dtype=torch.float64, requires_grad=True)
+    on_gpu = copy.deepcopy(layer).cuda()
     expected = reference.run_layer(layer, x)
     gradients = reference.gradients(expected.output, x, layer)
-    on_gpu = copy.deepcopy(layer).cuda()
     own = x.detach().cuda().requires_grad_()
     output, routing = on_gpu.forward_with_routing(own)
     assert output.is_cuda
@@ -53,9 +62,14 @@ def test_the_layer_equals_the_reference(border: str, gate: str, dispatch: str, s
     assert routing.choice.tolist() == expected.choice
     assert routing.kept.tolist() == expected.kept
     found = reference.gradients(output, own, on_gpu)
-    assert found.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(found[name].cpu(), gradient, rtol=1e-8, atol=1e-8, check_stride=False, msg=name)
+    reference.assert_same({name: grad.cpu() for name, grad in found.items()}, gradients, 1e-8, 1e-8)
+    running = {k: v.cpu() for k, v in on_gpu.experts.state_dict().items() if "running" in k}
+    reference.assert_same(running, expected.running)
+    # The bias that balances is found by the layer itself.
+    layer(x.detach())
+    assert layer.router.expert_bias is not None
+    assert on_gpu.router.expert_bias is not None
+    torch.testing.assert_close(on_gpu.router.expert_bias.cpu(), layer.router.expert_bias, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["pce_nano", "pce_unet_nano"])
@@ -86,22 +100,31 @@ def test_upcycling_keeps_the_function() -> None:
 
 
 def test_bfloat16_is_near_float32() -> None:
-    model = timm.create_model("pce_nano", num_classes=10).eval().cuda()
-    images = torch.randn(16, 3, 32, 32, device="cuda")
+    model = trained_like(pcenet.create_network("pce_nano", num_classes=10)).cuda()
+    images = torch.randn(64, 3, 32, 32, device="cuda")
     with torch.no_grad():
-        expected = model(images)
-        with torch.autocast("cuda", torch.bfloat16):
+        with record_routing(model) as records:
+            expected = model(images)
+        with torch.autocast("cuda", torch.bfloat16), record_routing(model) as own:
             actual = model(images).float()
-    # Patches whose best experts tie within rounding go elsewhere, all others differ by bfloat16's 8 bits.
-    assert (actual - expected).norm() < 0.1 * expected.norm()
+    same = torch.ones(len(images), dtype=torch.bool, device="cuda")
+    for layer, (routing,) in records.items():
+        same &= (own[layer][0].choice == routing.choice).view(len(images), -1).all(1)
+    # Of hundreds of patches some few lie between two experts, where rounding decides.
+    assert same.sum() > 8
+    assert (actual - expected)[same].norm() < 0.03 * expected[same].norm()
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
 @pytest.mark.parametrize("border", ["halo", "exchange"])
 def test_static_dispatch_compiles_to_one_graph(border: str) -> None:
-    layer = PCELayer(8, 8, patch_size=4, num_experts=4, border=border, dispatch="static").cuda()
+    torch.compiler.reset()
+    layer = PCELayer(8, 8, patch_size=4, num_experts=4, border=border, dispatch="static")
+    layer = reference.randomise(layer, 0).eval().cuda()
     images = torch.randn(4, 8, 16, 16, device="cuda")
-    expected = layer.eval()(images)
+    expected = layer(images)
     actual = torch.compile(layer, fullgraph=True)(images)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3, check_stride=False)
 
@@ -122,20 +145,23 @@ def test_training_learns_and_a_run_is_scored_again(pictures: Path, tmp_path: Pat
         assert abs(score - metrics["val"]["top1"]) <= difference / 12 + 1e-6
 
 
-def test_training_in_the_default_precision_with_workers_goes_on(pictures: Path, tmp_path: Path) -> None:
+def test_training_in_the_default_precision_with_workers_goes_on(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     options = ["--epochs", "2", "--workers", "2", "--checkpoint-minutes", "0"]
     train(pictures, out, *options)
-    saved = sorted((out / "checkpoints").glob("step-*"))
-    assert saved
-    again = train(pictures, tmp_path / "again", *options, "--resume", str(saved[0]))
+    capsys.readouterr()
+    within = out / "checkpoints" / "step-00000005"  # of 3 in each epoch
+    again = train(pictures, tmp_path / "again", *options, "--resume", str(within))
+    assert "after epoch 1, batch 2" in capsys.readouterr().out
     assert again["epochs"] == 2
 
 
 def test_the_batch_size_is_found(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["--data", str(pictures), "--out", str(tmp_path / "run"), "--device", "cuda", "--workers", "0"]
     assert main(["train", *settings, "--find", "batch-size"]) == 0
-    assert "batch" in capsys.readouterr().out
+    assert "suggestion: --batch-size 16\n" in capsys.readouterr().out  # the largest power of two of 24 images
 
 
 def test_the_doctor_names_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,15 +169,18 @@ def test_the_doctor_names_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.cuda.get_device_name(0).split()[-1] in capsys.readouterr().out
 
 
-def test_a_batch_is_predicted_on_the_gpu(pictures: Path, tmp_path: Path) -> None:
+def test_predictions_are_those_of_the_processor(pictures: Path, tmp_path: Path) -> None:
     train(pictures, tmp_path / "run", "--epochs", "1", "--workers", "0")
-    rows, source = [], str(pictures / "val")
+    found = []
     for device in ("cuda", "cpu"):
         out = tmp_path / device
-        assert main(["predict", str(tmp_path / "run"), source, "--device", device, "--out", str(out)]) == 0
-        rows.append(sorted(line.split(",")[0] for line in (out / "predictions.csv").read_text().splitlines()))
-    assert rows[0] == rows[1]
-    assert len(rows[0]) == 1 + 12
+        options = ["--device", device, "--precision", "fp32", "--out", str(out)]
+        assert main(["predict", str(tmp_path / "run"), str(pictures / "val"), *options]) == 0
+        predictions = json.loads((out / "predictions.json").read_text())["predictions"]
+        found.append({each["file"]: each["probability"] for each in predictions})
+    # Convolutions are in TF32 on a GPU, 10 bits of mantissa.
+    assert found[0] == pytest.approx(found[1], abs=0.02)
+    assert len(found[0]) == 12
 
 
 def test_the_bench_measures_the_gpu(tmp_path: Path) -> None:

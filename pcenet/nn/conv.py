@@ -12,7 +12,6 @@ from torch.nn.utils.parametrize import is_parametrized
 from pcenet.nn.checks import check_at_least, check_choice, is_number
 from pcenet.nn.dispatch import Dispatch, run_convolution
 from pcenet.nn.experts import SharedConv2d, StackedConv2d
-from pcenet.nn.patches import check_grid
 from pcenet.nn.routing import Router, Routing
 
 KERNEL_SIZES = (1, 3)
@@ -165,7 +164,6 @@ class PCEConv2d(nn.Module):
         Raises:
             ValueError: for a routing of another map's grid.
         """
-        check_grid(x, self.patch_size, routing.grid)
         return run_convolution(
             x, routing, self.kernels.weight, self.bias, patch_size=self.patch_size, dispatch=self.dispatch
         )

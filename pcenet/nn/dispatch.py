@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pcenet.nn.experts import ConvExperts
 from pcenet.nn.kernels import Kernel, make_kernel, make_plain_kernel
+from pcenet.nn.patches import check_grid
 from pcenet.nn.routing import Routing
 from pcenet.nn.sorted_dispatch import convolve_sorted, run_sorted
 from pcenet.nn.static_dispatch import convolve_static, run_static
@@ -40,6 +41,9 @@ def run_experts(
 
     Returns:
         The map ``[B, C_out, H, W]``, channels-last in memory, zero where a patch was dropped.
+
+    Raises:
+        ValueError: for a routing of another map's grid; for one with ``top_k`` above 1 under ``"exchange"``.
     """
     run = _run_static if _is_static(x, dispatch) else _run_sorted
     return run(x, routing, experts, patch_size, border)
@@ -61,9 +65,21 @@ def run_convolution(
 
     Returns:
         As there.
+
+    Raises:
+        ValueError: as there.
     """
     run = _convolve_static if _is_static(x, dispatch) else _convolve_sorted
     return run(x, routing, weight, bias, patch_size)
+
+
+def check_border(border: Border, top_k: int) -> None:
+    """Raise a ``ValueError`` for a border that does not go with several experts per patch."""
+    if border == "exchange" and top_k > 1:
+        raise ValueError(
+            f"top_k={top_k} does not go with border='exchange': a pixel's activation would belong to several "
+            "experts; take top_k=1, or border='halo'"
+        )
 
 
 def _is_static(x: Tensor, dispatch: Dispatch) -> bool:
@@ -73,25 +89,31 @@ def _is_static(x: Tensor, dispatch: Dispatch) -> bool:
 
 
 def _run_static(x: Tensor, routing: Routing, experts: ConvExperts, patch_size: int, border: Border) -> Tensor:
+    check_border(border, routing.top_k)
+    check_grid(x, patch_size, routing.grid)
     first, second = _make_kernels(make_plain_kernel, experts, patch_size, border)
     return run_static(_autocast(x), routing, experts, first, second)
 
 
-# Batches whose sizes change from step to step would be compiled again in each. Casts and kernels are made in here, too:
-# compiled, they would be a graph of their own for every layer.
+# Batches whose sizes change from step to step would be compiled again in each. Checks, casts and kernels are in here,
+# too: compiled, they would be a graph of their own for every layer.
 @torch.compiler.disable
 def _run_sorted(x: Tensor, routing: Routing, experts: ConvExperts, patch_size: int, border: Border) -> Tensor:
+    check_border(border, routing.top_k)
+    check_grid(x, patch_size, routing.grid)
     first, second = _make_kernels(make_kernel, experts, patch_size, border)
     return run_sorted(_autocast(x), routing, experts, first, second)
 
 
 def _convolve_static(x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None, patch_size: int) -> Tensor:
+    check_grid(x, patch_size, routing.grid)
     kernel = make_plain_kernel(_autocast(weight), patch_size, weight.shape[-1] // 2)
     return convolve_static(_autocast(x), routing, kernel, bias)
 
 
 @torch.compiler.disable
 def _convolve_sorted(x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None, patch_size: int) -> Tensor:
+    check_grid(x, patch_size, routing.grid)
     kernel = make_kernel(_autocast(weight), patch_size, weight.shape[-1] // 2)
     return convolve_sorted(_autocast(x), routing, kernel, bias)
 

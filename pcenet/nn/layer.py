@@ -7,9 +7,9 @@ from typing import get_args
 from torch import Tensor, nn
 
 from pcenet.nn.checks import check_at_least, check_choice
-from pcenet.nn.dispatch import Border, Dispatch, run_experts
+from pcenet.nn.dispatch import Border, Dispatch, check_border, run_experts
 from pcenet.nn.experts import ConvExperts, Norm
-from pcenet.nn.patches import PatchExtractor, check_grid
+from pcenet.nn.patches import PatchExtractor
 from pcenet.nn.routing import Balancing, Gate, GateInput, Priority, Router, Routing
 
 
@@ -135,8 +135,6 @@ class PCELayer(nn.Module):
         Raises:
             ValueError: for a routing of another map's grid; for one with ``top_k`` above 1 under ``"exchange"``.
         """
-        check_grid(x, self.extractor.patch_size, routing.grid)
-        check_border(self.border, routing.top_k)
         out = run_experts(
             x,
             routing,
@@ -150,12 +148,3 @@ class PCELayer(nn.Module):
     def extra_repr(self) -> str:
         """What ``repr`` shows of the module\'s settings."""
         return f"border={self.border!r}, dispatch={self.dispatch!r}"
-
-
-def check_border(border: Border, top_k: int) -> None:
-    """Raise a ``ValueError`` for a border that does not go with several experts per patch."""
-    if border == "exchange" and top_k > 1:
-        raise ValueError(
-            f"top_k={top_k} does not go with border='exchange': a pixel's activation would belong to several "
-            "experts; take top_k=1, or border='halo'"
-        )

@@ -72,9 +72,11 @@ def find_batch_size(run: Run) -> int:
     with quiet():
         trainer = tuning_trainer(run)
         task = run.kind.make_task(run.model, run.config, run.sources["train"], steps_per_epoch(run))
-        size = Tuner(trainer).scale_batch_size(task, datamodule=Batches(run), max_val=LARGEST_BATCH)
-    assert size is not None
-    return size
+        # The tuner gives its limit, or a batch of more than all images, without having filled one: both lie above ours.
+        found = Tuner(trainer).scale_batch_size(task, datamodule=Batches(run), max_val=2 * LARGEST_BATCH)
+    assert found is not None
+    images = len(run.sources["train"])
+    return min(found, LARGEST_BATCH, 1 << (images.bit_length() - 1))
 
 
 def tuning_trainer(run: Run) -> L.Trainer:
@@ -91,12 +93,13 @@ def tuning_trainer(run: Run) -> L.Trainer:
 
 
 class Batches(L.LightningDataModule):
-    """A run's training images in batches of a size that the tuner sets."""
+    """A run's training images in batches of a size that the tuner sets; it looks no further where the first one has all
+    images."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.run = run
-        self.batch_size = run.config.batch_size
+        self.batch_size = 1
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of the size of now."""

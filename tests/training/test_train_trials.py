@@ -214,6 +214,15 @@ def test_the_batch_size_found_is_the_largest_that_fits(start: Start, monkeypatch
     assert find_batch_size(prepared(config)) == 8  # 16 of the 24 images do not
 
 
+@pytest.mark.parametrize("batch_size", [4, 128])
+def test_no_batch_is_larger_than_the_images(start: Start, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+    monkeypatch.setattr("pcenet.training.classify.ClassificationTask", Quadratic)
+    monkeypatch.setattr(Quadratic, "training_step", lambda self, *_: self.model.weight.square().sum())
+    config = start(batch_size=batch_size)
+    config.folder.mkdir()
+    assert find_batch_size(prepared(config)) == 16  # 32 are more than the 24 images
+
+
 def test_the_batch_size_is_found_on_a_gpu_alone(start: Start) -> None:
     with pytest.raises(ValueError, match="find 'batch-size' needs a GPU"):
         find(start(find="batch-size"))
