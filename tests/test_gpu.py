@@ -23,15 +23,14 @@ from pcenet.nn import PCELayer, aux_loss, record_routing
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
 
-def train(data: Path, out: Path, *options: str, model: str = "pce_nano") -> dict[str, Any]:
+def train(data: Path, out: Path, *options: str) -> dict[str, Any]:
     """A short training on the GPU; what it measured."""
-    settings = ["--data", str(data), "--out", str(out), "--model", model, "--batch-size", "8", "--device", "cuda"]
+    settings = ["--data", str(data), "--out", str(out), "--batch-size", "8", "--device", "cuda"]
     assert main(["train", *settings, *options]) == 0
     return dict(json.loads((out / "metrics.json").read_text()))
 
 
 # Exact arithmetic: in float64 only the order of sums differs.
-
 
 BORDERS, DISPATCHES = ("zero", "halo", "exchange"), ("sorted", "static")
 CASES: list[dict[str, Any]] = [
@@ -132,7 +131,7 @@ def test_static_dispatch_compiles_to_one_graph(border: str) -> None:
 # The commands
 
 
-def test_training_learns_and_a_run_is_scored_again(pictures: Path, tmp_path: Path, capsys: Any) -> None:
+def test_training_learns_and_a_run_is_scored_again(pictures: Path, tmp_path: Path) -> None:
     metrics = train(pictures, tmp_path / "run", "--epochs", "6", "--precision", "fp32", "--workers", "0")
     # Three classes, each brightest in its colour: chance is a third.
     assert metrics["val"]["top1"] > 0.6

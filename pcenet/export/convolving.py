@@ -9,7 +9,6 @@ Tiles lie sorted by expert.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -25,13 +24,13 @@ TILES = (4, 2, 1)
 FEW_TILES = 8
 
 
-def tile_of(patch_size: int, kernel_size: int, patches: float = math.inf) -> int:
+def tile_of(patch_size: int, kernel_size: int, patches: float) -> int:
     """T for patches of a side.
 
     Args:
         patch_size: S.
         kernel_size: 3 or 1.
-        patches: that an expert serves on average; where they are cut into few tiles, these are single pixels.
+        patches: that an expert serves on average, inf where that is open; what would be few tiles is cut into pixels.
     """
     if kernel_size == 1:
         return 1
@@ -161,8 +160,8 @@ class Tiles:
             picked = F.embedding(places, rows)
             if weight is not None:
                 own = weight if weight.shape[1] == 1 else weight[:, index]
-                own = own.view(grid.batch, grid.rows, 1, grid.columns, 1, 1)
-                picked = picked.unflatten(2, (grid.columns, side)).unflatten(1, (grid.rows, side)) * own
+                by_patch = picked.view(grid.batch, grid.rows, side, grid.columns, side, -1)
+                picked = by_patch * own.view(grid.batch, grid.rows, 1, grid.columns, 1, 1)
             total = picked if total is None else total + picked
         assert total is not None
         return total.reshape(grid.batch, *self.inner, -1)[:, : self.size[0], : self.size[1]]
