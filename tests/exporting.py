@@ -31,6 +31,8 @@ def trained_like(model: SavableModel, seed: int = 0) -> SavableModel:
                 buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
             elif name.endswith("expert_bias"):
                 buffer.copy_(0.1 * normal(buffer))
+            elif name.endswith("centring"):
+                buffer.fill_(0.6)
     return model.eval()
 
 

@@ -132,7 +132,9 @@ def router_logits(router: nn.Module, x: Tensor) -> Tensor:
     if router.expert_bias is None:
         return logits
     if not router.training:
-        return logits + router.expert_bias
+        per_image = len(logits) // len(x)
+        images = [logits[i * per_image : (i + 1) * per_image] for i in range(len(x))]
+        return torch.cat([of - router.centring * sum(of) / per_image for of in images]) + router.expert_bias
     bias = logits.new_tensor(balancing_bias(logits.tolist(), router.top_k))
     mean = logits.mean(0)
     return logits - mean + mean.detach() + bias  # the gradient of the centred logits

@@ -78,7 +78,11 @@ class FixedRouter(nn.Module):
         self.hidden_bias = _fixed(router.hidden.bias)
         self.weight = _fixed(router.logits.weight)
         bias = router.logits.bias.detach()
-        self.bias = _fixed(bias if router.expert_bias is None else bias + router.expert_bias)
+        self.centring = 0.0
+        if router.expert_bias is not None and router.centring is not None:
+            self.centring = float(router.centring)
+            bias = bias * (1 - self.centring) + router.expert_bias
+        self.bias = _fixed(bias)
 
     def forward(self, pixels: Tensor) -> Choice:
         """Route the patches of a map with its channels last, ``[B, H, W, C]``."""
@@ -86,6 +90,9 @@ class FixedRouter(nn.Module):
         side = self.patch_size
         grid = Grid(batch, -(-height // side), -(-width // side))
         hidden = self._from_pixels(pixels, grid) if self.gate_input == "pixels" else self._from_flat(pixels, grid)
+        if self.centring:  # the logits are linear in what is centred here
+            of_image = hidden.view(batch, grid.rows * grid.columns, -1)
+            hidden = (of_image - self.centring * of_image.mean(1, keepdim=True)).flatten(0, 1)
         return choose(F.linear(hidden, self.weight, self.bias), grid, self.top_k, self.gate, self.temperature)
 
     def _from_pixels(self, pixels: Tensor, grid: Grid) -> Tensor:

@@ -229,12 +229,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
+# Buffers that a network saved before they existed lacks: their modules fill them in.
+FILLED_IN = ("centring",)
+
+
 class MisfitError(ValueError):
     """Tensors and network do not fit."""
 
 
 def check_tensors(found: Mapping[str, Tensor], model: nn.Module, misfit: str, way_out: str) -> None:
-    """Raise a `MisfitError` that names the first tensor which does not fit a network, and its shapes.
+    """Raise a `MisfitError` that names the first tensor which does not fit a network, and its shapes; `FILLED_IN` may
+    be missing.
 
     Args:
         found: tensors by name, as of ``model.state_dict()``.
@@ -245,6 +250,8 @@ def check_tensors(found: Mapping[str, Tensor], model: nn.Module, misfit: str, wa
     expected = model.state_dict()
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
+            if name.rpartition(".")[2] in FILLED_IN:
+                continue
             raise MisfitError(f"{misfit}: tensor {name} is missing; {way_out}")
         if name not in expected:
             raise MisfitError(f"{misfit}: tensor {name} is not part of the network; {way_out}")

@@ -16,6 +16,7 @@ from pcenet.nn.losses import (
 )
 from pcenet.nn.patches import Grid, PatchExtractor
 from pcenet.nn.recording import record_routing, routers_of
+from pcenet.nn.renewing import update_expert_bias
 from pcenet.nn.routing import Router, Routing, expert_load, route
 from pcenet.nn.statistics import RoutingStatistics, RoutingSummary
 from pcenet.nn.synchronising import synchronise
@@ -43,6 +44,7 @@ __all__ = [
     "route",
     "routers_of",
     "synchronise",
+    "update_expert_bias",
     "z_loss",
     "z_loss_from_logits",
 ]

@@ -261,14 +261,18 @@ class Router(nn.Module):
         num_bands: K, bands of the position features.
         balancing: ``"batch"`` adds a bias per expert to the logits. In training it is the one that spreads the batch
             evenly (see `balancing_bias`), at evaluation its running mean over the batches of training, as BatchNorm has
-            its statistics, so that a prediction does not depend on its batch. No gradient goes through it, nor through
-            the mean of a batch's logits, which it would undo. ``"none"`` leaves balance to the loss alone.
+            its statistics, so that a prediction does not depend on its batch, or what `update_expert_bias` found for
+            the trained weights. No gradient goes through it, nor through the mean of a batch's logits, which it would
+            undo. ``"none"`` leaves balance to the loss alone.
         temperature: T of ``probs = softmax(logits / T)``, in training and at evaluation. Gate values and the balance
             loss see these probabilities; the z-loss sees the logits before the division, so that it bounds what the
             perceptron puts out whatever T is.
 
     Attributes:
-        expert_bias: ``[E]``, the running mean of the bias, a buffer; None without balancing.
+        expert_bias: ``[E]``, a buffer: the bias at evaluation, in training its running mean; None without balancing.
+        centring: a buffer, one number c from 0 to 1, used at evaluation only: c times the mean of an image's logits is
+            taken off them before the bias is added. 0 until `pcenet.nn.update_expert_bias` sets it, which says why, and
+            in networks that were saved without it; None without balancing.
         temperature: as above; a training loop may change it between forward passes.
         synchronised: whether the bias is that of the batches of all processes that train together; see
             `pcenet.nn.synchronise`.
@@ -281,6 +285,7 @@ class Router(nn.Module):
     """
 
     expert_bias: Tensor | None
+    centring: Tensor | None
 
     def __init__(
         self,
@@ -333,6 +338,13 @@ class Router(nn.Module):
         self.hidden = nn.Conv2d(in_channels + 8 * num_bands, hidden, kernel, stride=kernel)
         self.logits = nn.Linear(hidden, num_experts)
         self.register_buffer("expert_bias", torch.zeros(num_experts) if balancing == "batch" else None)
+        self.register_buffer("centring", torch.zeros(()) if balancing == "batch" else None)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As any module's; networks that were saved before there was ``centring`` have none, and keep their outputs."""
+        if self.centring is not None and prefix + "expert_bias" in state_dict:
+            state_dict.setdefault(prefix + "centring", torch.zeros(()))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """The logits ``[N, E]`` of a map ``[B, C, H, W]``, differentiable, in float32 at least."""
@@ -380,11 +392,12 @@ class Router(nn.Module):
         logits = self.compute_logits(x)
         if self.training and self.perturb is not None:
             logits = self.perturb(logits)
+        grid = grid_of(x, self.patch_size)
         if self.expert_bias is not None:
-            logits = self._balanced(logits)
+            logits = self._balanced(logits, grid.batch)
         return route(
             logits,
-            grid_of(x, self.patch_size),
+            grid,
             top_k=self.top_k,
             capacity_factor=self.capacity_factor if self.training else self.eval_capacity_factor,
             priority=self.priority,
@@ -392,11 +405,13 @@ class Router(nn.Module):
             temperature=self.temperature,
         )
 
-    def _balanced(self, logits: Tensor) -> Tensor:
+    def _balanced(self, logits: Tensor, images: int) -> Tensor:
         """Logits with the bias that evens out the loads."""
-        assert self.expert_bias is not None
+        assert self.expert_bias is not None and self.centring is not None
         if not self.training:
-            return logits + self.expert_bias.to(logits.dtype)
+            of_image = logits.unflatten(0, (images, -1))
+            level = self.centring.to(logits.dtype) * of_image.mean(1, keepdim=True)
+            return (of_image - level).flatten(0, 1) + self.expert_bias.to(logits.dtype)
         bias = balancing_bias(gather_rows(logits) if self.synchronised else logits.detach(), self.top_k)
         with torch.no_grad():
             self.expert_bias.lerp_(bias.to(self.expert_bias.dtype), BIAS_MOMENTUM)

@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 import time
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar, WeightAveragi
 from torch import Tensor
 from typing_extensions import override
 
+from pcenet.nn import update_expert_bias
 from pcenet.training.folder import write_text
 from pcenet.training.measures import health_of
 from pcenet.training.nonfinite import FiniteSteps
@@ -81,6 +83,26 @@ class Averaging(WeightAveraging):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         release_weights(pl_module)
         super().on_validation_epoch_end(trainer, pl_module)
+
+
+class ExpertBiases(Callback):
+    """Finds the routers' biases anew for the averaged weights, before each validation; see `update_expert_bias`.
+
+    It follows `Averaging`, which puts these weights in place. All processes see the same images, and find the same.
+
+    Args:
+        images: gives batches of training images, prepared as for evaluation, the same ones each time.
+    """
+
+    def __init__(self, images: Callable[[], Iterable[Tensor]]) -> None:
+        self.images = images
+
+    @override
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, TrainingTask)
+        batches = (images.to(pl_module.device, memory_format=torch.channels_last) for images in self.images())
+        with trainer.precision_plugin.forward_context():
+            update_expert_bias(batches, pl_module.model)
 
 
 class Throughput(Callback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,10 @@ class Classification(Kind):
     ) -> DataLoader[Any]:
         """Plain batches, in order."""
         return model_loader(model, source, batch_size=batch_size, workers=workers, pin_memory=pin_memory)
+
+    def images_of(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        """The images ``[B, 3, h, w]`` of `eval_loader`'s batches."""
+        return (images for images, _ in batches)
 
     def make_task(self, model: nn.Module, config: TrainConfig, source: Any, steps_per_epoch: int) -> ClassificationTask:
         """The module that trains the model."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pcenet.choices import Split, Task
@@ -40,6 +40,10 @@ class Kind(ABC):
         self, model: nn.Module, source: Any, *, batch_size: int, workers: int, pin_memory: bool = False
     ) -> DataLoader[Any]:
         """Plain batches, prepared as the model's ``pretrained_cfg`` says, in order."""
+
+    @abstractmethod
+    def images_of(self, batches: Iterable[Any]) -> Iterator[Tensor]:
+        """The images ``[B, 3, h, w]`` of `eval_loader`'s batches."""
 
     @abstractmethod
     def make_task(self, model: nn.Module, config: TrainConfig, source: Any, steps_per_epoch: int) -> TrainingTask:

@@ -25,6 +25,7 @@ from pcenet.models import SavableModel, TimmNet
 from pcenet.training.callbacks import (
     Averaging,
     EpochFigures,
+    ExpertBiases,
     History,
     RouterHealth,
     Throughput,
@@ -296,7 +297,8 @@ def fit(run: Run, stop: Stop) -> Fitted:
     checkpoints = Checkpoints(folder, about, config.checkpoint_minutes, stop)
     callbacks = stopping_callbacks(config, f"val/{run.kind.task.score}")
     finite = FiniteSteps(config.skip_nonfinite)
-    callbacks += [finite, Averaging(config.ema_decay, finite), Throughput(), EpochFigures()]
+    callbacks += [finite, Averaging(config.ema_decay, finite), ExpertBiases(partial(bias_images, run))]
+    callbacks += [Throughput(), EpochFigures()]
     callbacks += [health, history, checkpoints]
     schedules = Schedules(config, steps)
     if schedules.of_the_routers:
@@ -321,6 +323,15 @@ def fit(run: Run, stop: Stop) -> Fitted:
         with interruptible(trainer, stop):
             trainer.fit(task, run.loaders["train"], run.loaders["val"], ckpt_path=run.checkpoint, weights_only=True)
         return Fitted(history, health, stopped_by(trainer, schedules.total_steps))
+
+
+def bias_images(run: Run) -> Iterator[torch.Tensor]:
+    """Batches of the training images from which the routers' biases are found: an eighth of them, as far as that is
+    between 128 and 1,024."""
+    config, source = run.config, run.sources["train"]
+    assert config.batch_size is not None
+    some = data.first_images(source, min(1024, max(128, len(source) // 8)), config.seed)
+    return run.kind.images_of(run.kind.eval_loader(run.model, some, batch_size=config.batch_size, workers=0))
 
 
 def trainer_options(run: Run) -> dict[str, Any]:

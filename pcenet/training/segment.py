@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,10 @@ class Segmentation(Kind):
         return data.build_segmentation_loader(
             source, transform, batch_size=batch_size, train=False, workers=workers, pin_memory=pin_memory
         )
+
+    def images_of(self, batches: Iterable[PixelBatches]) -> Iterator[Tensor]:
+        """The images ``[B, 3, h, w]`` of `eval_loader`'s batches."""
+        return (images for batch in batches for images, _ in batch)
 
     def make_task(self, model: nn.Module, config: TrainConfig, source: Any, steps_per_epoch: int) -> SegmentationTask:
         """The module that trains the model; class weights are counted in the source's masks."""
