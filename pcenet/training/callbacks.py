@@ -99,10 +99,9 @@ class ExpertBiases(Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, TrainingTask)
-        batches = (images.to(pl_module.device, memory_format=torch.channels_last) for images in self.images())
+        batches = (images.to(pl_module.device) for images in self.images())
         with trainer.precision_plugin.forward_context():
-            update_expert_bias(batches, pl_module.model)
+            update_expert_bias(batches, pl_module)
 
 
 class Throughput(Callback):
