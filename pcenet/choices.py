@@ -6,15 +6,15 @@ It imports nothing heavy, because the command line needs it before a command run
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 Augment = Literal["auto", "crop", "resized_crop", "randaugment", "none"]
 Split = Literal["train", "val", "test"]
 Task = Literal["classify", "segment"]
-GreyRange = Sequence[int]  # of an image of more than 8 bits: the values that become black and white
-IgnoreIndex = int | Literal["none"] | None  # the mask value that does not count beside 255; "none": all count, 255 too
-NOTHING_IGNORED: Literal["none"] = "none"
+GreyRange = list[int]  # of grey images of more than 8 bits: the two values that are black and white
+NOTHING_IGNORED = "none"
+IgnoreIndex = int | str | None  # the mask value that does not count beside 255; NOTHING_IGNORED: all count, 255 too
 
 
 def did_you_mean(word: str, options: Iterable[str], similarity: float = 0.0) -> str:
@@ -37,7 +37,7 @@ def check_grey_range(value: Any) -> None:
     """Raise a ``ValueError`` unless it is None, or two whole numbers of which the second is higher."""
     if value is None:
         return
-    numbers = isinstance(value, Sequence) and all(type(number) is int for number in value)
+    numbers = isinstance(value, list | tuple) and all(type(number) is int for number in value)
     if not numbers or len(value) != 2 or not value[0] < value[1]:
         raise ValueError(
             "grey_range must be two whole numbers, the values of black and white, such as [0, 4095] for 12 bits,"

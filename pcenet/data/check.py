@@ -489,8 +489,8 @@ def _little_grey(found: Sequence[tuple[int, int, int, int]]) -> list[Finding]:
     if used >= LITTLE_GREY:
         return []
     text = (
-        f"the {len(found)} grey images of more than 8 bits have values from {least} to {most}, {max(used, 0):.1%} of the"
-        f" range {black} to {white}: they will be dark or flat. {way_out(least, most)}"
+        f"the {len(found)} grey images of more than 8 bits have values from {least} to {most}, {max(used, 0):.1%} of"
+        f" the range {black} to {white}: they will be dark or flat. {way_out(least, most)}"
     )
     return [Finding("warning", "grey range", "", text)]
 

@@ -47,7 +47,8 @@ def packing(image: Image.Image) -> tuple[str, Any]:
 
     Such as ``("L;2", None)``, or for PGM and PPM, whose header names the highest value, ``("L", 4095)``.
     """
-    arguments = image.tile[0][3] if image.tile else ""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ""
     if isinstance(arguments, str):
         return arguments, None
     return arguments[0], arguments[1] if len(arguments) > 1 else None
@@ -89,8 +90,8 @@ def _fault_of_given(values: npt.NDArray[np.int64], high: int) -> str | None:
         return None
     least, most = int(values.min()), int(values.max())
     return (
-        f"{above:.0%} of its grey values, {least} to {most}, lie above {high}, which is white in grey_range: it would be"
-        f" nearly white. {way_out(least, most)}"
+        f"{above:.0%} of its grey values, {least} to {most}, lie above {high}, which is white in grey_range: it would"
+        f" be nearly white. {way_out(least, most)}"
     )
 
 

@@ -82,8 +82,8 @@ def inspect_image(data: bytes, name: str, *, grey_range: GreyRange | None = None
 def decode_mask(data: bytes, name: str) -> Image.Image:
     """Decode one mask to an upright image in mode L whose pixels are the file's values.
 
-    Read are PNG files, grey (of 1, 2, 4, 8 or 16 bits) or with a palette, of which the index is the value. Other formats
-    lose values (JPEG), or turn them round or scale them by what their header says.
+    Read are PNG files, grey (of 1, 2, 4, 8 or 16 bits) or with a palette, of which the index is the value. Other
+    formats lose values (JPEG), or turn them round or scale them by what their header says.
 
     Args:
         data: the file's content.
@@ -182,7 +182,7 @@ def _upright(image: Image.Image) -> Image.Image | Grey:
         raise ValueError("its pixels are floating-point numbers; store it with 8 or 16 bits per channel")
     if is_deep(image.mode):
         return grey_of(image, *packed)
-    if deep_colours and (brightest := max(most for _, most in image.getextrema()[:3])) < LEAST_USED * 255:
+    if deep_colours and (brightest := int(np.asarray(image)[..., :3].max())) < LEAST_USED * 255:
         raise _RefusedError(
             f"its colours have 16 bits, and use {(brightest + 1) / 256:.1%} of their range: it would be nearly black."
             " Save it with 8 bits per channel."
@@ -191,7 +191,7 @@ def _upright(image: Image.Image) -> Image.Image | Grey:
 
 
 def _has_deep_colours(image: Image.Image) -> bool:
-    """Whether an image that is not decoded yet has red, green and blue of 16 bits, of which Pillow reads the upper 8."""
+    """Whether an image that is not decoded yet has colours of 16 bits, of which Pillow reads the upper 8."""
     return image.mode in ("RGB", "RGBA") and ";16" in packing(image)[0]
 
 

@@ -70,8 +70,8 @@ ClassesOption = Annotated[
 IgnoreIndexOption = Annotated[
     int | str | None,
     Option(
-        "Segmentation: the mask value of pixels that do not count, beside 255, which does not either; none: every value "
-        "counts, 255 too. null: 255 alone does not.",
+        "Segmentation: the mask value of pixels that do not count, beside 255, which does not either; none: every "
+        "value counts, 255 too. null: 255 alone does not.",
         at_least=0,
         texts=(NOTHING_IGNORED,),
     ),
@@ -79,8 +79,8 @@ IgnoreIndexOption = Annotated[
 GreyRangeOption = Annotated[
     list[int] | None,
     Option(
-        "Grey images of more than 8 bits: the values that are black and white, such as '[0, 4095]' for 12 bits in files "
-        "of 16. A network keeps them. null: those of the network, if it has some, else all that the files can hold."
+        "Grey images of more than 8 bits: the values that are black and white, such as '[0, 4095]' for 12 bits in "
+        "files of 16. A network keeps them. null: those of the network, if it has some, else all that files can hold."
     ),
 ]
 RunOption = Annotated[
