@@ -32,7 +32,7 @@ class Grey(NamedTuple):
         least, most: the lowest and the highest that the file can hold; of PGM the latter is what its header says.
     """
 
-    values: npt.NDArray[np.int64]
+    values: npt.NDArray[Any]
     least: int
     most: int
 
@@ -56,9 +56,9 @@ def packing(image: Image.Image) -> tuple[str, Any]:
 
 def grey_of(image: Image.Image, raw_mode: str, argument: Any) -> Grey:
     """The values of a deep image (see `is_deep`); ``raw_mode`` and ``argument`` as ``packing`` gave them before."""
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if image.format == "PPM" and argument:  # Pillow has spread them over 16 bits
-        return Grey(np.rint(values * (argument / 65535)).astype(np.int64), 0, argument)
+        return Grey(np.rint(values * (argument / 65535)).astype(np.int32), 0, argument)
     return Grey(values, 0, 4095 if raw_mode == "I;12" else 65535)
 
 
@@ -77,14 +77,14 @@ def to_8_bits(grey: Grey, given: GreyRange | None) -> Image.Image:
     if fault:
         raise GreyRangeError(fault)
     low, high = given or (grey.least, grey.most)
-    values = grey.values.clip(low, high)
-    values -= low
-    values *= 256
-    values //= high - low + 1  # of 16 bits the upper 8, of 12 likewise
-    return Image.fromarray(values.astype(np.uint8))
+    picture = np.empty(grey.values.shape, np.uint8)
+    for shades, values in zip(picture, grey.values, strict=True):  # line by line, for the sake of memory
+        # Of 16 bits the upper 8, of 12 likewise.
+        shades[:] = (values.astype(np.int64).clip(low, high) - low) * 256 // (high - low + 1)
+    return Image.fromarray(picture)
 
 
-def _fault_of_given(values: npt.NDArray[np.int64], high: int) -> str | None:
+def _fault_of_given(values: npt.NDArray[Any], high: int) -> str | None:
     above = float((values > high).mean())
     if above <= MOST_ABOVE:
         return None
