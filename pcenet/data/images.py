@@ -192,7 +192,8 @@ def _upright(image: Image.Image) -> Image.Image | Grey:
 
 def _has_deep_colours(image: Image.Image) -> bool:
     """Whether an image that is not decoded yet has colours of 16 bits, of which Pillow reads the upper 8."""
-    return image.mode in ("RGB", "RGBA") and ";16" in packing(image)[0]
+    raw_mode, argument = packing(image)
+    return image.mode in ("RGB", "RGBA") and (";16" in raw_mode or (image.format == "PPM" and (argument or 0) > 255))
 
 
 def _check_bands(image: Image.Image) -> None:

@@ -171,6 +171,17 @@ def test_colours_of_16_bits(colour: int, bands: int) -> None:
         decode_image(png(dark, 16, colour), "x")
 
 
+def test_colours_of_16_bits_in_ppm() -> None:
+    values = np.repeat(SHADES[..., None], 3, axis=2)
+    for shades, maximum in ((values * 257, 65535), (values * 16, 4080)):
+        content = f"P6 16 16 {maximum}\n".encode() + shades.astype(">u2").tobytes()
+        assert np.asarray(decode_image(content, "x")).tolist() == values.tolist()
+        assert inspect_image(content, "x").oddities == ["its colours have 16 bits; the upper 8 count"]
+    # 4080 of 65535 is rounded to 16 of 255.
+    with pytest.raises(DataError, match=r"its colours have 16 bits, and use 6\.6% .* nearly black"):
+        decode_image(b"P6 16 16 65535\n" + (values * 16).astype(">u2").tobytes(), "x")
+
+
 # Bands: the first three are (200, 50, 10), what comes after is 90.
 def bands(count: int, photometric: int = 2, extra: tuple[int, ...] = (), last: int = 90) -> bytes:
     pixel = [200, 50, 10, last, last][:count] if photometric == 2 else [200, last][:count]
