@@ -486,7 +486,7 @@ def _little_grey(found: Sequence[tuple[int, int, int, int]]) -> list[Finding]:
     least, most = min(grey[0] for grey in found), max(grey[1] for grey in found)
     black, white = min(grey[2] for grey in found), max(grey[3] for grey in found)
     used = (min(most, white) - max(least, black)) / (white - black)
-    if used >= LITTLE_GREY:
+    if used >= LITTLE_GREY or least == most:  # images of one value have nothing to lose
         return []
     text = (
         f"the {len(found)} grey images of more than 8 bits have values from {least} to {most}, {max(used, 0):.1%} of"

@@ -51,7 +51,7 @@ def packing(image: Image.Image) -> tuple[str, Any]:
     arguments = tiles[0][3] if tiles else ""
     if isinstance(arguments, str):
         return arguments, None
-    return arguments[0], arguments[1] if len(arguments) > 1 else None
+    return str(arguments[0]), arguments[1] if len(arguments) > 1 else None
 
 
 def grey_of(image: Image.Image, raw_mode: str, argument: Any) -> Grey:
@@ -112,5 +112,6 @@ def _fault_of_file(grey: Grey) -> str | None:
 def way_out(least: int, most: int) -> str:
     """The option, with a range that suits values from ``least`` to ``most``."""
     bits = 2 ** max(most, 1).bit_length() - 1
-    low, high = (0, bits) if least >= 0 and most - least >= LEAST_USED * bits else (least, most)
+    narrow = most > least and (least < 0 or most - least < LEAST_USED * bits)
+    low, high = (least, most) if narrow else (0, bits)
     return f"Say which values are black and white in all of the files: --grey-range '[{low}, {high}]' (grey_range)."

@@ -153,6 +153,8 @@ def test_an_image_of_one_value_has_nothing_to_lose() -> None:
 def test_an_image_that_lies_above_the_range() -> None:
     with pytest.raises(DataError, match=r"x: 94% of its grey values, 0 to 65280, lie above 4095, .* nearly white"):
         decode_image(png(SHADES << 8, 16, GREY), "x", grey_range=[0, 4095])
+    with pytest.raises(DataError, match=r"x: 100% of its grey values, 65535 to 65535, .*--grey-range '\[0, 65535\]'"):
+        decode_image(png(np.full((2, 2), 65535), 16, GREY), "x", grey_range=[0, 4095])
 
 
 @pytest.mark.parametrize(
