@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 Augment = Literal["auto", "crop", "resized_crop", "randaugment", "none"]
 Split = Literal["train", "val", "test"]
 Task = Literal["classify", "segment"]
+GreyRange = list[int]  # of grey images of more than 8 bits: the two values that are black and white
+NOTHING_IGNORED = "none"
+IgnoreIndex = int | str | None  # the mask value that does not count beside 255; NOTHING_IGNORED: all count, 255 too
 
 
 def did_you_mean(word: str, options: Iterable[str], similarity: float = 0.0) -> str:
@@ -28,3 +31,15 @@ def did_you_mean(word: str, options: Iterable[str], similarity: float = 0.0) -> 
     """
     nearest = difflib.get_close_matches(word, list(options), n=1, cutoff=similarity)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def check_grey_range(value: Any) -> None:
+    """Raise a ``ValueError`` unless it is None, or two whole numbers of which the second is higher."""
+    if value is None:
+        return
+    numbers = isinstance(value, list | tuple) and all(type(number) is int for number in value)
+    if not numbers or len(value) != 2 or not value[0] < value[1]:
+        raise ValueError(
+            "grey_range must be two whole numbers, the values of black and white, such as [0, 4095] for 12 bits,"
+            f" got {value!r}"
+        )

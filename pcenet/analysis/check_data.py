@@ -30,7 +30,12 @@ def check_data(config: CheckDataConfig) -> data.CheckReport:
         ModuleNotFoundError: a sample sheet was asked for without matplotlib.
     """
     report = data.check_data(
-        config.data, config.task, classes=config.classes, ignore_index=config.ignore_index, progress=_progress
+        config.data,
+        config.task,
+        classes=config.classes,
+        ignore_index=config.ignore_index,
+        grey_range=config.grey_range,
+        progress=_progress,
     )
     show(report)
     if config.json:
@@ -53,6 +58,8 @@ def show(report: data.CheckReport) -> None:
         table.add_row("images", *map(str, report.images.values()))
         for name in report.classes:
             table.add_row(escape(name), *(_count(report, split, name) for split in report.images))
+        if report.ignored:
+            table.add_row("pixels that do not count", *(_ignored(report, split) for split in report.images))
         screen.print(table)
         facts = Table(show_header=False, title="files")
         facts.add_row("sizes, width x height", _frequent(report.sizes))
@@ -78,6 +85,12 @@ def _count(report: data.CheckReport, split: str, name: str) -> str:
     """Images of a class, or its share of the pixels."""
     counts = report.counts[split]
     return str(counts[name]) if report.task == "classify" else percent(counts[name] / max(sum(counts.values()), 1))
+
+
+def _ignored(report: data.CheckReport, split: str) -> str:
+    """The share of the pixels that do not count."""
+    ignored = report.ignored[split]
+    return percent(ignored / max(ignored + sum(report.counts[split].values()), 1))
 
 
 def _progress(items: Sequence[Any]) -> Iterable[Any]:

@@ -9,6 +9,7 @@ from pcenet.choices import Split
 from pcenet.training.config import (
     ClassesOption,
     DeviceOption,
+    GreyRangeOption,
     IgnoreIndexOption,
     Option,
     PrecisionOption,
@@ -38,6 +39,7 @@ class AppConfig:
     split: Annotated[Split, Option("Which part of these images.")] = "val"
     classes: ClassesOption = None
     ignore_index: IgnoreIndexOption = None
+    grey_range: GreyRangeOption = None
     max_pixels: Annotated[int, Option("Pixels of an image that somebody drops on the page, at most.", at_least=1)] = (
         25_000_000
     )

@@ -205,7 +205,13 @@ class Page:
         data = file.read_bytes()
         if len(data) > self.limits.size:
             raise ValueError(f"{file.name[:SHOWN_NAME]}: the file has more than {self.limits.size} bytes. Shrink it.")
-        image = decode_image(data, file.name[:SHOWN_NAME], max_pixels=self.limits.pixels, formats=FORMATS)
+        image = decode_image(
+            data,
+            file.name[:SHOWN_NAME],
+            grey_range=self.explorer.model.grey_range,
+            max_pixels=self.limits.pixels,
+            formats=FORMATS,
+        )
         return {**self._begin(image), self.file: None}
 
     def choose_layer(self, visit: Visit | None, layer: str) -> Answer:

@@ -10,6 +10,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -47,9 +48,10 @@ def serve(config: AppConfig) -> None:
     device = resolve_device(config.device)
     folder, run = find_model(config.run)
     model = load_model(folder)
+    model.grey_range = config.grey_range or model.grey_range
     classes = model.class_names or [str(number) for number in range(model.num_classes)]
     explorer = Explorer(model, classes, device=device, precision=resolve_precision(config.precision, device))
-    source = open_samples(config, model.task, run)
+    source = open_samples(replace(config, grey_range=model.grey_range), model.task, run)
     with listen(config.host, config.port) as listener, terminable(), private_files() as files:
         page = make_page(explorer, source, config)
         announce(config, listener.getsockname()[1])
@@ -62,7 +64,13 @@ def open_samples(config: AppConfig, task: Any, run: RunFolder | None) -> Source 
     Raises:
         ValueError: if those that were given cannot be opened.
     """
-    options = EvalConfig(config.run, split=config.split, classes=config.classes, ignore_index=config.ignore_index)
+    options = EvalConfig(
+        config.run,
+        split=config.split,
+        classes=config.classes,
+        ignore_index=config.ignore_index,
+        grey_range=config.grey_range,
+    )
     name = config.data or (run.read_config().data if run else None)
     if name is None:
         return None

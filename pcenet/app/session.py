@@ -35,7 +35,6 @@ Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 SHOWN = 640  # longer side of pictures on the page, pixels
-MAX_RATIO = 6  # of an image's sides: the shorter one is brought to the network's size, and the longer follows
 
 
 class Place(NamedTuple):
@@ -224,16 +223,7 @@ class Explorer:
             )
 
     def prepare(self, image: Image.Image) -> Prepared:
-        """An RGB image of any size, ready to be looked at.
-
-        Raises:
-            ValueError: if it is so long and narrow that the network would see a picture of a great many pixels.
-        """
-        if max(image.size) > MAX_RATIO * min(image.size):
-            raise ValueError(
-                f"the image has {image.width} x {image.height} pixels; its longer side may be {MAX_RATIO} times the"
-                " shorter one at most. Crop it."
-            )
+        """An RGB image of any size, ready to be looked at."""
         tensor = self._transform(image)
         seen = image if self.model.task == "segment" else self._as_image(tensor)
         return Prepared(fitted(seen, SHOWN), tensor[None])
@@ -271,7 +261,7 @@ class Explorer:
         return Outcome((counts / mask.size).astype(np.float32), mask, layers)
 
     def begin(self, image: Image.Image) -> Visit:
-        """A look at an image, at the network's first PCE layer. Raises as `prepare` and `look`."""
+        """A look at an image, at the network's first PCE layer. Raises as `look`."""
         prepared = self.prepare(image)
         outcome = self.look(prepared)
         return Visit(prepared, outcome, outcome, next(iter(outcome.layers)))

@@ -16,15 +16,17 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from PIL import Image
 
-from pcenet.choices import Split, Task
-from pcenet.data.base import DataError, Fault, ImageSource, SegmentationSource, Source
+from pcenet.choices import NOTHING_IGNORED, GreyRange, IgnoreIndex, Split, Task, check_grey_range
+from pcenet.data.base import IGNORE, DataError, Fault, ImageSource, SegmentationSource, Source
 from pcenet.data.files import FileTree
+from pcenet.data.grey import way_out
 from pcenet.data.images import decode_mask, inspect_image
 from pcenet.data.layout import Item, Layout, find_layout
 from pcenet.data.masks import (
     MaskClasses,
     check_ignore_index,
     given_names,
+    listed,
     named_by_value,
     number_classes,
     size_fault,
@@ -39,6 +41,8 @@ E = TypeVar("E", Item, Pair)
 
 TINY = 8  # pixels; a shorter side below is worth a warning
 IMBALANCE: dict[Task, int] = {"classify": 10, "segment": 100}  # so many times rarer is worth a warning
+MANY_IGNORED = 0.2  # of the pixels of the masks; more that do not count are worth a warning
+LITTLE_GREY = 0.5  # of the range of deep grey images; a set that uses less is worth a warning
 SAMPLES_PER_CLASS, SAMPLES, SAMPLE_SIDE = 8, 12, 192  # of the sample sheet: to classify; to segment; in pixels
 QUICK_IMAGES, QUICK_SECONDS = 32, 0.4  # of each split; whichever is reached first
 
@@ -90,6 +94,7 @@ class CheckReport:
         sizes: how many images have which size, width x height, upright; the most frequent first.
         kinds: how many images have which format and mode, such as "JPEG RGB"; the most frequent first.
         mask_values: pixels of each value in the masks.
+        ignored: per split the pixels of the masks that do not count.
         findings: errors first.
         samples: training images for the sample sheet.
     """
@@ -102,6 +107,7 @@ class CheckReport:
     sizes: Mapping[str, int] = field(default_factory=dict)
     kinds: Mapping[str, int] = field(default_factory=dict)
     mask_values: Mapping[int, int] = field(default_factory=dict)
+    ignored: Mapping[str, int] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     samples: tuple[Sample, ...] = field(default=(), repr=False)
 
@@ -128,7 +134,8 @@ def check_data(
     task: Task = "classify",
     *,
     classes: Sequence[str] | str | None = None,
-    ignore_index: int | None = None,
+    ignore_index: IgnoreIndex = None,
+    grey_range: GreyRange | None = None,
     progress: Progress = iter,
 ) -> CheckReport:
     """Read a whole data set and report all that is wrong or odd.
@@ -138,16 +145,19 @@ def check_data(
         task: ``"classify"`` (a folder per class) or ``"segment"`` (images and masks).
         classes: for segmentation, see ``open_segmentation_source``.
         ignore_index: the same.
+        grey_range: see ``open_source``.
         progress: wraps the list of the files that are read, for a progress bar.
 
     Raises:
         DataError: there is no such folder or ``.zip``, or ``ignore_index`` is no mask value.
+        ValueError: ``grey_range`` is no range.
     """
     if source in (*SOURCE_NAMES, *SEGMENTATION_SOURCE_NAMES):
         raise DataError(f"'{source}' comes with the program and needs no check. A folder of that name is './{source}'.")
     check_ignore_index(ignore_index)
+    check_grey_range(grey_range)
     tree = open_tree(source)
-    notes = _Notes(tree)
+    notes = _Notes(tree, grey_range)
     try:
         names, faults = tree.listing()
     except DataError as error:
@@ -174,14 +184,22 @@ def quick_check(sources: Mapping[Split, Source]) -> list[Finding]:
     Raises:
         DataError: an image or a mask among those that were read is faulty.
     """
-    for source in sources.values():
+    findings = []
+    for split, source in sources.items():
         deadline = time.monotonic() + QUICK_SECONDS
+        pixels: Counter[bool] = Counter()  # of the masks, by whether they count
         for index in _spread(range(len(source)), QUICK_IMAGES):
-            source.sample(index) if isinstance(source, SegmentationSource) else source.image(index)
+            if isinstance(source, SegmentationSource):
+                histogram = source.mask(index).histogram()
+                pixels.update({False: histogram[IGNORE], True: sum(histogram[:IGNORE])})
+            else:
+                source.image(index)
             if time.monotonic() > deadline:
                 break
+        if split == "train":
+            findings += _much_ignored(pixels[False], pixels.total())
     train = sources["train"]
-    findings = _few_images(len(train), train.classes)
+    findings += _few_images(len(train), train.classes)
     if isinstance(train, ImageSource):
         counts = Counter(train.labels)
         findings += _other_task(train.classes)
@@ -201,11 +219,13 @@ class _Seen(NamedTuple):
 class _Notes:
     """What is found out about a set, file after file."""
 
-    def __init__(self, tree: FileTree) -> None:
+    def __init__(self, tree: FileTree, grey_range: GreyRange | None) -> None:
         self.tree = tree
+        self.grey_range = grey_range
         self.findings: list[Finding] = []
         self.sizes: Counter[str] = Counter()
         self.kinds: Counter[str] = Counter()
+        self.grey: list[tuple[int, int, int, int]] = []  # see `pcenet.data.images.Inspection`
         self._seen: dict[bytes, _Seen] = {}
         self._texts: set[str] = set()
 
@@ -230,12 +250,13 @@ class _Notes:
         """Read, judge and remember one image; None where it cannot be read."""
         try:
             data = self.tree.read(file)
-            image, kind, oddities = inspect_image(data, file)
+            image, kind, oddities, grey = inspect_image(data, file, grey_range=self.grey_range)
         except DataError as error:
             self.refuse("broken image", file, error)
             return None
         self.sizes[f"{image.width} x {image.height}"] += 1
         self.kinds[kind] += 1
+        self.grey += [grey] if grey else []
         self.findings += [Finding("warning", "odd image", file, f"{text}.") for text in oddities]
         if min(image.size) < TINY:
             text = f"it has {image.width} x {image.height} pixels, fewer than {TINY} in a side."
@@ -278,6 +299,7 @@ def _check_classification(source: str, names: list[str], notes: _Notes, progress
     counts = {
         split: {name: total[label] for label, name in enumerate(layout.classes)} for split, total in totals.items()
     }
+    notes.findings += _little_grey(notes.grey)
     notes.findings += _balance(counts.get("train", {}), "classify")
     return _report(source, "classify", layout.classes, splits, notes, counts=counts, samples=samples)
 
@@ -288,7 +310,7 @@ def _check_segmentation(
     notes: _Notes,
     progress: Progress,
     given: Sequence[str] | str | None,
-    ignore_index: int | None,
+    ignore_index: IgnoreIndex,
 ) -> CheckReport:
     layout, faults = find_pairs(names)
     notes.refuse_all("names and folders", faults)
@@ -305,6 +327,7 @@ def _check_segmentation(
         elif image and mask and pair in wanted:
             small = _reduced(image)
             samples.append(Sample(pair.image, None, small, mask.resize(small.size, Image.Resampling.NEAREST)))
+    notes.findings += _little_grey(notes.grey)
     classes = _classes_of(layout, notes, pixels, given, ignore_index)
     totals: Counter[int] = Counter()
     for histogram in pixels.values():
@@ -315,11 +338,24 @@ def _check_segmentation(
         if fault := classes.fault(histogram):
             notes.refuse("faulty mask", file, fault)
     counts = {split: _pixels_by_class(pairs, pixels, classes) for split, pairs in splits.items()}
+    ignored = {split: _ignored_pixels(pairs, pixels, classes) for split, pairs in splits.items()}
+    counted = sum(counts.get("train", {}).values())
+    notes.findings += _much_ignored(ignored.get("train", 0), ignored.get("train", 0) + counted, classes.ignored)
     notes.findings += _few_images(len(splits.get("train", [])), classes.names)
     notes.findings += _balance(counts.get("train", {}), "segment")
     table = classes.table
     numbered = [Sample(sample.file, None, sample.image, sample.mask.point(table)) for sample in samples if sample.mask]
-    return _report(source, "segment", classes.names, splits, notes, counts=counts, samples=numbered, mask_values=totals)
+    return _report(
+        source,
+        "segment",
+        classes.names,
+        splits,
+        notes,
+        counts=counts,
+        samples=numbered,
+        mask_values=totals,
+        ignored=ignored,
+    )
 
 
 def _report(
@@ -332,6 +368,7 @@ def _report(
     counts: Mapping[str, Mapping[str, int]] | None = None,
     samples: Sequence[Sample] = (),
     mask_values: Mapping[int, int] | None = None,
+    ignored: Mapping[str, int] | None = None,
 ) -> CheckReport:
     return CheckReport(
         source,
@@ -342,6 +379,7 @@ def _report(
         sizes=dict(notes.sizes.most_common()),
         kinds=dict(notes.kinds.most_common()),
         mask_values=dict(sorted((mask_values or {}).items())),
+        ignored=ignored or {},
         findings=notes.sorted(),
         samples=tuple(samples),
     )
@@ -382,7 +420,7 @@ def _classes_of(
     notes: _Notes,
     pixels: Mapping[str, Mapping[int, int]],
     given: Sequence[str] | str | None,
-    ignore_index: int | None,
+    ignore_index: IgnoreIndex,
 ) -> MaskClasses | None:
     """The classes as opening the set finds them, but from those training masks that can be read."""
     try:
@@ -405,6 +443,11 @@ def _pixels_by_class(
     return {name: total[value] for name, value in zip(classes.names, classes.values, strict=True)}
 
 
+def _ignored_pixels(pairs: Sequence[Pair], pixels: Mapping[str, Mapping[int, int]], classes: MaskClasses) -> int:
+    found = (pixels.get(pair.mask, {}).items() for pair in pairs)
+    return sum(count for histogram in found for value, count in histogram if value in classes.ignored)
+
+
 def _duplicate(first: _Seen, this: _Seen) -> Finding:
     same = "the same file" if first.content == this.content else "another file with the same pixels"
     text = f"it shows what '{first.file}' shows ({same})"
@@ -424,6 +467,34 @@ def _other_task(classes: Sequence[str]) -> list[Finding]:
     return [Finding("warning", "task", "", text)]
 
 
+def _much_ignored(ignored: int, pixels: int, values: Iterable[int] = ()) -> list[Finding]:
+    """Whether so many of the pixels for training do not count that a class may be among them."""
+    if ignored <= MANY_IGNORED * pixels:
+        return []
+    which = f" (mask values {listed(sorted(values))})" if values else ""
+    text = (
+        f"{ignored / pixels:.1%} of the training pixels do not count{which}. If one of the values that do not is a"
+        f" class, change --ignore-index: with {NOTHING_IGNORED} every value counts, 255 too."
+    )
+    return [Finding("warning", "pixels that do not count", "", text)]
+
+
+def _little_grey(found: Sequence[tuple[int, int, int, int]]) -> list[Finding]:
+    """Whether deep grey images together use so little of their range that they are dark or flat."""
+    if not found:
+        return []
+    least, most = min(grey[0] for grey in found), max(grey[1] for grey in found)
+    black, white = min(grey[2] for grey in found), max(grey[3] for grey in found)
+    used = (min(most, white) - max(least, black)) / (white - black)
+    if used >= LITTLE_GREY or least == most:  # images of one value have nothing to lose
+        return []
+    text = (
+        f"the {len(found)} grey images of more than 8 bits have values from {least} to {most}, {max(used, 0):.1%} of"
+        f" the range {black} to {white}: they will be dark or flat. {way_out(least, most)}"
+    )
+    return [Finding("warning", "grey range", "", text)]
+
+
 def _few_images(count: int, classes: Sequence[str]) -> list[Finding]:
     if count >= len(classes):
         return []
@@ -439,7 +510,8 @@ def _balance(counts: Mapping[str, int], task: Task) -> list[Finding]:
     findings = []
     for name, count in counts.items():
         if count <= 1:
-            text = f"class '{name}' has {'a single' if count else 'no'} {what}. Add {enough}."
+            never = "" if count or task == "classify" else ": it can never be learnt"
+            text = f"class '{name}' has {'a single' if count else 'no'} {what}{never}. Add {enough}."
             findings.append(Finding("warning", "class balance", name, text))
     several = {name: count for name, count in counts.items() if count > 1}
     rarest, commonest = (pick(several, key=several.__getitem__, default="") for pick in (min, max))

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from pcenet.choices import Split
+from pcenet.choices import GreyRange, Split
 from pcenet.data.base import DataError, Fault, ImageSource
 from pcenet.data.images import decode_image
 from pcenet.data.layout import read_layout
-
-LARGEST_FILE = 2**28  # bytes
+from pcenet.data.limits import file_fault
 
 
 def printable(text: str) -> str:
@@ -139,8 +138,8 @@ def _leads_back(folder: str, name: str) -> bool:
 
 def _check_size(name: object, size: int) -> None:
     """Raise a ``DataError`` for a file larger than any image need be; an archive unpacks to no more than it says."""
-    if size > LARGEST_FILE:
-        raise DataError(f"{name}: the file has {size} bytes, more than {LARGEST_FILE}. Shrink or remove it.")
+    if fault := file_fault(size):
+        raise DataError(f"{name}: {fault}")
 
 
 def _entry_fault(entry: zipfile.ZipInfo) -> str | None:
@@ -166,7 +165,7 @@ def _entry_fault(entry: zipfile.ZipInfo) -> str | None:
 class FileSource(ImageSource):
     """One split of a tree of image files; ``pcenet.data.layout`` says how the tree is understood."""
 
-    def __init__(self, tree: FileTree, split: Split) -> None:
+    def __init__(self, tree: FileTree, split: Split, grey_range: GreyRange | None = None) -> None:
         layout = read_layout(tree.names(), str(tree.path))
         items = layout.select(split, str(tree.path))
         super().__init__(
@@ -174,10 +173,12 @@ class FileSource(ImageSource):
         )
         self._tree = tree
         self._names = [item.name for item in items]
+        self._grey_range = grey_range
 
     def image(self, index: int) -> Image.Image:
         """Image ``index``, upright, in mode RGB. Raises ``DataError`` where it cannot be read."""
-        return decode_image(self._tree.read(self._names[index]), f"{self._tree.path}: '{self._names[index]}'")
+        name = self._names[index]
+        return decode_image(self._tree.read(name), f"{self._tree.path}: '{name}'", grey_range=self._grey_range)
 
     def file_name(self, index: int) -> str:
         """Path of image ``index`` from the root of the folder or archive."""

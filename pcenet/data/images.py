@@ -4,66 +4,95 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pcenet.choices import GreyRange
 from pcenet.data.base import DataError
+from pcenet.data.grey import LEAST_USED, Grey, GreyRangeError, grey_of, is_deep, packing, to_8_bits
+from pcenet.data.limits import shape_fault
 
 T = TypeVar("T")
 # What a file that ends in one of `pcenet.data.layout.IMAGE_SUFFIXES` may be. For others Pillow may run other programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-ORIENTATION = 0x0112  # EXIF's tag; 1: upright
+ORIENTATION = 0x0112  # EXIF's tag
+TURNED = range(2, 9)  # its values for images that are not upright
+SAMPLES, EXTRA_SAMPLES, ALPHA = 277, 338, (1, 2, 999)  # TIFF's tags; values of the latter for transparency
+USED_BANDS = {"RGB": 3, "RGBA": 3, "LAB": 3, "CMYK": 4}  # by mode; of the others one
+SPREAD = {"L;2": 85, "L;4": 17}  # by raw mode: the factor by which Pillow spreads grey over 0 to 255
 
 
 class Inspection(NamedTuple):
-    """An image as ``decode_image`` gives it, how its file describes it, and what is unusual about that."""
+    """An image as ``decode_image`` gives it, how its file describes it, and what is unusual about that.
+
+    Attributes:
+        image: the image.
+        kind: its format and mode, such as "JPEG RGB".
+        oddities: what is unusual, in sentences without their full stop.
+        grey: of grey of more than 8 bits, the lowest and highest value, and those that become black and white.
+    """
 
     image: Image.Image
     kind: str
     oddities: list[str]
+    grey: tuple[int, int, int, int] | None = None
+
+
+class _RefusedError(Exception):
+    """An image that can be read, but would not show what its file holds."""
 
 
 def decode_image(
-    data: bytes, name: str, *, max_pixels: int | None = None, formats: tuple[str, ...] = FORMATS
+    data: bytes,
+    name: str,
+    *,
+    grey_range: GreyRange | None = None,
+    max_pixels: int | None = None,
+    formats: tuple[str, ...] = FORMATS,
 ) -> Image.Image:
     """Decode one image file to an upright image in mode RGB.
 
-    The EXIF orientation is applied. Transparent pixels are laid on white. Grey images of 16 bits keep their
-    upper 8 bits, as Pillow does for 16-bit colour. Of an animation the first frame counts.
+    The EXIF orientation is applied. Transparent pixels are laid on white. Colours of 16 bits keep their upper 8. Of an
+    animation the first frame counts.
 
     Args:
         data: the file's content.
         name: what to call the file in an error.
+        grey_range: of grey of more than 8 bits, the values that become black and white; None: all that the file's bits
+            can hold, of 16 bits 0 to 65535. See ``pcenet.data.grey``.
         max_pixels: the most pixels that it may have; None: ``PIL.Image.MAX_IMAGE_PIXELS``, which always holds.
         formats: Pillow's names of the formats to read, such as ``("PNG",)``; by default those that data sets may have.
 
     Raises:
-        DataError: the data is no image, is cut off or damaged, has more pixels than allowed, or has floating-point
-            pixels, whose range is unknown.
+        DataError: the data is no image, is cut off or damaged, has more pixels than allowed or is too long and narrow
+            (``pcenet.data.limits``), has more bands than are used, or values of more than 8 bits that use hardly any
+            of their range, or floating-point pixels, whose range is unknown.
     """
-    return _decode(data, name, _to_rgb, max_pixels, formats)
+    return _decode(data, name, partial(_to_rgb, grey_range=grey_range), max_pixels, formats)
 
 
-def inspect_image(data: bytes, name: str) -> Inspection:
+def inspect_image(data: bytes, name: str, *, grey_range: GreyRange | None = None) -> Inspection:
     """``decode_image``, and what it passes over in silence. Arguments and errors are the same."""
-    return _decode(data, name, _inspect)
+    return _decode(data, name, partial(_inspect, grey_range=grey_range))
 
 
 def decode_mask(data: bytes, name: str) -> Image.Image:
     """Decode one mask to an upright image in mode L whose pixels are the file's values.
 
-    Read are grey (1, 8 or 16 bits per pixel) and palette images; of the latter the index is the value.
+    Read are PNG files, grey (of 1, 2, 4, 8 or 16 bits) or with a palette, of which the index is the value. Other
+    formats lose values (JPEG), or turn them round or scale them by what their header says.
 
     Args:
         data: the file's content.
         name: what to call the file in an error.
 
     Raises:
-        DataError: as ``decode_image``; the mask has colour or transparency, or a value over 255.
+        DataError: as ``decode_image``; the mask is no PNG, has colours, or a value over 255.
     """
-    return _decode(data, name, _to_values)
+    return _decode(data, name, _to_values, formats=("PNG",))
 
 
 def _decode(
@@ -78,11 +107,15 @@ def _decode(
         image = Image.open(io.BytesIO(data), formats=formats)
         if limit is not None and image.width * image.height > limit:
             raise Image.DecompressionBombError  # up to twice its own limit Pillow only warns
+        if fault := shape_fault(*image.size):
+            raise _RefusedError(fault)
         return convert(image)
+    except (_RefusedError, GreyRangeError) as error:
+        raise DataError(f"{name}: {error}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name}: the image has more than {limit_name} pixels. Shrink or remove it.") from error
     except Exception as error:  # Pillow's plugins raise nearly any type on damaged data
-        reason = _unknown(data) if isinstance(error, UnidentifiedImageError) else error
+        reason = _unknown(data, formats) if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
             f"{name}: the file cannot be read as an image ({reason}). Replace or remove the file."
         ) from error
@@ -95,38 +128,95 @@ def _limit(max_pixels: int | None) -> tuple[int | None, str]:
     return Image.MAX_IMAGE_PIXELS, f"PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS}"
 
 
-def _unknown(data: bytes) -> str:
-    """What data that is no image is instead."""
+def _unknown(data: bytes, formats: tuple[str, ...]) -> str:
+    """What data that is in none of the formats is instead."""
     if not data:
         return "it is empty"
     start = data[:256]
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "it is a web page"
-    known = f"it is in no known format; {', '.join(FORMATS)} are read"
-    return "it is text" if start.isascii() and b"\0" not in start else known
+    if start.isascii() and b"\0" not in start:
+        return "it is text"
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return f"it is in the format {image.format}; only {', '.join(formats)} can be read here"
+    except Exception:  # whatever damaged data bring about
+        if start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+            return "it is a TIFF of a kind that is not read: save one band (grey) or three (colours) of 8 or 16 bits"
+        return f"it is in no known format; {', '.join(formats)} are read"
 
 
-def _inspect(image: Image.Image) -> Inspection:
+def _inspect(image: Image.Image, grey_range: GreyRange | None) -> Inspection:
+    several = getattr(image, "is_animated", False)
     notes = {
-        "it is an animation; the first frame counts": getattr(image, "is_animated", False),
-        "it has 16 bits per pixel; the upper 8 count": image.mode == "I" or image.mode.startswith("I;16"),
+        "it is an animation; the first frame counts": several and image.format not in ("MPO", "TIFF"),
+        "it has several pages; the first one counts": several and image.format == "TIFF",
+        "its colours have 16 bits; the upper 8 count": _has_deep_colours(image),
         "it is in CMYK; its colours are converted without a profile": image.mode == "CMYK",
         "it has transparency, which is laid on white": image.has_transparency_data,
         "it lies on its side or is mirrored, and is turned as its EXIF data says": (
-            image.getexif().get(ORIENTATION, 1) != 1
+            image.getexif().get(ORIENTATION) in TURNED
         ),
     }
     kind = f"{image.format} {image.mode}"
-    return Inspection(_to_rgb(image), kind, [text for text, holds in notes.items() if holds])
+    oddities = [text for text, holds in notes.items() if holds]
+    picture = _upright(image)
+    if isinstance(picture, Image.Image):
+        return Inspection(_rgb_of(picture, grey_range), kind, oddities)
+    least, most = int(picture.values.min()), int(picture.values.max())
+    black, white = grey_range or (picture.least, picture.most)
+    oddities.append(f"its grey values, {least} to {most}, have more than 8 bits; {black} is black and {white} white")
+    return Inspection(_rgb_of(picture, grey_range), kind, oddities, (least, most, black, white))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, grey_range: GreyRange | None) -> Image.Image:
+    return _rgb_of(_upright(image), grey_range)
+
+
+def _upright(image: Image.Image) -> Image.Image | Grey:
+    """The image upright; grey of more than 8 bits as its values. Refuses what it would show wrongly."""
+    packed, deep_colours = packing(image), _has_deep_colours(image)
+    _check_bands(image)
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; store it with 8 or 16 bits per channel")
-    if image.mode == "I" or image.mode.startswith("I;16"):  # "I" is how Pillow opens some 16-bit formats
-        high_byte = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(high_byte.clip(0, 255).astype(np.uint8))
+    if is_deep(image.mode):
+        return grey_of(image, *packed)
+    if deep_colours and (brightest := int(np.asarray(image)[..., :3].max())) < LEAST_USED * 255:
+        raise _RefusedError(
+            f"its colours have 16 bits, and use {(brightest + 1) / 256:.1%} of their range: it would be nearly black."
+            " Save it with 8 bits per channel."
+        )
+    return image
+
+
+def _has_deep_colours(image: Image.Image) -> bool:
+    """Whether an image that is not decoded yet has colours of 16 bits, of which Pillow reads the upper 8."""
+    raw_mode, argument = packing(image)
+    return image.mode in ("RGB", "RGBA") and (";16" in raw_mode or (image.format == "PPM" and (argument or 0) > 255))
+
+
+def _check_bands(image: Image.Image) -> None:
+    """Refuse a TIFF with a band that would be dropped, or mixed into the colours although it may be no transparency."""
+    if image.format != "TIFF":
+        return
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    used = USED_BANDS.get(image.mode, 1)
+    bands = tags.get(SAMPLES, used)
+    if bands <= used:
+        return
+    text = f"it has {bands} bands, of which {used} {'is' if used == 1 else 'are'} used"
+    extra = tags.get(EXTRA_SAMPLES, ())
+    if bands == used + 1 and image.mode.endswith("A") and extra and extra[0] in ALPHA:
+        if image.getchannel("A").getextrema() == (255, 255):
+            return
+        text += ", and the last, marked as transparency, would be mixed into the colours"
+    raise _RefusedError(f"{text}. Save the bands that count as an image of their own, transparency as PNG.")
+
+
+def _rgb_of(picture: Image.Image | Grey, grey_range: GreyRange | None) -> Image.Image:
+    """An upright image in mode RGB."""
+    image = to_8_bits(picture, grey_range) if isinstance(picture, Grey) else picture
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -134,10 +224,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_values(image: Image.Image) -> Image.Image:
+    factor = SPREAD.get(packing(image)[0], 1)
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "L":
-        image.load()
-        return image
+        return image.point([value // factor for value in range(256)])
     if image.mode not in ("1", "P", "I") and not image.mode.startswith("I;16"):
         raise ValueError(
             f"its mode is {image.mode}; a mask has one channel of whole numbers, the class of each pixel:"

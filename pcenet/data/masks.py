@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pcenet.choices import Split
+from pcenet.choices import NOTHING_IGNORED, GreyRange, IgnoreIndex, Split
 from pcenet.data.base import IGNORE, DataError, SegmentationSource
 from pcenet.data.files import FileTree
 from pcenet.data.images import decode_image, decode_mask
@@ -23,7 +23,7 @@ class MaskClasses:
     Attributes:
         names: class names, by class number.
         values: the mask value of each class, ascending.
-        ignored: the mask values that do not count.
+        ignored: the mask values that do not count; none where all do.
     """
 
     names: tuple[str, ...]
@@ -42,28 +42,38 @@ class MaskClasses:
         if not unknown:
             return None
         return (
-            f"the mask has the value(s) {_listed(unknown)}, which are of no class: the classes are the values"
-            f" {_listed(self.values)}, and {_listed(sorted(self.ignored))} do(es) not count. Correct the mask, name the"
-            f" class, or choose ignore_index."
+            f"the mask has the value(s) {listed(unknown)}, which are of no class: the classes are the values"
+            f" {listed(self.values)}, and {listed(sorted(self.ignored)) or 'no value'} do(es) not count. Correct the"
+            f" mask, name the class (names stand for the values 0, 1, ...; without names each value of the masks for"
+            f" training is a class), or choose ignore_index."
         )
 
 
 class PairSource(SegmentationSource):
     """One split of a tree of images and masks."""
 
-    def __init__(self, tree: FileTree, split: Split, pairs: Sequence[Pair], classes: MaskClasses) -> None:
+    def __init__(
+        self,
+        tree: FileTree,
+        split: Split,
+        pairs: Sequence[Pair],
+        classes: MaskClasses,
+        grey_range: GreyRange | None = None,
+    ) -> None:
         super().__init__(os.path.basename(os.path.abspath(tree.path)), split, classes.names)
         self._tree = tree
         self._pairs = pairs
         self._mask_classes = classes
         self._table = classes.table
+        self._grey_range = grey_range
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def image(self, index: int) -> Image.Image:
         """Image ``index``, upright, in mode RGB. Raises ``DataError`` where it cannot be read."""
-        return decode_image(self._tree.read(self._pairs[index].image), self._label(self._pairs[index].image))
+        name = self._pairs[index].image
+        return decode_image(self._tree.read(name), self._label(name), grey_range=self._grey_range)
 
     def sample(self, index: int) -> tuple[Image.Image, Image.Image]:
         """Image ``index`` and its mask, see `SegmentationSource`."""
@@ -83,17 +93,22 @@ class PairSource(SegmentationSource):
 
 
 def open_pairs(
-    tree: FileTree, split: Split, *, classes: Sequence[str] | str | None, ignore_index: int | None
+    tree: FileTree,
+    split: Split,
+    *,
+    classes: Sequence[str] | str | None,
+    ignore_index: IgnoreIndex,
+    grey_range: GreyRange | None = None,
 ) -> PairSource:
     """Open one split of a tree; arguments and errors as for ``pcenet.data.open_segmentation_source``."""
     where = str(tree.path)
     layout = read_pairs(tree.names(), where)
     pairs = layout.select(split, where)
-    return PairSource(tree, split, pairs, mask_classes(tree, layout, classes, ignore_index))
+    return PairSource(tree, split, pairs, mask_classes(tree, layout, classes, ignore_index), grey_range)
 
 
 def mask_classes(
-    tree: FileTree, layout: PairLayout, classes: Sequence[str] | str | None, ignore_index: int | None
+    tree: FileTree, layout: PairLayout, classes: Sequence[str] | str | None, ignore_index: IgnoreIndex
 ) -> MaskClasses:
     """The classes of a set from the names that were given, from its own file, or from its masks.
 
@@ -107,10 +122,21 @@ def mask_classes(
     return number_classes(names, ignore_index, str(tree.path))
 
 
-def check_ignore_index(ignore_index: int | None) -> None:
-    """Raise a ``DataError`` unless it can be a mask value."""
-    if ignore_index is not None and not 0 <= ignore_index <= IGNORE:
-        raise DataError(f"ignore_index must be a mask value from 0 to {IGNORE}, not {ignore_index}.")
+def check_ignore_index(ignore_index: IgnoreIndex) -> None:
+    """Raise a ``DataError`` unless it can be a mask value, or says that there is none."""
+    if ignore_index in (None, NOTHING_IGNORED) or (isinstance(ignore_index, int) and 0 <= ignore_index <= IGNORE):
+        return
+    raise DataError(
+        f"ignore_index must be a mask value from 0 to {IGNORE}, not {ignore_index}; or '{NOTHING_IGNORED}', with which"
+        f" every value counts."
+    )
+
+
+def ignored_values(ignore_index: IgnoreIndex) -> frozenset[int]:
+    """The mask values that do not count: 255 and a value that is given, or none of them."""
+    if isinstance(ignore_index, str):
+        return frozenset()
+    return frozenset({IGNORE} if ignore_index is None else {IGNORE, ignore_index})
 
 
 def given_names(tree: FileTree, layout: PairLayout, classes: Sequence[str] | str | None) -> dict[int, str] | None:
@@ -133,19 +159,29 @@ def named_by_value(values: Iterable[int]) -> dict[int, str]:
     return {value: str(value) for value in sorted(values)}
 
 
-def number_classes(names: Mapping[int, str], ignore_index: int | None, where: str) -> MaskClasses:
+def number_classes(names: Mapping[int, str], ignore_index: IgnoreIndex, where: str) -> MaskClasses:
     """The classes out of the names of the mask values, ascending by value.
 
     Raises:
-        DataError: there are fewer than two.
+        DataError: there are fewer than two, or more than class numbers can tell apart.
     """
-    ignored = frozenset({IGNORE} if ignore_index is None else {IGNORE, ignore_index})
+    ignored = ignored_values(ignore_index)
     kept = {value: name for value, name in names.items() if value not in ignored}
     if len(kept) < 2:
         found = ", ".join(f"'{name}'" for name in kept.values()) or "none"
+        left_out = f" (mask values {', '.join(map(str, sorted(ignored)))} do not count)" if ignored else ""
+        lost = [value for value in names if value in ignored]
+        ask = (
+            f" Or {'is' if len(lost) == 1 else 'are'} {listed(sorted(lost))} a class, too? Then give --ignore-index"
+            f" {NOTHING_IGNORED} (ignore_index), with which every value counts."
+        )
         raise DataError(
-            f"{where}: segmentation needs two or more classes, but there is {found} (mask values"
-            f" {', '.join(map(str, sorted(ignored)))} do not count). Give each class a value of its own: 0, 1, ..."
+            f"{where}: segmentation needs two or more classes, but there is {found}{left_out}. Give each class a value"
+            f" of its own: 0, 1, ...{ask if lost else ''}"
+        )
+    if len(kept) > IGNORE:
+        raise DataError(
+            f"{where}: the masks have {len(kept)} values that count; there can be {IGNORE} classes at most."
         )
     return MaskClasses(tuple(kept.values()), tuple(kept), ignored)
 
@@ -217,7 +253,7 @@ def values_of_training(tree: FileTree, layout: PairLayout) -> set[int]:
     return set().union(*found)
 
 
-def _listed(values: Sequence[int]) -> str:
+def listed(values: Sequence[int]) -> str:
     """Such as "0-10, 12"."""
     parts: list[list[int]] = []
     for value in values:

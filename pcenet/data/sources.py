@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from pcenet.choices import Split, Task, did_you_mean
+from pcenet.choices import GreyRange, IgnoreIndex, Split, Task, check_grey_range, did_you_mean
 from pcenet.data.arrays import KNOWN_SOURCES
 from pcenet.data.base import DataError, ImageSource, SegmentationSource
 from pcenet.data.files import FileSource, FileTree, FolderTree, ZipTree
@@ -32,7 +32,9 @@ __all__ = [
 ]
 
 
-def open_source(source: str | Path, split: Split, *, root: Path | None = None) -> ImageSource:
+def open_source(
+    source: str | Path, split: Split, *, root: Path | None = None, grey_range: GreyRange | None = None
+) -> ImageSource:
     """Open one split of a data set.
 
     Args:
@@ -41,15 +43,18 @@ def open_source(source: str | Path, split: Split, *, root: Path | None = None) -
             write ``./digits`` for a folder of that name.
         split: ``"train"``, ``"val"`` or ``"test"``.
         root: the folder for downloads; by default ``default_root()``.
+        grey_range: of a folder or archive, see ``pcenet.data.images.decode_image``.
 
     Raises:
         DataError: (a ``ValueError``) the source or the split does not exist or is faulty.
+        ValueError: ``grey_range`` is no range.
     """
     check_split(split)
+    check_grey_range(grey_range)
     if isinstance(source, str) and source in KNOWN_SOURCES:
         return KNOWN_SOURCES[source](split, root or default_root())
     _check_task(source, SEGMENTATION_SOURCE_NAMES, "segment")
-    return FileSource(open_tree(source, SOURCE_NAMES), split)
+    return FileSource(open_tree(source, SOURCE_NAMES), split, grey_range)
 
 
 def open_segmentation_source(
@@ -57,7 +62,8 @@ def open_segmentation_source(
     split: Split,
     *,
     classes: Sequence[str] | str | None = None,
-    ignore_index: int | None = None,
+    ignore_index: IgnoreIndex = None,
+    grey_range: GreyRange | None = None,
 ) -> SegmentationSource:
     """Open one split of a data set whose images have masks.
 
@@ -69,14 +75,17 @@ def open_segmentation_source(
         classes: the name of each mask value, from 0 on, or the path of a text file with a name per line. By default
             the file ``classes.txt`` of the set; else the values in the masks that came for training, all of which
             are read for this, are the classes, named ``"0"``, ``"1"``, ...
-        ignore_index: the mask value of the pixels that do not count; 255 never counts. The classes are numbered in
-            the order of the other values.
+        ignore_index: the mask value of the pixels that do not count, beside 255, which does not either. ``"none"``:
+            every value counts, 255 too. The classes are numbered in the order of the values that count.
+        grey_range: of a folder or archive, see ``pcenet.data.images.decode_image``.
 
     Raises:
         DataError: (a ``ValueError``) the source or the split does not exist or is faulty, the classes are, or there are
             some for a source that has its own.
+        ValueError: ``grey_range`` is no range.
     """
     check_split(split)
+    check_grey_range(grey_range)
     if isinstance(source, str) and source in KNOWN_SEGMENTATION_SOURCES:
         known = KNOWN_SEGMENTATION_SOURCES[source](split)
         if classes is not None or ignore_index is not None:
@@ -86,7 +95,8 @@ def open_segmentation_source(
             )
         return known
     _check_task(source, SOURCE_NAMES, "classify")
-    return open_pairs(open_tree(source, SEGMENTATION_SOURCE_NAMES), split, classes=classes, ignore_index=ignore_index)
+    tree = open_tree(source, SEGMENTATION_SOURCE_NAMES)
+    return open_pairs(tree, split, classes=classes, ignore_index=ignore_index, grey_range=grey_range)
 
 
 def check_split(split: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pcenet.analysis import observe
 from pcenet.analysis.agreement import VIEWS, Pixels
 from pcenet.analysis.effects import Targets, standard_interventions, tallies
+from pcenet.choices import GreyRange
 from pcenet.data import Transform, cover_transform, first_images
 from pcenet.data.files import printable
 from pcenet.explain.config import ExplainConfig
@@ -66,7 +67,7 @@ def explain(config: ExplainConfig) -> Path:
             f"run: {config.run} is a dense network ({trained.model.pretrained_cfg['architecture']}): nothing is routed "
             "in it, so there are no experts to explain; give a network with PCE layers, or measure it with pcenet eval"
         )
-    files = _files(config.images)[: config.shown]
+    files = _files(config.images, trained.model.grey_range)[: config.shown]
     found = study(
         trained.model,
         work.batches(trained, work.source, "counting"),
@@ -251,15 +252,15 @@ def _bundled_twin(run: str) -> str | None:
     return name if run in bundled() and name in bundled() else None
 
 
-def _files(paths: Sequence[str] | str | None) -> list[InputFile]:
-    """The images that the user named.
+def _files(paths: Sequence[str] | str | None, grey_range: GreyRange | None) -> list[InputFile]:
+    """The images that the user named, to be read with a range of grey values.
 
     Raises:
         ValueError: if there is none of that name.
     """
     if paths is None:
         return []
-    files, _ = find_inputs([paths] if isinstance(paths, str) else paths)
+    files, _ = find_inputs([paths] if isinstance(paths, str) else paths, grey_range)
     return files
 
 

@@ -10,6 +10,7 @@ from pcenet.training.config import (
     ClassesOption,
     DeviceOption,
     EvalConfig,
+    GreyRangeOption,
     IgnoreIndexOption,
     Option,
     PrecisionOption,
@@ -33,6 +34,7 @@ class ExplainConfig:
     split: Annotated[Split, Option("Which part of the images.")] = "val"
     classes: ClassesOption = None
     ignore_index: IgnoreIndexOption = None
+    grey_range: GreyRangeOption = None
     images: Annotated[
         list[str] | str | None,
         Option(
@@ -78,5 +80,10 @@ class ExplainConfig:
     def of(self, run: str) -> EvalConfig:
         """The options for opening a network, this one or its twin, with the data."""
         return EvalConfig(
-            run=run, data=self.data, split=self.split, classes=self.classes, ignore_index=self.ignore_index
+            run=run,
+            data=self.data,
+            split=self.split,
+            classes=self.classes,
+            ignore_index=self.ignore_index,
+            grey_range=self.grey_range,
         )

@@ -127,6 +127,7 @@ class Subject:
             "task": model.task,
             "num_classes": model.num_classes,
             "class_names": model.class_names,
+            "grey_range": None if model.grey_range is None else list(model.grey_range),
             "input_size": list(values["input_size"]),
             "preprocessing": {
                 name: list(value) if isinstance(value, tuple) else value

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcenet.choices import Task
+from pcenet.choices import Task, check_grey_range
 
 SUFFIXES = (".onnx", ".pt2")
 Runner = Callable[[Tensor], list[Tensor]]
@@ -33,7 +33,7 @@ class ExportedNet(nn.Module):
 
     Attributes:
         metadata: what the file carries.
-        task, class_names, num_classes, pretrained_cfg: as those of the network that was exported.
+        task, class_names, num_classes, grey_range, pretrained_cfg: as those of the network that was exported.
         output_names: logits first.
 
     Raises:
@@ -49,6 +49,8 @@ class ExportedNet(nn.Module):
             self.task: Task = self.metadata["task"]
             self.class_names: list[str] | None = self.metadata["class_names"]
             self.num_classes: int = self.metadata["num_classes"]
+            self.grey_range: list[int] | None = self.metadata.get("grey_range")  # which older files do not carry
+            check_grey_range(self.grey_range)
             self.pretrained_cfg: dict[str, Any] = self.metadata["preprocessing"]
             self.output_names: list[str] = self.metadata["outputs"]
         except (KeyError, TypeError, ValueError) as error:

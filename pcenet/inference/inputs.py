@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
-from pcenet.choices import did_you_mean
+from pcenet.choices import GreyRange, did_you_mean
 from pcenet.data.base import DataError
 from pcenet.data.files import FileTree, FolderTree, ZipTree, printable
 from pcenet.data.images import decode_image
@@ -28,16 +28,18 @@ class InputFile:
         tree: what it is read from.
         name: its path within the tree.
         origin: the last component of the path that the user gave; empty for a file that was given itself.
+        grey_range: see ``pcenet.data.images.decode_image``.
     """
 
     file: str
     tree: FileTree
     name: str
     origin: str = ""
+    grey_range: GreyRange | None = None
 
     def image(self) -> Image.Image:
         """The image, upright, in mode RGB. Raises ``DataError`` where it cannot be read."""
-        return decode_image(self.tree.read(self.name), self.file)
+        return decode_image(self.tree.read(self.name), self.file, grey_range=self.grey_range)
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,13 @@ class LeftOut:
     reason: str
 
 
-def find_inputs(paths: Sequence[str]) -> tuple[list[InputFile], list[LeftOut]]:
+def find_inputs(paths: Sequence[str], grey_range: GreyRange | None = None) -> tuple[list[InputFile], list[LeftOut]]:
     """The image files that paths name, each once, in the order of the paths and sorted below each.
 
     Args:
         paths: image files, which may be called anything; folders, searched with all that is below them, and ``.zip``
             archives, where files that are not named like images are left out. Hidden files do not count.
+        grey_range: see ``pcenet.data.images.decode_image``.
 
     Raises:
         ValueError: if a path does not exist, or if nothing was found at all.
@@ -71,7 +74,7 @@ def find_inputs(paths: Sequence[str]) -> tuple[list[InputFile], list[LeftOut]]:
             f"inputs: no image file in {', '.join(paths)}; give files, or folders or .zip archives with files that end"
             f" in {', '.join(IMAGE_SUFFIXES)}"
         )
-    files = [item for item in found.values() if isinstance(item, InputFile)]
+    files = [replace(item, grey_range=grey_range) for item in found.values() if isinstance(item, InputFile)]
     return files, [item for item in found.values() if isinstance(item, LeftOut)]
 
 

@@ -63,7 +63,7 @@ def predict(config: PredictConfig) -> Predicted:
     device = resolve_device("cpu" if is_exported(config.run) else config.device)
     precision = resolve_precision(config.precision, device)
     model = open_network(config).to(device).to(memory_format=torch.channels_last)
-    files, left_out = find_inputs(config.inputs)
+    files, left_out = find_inputs(config.inputs, config.grey_range or model.grey_range)
     folder = output_folder(config.out, "predictions")
     classes = [printable(name) for name in model.class_names or map(str, range(model.num_classes))]
     network = Network(model, classes, config.routing, device, precision)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,7 +17,7 @@ from pcenet.inference.inputs import InputFile
 from pcenet.inference.network import Grids, Network
 from pcenet.inference.outputs import OutputNames, Row
 from pcenet.training.measures import image_size, preprocessing
-from pcenet.training.pixels import upsample
+from pcenet.training.pixels import classes_at
 from pcenet.training.tables import percent
 
 MASKS, OVERLAYS = "masks", "overlays"
@@ -65,15 +64,15 @@ class Segmenter:
 
     def _row(self, file: InputFile, logits: Tensor, grids: Grids) -> Row:
         image = file.image()  # read again: the full-size images of a whole batch would take gigabytes
-        numbers = upsample(logits, (image.height, image.width)).argmax(0).to(torch.uint8).cpu()
+        numbers = classes_at(logits, (image.height, image.width)).cpu()
         name = self.names.take(file)
         mask, overlay = f"{MASKS}/{name}.png", f"{OVERLAYS}/{name}.jpg"
         picture = Image.fromarray(numbers.numpy())
         picture.putpalette(palette(len(self.network.classes)))
         write_picture(picture, self.folder / mask)
         write_picture(Image.blend(image, picture.convert("RGB"), self.opacity), self.folder / overlay)
-        counts = np.bincount(numbers.flatten(), minlength=len(self.network.classes))
-        shares = (counts / numbers.numel()).tolist()
+        counts = picture.histogram()[: len(self.network.classes)]
+        shares = [count / numbers.numel() for count in counts]
         record = {
             "file": file.file,
             "mask": mask,

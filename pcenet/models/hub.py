@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from pcenet.choices import Task
+from pcenet.choices import GreyRange, Task, check_grey_range
 from pcenet.models.card import model_card
 from pcenet.models.pretrained import CONFIG, WEIGHTS, bundled_folder, or_bundled, preprocessing_of
 
@@ -32,6 +32,8 @@ class SavableModel(nn.Module, ModelHubMixin):
         model_args: the arguments that make the network again, the number of classes aside.
         num_classes: classes of the classifier.
         class_names: their names, once known.
+        grey_range: of grey images of more than 8 bits, the values that were black and white in training; None: all
+            that their files can hold. See ``pcenet.data.images.decode_image``.
         pretrained_cfg: timm's record of architecture and preprocessing.
         pruned: whether parts were cut off, so that the arguments no longer make this network.
     """
@@ -40,6 +42,7 @@ class SavableModel(nn.Module, ModelHubMixin):
     model_args: dict[str, Any]
     num_classes: int
     class_names: list[str] | None = None
+    grey_range: GreyRange | None = None
     pretrained_cfg: dict[str, Any]
     pruned: bool = False
 
@@ -54,6 +57,8 @@ class SavableModel(nn.Module, ModelHubMixin):
         }
         if self.class_names is not None:
             config["label_names"] = list(self.class_names)
+        if self.grey_range is not None:
+            config["grey_range"] = list(self.grey_range)
         return config
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
@@ -190,6 +195,7 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
         raise ValueError(f"{config_path} is no configuration of a PCE network: {reason}") from error
     model.load_state_dict(load_file(weights_path))
     model.class_names = _label_names(config, model, config_path)
+    model.grey_range = _grey_range(config, config_path)
     return model.eval()
 
 
@@ -204,6 +210,15 @@ def _label_names(config: dict[str, Any], model: SavableModel, path: Path) -> lis
     ):
         raise ValueError(f"{path}: label_names must be {model.num_classes} names, one per class, got {names}")
     return names
+
+
+def _grey_range(config: dict[str, Any], path: Path) -> GreyRange | None:
+    values: GreyRange | None = config.get("grey_range")
+    try:
+        check_grey_range(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return values
 
 
 def _shapes_of(path: Path) -> dict[str, Tensor]:

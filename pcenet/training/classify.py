@@ -36,7 +36,7 @@ class Classification(Kind):
 
     def open(self, config: TrainConfig | EvalConfig, name: str, split: data.Split) -> data.ImageSource:
         """One split of a labelled data set."""
-        return data.open_source(name, split)
+        return data.open_source(name, split, grey_range=config.grey_range)
 
     def train_loader(
         self, model: SavableModel, source: Any, config: TrainConfig, *, workers: int, pin_memory: bool

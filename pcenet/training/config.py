@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pcenet.choices import Augment, Split, Task, did_you_mean
+from pcenet.choices import NOTHING_IGNORED, Augment, Split, Task, check_grey_range, did_you_mean
 from pcenet.training.rules import check_together
 
 ClassWeights = Literal["none", "median"]
@@ -34,6 +34,7 @@ class Option:
     Attributes:
         help: the explanation that ``--help`` gives.
         at_least, at_most, above, below: bounds of the values that are allowed.
+        texts: what an option that may be a text and something else may say; empty: anything.
         positional: on the command line it is an argument, not an option; a list takes one or more words.
     """
 
@@ -42,6 +43,7 @@ class Option:
     at_most: float | None = None
     above: float | None = None
     below: float | None = None
+    texts: tuple[str, ...] = ()
     positional: bool = False
 
 
@@ -66,8 +68,20 @@ ClassesOption = Annotated[
     ),
 ]
 IgnoreIndexOption = Annotated[
-    int | None,
-    Option("Segmentation: the mask value of pixels that do not count, beside 255, which never does.", at_least=0),
+    int | str | None,
+    Option(
+        "Segmentation: the mask value of pixels that do not count, beside 255, which does not either; none: every "
+        "value counts, 255 too. null: 255 alone does not.",
+        at_least=0,
+        texts=(NOTHING_IGNORED,),
+    ),
+]
+GreyRangeOption = Annotated[
+    list[int] | None,
+    Option(
+        "Grey images of more than 8 bits: the values that are black and white, such as '[0, 4095]' for 12 bits in "
+        "files of 16. A network keeps them. null: those of the network, if it has some, else all that files can hold."
+    ),
 ]
 RunOption = Annotated[
     str,
@@ -126,6 +140,9 @@ def check(config: Any) -> None:
         kinds = alternatives_of(kind)
         if not choices and not is_of(value, kinds):
             raise ValueError(f"{name} must be {' or '.join(KINDS[each] for each in kinds)}, got {value!r}")
+        if isinstance(value, str) and option.texts and value not in option.texts:
+            others = " or ".join([*(KINDS[each] for each in kinds if each is not str), *option.texts])
+            raise ValueError(f"{name} must be {others}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value}")
         if not isinstance(value, int | float):
@@ -138,6 +155,7 @@ def check(config: Any) -> None:
         ):
             if bound is not None and not holds(value, bound):
                 raise ValueError(f"{name} must be {rule} {bound:.12g}, got {value}")
+    check_grey_range(getattr(config, "grey_range", None))
 
 
 def check_input_size(value: int | str | None, task: Task) -> None:
@@ -209,6 +227,7 @@ class TrainConfig:
     ] = "digits"
     classes: ClassesOption = None
     ignore_index: IgnoreIndexOption = None
+    grey_range: GreyRangeOption = None
     out: Annotated[str | None, Option("Run folder to create; null: runs/MODEL-DATA-SEED.")] = None
     resume: Annotated[
         str | None,
@@ -462,6 +481,7 @@ class EvalConfig:
     split: Annotated[Split, Option("Which part of the images.")] = "val"
     classes: ClassesOption = None
     ignore_index: IgnoreIndexOption = None
+    grey_range: GreyRangeOption = None
     out: Annotated[
         str | None, Option("Folder for eval-DATA-SPLIT.json; null: the run folder, else the current one.")
     ] = None
@@ -486,6 +506,7 @@ class CheckDataConfig:
     task: Annotated[Task, Option("What the images are for, as in `pcenet train`.")] = "classify"
     classes: ClassesOption = None
     ignore_index: IgnoreIndexOption = None
+    grey_range: GreyRangeOption = None
     out: Annotated[str | None, Option("Folder for samples.png, a sheet of training images; null: none.")] = None
     json: Annotated[str | None, Option("File for the whole report as JSON; null: none.")] = None
 
@@ -515,6 +536,7 @@ class PredictConfig:
         float,
         Option("Segmentation: how strongly the classes' colours cover the image, from 0 to 1.", at_least=0, at_most=1),
     ] = 0.5
+    grey_range: GreyRangeOption = None
     routing: Annotated[
         bool, Option("Write the expert of each patch, per layer, to predictions.json as rows of columns.")
     ] = False

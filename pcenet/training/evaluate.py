@@ -103,8 +103,10 @@ def open_trained(config: EvalConfig) -> Trained:
     model = load_model(model_folder)
     if model.class_names is None:
         raise ValueError(f"{model_folder}: config.json names no classes (label_names)")
+    model.grey_range = config.grey_range or model.grey_range
     kind = kind_of(model.task)
-    source = kind.open(masks_as_trained(config, run), name, config.split)
+    options = replace(masks_as_trained(config, run), grey_range=model.grey_range)
+    source = kind.open(options, name, config.split)
     check_classes(model.class_names, source.classes, str(model_folder), source.name)
     return Trained(model, model_folder, run, kind, source, name)
 

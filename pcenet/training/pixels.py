@@ -13,6 +13,8 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from pcenet.data import IGNORE
 from pcenet.nn.processes import sum_over_processes
 
+ROOM = 2**27  # numbers, half a gigabyte: what may be made of an image's logits at its full size at once
+
 PixelBatches = Sequence[tuple[Tensor, Sequence[Tensor]]]
 """Batches of images of one size each, ``[b, 3, h, w]``, with their masks, ``[H_i, W_i]`` each at its own size."""
 
@@ -81,3 +83,23 @@ class PixelScores:
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Logits ``[K, h, w]`` of one image, float32, bilinearly at another size ``[K, H, W]``."""
     return F.interpolate(logits[None].float(), size=size, mode="bilinear", align_corners=False)[0]
+
+
+def classes_at(logits: Tensor, size: tuple[int, int], room: int = ROOM) -> Tensor:
+    """The class of each pixel of one image at another size: the argmax of `upsample`, ``[H, W]`` uint8.
+
+    Args:
+        logits: ``[K, h, w]``, K at most 255.
+        size: H and W.
+        room: so many numbers are made at once, if one class has no more: a large image would take gigabytes.
+    """
+    step = max(1, room // (size[0] * size[1]))
+    numbers = torch.zeros(size, dtype=torch.uint8, device=logits.device)
+    best: Tensor | None = None
+    for first in range(0, len(logits), step):
+        enlarged = upsample(logits[first : first + step], size)
+        values = enlarged.amax(0)
+        found = (enlarged.argmax(0) + first).to(torch.uint8)
+        numbers = found if best is None else torch.where(values > best, found, numbers)
+        best = values if best is None else torch.maximum(values, best)
+    return numbers

@@ -193,6 +193,7 @@ def prepare(
     if checkpoint:
         check_weights(checkpoint, model)
     model.class_names = list(classes)
+    model.grey_range = config.grey_range
     ranks = ranks_of_environment()
     workers = resolve_workers(config.workers, device, ranks.local_count)
     assert config.batch_size is not None

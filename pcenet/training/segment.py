@@ -33,7 +33,13 @@ class Segmentation(Kind):
 
     def open(self, config: TrainConfig | EvalConfig, name: str, split: data.Split) -> data.SegmentationSource:
         """One split of a data set of images and masks."""
-        return data.open_segmentation_source(name, split, classes=config.classes, ignore_index=config.ignore_index)
+        return data.open_segmentation_source(
+            name,
+            split,
+            classes=config.classes,
+            ignore_index=config.ignore_index,
+            grey_range=config.grey_range,
+        )
 
     def train_loader(
         self, model: SavableModel, source: Any, config: TrainConfig, *, workers: int, pin_memory: bool

@@ -74,6 +74,8 @@ class HandMade(nn.Module):
     1; nobody votes for class 2. A vote counts its gate value.
     """
 
+    grey_range = None
+
     def __init__(self, task: str) -> None:
         super().__init__()
         self.task = task

@@ -149,20 +149,12 @@ def test_of_several_experts_the_first_is_exchanged():
         (lambda look, visit: look.point_at(visit, 0, -1), "column -1 must be a whole number from 0 to 1"),
         (lambda look, visit: look.send(visit, 1), "no patch is pointed at; point at one first"),
         (lambda look, visit: look.send(look.point_at(visit, 0, 0), 2), "expert 2 must be a whole number from 0 to 1"),
-        (
-            lambda look, visit: look.begin(Image.new("RGB", (61, 10))),
-            "the image has 61 x 10 pixels; its longer side may",
-        ),
     ],
 )
 def test_what_there_is_not(explorer, corner, act, message):
     look = explorer("classify")
     with pytest.raises(ValueError, match=message):
         act(look, look.begin(corner))
-
-
-def test_a_longer_side_of_six_times_the_shorter_is_taken(explorer):
-    assert explorer("segment").begin(Image.new("RGB", (60, 10))).routing.grid == (2, 12)
 
 
 def test_outputs_that_are_not_finite(explorer, corner):

@@ -130,7 +130,7 @@ def test_odd_images_that_load_are_warnings(pets: Path) -> None:
     reasons = {
         "train/cat/turned.jpg": "EXIF",
         "train/cat/print.jpg": "CMYK",
-        "train/cat/deep.png": "16 bits",
+        "train/cat/deep.png": "its grey values, 0 to 57200, have more than 8 bits; 0 is black and 65535 white",
         "train/dog/moving.gif": "animation",
         "train/dog/alpha.png": "transparency",
         "val/dog/tiny.png": "30 x 4",
@@ -317,7 +317,8 @@ def test_classes_and_values_of_masks(street: Path, tmp_path: Path) -> None:
     report = check_data(street, "segment", classes=["sky", "road", "car", "bus"], ignore_index=1)
     assert report.classes == ("sky", "car", "bus")
     assert report.counts["train"] == {"sky": 128, "car": 128, "bus": 0}
-    assert found(report) == {("warning", "class balance", "bus")}
+    assert found(report) == {("warning", "class balance", "bus"), ("warning", "pixels that do not count", "")}
+    assert report.ignored == {"train": 128, "val": 64}
     report = check_data(street, "segment", classes=["sky", "road"])
     assert {finding.file for finding in report.findings} == {
         f"{split}/masks/{index:03}.png" for split, count in (("train", 4), ("val", 2)) for index in range(count)

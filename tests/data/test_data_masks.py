@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pcenet.data import IGNORE, DataError, open_segmentation_source, read_class_names
+from pcenet.data import (
+    IGNORE,
+    DataError,
+    check_data,
+    open_segmentation_source,
+    quick_check,
+    read_class_names,
+)
 
 Tree = Callable[[str, Mapping[str, int]], Path]
 Pack = Callable[[Path], Path]
@@ -79,7 +86,7 @@ def test_classes_are_those_of_all_masks_that_came_for_training(make_pairs: Tree)
         assert len(source) == count
 
 
-@pytest.mark.parametrize("mode", ["P", "1", "I;16", "I"])
+@pytest.mark.parametrize("mode", ["P", "1", "I;16"])
 def test_modes_of_masks(scene: Path, mode: str) -> None:
     values = np.array([[0, 1, 0], [1, 0, 1]], np.uint8)
     if mode == "P":
@@ -89,9 +96,9 @@ def test_modes_of_masks(scene: Path, mode: str) -> None:
     elif mode == "1":
         image = Image.fromarray(values * 255).convert("1")
     else:
-        image = Image.fromarray(values.astype(np.uint16 if mode == "I;16" else np.int32))
+        image = Image.fromarray(values.astype(np.uint16))
     assert image.mode == mode
-    image.save(scene / "train/masks/a.png", "TIFF" if mode == "I" else "PNG")
+    image.save(scene / "train/masks/a.png")
     assert mask(scene) == values.tolist()
 
 
@@ -181,3 +188,83 @@ def test_a_set_that_cannot_be_opened(scene: Path) -> None:
     with pytest.raises(DataError, match=r"scene: the classes are unknown, .*classes\.txt"):
         open_segmentation_source(scene, "val")
     assert open_segmentation_source(scene, "val", classes=list("abcd")).classes == tuple("abcd")
+
+
+def with_values(make_pairs: Tree, *values: int) -> Path:
+    """Ten pairs of 12 x 8 pixels, whose masks have each of these values in equal parts."""
+    folder = make_pairs("binary", {"": 10})
+    pixels = np.repeat(np.array(values, np.uint8), 96 // len(values)).reshape(8, 12)
+    for index in range(10):
+        Image.fromarray(pixels).save(folder / f"masks/{index:03}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("values", "ignore_index", "classes"),
+    [
+        ((0, 255), "none", ("0", "255")),
+        ((0, 128, 255), "none", ("0", "128", "255")),
+        ((0, 128, 255), None, ("0", "128")),
+        ((0, 128, 255), 255, ("0", "128")),
+        ((0, 1, 128, 255), 128, ("0", "1")),
+    ],
+)
+def test_255_is_a_class_where_everything_counts(
+    make_pairs: Tree, values: tuple[int, ...], ignore_index: int | str | None, classes: tuple[str, ...]
+) -> None:
+    source = open_segmentation_source(with_values(make_pairs, *values), "val", ignore_index=ignore_index)
+    assert source.classes == classes
+    expected = {classes.index(str(value)) if str(value) in classes else IGNORE for value in values}
+    assert set(np.unique(np.asarray(source.mask(0))).tolist()) == expected
+
+
+def test_masks_of_0_and_255_alone_are_asked_about(make_pairs: Tree) -> None:
+    folder = with_values(make_pairs, 0, 255)
+    message = (
+        r"there is '0' \(mask values 255 do not count\)\. .* Or is 255 a class, too\? Then give --ignore-index none"
+    )
+    with pytest.raises(DataError, match=message):
+        open_segmentation_source(folder, "train")
+    (finding,) = check_data(folder, "segment").findings
+    assert (finding.severity, finding.kind) == ("error", "classes")
+    assert "--ignore-index none" in finding.message
+    assert check_data(folder, "segment", ignore_index="none").usable
+
+
+def test_more_values_than_class_numbers(make_pairs: Tree) -> None:
+    folder = make_pairs("many", {"": 10})
+    for index in range(10):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(folder / f"images/{index:03}.png")
+        Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(folder / f"masks/{index:03}.png")
+    assert len(open_segmentation_source(folder, "train").classes) == 255
+    with pytest.raises(DataError, match="the masks have 256 values that count; there can be 255 classes at most"):
+        open_segmentation_source(folder, "train", ignore_index="none")
+
+
+def test_the_pixels_that_do_not_count_are_counted(make_pairs: Tree) -> None:
+    folder = with_values(make_pairs, 0, 128, 255)
+    report = check_data(folder, "segment")
+    assert report.ignored == {"train": 8 * 32, "val": 32, "test": 32}
+    (finding,) = report.findings
+    assert (finding.severity, finding.kind) == ("warning", "pixels that do not count")
+    assert finding.message.startswith("33.3% of the training pixels do not count (mask values 255).")
+    assert "--ignore-index: with none every value counts, 255 too" in finding.message
+    (quick,) = quick_check({"train": open_segmentation_source(folder, "train")})
+    assert quick.message.startswith("33.3% of the training pixels do not count.")
+    whole = check_data(folder, "segment", ignore_index="none")
+    assert (whole.findings, whole.ignored) == ((), {"train": 0, "val": 0, "test": 0})
+
+
+def test_a_class_whose_pixels_were_given_away_is_named(make_pairs: Tree) -> None:
+    """Masks of 0 and 255 with names for 0 and 1: the second class can never be learnt."""
+    folder = with_values(make_pairs, 0, 255)
+    report = check_data(folder, "segment", classes=["ground", "thing"])
+    messages = {finding.kind: finding.message for finding in report.findings}
+    assert messages["class balance"].startswith("class 'thing' has no training pixel: it can never be learnt.")
+    assert messages["pixels that do not count"].startswith(
+        "50.0% of the training pixels do not count (mask values 255)."
+    )
+    with pytest.raises(
+        DataError, match=r"value\(s\) 255, which are of no class: the classes are the values 0-1, and no value"
+    ):
+        open_segmentation_source(folder, "train", classes=["ground", "thing"], ignore_index="none").mask(0)

@@ -26,6 +26,7 @@ def exported(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("export")
     model = make_tiny()
+    model.grey_range = [0, 4095]
     model.save_pretrained(folder / "model")
     assert main(["export", str(folder / "model"), "--out", str(folder / "net.onnx"), "--routing"]) == 0
     return model, folder
@@ -52,6 +53,7 @@ def test_the_file_carries_what_is_needed_to_use_it(exported):
     carried = json.loads(ort.InferenceSession(str(folder / "net.onnx")).get_modelmeta().custom_metadata_map["pcenet"])
     assert carried["class_names"] == ["a", "b", "c"]
     assert carried["task"] == "classify"
+    assert ExportedNet(folder / "net.onnx").grey_range == carried["grey_range"] == [0, 4095]
     assert carried["input_size"] == [3, 16, 16]
     assert carried["preprocessing"]["mean"] == list(model.pretrained_cfg["mean"])
     assert {"pcenet", "torch", "onnx"} <= carried["versions"].keys()

@@ -19,14 +19,23 @@ import numpy as np
 import pytest
 import torch
 from faults.runs import in_a_process
+from handmade import GREY, narrow_png, png, tiff
 from PIL import Image, ImageCms
 from safetensors.torch import load_file, save_file
 
 from pcenet.cli import main
-from pcenet.data import open_source
+from pcenet.data import (
+    check_data,
+    cover_transform,
+    eval_transform,
+    open_source,
+    segment_train_transform,
+    train_transform,
+)
 from pcenet.data.base import DataError
 from pcenet.data.files import FolderTree, ZipTree
 from pcenet.data.images import decode_image
+from pcenet.inference.batches import read_batches
 from pcenet.inference.inputs import find_inputs
 from pcenet.models import create_network, load_model
 
@@ -139,6 +148,12 @@ MODELS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
 }
 
 
+def capped(room: int) -> None:
+    """Let this process take no more address space than it has, and ``room`` bytes."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
+
+
 @pytest.mark.parametrize("attack", [pytest.param(name, marks=pytest.mark.faults(f"model: {name}")) for name in MODELS])
 def test_a_model_from_a_stranger_is_refused(folder: Path, tmp_path: Path, attack: str) -> None:
     change, message = MODELS[attack]
@@ -146,8 +161,7 @@ def test_a_model_from_a_stranger_is_refused(folder: Path, tmp_path: Path, attack
     change(folder, sentinel)
 
     def load() -> int:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
+        capped(ROOM)
         try:
             load_model(folder)
         except ValueError as error:
@@ -307,6 +321,9 @@ BAD: dict[str, tuple[bytes, str]] = {
     "a web page": (b"<!DOCTYPE html><html></html>", "it is a web page"),
     "a decompression bomb": (bomb(), "more than PIL.Image.MAX_IMAGE_PIXELS"),
     "PostScript": (postscript(Path("sentinel")), "it is text"),
+    "long and narrow": (narrow_png(60_000), "its longer side may be 32 times the shorter one at most"),
+    "a band that is not used": (tiff(bytes(16), (2, 2), [8] * 4, 2), "it has 4 bands, of which 3 are used"),
+    "12 bits in a file of 16": (png(np.arange(256).reshape(16, 16), 16, GREY), "nearly black"),
     "a format that is not listed": (encoded(two_colours(), "ICO"), "it is in no known format; BMP, GIF, JPEG"),
 }
 
@@ -335,6 +352,65 @@ def test_pillow_would_open_it(tmp_path: Path) -> None:
     assert Image.open(io.BytesIO(content)).format == "EPS"
     with pytest.raises(DataError, match="cannot be read as an image"):
         decode_image(content, "a.png")
+
+
+@pytest.mark.faults("image: long and narrow")
+def test_a_long_and_narrow_image_costs_its_own_error_and_no_memory(tmp_path: Path) -> None:
+    """Resized until its shorter side is the network's, a file of 8 kB would become one of gigabytes."""
+    for height in (4_000_000, 60_000, 33):
+        put(tmp_path / str(height), ".png", narrow_png(height))
+    assert (tmp_path / "4000000/train/odd/1.png").stat().st_size < 10_000
+
+    def read() -> int:
+        capped(ROOM)
+        for height in (4_000_000, 60_000, 33):
+            path = tmp_path / str(height)
+            named = f"the image has 1 x {height} pixels; its longer side may be 32 times the shorter one at most"
+            with pytest.raises(DataError, match=rf"'train/odd/1\.png': {named}"):
+                open_source(path, "train").image(1)
+            report = check_data(path)
+            assert [each.file for each in report.findings if named in each.message] == [
+                "train/odd/1.png",
+                "val/odd/1.png",
+            ]
+            assert not report.usable
+            files, _ = find_inputs([str(path / "train")])
+            batches = list(read_batches(files, eval_transform(32), batch_size=8, workers=0))
+            assert [len(batch.files) for batch in batches if batch.files] == [1, 3]
+            ((left_out,),) = [batch.left_out for batch in batches if batch.left_out]
+            assert left_out.file.endswith("train/odd/1.png")
+            assert named in left_out.reason
+        return 0
+
+    assert in_a_process(read, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+
+
+@pytest.mark.faults("image: long and narrow")
+@pytest.mark.parametrize("size", [(1, 32), (32, 1)])
+def test_what_is_made_of_the_narrowest_image_that_is_read_is_bounded(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    resize, interpolate = Image.Image.resize, torch.nn.functional.interpolate
+
+    def counting(image: Image.Image, to: tuple[int, int], *args: Any, **options: Any) -> Image.Image:
+        made.append(to[0] * to[1])
+        return resize(image, to, *args, **options)
+
+    def interpolating(values: torch.Tensor, size: Any, **options: Any) -> torch.Tensor:
+        made.append(size[0] * size[1])
+        return interpolate(values, size=size, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", counting)
+    monkeypatch.setattr("torchvision.transforms.v2.functional._geometry.interpolate", interpolating)
+    image, mask = (decode_image(encoded(Image.new("L", size), "PNG"), "x").convert(mode) for mode in ("RGB", "L"))
+    eval_transform(16)(image)
+    train_transform(16)(image)
+    train_transform(16, augment="resized_crop")(image)
+    cover_transform((12, 16))(image)
+    segment_train_transform((12, 16))(image, mask)
+    assert len(made) == 6
+    assert max(made) <= 32 * 16 * 16
 
 
 def link(name: str) -> zipfile.ZipInfo:

@@ -16,6 +16,7 @@ from torch import nn
 from pcenet.cli import main
 from pcenet.data import IGNORE, open_segmentation_source
 from pcenet.models import create_network, load_model
+from pcenet.training import pixels
 from pcenet.training.config import TrainConfig
 from pcenet.training.folder import RunFolder
 from pcenet.training.pixels import PixelScores, upsample
@@ -228,3 +229,24 @@ def test_mistakes(changes: str, message: str, scenes: Path, tmp_path: Path, caps
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("classes_at_once", [1, 2, 3, 99])
+def test_classes_at_full_size_are_made_a_few_at_a_time(classes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+    logits[4] = logits[1]  # of equal ones the first
+    expected = pixels.upsample(logits, (37, 29)).argmax(0)
+    made: list[int] = []
+    whole = pixels.upsample
+
+    def counting(part: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        made.append(len(part))
+        return whole(part, size)
+
+    monkeypatch.setattr(pixels, "upsample", counting)
+    found = pixels.classes_at(logits, (37, 29), room=classes_at_once * 37 * 29 + 5)
+    assert found.dtype == torch.uint8
+    assert torch.equal(found.long(), expected)
+    assert set(found.unique().tolist()) == {0, 1, 2, 3}
+    assert max(made) <= classes_at_once
+    assert sum(made) == 5
