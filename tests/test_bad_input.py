@@ -268,10 +268,10 @@ CASES = [
         leaves="new",
     ),
     Case(
-        "file that is no image among images",
+        "image in a format that is not read",
         [*CLASSIFY, "pics"],
-        ["'train/cat/notes.txt' is not named like an image", "Move it elsewhere"],
-        write("pics/train/cat/notes.txt", ""),
+        ["'train/cat/9.HEIC' looks like an image, but .heic files are not read", "Convert it, or move it elsewhere"],
+        write("pics/train/cat/9.HEIC", ""),
     ),
     # Masks.
     Case(

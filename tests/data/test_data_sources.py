@@ -115,7 +115,7 @@ def test_a_dangling_link_is_named(make_tree: Tree) -> None:
         source.image(1)
 
 
-@pytest.mark.parametrize("name", ["../cat/1.png", "/cat/1.png", "a/../../cat/1.png", "C:/cat/1.png", "cat\\1.png"])
+@pytest.mark.parametrize("name", ["../cat/1.png", "/cat/1.png", "a/../../cat/1.png", "C:/cat/1.png", "cat\\..\\1.png"])
 def test_unsafe_names_in_an_archive(tmp_path: Path, name: str) -> None:
     archive = tmp_path / "bad.zip"
     with zipfile.ZipFile(archive, "w") as target:
