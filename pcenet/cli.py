@@ -198,6 +198,8 @@ def entries_of(config_class: type[Any]) -> dict[str, Entry]:
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(config_class)
     }
+    if "task" in defaults:
+        defaults["task"] = None  # the data decide
     return {name: Entry(kind, option, defaults[name]) for name, (kind, option) in options_of(config_class).items()}
 
 
@@ -227,7 +229,19 @@ def parse_values(command: str, entries: dict[str, Entry], arguments: list[str]) 
     except argparse.ArgumentError as error:
         raise ValueError(explain(str(error), entries)) from error
     values.pop("config")
+    if "task" in values and values["task"] is None:
+        values["task"] = task_of_the_data(values["data"])
     return dict(values)
+
+
+def task_of_the_data(name: str) -> str:
+    """The task where none is given; said in a line unless it is the usual one, or another process has said it."""
+    from pcenet.data import task_for
+
+    task = task_for(name)
+    if task != "classify" and not ranks_of_environment().rank:
+        print(f"task {task}: {name} has masks")
+    return task
 
 
 def config_parser(command: str, entries: dict[str, Entry]) -> ArgumentParser:
@@ -239,7 +253,8 @@ def config_parser(command: str, entries: dict[str, Entry]) -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file with options by their names.")
     for name, entry in entries.items():
         choices = choices_of(entry.kind)
-        settings: dict[str, Any] = {"type": str if choices else entry.kind, "help": entry.option.help}
+        text = str if entry.default is not None else str | None
+        settings: dict[str, Any] = {"type": text if choices else entry.kind, "help": entry.option.help}
         if entry.kind is bool:
             settings = {"action": "store_true", "help": entry.option.help}
         if choices:  # the config itself checks them, and suggests the nearest
@@ -301,7 +316,7 @@ def run_train(arguments: list[str]) -> int | None:
     """train a network on images"""
     config = parse("train", TrainConfig, arguments)
     if config.devices > 1 and ranks_of_environment().count == 1:
-        return launch(["train", *arguments], config.devices)
+        return launch(["train", *arguments, "--task", config.task], config.devices)
     end_with_the_launcher()
     if config.dry_run:
         from pcenet.training.rehearsal import dry_run

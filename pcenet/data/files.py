@@ -162,9 +162,7 @@ class ZipTree(FileTree):
             self._entries = {_normalised(entry.filename): entry for entry in entries}  # of two of one name the later
             content = _digest(entries)
             if self._content not in (b"", content):
-                raise DataError(
-                    f"{self.path}: the archive was changed while it was in use. Put it back, or start anew."
-                )
+                raise DataError(f"{self.path}: the archive has changed while it was in use. Put it back.")
             self._content, self._process = content, os.getpid()
         return self._archive
 
@@ -188,10 +186,13 @@ def _normalised(name: str) -> str:
 
 def _unsafe(name: str) -> str | None:
     """Why an archive's name for a file is not accepted, if so."""
-    name_ = name.replace("\\", "/")
-    if not (name_.startswith("/") or ":" in name_[:2] or ".." in name_.split("/")):
+    path = name.replace("\\", "/")
+    if not (path.startswith("/") or ":" in path[:2] or ".." in path.split("/")):
         return None
-    return f"unsafe name '{name}': a name in an archive must be relative and without '..' or a drive. Make the archive anew."
+    return (
+        f"unsafe name '{name}': a name in an archive must be relative, and without '..' or a drive."
+        f" Make the archive anew."
+    )
 
 
 def _unreadable(entry: zipfile.ZipInfo) -> str | None:

@@ -6,8 +6,8 @@ Two layouts, either of them inside one more folder if need be::
     cat/1.jpg         dog/2.jpg                           the same as having "train" alone
 
 Images may lie in folders below those of their classes. A set with ``train`` alone is split deterministically 80/10/10
-into train, val and test (``hold_out``); of one with ``train`` and ``test``, 10 % of ``train`` become ``val``. Nothing is
-taken from ``train`` where ``val`` exists. What systems leave in folders does not count (``pcenet.data.names``).
+into train, val and test (``hold_out``); of one with ``train`` and ``test``, 10 % of ``train`` become ``val``. Nothing
+is taken from ``train`` where ``val`` exists. What systems leave in folders is not listed (``pcenet.data.names``).
 
 Structure is guessed from names, so what contradicts the guess is a fault: images beside splits, folders of one name
 below each class, images with their masks. What was guessed or passed over is a note.
@@ -156,8 +156,8 @@ def find_layout(names: Iterable[str], around: str = "") -> tuple[Layout, list[Fa
 def data_paths(names: Iterable[str], faults: list[Fault]) -> list[Parts]:
     """The names that count, in parts.
 
-    An archive among them is a fault, since it is not looked into, and so is an image whose name, or folder's name, is no
-    text: reports and checkpoints could not name it.
+    An archive among them is a fault, since it is not looked into, and so is an image whose name, or folder's name, is
+    no text: reports and checkpoints could not name it.
     """
     paths = []
     strange: dict[str, Fault] = {}
@@ -217,8 +217,8 @@ def left_out(files: list[str], where: str) -> list[Fault]:
         return []
     first = min(files)
     text = (
-        f"{len(files)} file(s) in {where} are not named like images and are left out, the first '{first}'. Images end in"
-        f" {', '.join(IMAGE_SUFFIXES)}."
+        f"{len(files)} file(s) in {where} are not named like images and are left out, the first '{first}'. Images end"
+        f" in {', '.join(IMAGE_SUFFIXES)}."
     )
     return [Fault(first, text)]
 
@@ -334,7 +334,7 @@ def _check_for_splits(paths: list[Parts], top: Parts, faults: list[Fault]) -> No
         shown = ", ".join(f"'{name}'" for name in same[:_SHOWN]) + (", ..." if len(same) > _SHOWN else "")
         text = (
             f"the folders {_names(folders)} hold the same folders, {shown}. If these are the classes, call the folders"
-            f" around them train, val and test; if {_names(folders)} are the classes, move them into one folder 'train'."
+            f" around them train, val and test; if {_names(folders)} are, move them into a folder 'train'."
         )
         faults.append(Fault("", text))
 
@@ -350,10 +350,10 @@ def _check_for_masks(by_split: Iterable[Mapping[str, list[tuple[str, str]]]], fa
     for image, mask in product(sorted(images), sorted(masks)):
         paired = 2 * len(stems[image] & stems[mask]) >= len(stems[image]) > 0
         certain = (image.lower(), mask.lower()) == ("images", "masks")
-        if len(names) == 2 and (certain or paired) or (certain and paired):
+        if (certain and paired) or (len(names) == 2 and (certain or paired)):
             text = (
-                f"the folders '{image}' and '{mask}' are images and their masks, not classes. To learn the class of each"
-                f" pixel the task is segment (--task segment), and the folders are called images and masks."
+                f"the folders '{image}' and '{mask}' are images and their masks, not classes. To learn the class of"
+                f" each pixel the task is segment (--task segment), and the folders are called images and masks."
             )
             faults.append(Fault("", text))
 

@@ -102,10 +102,8 @@ def find_pairs(names: Iterable[str]) -> tuple[PairLayout, list[Fault]]:
     roots = _roots(paths, top, faults)
     strays: list[str] = []
     splits = {split: _pairs(paths, root, faults, strays) for split, root in roots.items()}
-    notes = (
-        *split_notes({split: root for split, root in roots.items() if root != top}),
-        *left_out(strays, "images and masks"),
-    )
+    split_folders = {split: root for split, root in roots.items() if root != top}
+    notes = (*split_notes(split_folders), *left_out(strays, "folders of images and masks"))
     named = [path for path in ((CLASSES_FILE,), (*top, CLASSES_FILE)) if path in paths]
     return PairLayout(splits, "/".join(named[-1]) if named else None, notes), faults
 
@@ -128,7 +126,10 @@ def _roots(paths: list[Parts], top: Parts, faults: list[Fault]) -> dict[Split, P
         )
         faults.append(Fault("", f"no folders images and masks found. {expected}"))
         return {}
-    named = [folder for folder in folders if folder[-1].lower() in SPLIT_FOLDERS]
+    there = {folder[-1].lower() for folder in folders}
+    # Beside images and masks a folder called "dev" or "eval" may be anything.
+    meant = PLAIN_SPLITS if {IMAGES, MASKS} <= there else SPLIT_FOLDERS.keys()
+    named = [folder for folder in folders if folder[-1].lower() in meant]
     return split_roots(paths, named, faults) if named else {"train": top}
 
 
@@ -163,7 +164,7 @@ def _folder(paths: list[Parts], root: Parts, name: str, faults: list[Fault]) -> 
     """The folder ``images`` or ``masks`` of a split, in whatever case; None, with a fault, where there is none."""
     depth = len(root)
     there = sorted({path[depth] for path in paths if path[:depth] == root and len(path) > depth + 1})
-    found = [folder for folder in there if folder.lower() == name]
+    found = [name] if name in there else [folder for folder in there if folder.lower() == name]
     label = "/".join((*root, name))
     if len(found) > 1:
         text = f"the folders {' and '.join(map(repr, found))} both mean '{name}'. Put their files into one."

@@ -46,6 +46,13 @@ class Option:
 
 
 # What several commands ask for.
+TaskOption = Annotated[
+    Task,
+    Option(
+        "classify: a label for an image; segment: one for each of its pixels, learnt from masks. Not given: "
+        "segment where the data are images with masks, else classify."
+    ),
+]
 PrecisionOption = Annotated[
     Precision, Option("bf16: bfloat16 autocast; auto: that where the hardware has bfloat16, else fp32.")
 ]
@@ -159,9 +166,7 @@ class TrainConfig:
     checks every value and raises a ``ValueError`` that names the field and the rule.
     """
 
-    task: Annotated[
-        Task, Option("classify: a label for an image; segment: one for each of its pixels, learnt from masks.")
-    ] = "classify"
+    task: TaskOption = "classify"
     model: Annotated[
         str | None,
         Option(
@@ -483,7 +488,7 @@ class CheckDataConfig:
         str,
         Option("A folder or .zip of images: a folder per class or, to segment, images/ and masks/.", positional=True),
     ]
-    task: Annotated[Task, Option("What the images are for, as in `pcenet train`.")] = "classify"
+    task: TaskOption = "classify"
     classes: ClassesOption = None
     ignore_index: IgnoreIndexOption = None
     out: Annotated[str | None, Option("Folder for samples.png, a sheet of training images; null: none.")] = None
