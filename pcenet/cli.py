@@ -198,8 +198,6 @@ def entries_of(config_class: type[Any]) -> dict[str, Entry]:
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(config_class)
     }
-    if "task" in defaults:
-        defaults["task"] = None  # the data decide
     return {name: Entry(kind, option, defaults[name]) for name, (kind, option) in options_of(config_class).items()}
 
 
@@ -225,22 +223,24 @@ def parse_values(command: str, entries: dict[str, Entry], arguments: list[str]) 
     spellings = {name: name for name in known} | {"-h": "-h", "--print-config": "--print_config"}
     words = [respell(word, spellings) for word in arguments]
     try:
-        values = config_parser(command, entries).parse_args(words).as_dict()
+        parser = config_parser(command, entries)
+        values = parser.parse_args(words).as_dict()
+        given = parser.parse_args(words, defaults=False).as_dict() if "task" in entries else {}
     except argparse.ArgumentError as error:
         raise ValueError(explain(str(error), entries)) from error
     values.pop("config")
-    if "task" in values and values["task"] is None:
+    if "task" in values and "task" not in given:
         values["task"] = task_of_the_data(values["data"])
     return dict(values)
 
 
 def task_of_the_data(name: str) -> str:
-    """The task where none is given; said in a line unless it is the usual one, or another process has said it."""
+    """The task where none is given; said in a line unless it is the usual one, or another process says it."""
     from pcenet.data import task_for
 
     task = task_for(name)
     if task != "classify" and not ranks_of_environment().rank:
-        print(f"task {task}: {name} has masks")
+        print(f"task {task}: {name} has images and masks")
     return task
 
 
@@ -253,8 +253,7 @@ def config_parser(command: str, entries: dict[str, Entry]) -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file with options by their names.")
     for name, entry in entries.items():
         choices = choices_of(entry.kind)
-        text = str if entry.default is not None else str | None
-        settings: dict[str, Any] = {"type": text if choices else entry.kind, "help": entry.option.help}
+        settings: dict[str, Any] = {"type": str if choices else entry.kind, "help": entry.option.help}
         if entry.kind is bool:
             settings = {"action": "store_true", "help": entry.option.help}
         if choices:  # the config itself checks them, and suggests the nearest

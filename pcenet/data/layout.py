@@ -160,7 +160,7 @@ def data_paths(names: Iterable[str], faults: list[Fault]) -> list[Parts]:
     no text: reports and checkpoints could not name it.
     """
     paths = []
-    strange: dict[str, Fault] = {}
+    strange: dict[Parts, Fault] = {}
     for name in names:
         path = tuple(name.split("/"))
         if _is_archive(path):
@@ -168,15 +168,16 @@ def data_paths(names: Iterable[str], faults: list[Fault]) -> list[Parts]:
                 f"'{name}' is an archive inside the data set and is not opened. Unpack it there, or move it elsewhere."
             )
             faults.append(Fault(name, text))
-        elif is_image(path) and not is_text(name):
+            continue
+        paths.append(path)
+        if is_image(path) and not is_text(name):
             end = next(index for index, part in enumerate(path, 1) if not is_text(part))
             file = "/".join(path[:end])
-            text = f"the name '{file}' is no valid Unicode (UTF-8), as names from other systems may be. Rename it."
-            strange.setdefault(file, Fault(file, text))
-        else:
-            paths.append(path)
+            seen = file.encode(errors="backslashreplace").decode()
+            text = f"the name '{seen}' is no valid Unicode (UTF-8), as names from other systems may be. Rename it."
+            strange.setdefault(path[:end], Fault(file, text))
     faults += strange.values()
-    return paths
+    return [path for path in paths if not any(path[: len(top)] == top for top in strange)]
 
 
 def is_image(path: Parts) -> bool:
