@@ -25,7 +25,7 @@ from typing import NamedTuple, get_args
 
 from pcenet.choices import Split
 from pcenet.data.base import DataError, Fault
-from pcenet.data.names import difference, is_text, look, nearly, one_form
+from pcenet.data.names import bare, difference, is_text, look, nearly, one_form
 from pcenet.data.splits import hold_out, select_split
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -177,7 +177,9 @@ def data_paths(names: Iterable[str], faults: list[Fault]) -> list[Parts]:
             text = f"the name '{seen}' is no valid Unicode (UTF-8), as names from other systems may be. Rename it."
             strange.setdefault(path[:end], Fault(file, text))
     faults += strange.values()
-    return [path for path in paths if not any(path[: len(top)] == top for top in strange)]
+    if not strange:
+        return paths
+    return [path for path in paths if not any(path[:end] in strange for end in range(1, len(path) + 1))]
 
 
 def is_image(path: Parts) -> bool:
@@ -342,13 +344,18 @@ def _check_for_splits(paths: list[Parts], top: Parts, faults: list[Fault]) -> No
 
 def _check_for_masks(by_split: Iterable[Mapping[str, list[tuple[str, str]]]], faults: list[Fault]) -> None:
     """Folders of images and of their masks are no classes: a network would learn to tell a mask from an image."""
-    stems: defaultdict[str, set[str]] = defaultdict(set)
+    files: defaultdict[str, list[str]] = defaultdict(list)
     for by_class in by_split:
-        for name, files in by_class.items():
-            stems[name] |= {key.partition("/")[2].rpartition(".")[0] for _, key in files}
-    names = {name.lower(): name for name in stems}
-    images, masks = ({names[word] for word in names.keys() & words} for words in (IMAGE_WORDS, MASK_WORDS))
-    for image, mask in product(sorted(images), sorted(masks)):
+        for name, found in by_class.items():
+            files[name] += [key for _, key in found]
+    names = {name.lower(): name for name in files}
+    images, masks = (sorted(names[word] for word in names.keys() & words) for words in (IMAGE_WORDS, MASK_WORDS))
+    stems = {
+        name: {key.partition("/")[2].rpartition(".")[0] for key in files[name]}
+        for name in (*images, *masks)
+        if images and masks
+    }
+    for image, mask in product(images, masks):
         paired = 2 * len(stems[image] & stems[mask]) >= len(stems[image]) > 0
         certain = (image.lower(), mask.lower()) == ("images", "masks")
         if (certain and paired) or (len(names) == 2 and (certain or paired)):
@@ -366,12 +373,12 @@ def _check_classes(
     faults: list[Fault],
 ) -> None:
     for split, by_class in by_split.items():
-        there = {one_form(name) for name in by_class}
+        there, alike = {one_form(name) for name in by_class}, {bare(name): name for name in by_class}
         lacking = [name for name in classes if one_form(name) not in there]
         for name in lacking if by_class else lacking[:1]:
             text = (
                 f"split '{split}' has no folder for class '{name}' ({len(lacking)} of {len(classes)} classes lack one)."
-                f" Every split needs every class: add images or remove the class.{nearly(name, by_class)}"
+                f" Every split needs every class: add images or remove the class.{nearly(name, alike)}"
             )
             faults.append(Fault("/".join((*roots[split], name) if by_class else roots[split]), text))
     if len(classes) == 1:

@@ -7,7 +7,7 @@ characters (NFD), Windows and Linux as one, and both look alike.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 # What operating systems, file managers and network storage leave in folders, in lower case. Names that begin with a
 # dot never count, so .DS_Store, .AppleDouble, ._1.jpg, .Trash-1000, .@__thumb, .snapshot and the like are not listed.
@@ -85,25 +85,31 @@ def difference(one: str, other: str) -> str:
     Returns:
         The text; empty where they are equal or not alike.
     """
-
-    def alike_but_for(aspect: str | None) -> bool:
-        forms = [form for name, form in _ASPECTS.items() if name != aspect]
-        return _all(forms, one) == _all(forms, other)
-
-    if one == other or not alike_but_for(None):
+    if one == other or bare(one) != bare(other):
         return ""
-    return " and ".join(name for name in _ASPECTS if not alike_but_for(name))
+    return " and ".join(aspect for aspect in _ASPECTS if bare(one, keep=aspect) != bare(other, keep=aspect))
 
 
-def _all(forms: Iterable[Callable[[str], str]], name: str) -> str:
-    for form in forms:
-        name = form(name)
+def bare(name: str, keep: str = "") -> str:
+    """A name without all that `difference` tells: what two names that are alike have in common.
+
+    Args:
+        name: the name.
+        keep: an aspect that stays as it is.
+    """
+    for aspect, form in _ASPECTS.items():
+        if aspect != keep:
+            name = form(name)
     return name
 
 
-def nearly(name: str, others: Iterable[str]) -> str:
-    """A hint at the one of ``others`` that differs from ``name`` in its looks alone, to be put behind a message."""
-    for other in others:
-        if aspect := difference(name, other):
-            return f" There is '{other}', which differs in {aspect}: rename one of them."
-    return ""
+def nearly(name: str, others: Mapping[str, str]) -> str:
+    """A hint, to be put behind a message, at a name that is nearly ``name``; empty where there is none.
+
+    Args:
+        name: what was looked for.
+        others: the names that are there, by what is `bare` of them.
+    """
+    other = others.get(bare(name), name)
+    aspect = difference(name, other)
+    return f" There is '{other}', which differs in {aspect}: rename one of them." if aspect else ""

@@ -35,7 +35,7 @@ from pcenet.data.layout import (
     split_roots,
     unread_format,
 )
-from pcenet.data.names import difference, nearly, one_form
+from pcenet.data.names import bare, difference, nearly, one_form
 from pcenet.data.splits import hold_out_alike, select_split
 
 IMAGES, MASKS, CLASSES_FILE = "images", "masks", "classes.txt"
@@ -143,14 +143,15 @@ def _pairs(paths: list[Parts], root: Parts, faults: list[Fault], strays: list[st
     where = {name: "/".join(folder) for name, folder in folders.items() if folder}
     if not images:
         faults.append(Fault(where[IMAGES], f"'{where[IMAGES]}' holds no image. Fill it, or remove the split."))
+    alike = {name: {bare(key): key for key in keys} for name, keys in files.items()}
     for key in sorted(images.keys() - masks.keys()):
         name, mask = images[key], f"{where[MASKS]}/{key}{MASK_SUFFIX}"
-        text = f"'{name}' has no mask: there is no '{mask}'. Add it, or remove the image.{nearly(key, masks)}"
+        text = f"'{name}' has no mask: there is no '{mask}'. Add it, or remove the image.{nearly(key, alike[MASKS])}"
         faults.append(Fault(name, text))
     for key in sorted(masks.keys() - images.keys()):
         name = masks[key]
         text = f"'{name}' has no image: no file in '{where[IMAGES]}' has its name. Add the image, or remove the mask."
-        faults.append(Fault(name, f"{text}{nearly(key, images)}"))
+        faults.append(Fault(name, f"{text}{nearly(key, alike[IMAGES])}"))
     depth = len(where[IMAGES]) + 1
     pairs = [Pair(images[key], masks[key], _stem(images[key][depth:])) for key in images.keys() & masks.keys()]
     return sorted(pairs, key=lambda pair: pair.key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pcenet.data.names import difference, is_text, is_visible, look, nearly, one_form
+from pcenet.data.names import bare, difference, is_text, is_visible, look, nearly, one_form
 
 LITTER = [
     *("@eaDir", "#recycle", "#snapshot", "@tmp", "@Recycle", "@Recently-Snapshot", ".@__thumb", "~snapshot"),
@@ -50,7 +50,7 @@ COMPOSED, DECOMPOSED = "Caf\u00e9", "Cafe\u0301"
 def test_in_what_two_names_differ(one: str, other: str, aspects: str) -> None:
     assert difference(one, other) == difference(other, one) == aspects
     hint = f" There is '{other}', which differs in {aspects}: rename one of them." if aspects else ""
-    assert nearly(one, ["else", other]) == hint
+    assert nearly(one, {bare(name): name for name in ("else", other)}) == hint
 
 
 def test_names_are_compared_in_one_form() -> None:
