@@ -53,7 +53,7 @@ def is_visible(parts: Iterable[str]) -> bool:
 
 def is_text(name: str) -> bool:
     """Whether a name is valid Unicode, which a name on a disk need not be."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def one_form(name: str) -> str:

@@ -143,15 +143,16 @@ def _pairs(paths: list[Parts], root: Parts, faults: list[Fault], strays: list[st
     where = {name: "/".join(folder) for name, folder in folders.items() if folder}
     if not images:
         faults.append(Fault(where[IMAGES], f"'{where[IMAGES]}' holds no image. Fill it, or remove the split."))
-    alike = {name: {bare(key): key for key in keys} for name, keys in files.items()}
-    for key in sorted(images.keys() - masks.keys()):
+    without_mask, without_image = sorted(images.keys() - masks.keys()), sorted(masks.keys() - images.keys())
+    alike = [{bare(key): key for key in keys} for keys in (without_mask, without_image)]
+    for key in without_mask:
         name, mask = images[key], f"{where[MASKS]}/{key}{MASK_SUFFIX}"
-        text = f"'{name}' has no mask: there is no '{mask}'. Add it, or remove the image.{nearly(key, alike[MASKS])}"
+        text = f"'{name}' has no mask: there is no '{mask}'. Add it, or remove the image.{nearly(key, alike[1])}"
         faults.append(Fault(name, text))
-    for key in sorted(masks.keys() - images.keys()):
+    for key in without_image:
         name = masks[key]
         text = f"'{name}' has no image: no file in '{where[IMAGES]}' has its name. Add the image, or remove the mask."
-        faults.append(Fault(name, f"{text}{nearly(key, alike[IMAGES])}"))
+        faults.append(Fault(name, f"{text}{nearly(key, alike[0])}"))
     depth = len(where[IMAGES]) + 1
     pairs = [Pair(images[key], masks[key], _stem(images[key][depth:])) for key in images.keys() & masks.keys()]
     return sorted(pairs, key=lambda pair: pair.key)
