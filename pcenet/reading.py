@@ -1,4 +1,4 @@
-"""What is looked at before a file is read. Imports nothing heavy, because the command line needs it early."""
+"""What is asked of a file before it is read. Imports nothing heavy, because the command line needs it early."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def check_regular(path: str | os.PathLike[str], at_most: int | None = None) -> N
         raise ValueError(f"{path}: it is no regular file. Remove it, or name a file.")
     if at_most is not None and about.st_size > at_most:
         raise ValueError(f"{path}: the file has {about.st_size} bytes, more than {at_most}. Shrink or remove it.")
+
+
+def is_text(name: str) -> bool:
+    """Whether a name is valid Unicode, which a name on a disk need not be."""
+    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)

@@ -25,8 +25,9 @@ from typing import NamedTuple, get_args
 
 from pcenet.choices import Split
 from pcenet.data.base import DataError, Fault
-from pcenet.data.names import bare, difference, is_text, look, nearly, one_form
+from pcenet.data.names import bare, difference, look, nearly, one_form
 from pcenet.data.splits import hold_out, select_split
+from pcenet.reading import is_text
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Images that are not read. They stop training, because they would be missed; any other file is passed over with a note.

@@ -51,11 +51,6 @@ def is_visible(parts: Iterable[str]) -> bool:
     return not any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in parts)
 
 
-def is_text(name: str) -> bool:
-    """Whether a name is valid Unicode, which a name on a disk need not be."""
-    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
-
-
 def one_form(name: str) -> str:
     """The form in which names are compared: NFC."""
     return unicodedata.normalize("NFC", name)

@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pcenet.choices import Augment, Split, Task, did_you_mean
+from pcenet.reading import is_text
 from pcenet.training.rules import check_together
 
 ClassWeights = Literal["none", "median"]
@@ -145,6 +146,12 @@ def check(config: Any) -> None:
         ):
             if bound is not None and not holds(value, bound):
                 raise ValueError(f"{name} must be {rule} {bound:.12g}, got {value}")
+
+
+def check_path(name: str, path: str) -> None:
+    """Raise a ``ValueError`` unless a run can write a path down: neither YAML nor safetensors knows other names."""
+    if not is_text(path):
+        raise ValueError(f"{name} {path!r} is no valid Unicode (UTF-8): rename it, or give a link of another name")
 
 
 def check_input_size(value: int | str | None, task: Task) -> None:
@@ -437,6 +444,8 @@ class TrainConfig:
         if self.task == "segment" and self.augment not in ("auto", "none"):
             raise ValueError(f"augment {self.augment!r} is for classification; to segment give auto or none")
         check_together(self)
+        check_path("data", self.data)
+        check_path("out", str(self.folder))
 
     @property
     def model_name(self) -> str:
@@ -496,6 +505,7 @@ class CheckDataConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        check_path("data", self.data)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pcenet.data.names import bare, difference, is_text, is_visible, look, nearly, one_form
+from pcenet.data.names import bare, difference, is_visible, look, nearly, one_form
+from pcenet.reading import is_text
 
 LITTER = [
     *("@eaDir", "#recycle", "#snapshot", "@tmp", "@Recycle", "@Recently-Snapshot", ".@__thumb", "~snapshot"),

@@ -452,6 +452,24 @@ def test_what_has_no_end_is_refused_unread(
 
 
 @pytest.mark.faults("a name that is no valid Unicode")
+def test_a_set_whose_own_name_is_no_text_has_one_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The options of a run and the paths of its weights are written where only Unicode can be."""
+    name = os.fsdecode(b"d\xe9ta")
+    put(tmp_path / name, ".png", encoded(two_colours(), "PNG"))
+    (tmp_path / "data").symlink_to(name)
+    monkeypatch.chdir(tmp_path)
+    for line in (["train", "--data", name], ["train", "--data", name, "--out", "run"], ["check-data", name]):
+        assert main(line) == 2
+        assert r"data 'd\udce9ta' is no valid Unicode (UTF-8): rename it, or" in capsys.readouterr().err
+    assert main(["train", "--out", name]) == 2
+    assert r"out 'd\udce9ta' is no valid Unicode (UTF-8)" in capsys.readouterr().err
+    assert main(["check-data", "data"]) == 0
+    assert not Path("runs").exists()
+
+
+@pytest.mark.faults("a name that is no valid Unicode")
 @pytest.mark.parametrize("name", [b"h\xf6rse/0.png", b"odd/\xe9t\xe9.png", b"\xff"])
 def test_names_that_are_no_text_have_one_verdict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: bytes
