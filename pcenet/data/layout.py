@@ -42,12 +42,12 @@ _WORDS: Mapping[Split, tuple[str, ...]] = {
     "val": ("val", "valid", "validation", "dev", "devel", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-# Names of the folder of a split, in lower case: each word, and with "set" or "data" behind it.
+# Names of the folder of a split, in lower case: each word, and with "set", "data" or "images" behind it.
 SPLIT_FOLDERS: Mapping[str, Split] = {
     f"{word}{end}": split
     for split, words in _WORDS.items()
     for word in words
-    for end in ("", *(f"{sign}{what}" for sign in ("", "_", "-", " ") for what in ("set", "data")))
+    for end in ("", *(f"{sign}{what}" for sign in ("", "_", "-", " ") for what in ("set", "data", "images")))
 }
 # Those that name a split even where there is no other: any folder around a set may be called "dev" or "testing".
 PLAIN_SPLITS = frozenset({"train", "val", "valid", "validation", "test"})

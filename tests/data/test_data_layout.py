@@ -153,6 +153,7 @@ def test_a_class_too_small_to_split_is_refused_by_name() -> None:
         ("train-data", "validation data", "test-data"),
         ("Train_Set", "Valid_Set", "Test_Set"),
         ("training", "eval", None),
+        ("train_images", "val-images", "test images"),
     ],
 )
 @pytest.mark.parametrize("top", ["", "photos/"])
