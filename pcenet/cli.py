@@ -223,11 +223,25 @@ def parse_values(command: str, entries: dict[str, Entry], arguments: list[str]) 
     spellings = {name: name for name in known} | {"-h": "-h", "--print-config": "--print_config"}
     words = [respell(word, spellings) for word in arguments]
     try:
-        values = config_parser(command, entries).parse_args(words).as_dict()
+        parser = config_parser(command, entries)
+        values = parser.parse_args(words).as_dict()
+        given = parser.parse_args(words, defaults=False).as_dict() if "task" in entries else {}
     except argparse.ArgumentError as error:
         raise ValueError(explain(str(error), entries)) from error
     values.pop("config")
+    if "task" in values and "task" not in given:
+        values["task"] = task_of_the_data(values["data"])
     return dict(values)
+
+
+def task_of_the_data(name: str) -> str:
+    """The task where none is given; said in a line unless it is the usual one, or another process says it."""
+    from pcenet.data import task_for
+
+    task = task_for(name)
+    if task != "classify" and not ranks_of_environment().rank:
+        print(f"task {task}: {name} has images and masks")
+    return task
 
 
 def config_parser(command: str, entries: dict[str, Entry]) -> ArgumentParser:
@@ -301,7 +315,7 @@ def run_train(arguments: list[str]) -> int | None:
     """train a network on images"""
     config = parse("train", TrainConfig, arguments)
     if config.devices > 1 and ranks_of_environment().count == 1:
-        return launch(["train", *arguments], config.devices)
+        return launch(["train", *arguments, "--task", config.task], config.devices)
     end_with_the_launcher()
     if config.dry_run:
         from pcenet.training.rehearsal import dry_run

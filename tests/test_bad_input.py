@@ -195,7 +195,51 @@ CASES = [
     Case("option of doctor", ["doctor", "--jsn"], ["unknown option '--jsn'", "did you mean '--json'?"]),
     # Data.
     Case("missing data", [*CLASSIFY, "pcis"], ["'pcis' does not exist", "a folder or .zip", "did you mean 'pics'?"]),
-    Case("data of the other task", [*CLASSIFY, "scenes"], ["'scenes' has a class for each pixel", "the task segment"]),
+    Case(
+        "data of the other task",
+        [*CLASSIFY, "scenes", "--task", "classify"],
+        ["'scenes' has a class for each pixel", "the task segment"],
+    ),
+    Case(
+        "images and masks to classify",
+        [*CLASSIFY, "street", "--task", "classify"],
+        ["street: ", "'images' and 'masks' are images and their masks", "the task is segment (--task segment)"],
+    ),
+    Case(
+        "images and masks, but no pair of them",
+        [*CLASSIFY, "street/train"],
+        ["street/train: ", "'images' and 'masks' are images and their masks", "the task is segment (--task segment)"],
+        both(
+            *(lambda n=n: Path(f"street/train/masks/{n}.png").rename(f"street/train/masks/m{n}.png") for n in range(3))
+        ),
+    ),
+    Case(
+        "class folder instead of the folder around it",
+        [*CLASSIFY, "pics/train/cat"],
+        ["pics/train/cat: it holds images", "but no class folders", "Did you mean the folder around it, 'pics/train'?"],
+    ),
+    Case(
+        "splits of other names",
+        [*CLASSIFY, "pics"],
+        ["pics: the folders 'A', 'B' hold the same folders, 'cat', 'dog'", "call the folders around them train, val"],
+        both(lambda: Path("pics/train").rename("pics/A"), lambda: Path("pics/val").rename("pics/B")),
+    ),
+    Case(
+        "two classes of one look",
+        [*CLASSIFY, "pics"],
+        ["look alike", "differ in Unicode form only"],
+        both(
+            lambda: shutil.copytree("pics/train/cat", "pics/train/caf\u00e9"),
+            lambda: shutil.copytree("pics/train/cat", "pics/train/cafe\u0301"),
+        ),
+    ),
+    Case(
+        "class name that is no text",
+        [*CLASSIFY, "pics"],
+        ["pics: the name 'train/h", "f6rse' is no valid Unicode (UTF-8)", "Rename it"],
+        lambda: shutil.copytree("pics/train/cat", b"pics/train/h\xf6rse".decode(errors="surrogateescape")),
+    ),
+    Case("pipe as data", [*CLASSIFY, "a.zip"], ["a.zip", "it is no regular file"], lambda: os.mkfifo("a.zip")),
     Case("data that is a text", [*CLASSIFY, "notes.txt"], ["'notes.txt' is neither a folder nor a .zip"]),
     Case("empty archive", [*CLASSIFY, "a.zip"], ["a.zip: cannot be read as a zip archive", "anew"], write("a.zip", "")),
     Case(
@@ -268,10 +312,10 @@ CASES = [
         leaves="new",
     ),
     Case(
-        "file that is no image among images",
+        "image in a format that is not read",
         [*CLASSIFY, "pics"],
-        ["'train/cat/notes.txt' is not named like an image", "Move it elsewhere"],
-        write("pics/train/cat/notes.txt", ""),
+        ["'train/cat/9.HEIC' looks like an image, but .heic files are not read", "Convert it, or move it elsewhere"],
+        write("pics/train/cat/9.HEIC", ""),
     ),
     # Masks.
     Case(

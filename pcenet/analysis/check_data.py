@@ -14,6 +14,7 @@ from rich.table import Table
 
 import pcenet.data as data
 from pcenet.analysis.samples import sample_sheet
+from pcenet.data.files import printable
 from pcenet.training.config import CheckDataConfig
 from pcenet.training.folder import write_json
 from pcenet.training.tables import console, percent
@@ -70,7 +71,7 @@ def show(report: data.CheckReport) -> None:
     if report.findings:
         table = Table("", "what", "file", "finding", title="findings")
         for finding, rest in _shortened(report.findings):
-            table.add_row(finding.severity, finding.kind, escape(finding.file), escape(finding.message))
+            table.add_row(finding.severity, finding.kind, escape(printable(finding.file)), escape(finding.message))
             if rest:
                 table.add_row("", finding.kind, "", f"... and {rest} more (--json lists all)")
         screen.print(table)

@@ -38,6 +38,7 @@ from pcenet.data.sources import (
     default_root,
     open_segmentation_source,
     open_source,
+    task_for,
 )
 from pcenet.data.subsets import first_images
 from pcenet.data.transforms import (
@@ -85,5 +86,6 @@ __all__ = [
     "read_class_names",
     "segment_eval_transform",
     "segment_train_transform",
+    "task_for",
     "train_transform",
 ]

@@ -41,7 +41,12 @@ class Source(ABC):
         split: ``"train"``, ``"val"`` or ``"test"``.
         classes: class names, by class number; the same for all splits of a set.
         horizontal_flip: whether a mirrored image keeps its meaning (it does not for digits).
+
+    Attributes:
+        notes: what was guessed of the set as a whole, and what of it was passed over.
     """
+
+    notes: tuple[Fault, ...] = ()
 
     def __init__(self, name: str, split: Split, classes: Sequence[str], *, horizontal_flip: bool = True) -> None:
         self.name = name

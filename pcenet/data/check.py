@@ -31,7 +31,7 @@ from pcenet.data.masks import (
     number_classes,
     size_fault,
 )
-from pcenet.data.pairs import IMAGES, MASKS, Pair, PairLayout, find_pairs
+from pcenet.data.pairs import Pair, PairLayout, find_pairs
 from pcenet.data.sources import SEGMENTATION_SOURCE_NAMES, SOURCE_NAMES, open_tree
 from pcenet.data.splits import held_out_parts, hold_out_alike
 
@@ -184,7 +184,8 @@ def quick_check(sources: Mapping[Split, Source]) -> list[Finding]:
     Raises:
         DataError: an image or a mask among those that were read is faulty.
     """
-    findings = []
+    train = sources["train"]
+    findings = [_note(fault) for fault in train.notes]
     for split, source in sources.items():
         deadline = time.monotonic() + QUICK_SECONDS
         pixels: Counter[bool] = Counter()  # of the masks, by whether they count
@@ -198,11 +199,9 @@ def quick_check(sources: Mapping[Split, Source]) -> list[Finding]:
                 break
         if split == "train":
             findings += _much_ignored(pixels[False], pixels.total())
-    train = sources["train"]
     findings += _few_images(len(train), train.classes)
     if isinstance(train, ImageSource):
         counts = Counter(train.labels)
-        findings += _other_task(train.classes)
         findings += _balance({name: counts[number] for number, name in enumerate(train.classes)}, "classify")
     return findings
 
@@ -282,9 +281,9 @@ class _Notes:
 
 
 def _check_classification(source: str, names: list[str], notes: _Notes, progress: Progress) -> CheckReport:
-    layout, faults = find_layout(names)
+    layout, faults = find_layout(names, notes.tree.around)
     notes.refuse_all("names and folders", faults)
-    notes.findings += _other_task(layout.classes)
+    notes.findings += [_note(fault) for fault in layout.notes]
     _refuse_small_classes(layout, notes)
     splits = _splits_of(layout, notes)
     by_class = _by_class(splits.get("train", [])).values()
@@ -314,6 +313,7 @@ def _check_segmentation(
 ) -> CheckReport:
     layout, faults = find_pairs(names)
     notes.refuse_all("names and folders", faults)
+    notes.findings += [_note(fault) for fault in layout.notes]
     splits = _splits_of(layout, notes)
     wanted = set(_spread(splits.get("train", []), SAMPLES))
     pixels: dict[str, dict[int, int]] = {}
@@ -459,12 +459,9 @@ def _duplicate(first: _Seen, this: _Seen) -> Finding:
     return Finding("warning", "duplicate between splits", this.file, text)
 
 
-def _other_task(classes: Sequence[str]) -> list[Finding]:
-    """Folders for segmentation read as two classes: training would accept them and learn to tell masks."""
-    if set(classes) != {IMAGES, MASKS}:
-        return []
-    text = "the classes are 'images' and 'masks': to learn the class of each pixel, the task is segment."
-    return [Finding("warning", "task", "", text)]
+def _note(fault: Fault) -> Finding:
+    """What was guessed or passed over."""
+    return Finding("warning", "names and folders", fault.file, fault.text)
 
 
 def _much_ignored(ignored: int, pixels: int, values: Iterable[int] = ()) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import zipfile
@@ -15,7 +16,9 @@ from pcenet.choices import GreyRange, Split
 from pcenet.data.base import DataError, Fault, ImageSource
 from pcenet.data.images import decode_image
 from pcenet.data.layout import read_layout
-from pcenet.data.limits import file_fault
+from pcenet.data.limits import LARGEST_FILE, file_fault
+from pcenet.data.names import is_visible
+from pcenet.reading import check_regular
 
 
 def printable(text: str) -> str:
@@ -24,9 +27,15 @@ def printable(text: str) -> str:
 
 
 class FileTree(ABC):
-    """A tree of files that can be listed and read."""
+    """A tree of files that can be listed and read.
+
+    Attributes:
+        path: of the folder or archive.
+        around: the path of the folder around it, if it is a folder, as a user would write it.
+    """
 
     path: Path
+    around: str = ""
 
     def names(self) -> list[str]:
         """Paths from the root, separated by "/"; those of folders end in "/". Raises the first fault of `listing`."""
@@ -37,7 +46,10 @@ class FileTree(ABC):
 
     @abstractmethod
     def listing(self) -> tuple[list[str], list[Fault]]:
-        """The names of all that can be read, and what cannot. Raises ``DataError`` where that is everything."""
+        """The names of all that can be read, and what cannot; neither of what systems leave in folders.
+
+        Raises ``DataError`` where nothing can be read.
+        """
 
     @abstractmethod
     def read(self, name: str) -> bytes:
@@ -49,6 +61,7 @@ class FolderTree(FileTree):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.around = os.path.normpath(path / os.pardir)
 
     def listing(self) -> tuple[list[str], list[Fault]]:
         """All files and folders below; a folder that cannot be read is a fault."""
@@ -63,56 +76,70 @@ class FolderTree(FileTree):
         for folder, subfolders, files in os.walk(self.path, onerror=note, followlinks=True):
             prefix = Path(folder).relative_to(self.path).as_posix().removeprefix(".")
             prefix = f"{prefix}/" if prefix else ""
-            for name in [name for name in subfolders if _leads_back(folder, name)]:
+            subfolders[:] = [name for name in subfolders if is_visible((name,))]  # others are not even entered
+            for name in [name for name in subfolders if _leads_back(self.path, prefix, name)]:
                 subfolders.remove(name)
                 text = f"the folder '{prefix}{name}' is a link to a folder that it lies in. Remove the link."
                 faults.append(Fault(f"{prefix}{name}", text))
-            names += [f"{prefix}{name}/" for name in subfolders] + [f"{prefix}{name}" for name in files]
+            names += [f"{prefix}{name}/" for name in subfolders]
+            names += [f"{prefix}{name}" for name in files if is_visible((name,))]
         return names, faults
 
     def read(self, name: str) -> bytes:
         """The content of one file. Raises ``DataError`` where it cannot be read."""
         path = self.path / name
-        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-            raise DataError(f"{path}: it is no regular file. Remove it.")
         try:
-            _check_size(path, path.stat().st_size)
+            check_regular(path, LARGEST_FILE)
             return path.read_bytes()
         except OSError as error:
             raise DataError(f"{path}: the file cannot be read ({error.strerror}).") from error
+        except ValueError as error:
+            raise DataError(str(error)) from error
 
 
 class ZipTree(FileTree):
-    """The files of a zip archive, read in place.
+    """The files of a zip archive, read in place, under normalised names: "./a//b.jpg" and "a\\b.jpg" are "a/b.jpg".
 
     Each process opens the archive for itself: a file position must not be shared with a forked worker, and an
-    open file cannot be pickled for a spawned one.
+    open file cannot be pickled for a spawned one. All of them have to find the same archive.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._archive: zipfile.ZipFile | None = None
+        self._entries: dict[str, zipfile.ZipInfo] = {}
+        self._content = b""  # a digest of names, sizes and checksums, once it has been opened
         self._process = 0
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "_archive": None, "_process": 0}
+        return {"path": self.path, "_archive": None, "_entries": {}, "_content": self._content, "_process": 0}
 
     def listing(self) -> tuple[list[str], list[Fault]]:
-        """All entries; one that is unsafe, encrypted or compressed in a rare way is a fault."""
-        entries = self._open().infolist()
-        found = ((entry.filename, _entry_fault(entry)) for entry in entries)
-        faults = {name: Fault(name, text) for name, text in found if text}
-        names = dict.fromkeys(entry.filename for entry in entries)  # of two of one name the later is read
-        return [name for name in names if name not in faults], list(faults.values())
+        """All entries; one that is unsafe, encrypted, there twice, or compressed in a rare way is a fault."""
+        faults: dict[str, Fault] = {}
+        spelling: dict[str, str] = {}
+        for entry in self._open().infolist():
+            name = _normalised(entry.filename)
+            fault = _unsafe(entry.filename)
+            if not fault and not is_visible(name.split("/")):
+                continue
+            first = spelling.setdefault(name, entry.filename)
+            if not fault and first != entry.filename and not entry.is_dir():
+                fault = f"'{first}' and '{entry.filename}' are the same file. Make the archive anew with one of them."
+            if fault := fault or _unreadable(entry):
+                faults[name] = Fault(name, fault)
+        return [name for name in spelling if name and name not in faults], list(faults.values())
 
     def read(self, name: str) -> bytes:
-        """The content of one file. Raises ``DataError`` where it is damaged."""
+        """The content of one file. Raises ``DataError`` where it is damaged, or where the archive has changed."""
         archive = self._open()
+        if name not in self._entries:
+            raise DataError(f"{self.path}: '{name}' is not in the archive. Put back the archive that held it.")
+        entry = self._entries[name]
+        if fault := file_fault(entry.file_size):
+            raise DataError(f"{self.path}: '{name}': {fault}")
         try:
-            _check_size(f"{self.path}: '{name}'", archive.getinfo(name).file_size)
-            return archive.read(name)
-        except DataError:
-            raise
+            return archive.read(entry)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
             raise DataError(
                 f"{self.path}: '{name}' is damaged in the archive ({error}). Make or download it anew."
@@ -121,35 +148,52 @@ class ZipTree(FileTree):
     def _open(self) -> zipfile.ZipFile:
         if self._archive is None or self._process != os.getpid():
             try:
+                check_regular(self.path)
                 self._archive = zipfile.ZipFile(self.path)
             except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
                 raise DataError(
                     f"{self.path}: cannot be read as a zip archive ({error}). Make or download it anew."
                 ) from error
-            self._process = os.getpid()
+            entries = self._archive.infolist()
+            self._entries = {_normalised(entry.filename): entry for entry in entries}  # of two of one name the later
+            content = _digest(entries)
+            if self._content not in (b"", content):
+                raise DataError(f"{self.path}: the archive has changed while it was in use. Put it back.")
+            self._content, self._process = content, os.getpid()
         return self._archive
 
 
-def _leads_back(folder: str, name: str) -> bool:
-    """Whether a link in a folder leads to that folder or one around it."""
-    path = os.path.join(folder, name)
-    return os.path.islink(path) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path))
+def _leads_back(root: Path, prefix: str, name: str) -> bool:
+    """Whether a link below ``root`` leads to a folder that it lies in, on the way that was taken to it."""
+    path = root / prefix / name
+    if not path.is_symlink():
+        return False
+    way = [root, *(root / above for above in Path(prefix).parents), root / prefix]
+    target = os.path.realpath(path)
+    return any(Path(os.path.realpath(folder)).is_relative_to(target) for folder in way)
 
 
-def _check_size(name: object, size: int) -> None:
-    """Raise a ``DataError`` for a file larger than any image need be; an archive unpacks to no more than it says."""
-    if fault := file_fault(size):
-        raise DataError(f"{name}: {fault}")
+def _normalised(name: str) -> str:
+    """An archive's name for a file without what means nothing: ".", double slashes, Windows's backslashes."""
+    *folders, file = name.replace("\\", "/").split("/")
+    parts = [part for part in folders if part not in ("", ".")]
+    return "/".join([*parts, "" if file == "." else file]) if parts else file
 
 
-def _entry_fault(entry: zipfile.ZipInfo) -> str | None:
+def _unsafe(name: str) -> str | None:
+    """Why an archive's name for a file is not accepted, if so."""
+    path = name.replace("\\", "/")
+    if not (path.startswith("/") or ":" in path[:2] or ".." in path.split("/")):
+        return None
+    return (
+        f"unsafe name '{name}': a name in an archive must be relative, and without '..' or a drive."
+        f" Make the archive anew."
+    )
+
+
+def _unreadable(entry: zipfile.ZipInfo) -> str | None:
     """Why an entry of an archive is not read, if so."""
     name = entry.filename
-    if name.startswith("/") or "\\" in name or ":" in name[:2] or ".." in name.split("/"):
-        return (
-            f"unsafe name '{name}': a name in an archive must be relative, separated by '/', and without '..'."
-            f" Make the archive anew."
-        )
     if stat.S_ISLNK(entry.external_attr >> 16):
         return f"'{name}' is a symbolic link. Make the archive anew with the files themselves."
     if entry.flag_bits & 0x1:
@@ -162,15 +206,25 @@ def _entry_fault(entry: zipfile.ZipInfo) -> str | None:
     return None
 
 
+def _digest(entries: list[zipfile.ZipInfo]) -> bytes:
+    """By which the content of an archive is known again: names, sizes and checksums."""
+    digest = hashlib.blake2b(digest_size=16)
+    for entry in entries:
+        text = f"{entry.filename}\0{entry.file_size}\0{entry.CRC}\0"
+        digest.update(text.encode(errors="surrogateescape"))
+    return digest.digest()
+
+
 class FileSource(ImageSource):
     """One split of a tree of image files; ``pcenet.data.layout`` says how the tree is understood."""
 
     def __init__(self, tree: FileTree, split: Split, grey_range: GreyRange | None = None) -> None:
-        layout = read_layout(tree.names(), str(tree.path))
+        layout = read_layout(tree.names(), str(tree.path), tree.around)
         items = layout.select(split, str(tree.path))
         super().__init__(
             os.path.basename(os.path.abspath(tree.path)), split, layout.classes, [item.label for item in items]
         )
+        self.notes = layout.notes
         self._tree = tree
         self._names = [item.name for item in items]
         self._grey_range = grey_range

@@ -2,35 +2,62 @@
 
 Two layouts, either of them inside one more folder if need be::
 
-    train/cat/1.jpg   val/cat/2.jpg   test/cat/3.jpg      "valid" and "validation" are read as "val"
+    train/cat/1.jpg   val/cat/2.jpg   test/cat/3.jpg      Training, dev, test_set and the like, see SPLIT_FOLDERS
     cat/1.jpg         dog/2.jpg                           the same as having "train" alone
 
-A set with ``train`` alone is split deterministically 80/10/10 into train, val and test (``hold_out``); of one
-with ``train`` and ``test``, 10 % of ``train`` become ``val``. Nothing is taken from ``train`` where ``val``
-exists. Hidden files and those of macOS and Windows file managers do not count.
+Images may lie in folders below those of their classes. A set with ``train`` alone is split deterministically 80/10/10
+into train, val and test (``hold_out``); of one with ``train`` and ``test``, 10 % of ``train`` become ``val``. Nothing
+is taken from ``train`` where ``val`` exists. What systems leave in folders is not listed (``pcenet.data.names``).
+
+Structure is guessed from names, so what contradicts the guess is a fault: images beside splits, folders of one name
+below each class, images with their masks. What was guessed or passed over is a note.
 
 `read_layout` raises the first fault, `find_layout` lists all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple, get_args
 
 from pcenet.choices import Split
 from pcenet.data.base import DataError, Fault
+from pcenet.data.names import bare, difference, look, nearly, one_form
 from pcenet.data.splits import hold_out, select_split
+from pcenet.reading import is_text
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-SPLIT_FOLDERS: Mapping[str, Split] = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
+# Images that are not read. They stop training, because they would be missed; any other file is passed over with a note.
+UNREAD_SUFFIXES = (
+    *(".apng", ".avif", ".dib", ".heic", ".heif", ".hif", ".j2k", ".jp2", ".jpe", ".jpx", ".jxl", ".mpo", ".pbm"),
+    *(".pcx", ".pnm", ".psd", ".svg", ".tga", ".xcf"),
+    *(".3fr", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"),
+    *(".dcm", ".dicom", ".exr", ".hdr", ".nii", ".nii.gz", ".npy", ".npz"),
+)
+_WORDS: Mapping[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev", "devel", "eval", "evaluation"),
+    "test": ("test", "testing"),
 }
-_IGNORED = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
+# Names of the folder of a split, in lower case: each word, and with "set", "data" or "images" behind it.
+SPLIT_FOLDERS: Mapping[str, Split] = {
+    f"{word}{end}": split
+    for split, words in _WORDS.items()
+    for word in words
+    for end in ("", *(f"{sign}{what}" for sign in ("", "_", "-", " ") for what in ("set", "data", "images")))
+}
+# Those that name a split even where there is no other: any folder around a set may be called "dev" or "testing".
+PLAIN_SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
+_MOST_SPLITS = 10  # more folders than this that hold the same folders are no splits
+_SHOWN = 5  # names in a message
+# Folders of images with masks in names of their own: refused as classes, and hinted at in segmentation.
+IMAGE_WORDS = frozenset({"images", "image", "imgs", "img", "jpegimages"})
+MASK_WORDS = frozenset(
+    {"masks", "mask", "labels", "label", "annotations", "annotation", "gt", "groundtruth", "segmentationclass"}
+)
 
 Parts = tuple[str, ...]  # a path from the root of the tree; that of a folder ends in ""
 
@@ -45,10 +72,17 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The classes of a set, sorted, and the files of each split that it comes with, sorted."""
+    """How a set was understood.
+
+    Attributes:
+        classes: their names, sorted.
+        splits: the files of each split that the set comes with, sorted.
+        notes: what was guessed, and what was passed over.
+    """
 
     classes: tuple[str, ...]
     splits: Mapping[Split, list[Item]]
+    notes: tuple[Fault, ...] = ()
 
     def select(self, split: Split, where: str) -> list[Item]:
         """The files of one split; held out of ``train`` where the set comes without (see above).
@@ -64,24 +98,26 @@ class Layout:
         return select_split(self.splits, split, out_of_train, where=where, content="a folder per class")
 
 
-def read_layout(names: Iterable[str], where: str) -> Layout:
+def read_layout(names: Iterable[str], where: str, around: str = "") -> Layout:
     """Find classes and splits in the names of a tree.
 
     Args:
         names: paths from the root of the tree, separated by "/"; those of folders end in "/".
         where: what to call the tree in an error.
+        around: the path of the folder around the tree, to be suggested where the tree is one class.
 
     Raises:
-        DataError: there are no images, or fewer than two classes; an image lies outside a class folder, a
-            class folder is empty or holds another kind of file; a split lacks a class.
+        DataError: there are no images, or fewer than two classes; an image lies outside a class folder, is in a format
+            that is not read, or has a name that is no text; a class folder is empty; a split lacks a class; what looks
+            like classes are splits, or images and their masks.
     """
-    layout, faults = find_layout(names)
+    layout, faults = find_layout(names, around)
     if faults:
         raise DataError(f"{where}: {faults[0].text}")
     return layout
 
 
-def find_layout(names: Iterable[str]) -> tuple[Layout, list[Fault]]:
+def find_layout(names: Iterable[str], around: str = "") -> tuple[Layout, list[Fault]]:
     """What ``read_layout`` makes of a tree, as far as it can be understood, and everything that it would refuse."""
     faults: list[Fault] = []
     paths = data_paths(names, faults)
@@ -90,31 +126,71 @@ def find_layout(names: Iterable[str]) -> tuple[Layout, list[Fault]]:
             f"Expected a folder per class, or the folders train, val and test with a folder per class in each, and in"
             f" these files that end in {', '.join(IMAGE_SUFFIXES)}."
         )
-        return Layout((), {}), [*faults, Fault("", f"no images found. {expected}")]
+        unread = [unread_format("/".join(path)) for path in paths if is_unread(path)]
+        return Layout((), {}), [*faults, *unread, Fault("", f"no images found. {expected}")]
     top = _single_top(paths)
     roots = _split_folders(paths, top, faults)
-    by_split = {split: _by_class(paths, root, faults) for split, root in (roots or {"train": top}).items()}
-    classes = sorted({name for by_class in by_split.values() for name in by_class})
-    _check_classes(by_split, classes, roots, faults)
-    splits = {
-        split: [Item(*file, label) for label, name in enumerate(classes) for file in sorted(by_class.get(name, []))]
-        for split, by_class in by_split.items()
+    strays: list[str] = []
+    by_split = {
+        split: _by_class(paths, root, faults, strays, around) for split, root in (roots or {"train": top}).items()
     }
-    return Layout(tuple(classes), splits), faults
+    spelling: dict[str, str] = {}  # in the first split that has the class
+    for name in (name for by_class in by_split.values() for name in by_class):
+        spelling.setdefault(one_form(name), name)
+    classes = sorted(spelling.values())
+    if not roots:
+        _check_for_splits(paths, top, faults)
+    _check_for_masks(by_split.values(), faults)
+    _check_classes(by_split, classes, roots, faults)
+    splits: dict[Split, list[Item]] = {}
+    for split, by_class in by_split.items():
+        files: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+        for name, found in by_class.items():
+            files[one_form(name)] += found
+        splits[split] = [
+            Item(*file, label) for label, name in enumerate(classes) for file in sorted(files[one_form(name)])
+        ]
+    notes = (*split_notes(roots), *left_out(strays, "class folders"))
+    return Layout(tuple(classes), splits, notes), faults
 
 
 def data_paths(names: Iterable[str], faults: list[Fault]) -> list[Parts]:
-    """The names that count, in parts; an archive among them is a fault, since it is not looked into."""
-    paths = [path for path in (tuple(name.split("/")) for name in names) if is_visible(path)]
-    for name in ("/".join(path) for path in paths if _is_archive(path)):
-        text = f"'{name}' is an archive inside the data set and is not opened. Unpack it there, or move it elsewhere."
-        faults.append(Fault(name, text))
-    return [path for path in paths if not _is_archive(path)]
+    """The names that count, in parts.
+
+    An archive among them is a fault, since it is not looked into, and so is an image whose name, or folder's name, is
+    no text: reports and checkpoints could not name it.
+    """
+    paths = []
+    strange: dict[Parts, Fault] = {}
+    for name in names:
+        path = tuple(name.split("/"))
+        if _is_archive(path):
+            text = (
+                f"'{name}' is an archive inside the data set and is not opened. Unpack it there, or move it elsewhere."
+            )
+            faults.append(Fault(name, text))
+            continue
+        paths.append(path)
+        if is_image(path) and not is_text(name):
+            end = next(index for index, part in enumerate(path, 1) if not is_text(part))
+            file = "/".join(path[:end])
+            seen = file.encode(errors="backslashreplace").decode()
+            text = f"the name '{seen}' is no valid Unicode (UTF-8), as names from other systems may be. Rename it."
+            strange.setdefault(path[:end], Fault(file, text))
+    faults += strange.values()
+    if not strange:
+        return paths
+    return [path for path in paths if not any(path[:end] in strange for end in range(1, len(path) + 1))]
 
 
 def is_image(path: Parts) -> bool:
     """Whether a file is named like an image."""
     return path[-1].lower().endswith(IMAGE_SUFFIXES)
+
+
+def is_unread(path: Parts) -> bool:
+    """Whether a file is named like an image in a format that is not read."""
+    return path[-1].lower().endswith(UNREAD_SUFFIXES)
 
 
 def split_roots(paths: list[Parts], folders: list[Parts], faults: list[Fault]) -> dict[Split, Parts]:
@@ -133,9 +209,32 @@ def split_roots(paths: list[Parts], folders: list[Parts], faults: list[Fault]) -
     return roots
 
 
-def is_visible(path: Parts) -> bool:
-    """Whether a path is neither hidden nor made by a file manager."""
-    return not any(part.startswith(".") or part in _IGNORED for part in path)
+def split_notes(roots: Mapping[Split, Parts]) -> list[Fault]:
+    """What is said of split folders that are not called train, val and test: one note, or none."""
+    read = [f"'{root[-1]}' as {split}" for split, root in roots.items() if root[-1].lower() != split]
+    return [Fault("", f"folders are read as splits by their names: {', '.join(read)}.")] if read else []
+
+
+def left_out(files: list[str], where: str) -> list[Fault]:
+    """One note on the files that were passed over in folders of images, or none."""
+    if not files:
+        return []
+    first = min(files)
+    text = (
+        f"{len(files)} file(s) in {where} are not named like images and are left out, the first '{first}'. Images end"
+        f" in {', '.join(IMAGE_SUFFIXES)}."
+    )
+    return [Fault(first, text)]
+
+
+def unread_format(name: str) -> Fault:
+    """The fault of an image in a format that is not read."""
+    suffix = next(suffix for suffix in UNREAD_SUFFIXES if name.lower().endswith(suffix))
+    return Fault(
+        name,
+        f"'{name}' looks like an image, but {suffix} files are not read: only those that end in"
+        f" {', '.join(IMAGE_SUFFIXES)}. Convert it, or move it elsewhere.",
+    )
 
 
 def _is_archive(path: Parts) -> bool:
@@ -153,7 +252,7 @@ def _single_top(paths: list[Parts]) -> Parts:
         return ()
     (top,) = tops
     below = {path[1].lower() for path in paths if len(path) > 2}
-    return () if top.lower() in SPLIT_FOLDERS and not below <= SPLIT_FOLDERS.keys() else (top,)
+    return () if top.lower() in PLAIN_SPLITS and not below <= SPLIT_FOLDERS.keys() else (top,)
 
 
 def _split_folders(paths: list[Parts], top: Parts, faults: list[Fault]) -> dict[Split, Parts]:
@@ -161,38 +260,111 @@ def _split_folders(paths: list[Parts], top: Parts, faults: list[Fault]) -> dict[
     depth = len(top)
     folders = sorted({path[: depth + 1] for path in paths if len(path) > depth + 1})
     named = [folder for folder in folders if folder[-1].lower() in SPLIT_FOLDERS]
-    nested = any(len(path) > depth + 2 and path[: depth + 1] in named for path in paths)
-    return split_roots(paths, named, faults) if named and (nested or named == folders) else {}
+    alone = {path[: depth + 1] for path in paths if len(path) > depth + 1 and is_image(path)} <= set(named)
+    below = _folders_below(paths, named)
+    nested = any(below[folder] and folder[-1].lower() in PLAIN_SPLITS for folder in named)
+    alike = len(set().union(*below.values())) < sum(map(len, below.values()))  # two of them have a class in common
+    return split_roots(paths, named, faults) if named and (alone or nested or alike) else {}
 
 
-def _by_class(paths: list[Parts], root: Parts, faults: list[Fault]) -> dict[str, list[tuple[str, str]]]:
-    """(name, key) of the image files below each class folder of ``root``."""
+def _folders_below(paths: list[Parts], folders: Collection[Parts]) -> dict[Parts, set[str]]:
+    """The names of the folders with images in each folder, in one form and in lower case."""
+    below: dict[Parts, set[str]] = {folder: set() for folder in folders}
+    depth = len(next(iter(folders), ()))
+    for path in paths:
+        if is_image(path) and len(path) > depth + 1 and path[:depth] in below:
+            below[path[:depth]].add(one_form(path[depth]).casefold())
+    return below
+
+
+def _by_class(
+    paths: list[Parts], root: Parts, faults: list[Fault], strays: list[str], around: str
+) -> dict[str, list[tuple[str, str]]]:
+    """(name, key) of the image files below each class folder of ``root``; files that are no images are ``strays``."""
     by_class: dict[str, list[tuple[str, str]]] = {}
-    depth = len(root)
+    depth, alone = len(root), []
     for path in (path for path in paths if path[:depth] == root and len(path) > depth):
         name = "/".join(path)
         if len(path) == depth + 1:
-            if is_image(path):
-                faults.append(Fault(name, f"'{name}' lies in no class folder. Move it into one."))
+            alone += [name] if is_image(path) else []
             continue
         files = by_class.setdefault(path[depth], [])
         if is_image(path):
             files.append((name, "/".join(path[depth:])))
+        elif is_unread(path):
+            faults.append(unread_format(name))
         elif path[-1]:
-            faults.append(not_an_image(name, "A class folder"))
+            strays.append(name)
+    if alone and not any(by_class.values()):
+        text = f"it holds images, such as '{alone[0]}', but no class folders: these have to lie in a folder per class."
+        hint = f" Did you mean the folder around it, '{around}'?" if around and not root else ""
+        faults.append(Fault("/".join(root), (f"'{'/'.join(root)}': {text}" if root else text) + hint))
+        alone = []
+    for name in alone:
+        faults.append(Fault(name, f"'{name}' lies in no class folder. Move it into one."))
     for name in (name for name, files in by_class.items() if not files):
         folder = "/".join((*root, name))
         faults.append(Fault(folder, f"the class folder '{folder}' holds no image. Fill it or remove it."))
+    faults += _same_looks(root, by_class)
     return by_class
 
 
-def not_an_image(name: str, folder: str) -> Fault:
-    """The fault of a file in a ``folder`` ("A class folder") that is for images alone."""
-    return Fault(
-        name,
-        f"'{name}' is not named like an image. {folder} holds only files that end in"
-        f" {', '.join(IMAGE_SUFFIXES)}. Move it elsewhere.",
-    )
+def _same_looks(root: Parts, names: Iterable[str]) -> list[Fault]:
+    """Class folders of one split whose names cannot be told apart."""
+    first: dict[str, str] = {}
+    faults = []
+    for name in sorted(names):
+        other = first.setdefault(look(name), name)
+        if other != name:
+            folder = "/".join((*root, name))
+            text = (
+                f"the class folders '{'/'.join((*root, other))}' and '{folder}' look alike and differ in"
+                f" {difference(other, name)} only. Put their images into one of them."
+            )
+            faults.append(Fault(folder, text))
+    return faults
+
+
+def _check_for_splits(paths: list[Parts], top: Parts, faults: list[Fault]) -> None:
+    """Folders that hold the same folders, and no images of their own, may be splits instead of classes."""
+    depth = len(top)
+    images = [path for path in paths if is_image(path) and len(path) > depth + 1]
+    folders = sorted({path[: depth + 1] for path in images})
+    if not 1 < len(folders) <= _MOST_SPLITS or any(len(path) == depth + 2 for path in images):
+        return
+    below = _folders_below(images, folders)
+    same = sorted(below[folders[0]])
+    if len(same) > 1 and all(names == set(same) for names in below.values()):
+        shown = ", ".join(f"'{name}'" for name in same[:_SHOWN]) + (", ..." if len(same) > _SHOWN else "")
+        text = (
+            f"the folders {_names(folders)} hold the same folders, {shown}. If these are the classes, call the folders"
+            f" around them train, val and test; if {_names(folders)} are, move them into a folder 'train'."
+        )
+        faults.append(Fault("", text))
+
+
+def _check_for_masks(by_split: Iterable[Mapping[str, list[tuple[str, str]]]], faults: list[Fault]) -> None:
+    """Folders of images and of their masks are no classes: a network would learn to tell a mask from an image."""
+    files: defaultdict[str, list[str]] = defaultdict(list)
+    for by_class in by_split:
+        for name, found in by_class.items():
+            files[name] += [key for _, key in found]
+    names = {name.lower(): name for name in files}
+    images, masks = (sorted(names[word] for word in names.keys() & words) for words in (IMAGE_WORDS, MASK_WORDS))
+    stems = {
+        name: {key.partition("/")[2].rpartition(".")[0] for key in files[name]}
+        for name in (*images, *masks)
+        if images and masks
+    }
+    for image, mask in product(images, masks):
+        paired = 2 * len(stems[image] & stems[mask]) >= len(stems[image]) > 0
+        certain = (image.lower(), mask.lower()) == ("images", "masks")
+        if (certain and paired) or (len(names) == 2 and (certain or paired)):
+            text = (
+                f"the folders '{image}' and '{mask}' are images and their masks, not classes. To learn the class of"
+                f" each pixel the task is segment (--task segment), and the folders are called images and masks."
+            )
+            faults.append(Fault("", text))
 
 
 def _check_classes(
@@ -202,11 +374,12 @@ def _check_classes(
     faults: list[Fault],
 ) -> None:
     for split, by_class in by_split.items():
-        lacking = [name for name in classes if name not in by_class]
+        there, alike = {one_form(name) for name in by_class}, {bare(name): name for name in by_class}
+        lacking = [name for name in classes if one_form(name) not in there]
         for name in lacking if by_class else lacking[:1]:
             text = (
                 f"split '{split}' has no folder for class '{name}' ({len(lacking)} of {len(classes)} classes lack one)."
-                f" Every split needs every class: add images or remove the class."
+                f" Every split needs every class: add images or remove the class.{nearly(name, alike)}"
             )
             faults.append(Fault("/".join((*roots[split], name) if by_class else roots[split]), text))
     if len(classes) == 1:

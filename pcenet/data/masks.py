@@ -13,7 +13,10 @@ from pcenet.choices import NOTHING_IGNORED, GreyRange, IgnoreIndex, Split
 from pcenet.data.base import IGNORE, DataError, SegmentationSource
 from pcenet.data.files import FileTree
 from pcenet.data.images import decode_image, decode_mask
+from pcenet.data.limits import LARGEST_FILE
+from pcenet.data.names import one_form
 from pcenet.data.pairs import Pair, PairLayout, read_pairs
+from pcenet.reading import check_regular
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,9 @@ def open_pairs(
     where = str(tree.path)
     layout = read_pairs(tree.names(), where)
     pairs = layout.select(split, where)
-    return PairSource(tree, split, pairs, mask_classes(tree, layout, classes, ignore_index), grey_range)
+    source = PairSource(tree, split, pairs, mask_classes(tree, layout, classes, ignore_index), grey_range)
+    source.notes = layout.notes
+    return source
 
 
 def mask_classes(
@@ -205,9 +210,11 @@ def read_class_names(path: str | Path) -> list[str]:
     """Class names from a text file (UTF-8) with one name per line; the first line is mask value 0.
 
     Raises:
+        ValueError: it is no regular file.
         DataError: the file cannot be read or is no text, is empty, has an empty line, or names a class twice.
     """
     try:
+        check_regular(Path(path).expanduser(), LARGEST_FILE)
         data = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise DataError(f"{path}: the file of class names cannot be read ({error.strerror}).") from error
@@ -234,9 +241,10 @@ def check_class_names(names: Sequence[str], where: str) -> None:
     for value, name in enumerate(names):
         if not name:
             raise DataError(f"{where}: the class name of mask value {value} (line {value + 1}) is empty. Give it one.")
-        if name in names[:value]:
+        first = [one_form(other) for other in names].index(one_form(name))
+        if first < value:
             raise DataError(
-                f"{where}: the class name '{name}' stands for the mask values {names.index(name)} and {value}."
+                f"{where}: the class name '{name}' stands for the mask values {first} and {value}."
                 f" Give each value a name of its own."
             )
 

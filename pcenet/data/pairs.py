@@ -5,9 +5,9 @@ Two layouts, either of them inside one more folder if need be::
     train/images/1.jpg   train/masks/1.png   val/images/2.jpg   val/masks/2.png      ...
     images/1.jpg         masks/1.png                             the same as having "train" alone
 
-An image and its mask have the same name up to the suffix, folders below ``images`` and ``masks`` included. A file
-``classes.txt`` beside the splits may name the classes. Names of splits, holding out and files that do not count are
-as in ``pcenet.data.layout``.
+An image and its mask have the same name up to the suffix, folders below ``images`` and ``masks`` included. ``Images``
+and ``MASKS`` will do. A file ``classes.txt`` beside the splits may name the classes. Names of splits, holding out and
+files that do not count are as in ``pcenet.data.layout``.
 
 `read_pairs` raises the first fault, `find_pairs` lists all of them.
 """
@@ -20,7 +20,22 @@ from typing import NamedTuple
 
 from pcenet.choices import Split
 from pcenet.data.base import DataError, Fault
-from pcenet.data.layout import IMAGE_SUFFIXES, SPLIT_FOLDERS, Parts, data_paths, is_image, not_an_image, split_roots
+from pcenet.data.layout import (
+    IMAGE_SUFFIXES,
+    IMAGE_WORDS,
+    MASK_WORDS,
+    PLAIN_SPLITS,
+    SPLIT_FOLDERS,
+    Parts,
+    data_paths,
+    is_image,
+    is_unread,
+    left_out,
+    split_notes,
+    split_roots,
+    unread_format,
+)
+from pcenet.data.names import bare, difference, nearly, one_form
 from pcenet.data.splits import hold_out_alike, select_split
 
 IMAGES, MASKS, CLASSES_FILE = "images", "masks", "classes.txt"
@@ -37,10 +52,17 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class PairLayout:
-    """The pairs of each split that a set comes with, sorted, and the file that names its classes, if any."""
+    """How a set was understood.
+
+    Attributes:
+        splits: the pairs of each split that the set comes with, sorted.
+        classes_file: the file that names its classes, if any.
+        notes: what was guessed, and what was passed over.
+    """
 
     splits: Mapping[Split, list[Pair]]
     classes_file: str | None
+    notes: tuple[Fault, ...] = ()
 
     def select(self, split: Split, where: str) -> list[Pair]:
         """The pairs of one split; held out of ``train`` where the set comes without.
@@ -63,8 +85,8 @@ def read_pairs(names: Iterable[str], where: str) -> PairLayout:
         where: what to call the tree in an error.
 
     Raises:
-        DataError: there are no folders ``images`` and ``masks``, one of them is missing, empty or holds another kind
-            of file; an image has no mask or a mask no image; an image lies outside.
+        DataError: there are no folders ``images`` and ``masks``, one of them is missing, empty or holds images in a
+            format that is not read; an image has no mask or a mask no image; an image lies outside.
     """
     layout, faults = find_pairs(names)
     if faults:
@@ -78,75 +100,103 @@ def find_pairs(names: Iterable[str]) -> tuple[PairLayout, list[Fault]]:
     paths = data_paths(names, faults)
     top = _single_top(paths)
     roots = _roots(paths, top, faults)
-    splits = {split: _pairs(paths, root, faults) for split, root in roots.items()}
+    strays: list[str] = []
+    splits = {split: _pairs(paths, root, faults, strays) for split, root in roots.items()}
+    split_folders = {split: root for split, root in roots.items() if root != top}
+    notes = (*split_notes(split_folders), *left_out(strays, "folders of images and masks"))
     named = [path for path in ((CLASSES_FILE,), (*top, CLASSES_FILE)) if path in paths]
-    return PairLayout(splits, "/".join(named[-1]) if named else None), faults
+    return PairLayout(splits, "/".join(named[-1]) if named else None, notes), faults
 
 
 def _single_top(paths: list[Parts]) -> Parts:
     """The one folder around splits, or around images and masks; ``()`` where there is none."""
     tops = {path[0] for path in paths if len(path) > 1}
-    return tuple(tops) if len(tops) == 1 and not _mean_something(tops) else ()
-
-
-def _mean_something(folders: Iterable[str]) -> bool:
-    return any(folder.lower() in (*SPLIT_FOLDERS, IMAGES, MASKS) for folder in folders)
+    meant = PLAIN_SPLITS | {IMAGES, MASKS}
+    return tuple(tops) if len(tops) == 1 and not meant & {top.lower() for top in tops} else ()
 
 
 def _roots(paths: list[Parts], top: Parts, faults: list[Fault]) -> dict[Split, Parts]:
     """The folder of each split, which holds images and masks."""
     depth = len(top)
     folders = sorted({path[: depth + 1] for path in paths if len(path) > depth + 1})
-    if not _mean_something(folder[-1] for folder in folders):
+    if not {folder[-1].lower() for folder in folders} & (SPLIT_FOLDERS.keys() | IMAGE_WORDS | MASK_WORDS):
         expected = (
             f"Expected them at the top, or in the folders train, val and test: images/NAME.jpg with masks/NAME.png."
             f" Images end in {', '.join(IMAGE_SUFFIXES)}, masks in {MASK_SUFFIX}."
         )
         faults.append(Fault("", f"no folders images and masks found. {expected}"))
         return {}
-    named = [folder for folder in folders if folder[-1].lower() in SPLIT_FOLDERS]
+    there = {folder[-1].lower() for folder in folders}
+    # Beside images and masks a folder called "dev" or "eval" may be anything.
+    meant = PLAIN_SPLITS if {IMAGES, MASKS} <= there else SPLIT_FOLDERS.keys()
+    named = [folder for folder in folders if folder[-1].lower() in meant]
     return split_roots(paths, named, faults) if named else {"train": top}
 
 
-def _pairs(paths: list[Parts], root: Parts, faults: list[Fault]) -> list[Pair]:
+def _pairs(paths: list[Parts], root: Parts, faults: list[Fault], strays: list[str]) -> list[Pair]:
     """The images of one split that have a mask."""
-    files = {folder: _files(paths, (*root, folder), faults) for folder in (IMAGES, MASKS)}
-    images, masks = files[IMAGES], files[MASKS]
-    if images is None or masks is None:
+    folders = {name: _folder(paths, root, name, faults) for name in (IMAGES, MASKS)}
+    files = {name: _files(paths, folder, name, faults, strays) for name, folder in folders.items() if folder}
+    if len(files) < 2:
         return []
+    images, masks = files[IMAGES], files[MASKS]
+    where = {name: "/".join(folder) for name, folder in folders.items() if folder}
     if not images:
-        folder = "/".join((*root, IMAGES))
-        faults.append(Fault(folder, f"'{folder}' holds no image. Fill it, or remove the split."))
-    for key in sorted(images.keys() - masks.keys()):
-        name, mask = images[key], "/".join((*root, MASKS, key)) + MASK_SUFFIX
-        faults.append(Fault(name, f"'{name}' has no mask: there is no '{mask}'. Add it, or remove the image."))
-    for key in sorted(masks.keys() - images.keys()):
-        name, folder = masks[key], "/".join((*root, IMAGES))
-        text = f"'{name}' has no image: no file in '{folder}' has its name. Add the image, or remove the mask."
+        faults.append(Fault(where[IMAGES], f"'{where[IMAGES]}' holds no image. Fill it, or remove the split."))
+    without_mask, without_image = sorted(images.keys() - masks.keys()), sorted(masks.keys() - images.keys())
+    alike = [{bare(key): key for key in keys} for keys in (without_mask, without_image)]
+    for key in without_mask:
+        name, mask = images[key], f"{where[MASKS]}/{key}{MASK_SUFFIX}"
+        text = f"'{name}' has no mask: there is no '{mask}'. Add it, or remove the image.{nearly(key, alike[1])}"
         faults.append(Fault(name, text))
-    return [Pair(images[key], masks[key], key) for key in sorted(images.keys() & masks.keys())]
+    for key in without_image:
+        name = masks[key]
+        text = f"'{name}' has no image: no file in '{where[IMAGES]}' has its name. Add the image, or remove the mask."
+        faults.append(Fault(name, f"{text}{nearly(key, alike[0])}"))
+    depth = len(where[IMAGES]) + 1
+    pairs = [Pair(images[key], masks[key], _stem(images[key][depth:])) for key in images.keys() & masks.keys()]
+    return sorted(pairs, key=lambda pair: pair.key)
 
 
-def _files(paths: list[Parts], folder: Parts, faults: list[Fault]) -> dict[str, str] | None:
-    """The files below ``images`` or ``masks`` by what they are called up to the suffix; None without the folder."""
-    depth, label = len(folder), "/".join(folder)
-    below = [path for path in paths if len(path) > depth and path[:depth] == folder]
-    if not below:
-        text = f"there is no folder '{label}'. Images lie in a folder 'images' and their masks beside it in 'masks'."
-        faults.append(Fault(label, text))
-        return None
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _folder(paths: list[Parts], root: Parts, name: str, faults: list[Fault]) -> Parts | None:
+    """The folder ``images`` or ``masks`` of a split, in whatever case; None, with a fault, where there is none."""
+    depth = len(root)
+    there = sorted({path[depth] for path in paths if path[:depth] == root and len(path) > depth + 1})
+    found = [name] if name in there else [folder for folder in there if folder.lower() == name]
+    label = "/".join((*root, name))
+    if len(found) > 1:
+        text = f"the folders {' and '.join(map(repr, found))} both mean '{name}'. Put their files into one."
+        faults.append(Fault("/".join((*root, found[1])), text))
+    if found:
+        return (*root, found[0])
+    meant = [folder for folder in there if folder.lower() in (IMAGE_WORDS if name == IMAGES else MASK_WORDS)]
+    hint = f" Is it '{meant[0]}'? Call it '{name}'." if meant else ""
+    text = f"there is no folder '{label}'. Images lie in a folder 'images' and their masks beside it in 'masks'.{hint}"
+    faults.append(Fault(label, text))
+    return None
+
+
+def _files(paths: list[Parts], folder: Parts, kind: str, faults: list[Fault], strays: list[str]) -> dict[str, str]:
+    """The files below ``images`` or ``masks`` by what they are called up to the suffix, in one form."""
+    depth = len(folder)
     files: dict[str, str] = {}
-    for path in sorted(path for path in below if path[-1]):
+    for path in sorted(path for path in paths if path[:depth] == folder and len(path) > depth and path[-1]):
         name = "/".join(path)
-        if folder[-1] == IMAGES and not is_image(path):
-            faults.append(not_an_image(name, f"'{label}'"))
-            continue
-        if folder[-1] == MASKS and not name.lower().endswith(MASK_SUFFIX):
+        if kind == IMAGES and is_unread(path):
+            faults.append(unread_format(name))
+        elif not is_image(path) and not is_unread(path):
+            strays.append(name)
+        elif kind == MASKS and not name.lower().endswith(MASK_SUFFIX):
             text = f"'{name}' is no PNG file. Masks are PNG files, which keep every value. Convert or move it."
             faults.append(Fault(name, text))
-            continue
-        key = "/".join(path[depth:]).rpartition(".")[0]
-        if key in files:
-            faults.append(Fault(name, f"'{name}' and '{files[key]}' differ in the suffix alone. Rename or remove one."))
-        files.setdefault(key, name)
+        else:
+            key = one_form(_stem("/".join(path[depth:])))
+            first = files.setdefault(key, name)
+            if first != name:
+                how = difference(first, name) or "the suffix"
+                faults.append(Fault(name, f"'{name}' and '{first}' differ in {how} alone. Rename or remove one."))
     return files

@@ -13,6 +13,7 @@ from pcenet.data.arrays import KNOWN_SOURCES
 from pcenet.data.base import DataError, ImageSource, SegmentationSource
 from pcenet.data.files import FileSource, FileTree, FolderTree, ZipTree
 from pcenet.data.masks import open_pairs
+from pcenet.data.pairs import find_pairs
 from pcenet.data.scenes import NAME, SceneSource
 
 KNOWN_SEGMENTATION_SOURCES: Mapping[str, Callable[[Split], SegmentationSource]] = {NAME: SceneSource}
@@ -29,6 +30,7 @@ __all__ = [
     "open_segmentation_source",
     "open_source",
     "open_tree",
+    "task_for",
 ]
 
 
@@ -97,6 +99,23 @@ def open_segmentation_source(
     _check_task(source, SOURCE_NAMES, "classify")
     tree = open_tree(source, SEGMENTATION_SOURCE_NAMES)
     return open_pairs(tree, split, classes=classes, ignore_index=ignore_index, grey_range=grey_range)
+
+
+def task_for(source: str | Path) -> Task:
+    """What a data set is made for: to segment where images have masks in the folders of these names, else to classify.
+
+    Args:
+        source: as for `open_source` and `open_segmentation_source`; one that cannot be read is for them to refuse.
+    """
+    if source in KNOWN_SEGMENTATION_SOURCES and not os.path.exists(source):
+        return "segment"
+    if source in KNOWN_SOURCES:
+        return "classify"
+    try:
+        names, _ = open_tree(source).listing()
+    except DataError:
+        return "classify"
+    return "segment" if any(find_pairs(names)[0].splits.values()) else "classify"
 
 
 def check_split(split: str) -> None:

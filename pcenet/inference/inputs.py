@@ -13,7 +13,7 @@ from pcenet.choices import GreyRange, did_you_mean
 from pcenet.data.base import DataError
 from pcenet.data.files import FileTree, FolderTree, ZipTree, printable
 from pcenet.data.images import decode_image
-from pcenet.data.layout import IMAGE_SUFFIXES, is_image, is_visible
+from pcenet.data.layout import IMAGE_SUFFIXES, is_image
 
 ARCHIVE = ".zip"
 SIMILAR = 0.6  # how like a word a path must be for a suggestion
@@ -55,7 +55,8 @@ def find_inputs(paths: Sequence[str], grey_range: GreyRange | None = None) -> tu
 
     Args:
         paths: image files, which may be called anything; folders, searched with all that is below them, and ``.zip``
-            archives, where files that are not named like images are left out. Hidden files do not count.
+            archives, where files that are not named like images are left out. Hidden files and those that systems leave
+            in folders do not count.
         grey_range: see ``pcenet.data.images.decode_image``.
 
     Raises:
@@ -94,7 +95,7 @@ def _below(path: Path) -> Iterator[InputFile | LeftOut]:
         return
     for name in names:
         parts = tuple(name.split("/"))
-        if not parts[-1] or not is_visible(parts):
+        if not parts[-1]:
             continue
         file = printable(f"{path}/{name}")
         if is_image(parts):

@@ -7,7 +7,7 @@ from pcenet.models.pcenet import PCENet
 from pcenet.models.pretrained import bundled
 from pcenet.models.registry import create_network, input_size_of, list_models, model_options, task_of, twin_of
 from pcenet.models.stages import Stage, make_stages
-from pcenet.models.timm_net import TimmNet, check_timm, is_timm
+from pcenet.models.timm_net import TimmNet, check_timm, is_timm, like_timm
 from pcenet.models.unet import PCEUNet
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "create_network",
     "input_size_of",
     "is_timm",
+    "like_timm",
     "list_models",
     "load_model",
     "make_stages",

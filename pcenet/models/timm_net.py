@@ -16,6 +16,7 @@ from pcenet.models.pcenet import classifier_names
 from pcenet.upcycling import Upcycling, rebuild, upcycle
 
 PREFIX = "timm:"
+SIMILAR = 0.9  # how like a network of timm's a name must be for a suggestion
 # How images are prepared for all networks of this package.
 _PREPARED = {"crop_pct": 1.0, "interpolation": "bilinear"}
 # What `timm.create_model` does with a network, such as loading files into it, is no argument of the network.
@@ -39,6 +40,14 @@ def check_timm(name: str) -> str:
     if not timm.is_model(inner):
         raise ValueError(f"model {name!r}: timm has no network {inner!r}{did_you_mean(inner, timm.list_models())}")
     return inner
+
+
+def like_timm(name: str) -> str:
+    """``; did you mean 'timm:NAME'?`` for the name of a network of timm, or one that is nearly that; else nothing."""
+    own = set(classifier_names())
+    if timm.is_model(name):
+        return f"; did you mean '{PREFIX}{name}'?"
+    return did_you_mean(PREFIX + name, [PREFIX + other for other in timm.list_models() if other not in own], SIMILAR)
 
 
 def timm_input_size(name: str) -> tuple[int, int, int]:

@@ -407,7 +407,8 @@ class Router(nn.Module):
 
     def _balanced(self, logits: Tensor, images: int) -> Tensor:
         """Logits with the bias that evens out the loads."""
-        assert self.expert_bias is not None and self.centring is not None
+        assert self.expert_bias is not None
+        assert self.centring is not None
         if not self.training:
             of_image = logits.unflatten(0, (images, -1))
             level = self.centring.to(logits.dtype) * of_image.mean(1, keepdim=True)

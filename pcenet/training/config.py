@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pcenet.choices import NOTHING_IGNORED, Augment, Split, Task, check_grey_range, did_you_mean
+from pcenet.reading import is_text
 from pcenet.training.rules import check_together
 
 ClassWeights = Literal["none", "median"]
@@ -48,6 +49,13 @@ class Option:
 
 
 # What several commands ask for.
+TaskOption = Annotated[
+    Task,
+    Option(
+        "classify: a label for an image; segment: one for each of its pixels, learnt from masks. Not given: "
+        "segment where the data are images with masks, else classify."
+    ),
+]
 PrecisionOption = Annotated[
     Precision, Option("bf16: bfloat16 autocast; auto: that where the hardware has bfloat16, else fp32.")
 ]
@@ -158,6 +166,12 @@ def check(config: Any) -> None:
     check_grey_range(getattr(config, "grey_range", None))
 
 
+def check_path(name: str, path: str) -> None:
+    """Raise a ``ValueError`` unless a run can write a path down: neither YAML nor safetensors knows other names."""
+    if not is_text(path):
+        raise ValueError(f"{name} {path!r} is no valid Unicode (UTF-8): rename it, or give a link of another name")
+
+
 def check_input_size(value: int | str | None, task: Task) -> None:
     """Raise a ``ValueError`` unless the images of a task can have this size."""
     if value is None or re.fullmatch("[1-9][0-9]*", str(value)):
@@ -177,9 +191,7 @@ class TrainConfig:
     checks every value and raises a ``ValueError`` that names the field and the rule.
     """
 
-    task: Annotated[
-        Task, Option("classify: a label for an image; segment: one for each of its pixels, learnt from masks.")
-    ] = "classify"
+    task: TaskOption = "classify"
     model: Annotated[
         str | None,
         Option(
@@ -451,6 +463,8 @@ class TrainConfig:
         if self.task == "segment" and self.augment not in ("auto", "none"):
             raise ValueError(f"augment {self.augment!r} is for classification; to segment give auto or none")
         check_together(self)
+        check_path("data", self.data)
+        check_path("out", str(self.folder))
 
     @property
     def model_name(self) -> str:
@@ -503,7 +517,7 @@ class CheckDataConfig:
         str,
         Option("A folder or .zip of images: a folder per class or, to segment, images/ and masks/.", positional=True),
     ]
-    task: Annotated[Task, Option("What the images are for, as in `pcenet train`.")] = "classify"
+    task: TaskOption = "classify"
     classes: ClassesOption = None
     ignore_index: IgnoreIndexOption = None
     grey_range: GreyRangeOption = None
@@ -512,6 +526,7 @@ class CheckDataConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        check_path("data", self.data)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
@@ -11,6 +12,7 @@ from typing import Any
 
 import pcenet.data as data
 from pcenet.choices import Task
+from pcenet.data.names import bare, nearly, one_form
 from pcenet.models import SavableModel, load_model
 from pcenet.models.pretrained import bundled_folder, or_bundled
 from pcenet.training.config import EvalConfig
@@ -18,15 +20,21 @@ from pcenet.training.device import resolve_device, resolve_precision, resolve_wo
 from pcenet.training.folder import RunFolder, write_json
 from pcenet.training.kinds import Kind, kind_of
 
+log = logging.getLogger(__name__)
+
 EVAL_BATCH_SIZE: dict[Task, int] = {"classify": 256, "segment": 8}
 
 
 def check_classes(expected: Sequence[str], found: Sequence[str], expected_by: str, found_in: str) -> None:
-    """Raise a ``ValueError`` that names the difference unless both lists are the same, in the same order."""
-    if list(expected) == list(found):
+    """Raise a ``ValueError`` that names the difference unless both lists are the same, in the same order.
+
+    Names are the same in either Unicode form.
+    """
+    ours, theirs = ([one_form(name) for name in names] for names in (expected, found))
+    if ours == theirs:
         return
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected]
+    missing = [name for name in expected if one_form(name) not in theirs]
+    extra = [name for name in found if one_form(name) not in ours]
     if missing or extra:
         difference = "; ".join(
             f"only {where}: {', '.join(names)}"
@@ -35,6 +43,8 @@ def check_classes(expected: Sequence[str], found: Sequence[str], expected_by: st
         )
     else:
         difference = f"the same classes in another order, {', '.join(expected)} and {', '.join(found)}"
+    alike = {bare(name): name for name in extra}
+    difference += next((f".{hint}" for name in missing if (hint := nearly(name, alike))), "")
     raise ValueError(f"classes of {found_in} are not those of {expected_by}: {difference}")
 
 
@@ -53,6 +63,8 @@ def evaluate(config: EvalConfig) -> Any:
     precision = resolve_precision(config.precision, device)
     trained = open_trained(config)
     model, kind, source, run = trained.model, trained.kind, trained.source, trained.run
+    for note in source.notes:
+        log.warning("%s: %s", trained.data, note.text)
     workers = resolve_workers(config.workers, device)
     batch_size = config.batch_size or EVAL_BATCH_SIZE[model.task]
     batches = kind.eval_loader(model, source, batch_size=batch_size, workers=workers)

@@ -16,6 +16,7 @@ from pcenet.models import (
     create_network,
     input_size_of,
     is_timm,
+    like_timm,
     list_models,
     model_options,
     split_name,
@@ -34,6 +35,7 @@ DECIDED_ELSEWHERE = {
     "pretrained": "give --pretrained",
     "upcycling": "give --upcycle and --upcycle-args",
 }
+SIMILAR = 0.8  # how like one of our networks a name must be for no other library's to be suggested
 
 
 def check_model(config: TrainConfig) -> None:
@@ -44,7 +46,9 @@ def check_model(config: TrainConfig) -> None:
     elif ":" in name:
         split_name(name)
     elif name not in names:
-        raise ValueError(f"model {name!r} is unknown{did_you_mean(name, list_models(config.task))}")
+        ours, timms = list_models(config.task), like_timm(name) if config.task == "classify" else ""
+        hint = did_you_mean(name, ours, SIMILAR) or timms or did_you_mean(name, ours)
+        raise ValueError(f"model {name!r} is unknown{hint}")
     if task_of(name) != config.task:
         raise ValueError(f"model {name!r} is made to {task_of(name)}; give --task {task_of(name)}, or another --model")
     options = None if is_timm(name) else model_options(name)

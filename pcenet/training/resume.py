@@ -47,7 +47,7 @@ def fingerprint(sources: Mapping[Any, Any]) -> Fingerprint:
         names = hashlib.blake2b(digest_size=16)
         for index in range(len(source)):
             label = "" if labels is None else int(labels[index])
-            names.update(f"{source.file_name(index)}\0{label}\0".encode())
+            names.update(f"{source.file_name(index)}\0{label}\0".encode(errors="surrogateescape"))
         found[split] = [len(source), names.hexdigest()]
     return found
 

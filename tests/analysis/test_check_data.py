@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +107,44 @@ def test_an_overlay_is_half_image_and_half_colour() -> None:
     # #0072B2 and #E69F00 are the first two colours; the third pixel does not count
     halves = [[127, 57, 114], [242, 79, 25], [255, 0, 51]]
     assert np.abs(np.asarray(overlay(image, mask)).astype(int) - halves).max() <= 1
+
+
+def test_masks_need_no_task(street: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-data", str(street), "--classes", '["sky", "road"]']) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0] == f"task segment: {street} has images and masks"
+    assert "50.62%" in shown
+    assert main(["check-data", str(street), "--task", "classify"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "has images and masks" not in shown
+    assert "--task" in shown
+
+
+def test_what_was_guessed_and_left_out_is_a_warning(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (pets / "train").rename(pets / "Training")
+    for name in ("notes.txt", "labels.csv"):
+        (pets / "Training/cat" / name).write_text("x")
+    (pets / "Training/cat/@eaDir").mkdir()
+    picture(pets / "Training/cat/@eaDir/0.png", 99)
+    assert main(["check-data", str(pets), "--json", str(pets.parent / "r.json")]) == 0
+    assert "0 error(s), 2 warning(s): training would accept" in capsys.readouterr().out
+    report = json.loads((pets.parent / "r.json").read_text())
+    assert report["images"] == {"train": 6, "val": 6}
+    guessed, left_out = (finding["message"] for finding in report["findings"])
+    assert guessed == "folders are read as splits by their names: 'Training' as train."
+    assert left_out.startswith("2 file(s) in class folders are not named like images and are left out")
+    assert report["findings"][1]["file"] == "Training/cat/labels.csv"
+
+
+@pytest.mark.parametrize("kind", ["class", "file"])
+def test_a_name_that_is_no_text_is_an_error_that_names_the_file(
+    pets: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Training refuses it, too: see "class name that is no text" in test_bad_input.py."""
+    name = os.fsdecode(b"h\xf6rse")
+    picture(pets / "train" / (f"{name}/1.png" if kind == "class" else f"cat/{name}.png"), 99)
+    assert main(["check-data", str(pets), "--json", str(pets.parent / "r.json")]) == 1
+    assert "1 error(s), 0 warning(s): training would refuse" in capsys.readouterr().out
+    (finding,) = json.loads((pets.parent / "r.json").read_text())["findings"]
+    assert finding["file"] == (f"train/{name}" if kind == "class" else f"train/cat/{name}.png")
+    assert "is no valid Unicode (UTF-8)" in finding["message"]

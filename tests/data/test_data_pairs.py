@@ -48,7 +48,7 @@ def test_a_set_without_splits_is_split_by_the_rank_of_the_hashed_names(prefix: s
 
 
 def test_files_that_are_no_data_are_passed_over() -> None:
-    litter = ["README.md", "train/list.txt", "train/boxes/a.csv", "train/images/.DS_Store", "train/masks/Thumbs.db"]
+    litter = ["README.md", "train/list.txt", "train/boxes/a.csv"]
     names = [*both("a", prefix="train/"), *both("b", prefix="val/")]
     assert read_pairs([*names, *litter, "train/images/"], "set") == read_pairs(names, "set")
 
@@ -61,7 +61,7 @@ FAULTS = {
     "mask alone": ([*both("a"), "masks/b.png"], ["'masks/b.png' has no image", "'images'"]),
     "empty": ([*both("a", prefix="train/"), "val/images/", "val/masks/"], ["'val/images' holds no image"]),
     "JPEG mask": ([*both("a"), "images/b.jpg", "masks/b.jpg"], ["'masks/b.jpg' is no PNG"]),
-    "no image": ([*both("a"), "images/notes.txt"], ["'images/notes.txt' is not named like an image"]),
+    "unread format": ([*both("a"), "images/b.heic"], ["'images/b.heic' looks like an image, but .heic files"]),
     "two of a name": ([*both("a"), "images/a.png"], ["'images/a.png' and 'images/a.jpg'", "suffix"]),
     "archive": ([*both("a", prefix="train/"), "val.zip"], ["'val.zip' is an archive"]),
     "archive alone": (["data/all.zip"], ["'data/all.zip' is an archive"]),
@@ -79,11 +79,75 @@ def test_a_faulty_tree_is_refused_by_name(names: list[str], parts: list[str]) ->
 
 
 def test_all_faults_are_found_and_the_sound_pairs_kept() -> None:
-    layout, faults = find_pairs([*both("a"), "images/b.jpg", "masks/c.png", "images/d.txt", "old.zip"])
+    layout, faults = find_pairs([*both("a"), "images/b.jpg", "masks/c.png", "images/d.heic", "old.zip"])
     assert [pair.key for pair in layout.splits["train"]] == ["a"]
-    assert sorted(fault.file for fault in faults) == ["images/b.jpg", "images/d.txt", "masks/c.png", "old.zip"]
+    assert sorted(fault.file for fault in faults) == ["images/b.jpg", "images/d.heic", "masks/c.png", "old.zip"]
 
 
 def test_too_few_images_to_split() -> None:
     with pytest.raises(DataError, match=r"set has 2 image\(s\), too few to give train, val, test one each"):
         keys(both("a", "b"), "train")
+
+
+@pytest.mark.parametrize("folders", [("Images", "Masks"), ("IMAGES", "masks"), ("images", "MASKS")])
+@pytest.mark.parametrize("prefixes", [("",), ("Training/", "Testing/"), ("top/train_set/", "top/test_set/")])
+def test_images_and_masks_in_any_case(folders: tuple[str, str], prefixes: tuple[str, ...]) -> None:
+    images, masks = folders
+    names = [f"{prefix}{name}" for prefix in prefixes for name in (f"{images}/a.JPG", f"{masks}/a.PNG")]
+    layout = read_pairs(names, "set")
+    assert layout.splits == {
+        split: [(f"{prefix}{images}/a.JPG", f"{prefix}{masks}/a.PNG", "a")]
+        for split, prefix in zip(("train", "test"), prefixes, strict=False)
+    }
+    said = [note.text for note in layout.notes]
+    folder = [prefix.rstrip("/").rpartition("/")[2] for prefix in prefixes]
+    expected = f"folders are read as splits by their names: '{folder[0]}' as train, '{folder[-1]}' as test."
+    assert said == ([expected] if len(prefixes) == 2 else [])
+
+
+def test_beside_images_and_masks_dev_is_any_folder() -> None:
+    names = both("a", "b", "c")
+    assert read_pairs([*names, "dev/x.jpg", "eval/images/x.jpg"], "set") == read_pairs(names, "set")
+
+
+@pytest.mark.parametrize("folder", ["labels", "Annotations", "mask", "SegmentationClass", "gt"])
+def test_a_folder_of_masks_by_another_name_is_hinted_at(folder: str) -> None:
+    for prefix in ("", "train/"):
+        with pytest.raises(DataError, match=f"no folder '{prefix}masks'.* Is it '{folder}'. Call it 'masks'"):
+            read_pairs([f"{prefix}images/a.jpg", f"{prefix}{folder}/a.png"], "set")
+    with pytest.raises(DataError, match=r"no folder 'images'.* Is it 'img'\? Call it 'images'"):
+        read_pairs(["img/a.jpg", f"{folder}/a.png"], "set")
+
+
+def test_an_image_and_its_mask_may_be_written_in_two_unicode_forms() -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    names = [f"images/{decomposed}.jpg", f"masks/{composed}.png"]
+    assert read_pairs(names, "set").splits["train"] == [(*names, decomposed)]
+    (fault,) = find_pairs([*names, f"images/{composed}.jpg"])[1]
+    assert "differ in Unicode form alone" in fault.text
+
+
+def test_a_mask_whose_name_differs_in_case_is_hinted_at() -> None:
+    texts = [fault.text for fault in find_pairs(["images/A1.jpg", "masks/a1.png"])[1]]
+    assert [text.partition(" There is ")[2] for text in texts] == [
+        "'a1', which differs in case: rename one of them.",
+        "'A1', which differs in case: rename one of them.",
+    ]
+
+
+def test_files_that_are_no_images_are_counted_and_left_out() -> None:
+    names = both("a", "b", prefix="train/")
+    layout = read_pairs([*names, "train/images/notes.txt", "train/masks/legend.json"], "set")
+    assert layout.splits == read_pairs(names, "set").splits
+    (note,) = layout.notes
+    assert note.text.startswith(
+        "2 file(s) in folders of images and masks are not named like images and are left out, the first"
+        " 'train/images/notes.txt'."
+    )
+
+
+def test_an_image_whose_name_is_no_text_is_named() -> None:
+    name = "images/" + b"\xe9.jpg".decode(errors="surrogateescape")
+    faults = find_pairs([*both("a"), name])[1]
+    assert [fault.file for fault in faults] == [name]
+    assert "is no valid Unicode" in faults[0].text

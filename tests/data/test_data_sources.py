@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import multiprocessing
+import os
 import pickle
 import struct
 import sys
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +22,9 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pcenet.data import SOURCE_NAMES, DataError, ImageSource, default_root, open_source
+from pcenet.data import SOURCE_NAMES, DataError, ImageSource, default_root, open_source, read_class_names, task_for
 from pcenet.data import arrays as arrays_module
+from pcenet.data.files import FolderTree, ZipTree
 
 SPLITS = ("train", "val", "test")
 Tree = Callable[[str, Mapping[str, int]], Path]
@@ -115,7 +118,7 @@ def test_a_dangling_link_is_named(make_tree: Tree) -> None:
         source.image(1)
 
 
-@pytest.mark.parametrize("name", ["../cat/1.png", "/cat/1.png", "a/../../cat/1.png", "C:/cat/1.png", "cat\\1.png"])
+@pytest.mark.parametrize("name", ["../cat/1.png", "/cat/1.png", "a/../../cat/1.png", "C:/cat/1.png", "cat\\..\\1.png"])
 def test_unsafe_names_in_an_archive(tmp_path: Path, name: str) -> None:
     archive = tmp_path / "bad.zip"
     with zipfile.ZipFile(archive, "w") as target:
@@ -169,6 +172,161 @@ def test_a_damaged_archive(make_tree: Tree, pack: Pack) -> None:
     source.image(1)
     with pytest.raises(DataError, match=r"pets\.zip: 'train/cat/000\.png' is damaged in the archive"):
         source.image(0)
+
+
+# --- trees: what is listed, under which name, and what happens when it changes ---
+
+
+def litter_of(folder: Path, names: list[str]) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"junk")
+
+
+LITTER = [
+    *("train/cat/@eaDir/000.png/SYNOPHOTO_THUMB_M.jpg", "train/@eaDir/x.jpg", "@eaDir/dog/x.jpg", "#recycle/cat/x.jpg"),
+    *("train/cat/thumbs.db", "train/cat/Desktop.ini", "val/dog/Icon\r", "val/dog/._000.png", "$RECYCLE.BIN/a/x.jpg"),
+    *("lost+found/x.jpg", "System Volume Information/a/x.jpg", "__MACOSX/train/cat/._000.png", ".Trashes/x.zip"),
+]
+
+
+def test_what_systems_leave_is_listed_in_neither_folders_nor_archives(make_tree: Tree, pack: Pack) -> None:
+    folder = make_tree("pets", {"train/cat": 2, "train/dog": 2, "val/cat": 1, "val/dog": 1})
+    clean = sorted(FolderTree(folder).names())
+    litter_of(folder, LITTER)
+    for tree in (FolderTree(folder), ZipTree(pack(folder))):
+        assert sorted(tree.names()) == clean
+
+
+def test_a_system_folder_that_may_not_be_read_stops_nothing(make_tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As lost+found is root's alone; whoever runs this test."""
+    folder = make_tree("pets", {"cat": 3, "dog": 3})
+    (folder / "lost+found").mkdir()
+    scandir = os.scandir
+
+    def guarded(path: str) -> Any:
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert sorted(FolderTree(folder).names())[:2] == ["cat/", "cat/000.png"]
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("./cat/1.jpg", "cat/1.jpg"),
+        ("cat//1.jpg", "cat/1.jpg"),
+        ("cat/./1.jpg", "cat/1.jpg"),
+        ("cat\\1.jpg", "cat/1.jpg"),
+        (".\\cat\\deep\\1.jpg", "cat/deep/1.jpg"),
+        ("./1.jpg", "1.jpg"),
+        ("./cat/", "cat/"),
+    ],
+)
+def test_names_in_archives_are_normalised(tmp_path: Path, written: str, name: str) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("./", b"")
+        archive.writestr(written, b"content" if not written.endswith("/") else b"")
+    tree = ZipTree(tmp_path / "a.zip")
+    assert tree.names() == [name]
+    assert tree.read(name) == (b"content" if not name.endswith("/") else b"")
+
+
+@pytest.mark.parametrize("other", ["./cat/1.jpg", "cat//1.jpg", "cat\\1.jpg"])
+def test_two_files_of_one_normalised_name_are_a_finding(tmp_path: Path, other: str) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("cat/", "./cat/", "cat/1.jpg", other):  # folders may be there twice
+            archive.writestr(name, name)
+    _, faults = ZipTree(tmp_path / "a.zip").listing()
+    assert [fault.file for fault in faults] == ["cat/1.jpg"]
+    assert f"'cat/1.jpg' and '{other}' are the same file" in faults[0].text
+
+
+def special(kind: str, path: Path) -> None:
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless device"])
+def test_what_is_no_regular_file_is_refused_unread(make_tree: Tree, tmp_path: Path, kind: str) -> None:
+    special(kind, tmp_path / "x.zip")
+    with pytest.raises(DataError, match=r"x\.zip: it is no regular file"):
+        open_source(tmp_path / "x.zip", "train")
+    special(kind, tmp_path / "names.txt")
+    with pytest.raises(ValueError, match=r"names\.txt: it is no regular file"):
+        read_class_names(tmp_path / "names.txt")
+    folder = make_tree("pets", {"train/cat": 1, "train/dog": 1, "val/cat": 1, "val/dog": 1})
+    special(kind, folder / "train/cat/1.png")
+    with pytest.raises(DataError, match=r"train/cat/1\.png: it is no regular file"):
+        open_source(folder, "train").image(1)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("change", ["other names", "other pixels", "no archive", "removed"])
+def test_an_archive_that_is_replaced_is_named_by_every_process_that_opens_it(
+    make_tree: Tree, pack: Pack, change: str
+) -> None:
+    folder = make_tree("pets", {"train/cat": 2, "train/dog": 2, "val/cat": 1, "val/dog": 1})
+    archive = pack(folder)
+    source = open_source(archive, "train")
+    copy = pickle.loads(pickle.dumps(source))
+    before = contents(source)
+    archive.unlink()
+    if change == "other names":
+        (folder / "train/cat/000.png").rename(folder / "train/cat/other.png")
+        pack(folder)
+    elif change == "other pixels":
+        (folder / "train/cat/000.png").write_bytes((folder / "train/dog/000.png").read_bytes())
+        pack(folder)
+    elif change == "no archive":
+        archive.write_bytes(b"")
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        (forked,) = pool.map(refusal, [source])
+    expected = {"no archive": "cannot be read as a zip archive", "removed": "No such file"}
+    for message in (refusal(copy), forked):
+        assert message.startswith(f"{archive}: ")
+        assert expected.get(change, "the archive has changed while it was in use") in message
+    assert contents(source) == before  # what is open stays open
+
+
+def refusal(source: ImageSource) -> str:
+    with pytest.raises(DataError) as caught:
+        source.image(0)
+    return str(caught.value)
+
+
+def test_a_member_that_an_archive_lacks_is_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("cat/1.jpg", b"")
+    with pytest.raises(DataError, match=r"a\.zip: 'cat/2\.jpg' is not in the archive"):
+        ZipTree(tmp_path / "a.zip").read("cat/2.jpg")
+
+
+def test_two_folders_that_link_to_each_other_are_walked_once(tmp_path: Path) -> None:
+    for one, other in (("a", "b"), ("b", "a")):
+        (tmp_path / one).mkdir()
+        for number in range(3):
+            (tmp_path / one / f"to{number}").symlink_to(tmp_path / other)
+    names, faults = FolderTree(tmp_path).listing()
+    assert len(names) == 2 + 6  # a, b, and in each three links, none of which leads back yet
+    assert len(faults) == 2 * 3 * 3
+
+
+def test_what_a_set_is_made_for(make_tree: Tree, make_pairs: Tree, pack: Pack, tmp_path: Path) -> None:
+    street, pets = make_pairs("street", {"train": 2, "val": 1}), make_tree("pets", {"cat": 2, "dog": 2})
+    plain = make_pairs("plain", {"": 3})
+    for path, task in ((street, "segment"), (pack(street), "segment"), (plain, "segment"), (pets, "classify")):
+        assert task_for(path) == task_for(str(path)) == task
+    assert task_for("scenes") == "segment"
+    assert task_for("digits") == task_for(tmp_path / "nowhere") == "classify"
+    for name in ("images", "masks"):
+        (plain / name).rename(plain / name.capitalize())
+    assert task_for(plain) == "segment"
 
 
 # --- names ---

@@ -428,6 +428,10 @@ ARCHIVES: dict[str, tuple[Callable[[zipfile.ZipFile], object], str]] = {
         lambda archive: archive.writestr(link("train/odd/9.png"), "/etc/passwd"),
         "'train/odd/9.png' is a symbolic link",
     ),
+    "two names for one file": (
+        lambda archive: archive.writestr(".\\train//odd/0.png", b""),
+        r"'train/odd/0\.png' and '.\\train//odd/0\.png' are the same file",
+    ),
 }
 
 
@@ -487,3 +491,73 @@ def test_links_are_not_followed_in_circles(tmp_path: Path) -> None:
     assert [fault.text for fault in faults] == [
         "the folder 'b/c' is a link to a folder that it lies in. Remove the link."
     ]
+
+
+@pytest.mark.faults("folders that link to each other")
+def test_links_between_folders_are_not_followed_in_circles(tmp_path: Path) -> None:
+    """With eight links in each, 40 levels of which the system would follow."""
+    for one, other in (("a", "b"), ("b", "a")):
+        (tmp_path / one).mkdir()
+        for number in range(8):
+            (tmp_path / one / str(number)).symlink_to(tmp_path / other)
+    names, faults = FolderTree(tmp_path).listing()
+    assert len(names) == 2 + 2 * 8
+    assert len(faults) == 2 * 8 * 8
+
+
+ENDLESS: dict[str, Callable[[Path], object]] = {
+    "a pipe for an archive": os.mkfifo,
+    "a device without end for an archive": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.faults(kind)) for kind in ENDLESS])
+@pytest.mark.parametrize("command", ["train", "check-data", "predict"])
+def test_what_has_no_end_is_refused_unread(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ENDLESS[kind](tmp_path / "x.zip")
+    lines = {"train": ["train", "--data"], "check-data": ["check-data"], "predict": ["predict", "model"]}
+    log = tmp_path / "log"
+    code = in_a_process(lambda: main([*lines[command], "x.zip"]), log)  # which a hang would end
+    said = " ".join(log.read_text().split())
+    assert code == (2 if command == "train" else 1), said
+    assert "regular file" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.faults("a name that is no valid Unicode")
+def test_a_set_whose_own_name_is_no_text_has_one_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The options of a run and the paths of its weights are written where only Unicode can be."""
+    name = os.fsdecode(b"d\xe9ta")
+    put(tmp_path / name, ".png", encoded(two_colours(), "PNG"))
+    (tmp_path / "data").symlink_to(name)
+    monkeypatch.chdir(tmp_path)
+    for line in (["train", "--data", name], ["train", "--data", name, "--out", "run"], ["check-data", name]):
+        assert main(line) == 2
+        assert r"data 'd\udce9ta' is no valid Unicode (UTF-8): rename it, or" in capsys.readouterr().err
+    assert main(["train", "--out", name]) == 2
+    assert r"out 'd\udce9ta' is no valid Unicode (UTF-8)" in capsys.readouterr().err
+    assert main(["check-data", "data"]) == 0
+    assert not Path("runs").exists()
+
+
+@pytest.mark.faults("a name that is no valid Unicode")
+@pytest.mark.parametrize("name", [b"h\xf6rse/0.png", b"odd/\xe9t\xe9.png", b"\xff"])
+def test_names_that_are_no_text_have_one_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: bytes
+) -> None:
+    put(tmp_path / "data", ".png", encoded(two_colours(), "PNG"))
+    path = tmp_path / "data" / "train" / os.fsdecode(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(encoded(two_colours(side=8), "PNG"))
+    refused = path.suffix == ".png"  # what is no image, outside of a class folder, is not looked at
+    assert main(["check-data", str(tmp_path / "data"), "--task", "classify"]) == int(refused)
+    train = ["train", "--data", str(tmp_path / "data"), "--model-args", '{"widths":[8,8,8]}', "--dry-run"]
+    assert main([*train, "--batch-size", "2", "--device", "cpu", "--workers", "0"]) == 2 * int(refused)
+    error = capsys.readouterr().err
+    assert ("is no valid Unicode (UTF-8)" in error) is refused
+    assert error.count("pcenet: error: ") == int(refused)

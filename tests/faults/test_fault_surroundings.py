@@ -59,6 +59,35 @@ def test_a_file_that_vanishes_is_named(
     assert (resumed.model / "model.safetensors").read_bytes() == (whole.model / "model.safetensors").read_bytes()
 
 
+@pytest.mark.faults("an archive that is replaced while it is in use")
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["other names", "other pixels", "removed"])
+def test_an_archive_that_is_replaced_is_named(
+    start: Start, pictures: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: str
+) -> None:
+    """The processes that load images for validation open it anew."""
+    data, archive = tmp_path / "pictures", tmp_path / "pictures.zip"
+    shutil.copytree(pictures, data)
+    shutil.make_archive(str(data), "zip", data)
+
+    def replace() -> None:
+        archive.unlink()
+        if change == "other names":
+            (data / "val/red").rename(data / "val/yellow")
+        shutil.copy(data / "train/red/0.png", data / "train/red/1.png")
+        if change != "removed":
+            shutil.make_archive(str(data), "zip", data)
+
+    config, log = start(data=str(archive), workers=2), tmp_path / "log"
+    with monkeypatch.context() as patch:
+        at_step(2, patch, replace)
+        assert pcenet(config, log) == 2, log.read_text()
+    error = log.read_text().splitlines()[-1]
+    assert error.startswith(f"pcenet: error: {archive}: ")
+    assert ("No such file" if change == "removed" else "the archive has changed while it was in use") in error
+    assert "Traceback" not in log.read_text()
+
+
 def refuse(*_: Any, **__: Any) -> None:
     raise OSError(28, "No space left on device")
 

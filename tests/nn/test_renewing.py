@@ -98,7 +98,8 @@ def test_nothing_else_changes() -> None:
     changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {f"{at}.router.{what}" for at in (2, 3) for what in ("expert_bias", "centring")}
     assert [network.training, network[0].training, network[1].training] == [True, True, False]
-    assert network[2].router.training and network[3].training
+    assert network[2].router.training
+    assert network[3].training
     assert all(parameter.grad is None for parameter in network.parameters())
 
 

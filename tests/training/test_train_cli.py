@@ -46,6 +46,12 @@ WRONG = [
     ("train --config broken.yaml", "Problems parsing config"),
     ("train --config list.yaml", "Unexpected config"),
     ("train --model pce_nan --epochs 1", "model 'pce_nan' is unknown; did you mean 'pce_nano'?"),
+    ("train --model resnet18", "model 'resnet18' is unknown; did you mean 'timm:resnet18'?"),
+    ("train --model resnet18.a1_in1k", "model 'resnet18.a1_in1k' is unknown; did you mean 'timm:resnet18.a1_in1k'?"),
+    ("train --model resnt18", "model 'resnt18' is unknown; did you mean 'timm:resnet18'?"),
+    ("train --model dense_nan", "model 'dense_nan' is unknown; did you mean 'dense_nano'?"),
+    ("train --model resnet18 --task segment", "model 'resnet18' is unknown; did you mean 'dense_"),
+    ("compare --models [resnet18,dense_nano]", "model 'resnet18' is unknown; did you mean 'timm:resnet18'?"),
     ("train --data nowhere --epochs 1", "data source 'nowhere' does not exist"),
     ("train --resume nowhere.ckpt", "there is no checkpoint nowhere.ckpt"),
     ("train --model-args 3", "model_args must be a mapping such as"),
@@ -84,6 +90,48 @@ def test_a_mistake_is_one_line_and_exit_2(
     assert message in error
     assert error.count("\n") == 1
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(files)
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize(
+    ("options", "task"),
+    [
+        ("--data street", "segment"),
+        ("--data street --classes [sky,road] --input-size 24x32", "segment"),
+        ("--data street/train", "segment"),
+        ("--config street.yaml", "segment"),
+        ("--config given.yaml", "classify"),
+        ("--data scenes", "segment"),
+        ("--data street --task classify", "classify"),
+        ("--data pets", "classify"),
+        ("--data digits", "classify"),
+        ("", "classify"),
+        ("--data nowhere", "classify"),
+    ],
+)
+def test_a_task_that_is_not_given_is_that_of_the_data(
+    command: str,
+    options: str,
+    task: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("street/train/images/a.jpg", "street/train/masks/a.png", "pets/cat/a.jpg", "pets/dog/a.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "street.yaml").write_text("data: street\n")
+    (tmp_path / "given.yaml").write_text("data: street\ntask: classify\n")
+    configs: list[Any] = []
+    monkeypatch.setattr(f"pcenet.{'training' if command == 'train' else 'compare'}.run.{command}", configs.append)
+    models = ["--models", "[pce_nano]"] if command == "compare" else []
+    assert main([command, *options.split(), *models]) == 0
+    (config,) = configs
+    assert (config if command == "train" else config.recipe).task == task
+    said = capsys.readouterr().out
+    data = (config if command == "train" else config.recipe).data
+    assert said == (f"task segment: {data} has images and masks\n" if task == "segment" else "")
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:

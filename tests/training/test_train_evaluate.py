@@ -31,6 +31,14 @@ def images_of(rows: list[list[float]]) -> Tensor:
     return torch.tensor(rows)[:, None, None, :].expand(-1, 3, 2, -1).contiguous()
 
 
+def test_classes_are_the_same_in_either_unicode_form() -> None:
+    check_classes(["caf\u00e9", "dog"], ["cafe\u0301", "dog"], "model", "data")
+    with pytest.raises(
+        ValueError, match=r"only in model: Cat; only in data: cat\. There is 'cat', which differs in case"
+    ):
+        check_classes(["Cat", "dog"], ["cat", "dog"], "model", "data")
+
+
 def test_figures_of_a_hand_made_confusion_matrix() -> None:
     sure, half = math.log(8), math.log(2)  # softmax of (ln 8, 0, 0) is 0.8, 0.1, 0.1; of (ln 2, 0, 0) 0.5, 0.25, 0.25
     rows = [[sure, 0, 0], [0, sure, 0], [0, sure, 0], [0, half, 0], [half, 0, 0]]
