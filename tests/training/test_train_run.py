@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 import pcenet.data as data
 from pcenet.models import load_model
-from pcenet.nn import PCELayer, RoutingSummary
+from pcenet.nn import PCELayer, RoutingSummary, record_routing
+from pcenet.nn.renewing import CENTRING
 from pcenet.training.callbacks import RouterHealth
 from pcenet.training.checkpoints import read_checkpoint, write_checkpoint
 from pcenet.training.config import TrainConfig
@@ -26,7 +27,7 @@ from pcenet.training.device import resolve_device, resolve_workers
 from pcenet.training.folder import RunFolder, write_atomically
 from pcenet.training.measures import health_of, image_side
 from pcenet.training.network import naming_model_args
-from pcenet.training.run import Run, prepare, resolve, train
+from pcenet.training.run import Run, bias_images, prepare, resolve, train
 from pcenet.training.task import ClassificationTask
 
 Start = Callable[..., TrainConfig]
@@ -302,6 +303,9 @@ def test_a_folder_that_is_no_run_is_left_alone(start: Start) -> None:
     assert [(path.name, path.read_bytes()) for path in config.folder.iterdir()] == [("cat.jpg", b"cat")]
 
 
+FOUND_ANEW = ("expert_bias", "centring")  # for the weights that are kept, see update_expert_bias
+
+
 def test_model_holds_the_moving_average(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[dict[str, torch.Tensor]] = []
 
@@ -314,7 +318,7 @@ def test_model_holds_the_moving_average(start: Start, monkeypatch: pytest.Monkey
     assert len(steps) == 6
     differs = 0
     for name, value in saved.items():
-        if not value.is_floating_point():
+        if not value.is_floating_point() or name.endswith(FOUND_ANEW):
             continue
         expected = steps[0][name].double()
         for n, step in enumerate(steps[1:], start=1):
@@ -330,7 +334,22 @@ def test_without_averaging_model_holds_the_last_weights(start: Start) -> None:
     current = read_checkpoint(folder.steps[-1])["current_model_state"]
     saved = load_file(folder.model / "model.safetensors")
     assert {f"model.{name}" for name in saved} == set(current)
-    assert all(torch.equal(value, current[f"model.{name}"]) for name, value in saved.items())
+    kept = {name: value for name, value in saved.items() if not name.endswith(FOUND_ANEW)}
+    assert all(torch.equal(value, current[f"model.{name}"]) for name, value in kept.items())
+
+
+def test_biases_are_found_for_the_weights_that_are_kept(start: Start) -> None:
+    """Of the images that they are found from each expert gets its share, after one epoch too."""
+    folder = train(start(epochs=1))
+    model = load_model(folder.model)
+    with torch.no_grad(), record_routing(model) as records:
+        for images in bias_images(prepare_only(start(epochs=1))):
+            model(images)
+    assert records
+    for name, routings in records.items():
+        load = sum(routing.load for routing in routings)
+        assert load.min() > 0.7 * load.float().mean(), (name, load)
+        assert model.get_submodule(name).router.centring.item() == pytest.approx(CENTRING)
 
 
 def prepare_only(config: TrainConfig) -> Run:
