@@ -75,7 +75,7 @@ def main() -> None:
     picture = root / "routing.png"
     draw(root / "pce_nano", picture)
     screen = console()
-    screen.print(router_table(results["pce_nano"]["router"]))
+    screen.print(router_table(results["pce_nano"]["val_router"]))
     screen.print(comparison(results))
     print(f"which expert served which patch, prediction (truth) above each image: {picture}")
 

@@ -131,10 +131,10 @@ def test_of_a_run_with_its_history(pictures: Path, tmp_path: Path, monkeypatch: 
     assert result["history"] is True
     assert result["interventions"]["images"] == 4
     assert result["data"] == pictures.name
-    (picture,) = (out / "figures").glob("*-load-in-training.png")
+    (picture,) = (out / "figures").glob("*-load-by-epoch.png")
     page = (out / "explain.html").read_text()
-    assert "over 2 epochs of training" in page
-    assert "without its training logs" not in page
+    assert "over 2 epochs; in the last one" in page
+    assert "no training logs" not in page
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
