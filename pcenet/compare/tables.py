@@ -48,8 +48,8 @@ def sheets(report: Mapping[str, Any]) -> list[Sheet]:
 def label_sheet(report: Mapping[str, Any]) -> Sheet:
     """A row per label: score, difference to the baseline, cost."""
     against = report["baseline"]
-    digits, images = digits_of(report), images_of(report)
-    header = ["network", "seeds", f"val {SCORES[report['score']]}, {images} images"]
+    digits = digits_of(report)
+    header = ["network", "seeds", f"val {SCORES[report['score']]}"]
     header += ["difference, points"] if against else []
     header += ["multiply-adds", "parameters", "active", "s per epoch"]
     rows = []
@@ -67,7 +67,8 @@ def label_sheet(report: Mapping[str, Any]) -> Sheet:
                 f"{row['epoch_seconds']:.1f}",
             ]
         )
-    return Sheet(f"against {against}" if against else "result", header, rows)
+    title = f"against {against}" if against else "result"
+    return Sheet(f"{title}, {images_of(report)} validation images", header, rows)
 
 
 def router_sheet(summary: Sequence[Mapping[str, Any]]) -> Sheet:

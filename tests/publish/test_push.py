@@ -134,8 +134,8 @@ def test_a_card_says_what_the_run_found(runs: dict[str, Path], dry: Push, pictur
 @pytest.mark.parametrize(
     ("ours", "theirs", "words"),
     [
-        (0.75, 0.7375, "1.2 points ahead of it"),
-        (0.7375, 0.75, "1.3 points behind it"),
+        (0.75, 0.738, "1.2 points ahead of it"),
+        (0.738, 0.75, "1.2 points behind it"),
         (0.5, 0.5, "level with it"),
         (0.5, 0.4999, "level with it"),
     ],
