@@ -151,6 +151,8 @@ def legend(report: Mapping[str, Any]) -> str:
             f" Differences: mean over the seeds of a network's score less that of `{report['baseline']}` with the same"
             f" seed, and its {report['confidence']:.0%} confidence interval by Student's t."
         )
+    if any(row["routers"] and row["routers"]["val"] is None for row in report["summary"]):
+        text += " n/a: the runs are of a version that counted routing in training only, where a bias makes loads even."
     return text + " Every figure, and each epoch, is in `comparison.json`; the curves are in `curves.png`."
 
 

@@ -175,7 +175,7 @@ def test_a_layer_that_collapses_at_evaluation_shows_everywhere(
     warning = "6 of 8 experts get no patch at all (stages.1.1.body: experts 1, 2, 3; stages.2.1.body: experts 1, 2, 3)"
     assert [warning in message for message in caplog.messages] == [True]
     shown = capsys.readouterr().out
-    assert "6 experts dead on val" in shown
+    assert "6 dead experts on val" in shown
     assert shown.count("100.0% 0.0% 0.0% 0.0%") == 2
     assert f"next: pcenet explain {folder.path}" in shown
 
@@ -219,7 +219,7 @@ def test_an_epoch_of_few_images_has_no_digits_that_they_do_not_support() -> None
     row |= {f"train/{name}": 1.0 for name in ("loss", "task_loss", "balance_loss", "z_loss")}
     row |= {"train/top1": 0.7037, "val/top1": 7 / 12, "val_router/a/dead": 2.0, "val_router/b/dead": 1.0}
     line = epoch_line(row, 2, "top1", "top1", (81, 12))
-    assert "  train 70%  val 58%  3 experts dead on val  " in line
+    assert "  train 70%  val 58%  3 dead experts on val  " in line
     alive = row | {"val_router/a/dead": 0.0, "val_router/b/dead": 0.0}
     assert "  train 70.37%  val 58.33%  lr " in epoch_line(alive, 2, "top1", "top1", (5000, 5000))
 
