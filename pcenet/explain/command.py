@@ -73,7 +73,7 @@ def explain(config: ExplainConfig) -> Path:
         work.pixels,
         work.forward,
     )
-    history = _history(trained.run)
+    history = history_of(trained.run)
     about = {
         "run": config.run,
         "model": trained.model.pretrained_cfg["architecture"],
@@ -262,7 +262,7 @@ def _files(paths: Sequence[str] | str | None) -> list[InputFile]:
     return files
 
 
-def _history(run: RunFolder | None) -> list[Row] | None:
+def history_of(run: RunFolder | None) -> list[Row] | None:
     """The figures of each epoch, where there are some that tell of the routers."""
     if run is None or not (path := run.logs / "metrics.csv").is_file():
         return None

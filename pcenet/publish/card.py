@@ -105,32 +105,36 @@ def routing_section(metrics: Values, evaluations: Sequence[Values], picture: boo
     """Which experts are in use, and the picture.
 
     Args:
-        metrics: the run's ``metrics.json``, of a network with PCE layers.
-        evaluations: its ``eval-*.json``; without any, a run of a version that did not measure it has no shares.
+        metrics: the run's ``metrics.json``; one of a version that counted in training only has no shares.
+        evaluations: its ``eval-*.json``.
         picture: whether there is one.
+
+    Returns:
+        The section; empty where there is nothing to show, as for a dense network.
     """
     health, training = recorded_health(metrics)
+    if not training:
+        return ""
     columns = {} if health is None else {f"{plain(data_of(metrics))}, val": health}
     columns |= {f"{plain(each['data'])}, {each['split']}": each["router"] for each in evaluations}
     rows = [
         f"| `{layer}` | " + " | ".join(", ".join(map(rounded, router[layer]["load"])) for router in columns.values())
         for layer in training
     ]
-    text = "## Routing\n"
+    parts = []
     if columns:
-        text += (
-            "\nShares of the patches that each expert of a layer gets at evaluation:\n\n"
-            f"| layer | {' | '.join(columns)} |\n{'|---' * (1 + len(columns))}|\n"
-        ) + "".join(f"{row} |\n" for row in rows)
+        header = f"| layer | {' | '.join(columns)} |\n{'|---' * (1 + len(columns))}|\n"
+        table = header + "\n".join(f"{row} |" for row in rows)
+        parts.append(f"Shares of the patches that each expert of a layer gets at evaluation:\n\n{table}")
     if picture:
         titles = (
             " Above each image: the network's answer, and the truth in brackets." if "top1" in metrics["val"] else ""
         )
-        text += (
-            f"\n![Which expert served which patch]({PICTURE})\n\n*Images of the validation data, and below them which "
-            f"expert of each layer served which patch: hue by expert, stronger where the router is surer.{titles}*\n"
+        parts.append(
+            f"![Which expert served which patch]({PICTURE})\n\n*Images of the validation data, and below them which "
+            f"expert of each layer served which patch: hue by expert, stronger where the router is surer.{titles}*"
         )
-    return text.rstrip()
+    return "\n\n".join(["## Routing", *parts]) if parts else ""
 
 
 def rounded(share: float) -> str:

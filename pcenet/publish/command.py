@@ -163,9 +163,10 @@ def write(folder: Path, config: PushConfig, run: RunFolder, twin: Any, picture: 
     sections = [
         score_section(metrics, evaluations, twin),
         cost_section(metrics["model"], metrics["complexity"], twin_cost, image_size(model)),
-        *([routing_section(metrics, evaluations, picture is not None)] if recorded_health(metrics)[1] else []),
+        routing_section(metrics, evaluations, picture is not None),
         training_section(run.read_config(), metrics, read_json(run.environment)),
     ]
+    sections = list(filter(None, sections))
     card = model_card(model.config(), repo, sections, license=config.license, results=results(model.task, metrics))
     card.save(folder / CARD)
 

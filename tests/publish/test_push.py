@@ -23,7 +23,7 @@ from pcenet.data import SceneSource
 from pcenet.models import create_network, load_model
 from pcenet.models.card import model_card, plain
 from pcenet.publish import command
-from pcenet.publish.card import score_section
+from pcenet.publish.card import routing_section, score_section
 from pcenet.publish.config import PushConfig
 from pcenet.training.config import TrainConfig
 from pcenet.training.evaluate import Trained
@@ -143,6 +143,18 @@ def test_a_card_says_what_the_run_found(runs: dict[str, Path], dry: Push, pictur
 def test_beside_the_twin(ours: float, theirs: float, words: str) -> None:
     metrics = [{"model": "m", "data": "d", "val": {"images": 101, "miou": score}} for score in (ours, theirs)]
     assert f"PCE is {words}, in one run of each." in score_section(metrics[0], (), metrics[1])
+
+
+def test_a_card_shows_no_loads_of_training_as_if_they_were_health() -> None:
+    """Runs of a version that counted in training alone have even loads by construction."""
+    even = {"load": [0.5, 0.5], "entropy": 1.0, "max_min": 1.0, "drop_rate": 0.0, "dead": []}
+    before = {"data": "d", "val": {"images": 9, "top1": 0.5}, "router": {"a": even}}
+    assert routing_section(before, (), picture=False) == ""
+    measured = {"data": "d", "split": "test", "router": {"a": even | {"load": [0.75, 0.25]}}}
+    text = routing_section(before, [measured], picture=False)
+    assert "| layer | d, test |" in text
+    assert "| `a` | 75 %, 25 % |" in text
+    assert "50 %" not in text
 
 
 def test_what_the_card_shows_runs(dry: Push, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
