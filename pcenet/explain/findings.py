@@ -151,8 +151,8 @@ def _matters(report: Report) -> Iterator[Finding]:
     yield Finding(
         "note",
         f"It is not shown that a random expert is worse than the router's choice: {at_random}. Still it matters which "
-        f"expert serves a patch: of {len(harmful)} of {len(rows)} changes the interval lies below 0, most of all of "
-        f"{_change(report, worst)}: {points(worst['difference'], images)} points ({interval(worst, images)}).",
+        f"expert serves a patch: the intervals of {len(harmful)} of {len(rows)} changes lie below 0, the largest loss "
+        f"with {_change(report, worst)}: {points(worst['difference'], images)} points ({interval(worst, images)}).",
     )
 
 
@@ -255,8 +255,7 @@ def _knock_out(report: Report) -> Iterator[Finding]:
         yield Finding(
             "good",
             f"The expert that is missed most is {worst['expert']} of {title}: without it, its patches going to the "
-            f"router's next best, {cost(worst)}{of_class}. {len(needed)} of {len(rows)} experts are shown to be "
-            "needed.",
+            f"router's next best, {cost(worst)}{of_class}. Shown to be needed: {len(needed)} of {len(rows)} experts.",
         )
     elif worst["difference"] < 0:
         yield Finding(
@@ -364,7 +363,7 @@ def _title(report: Report, name: str) -> str:
 def _change(report: Report, row: Report) -> str:
     """An intervention in words, with its layer."""
     where = "in all layers" if row["layer"] is None else f"in {_title(report, row['layer'])}"
-    return f"{row_label(row)} {where}"
+    return f"{row_label(row)}, {where}"
 
 
 def _rows(report: Report) -> list[dict[str, Any]]:

@@ -136,7 +136,10 @@ def test_interventions_that_do_harm() -> None:
     assert "mIoU goes from 50.0 % to 30.0 % (95 % interval -30.0 to -10.0 points, 500 images)" in random
     assert "the best is expert 1" in single
     assert "missed most is 1 of a" in missed
-    assert '-5.0 points (95 % interval -7.0 to -3.0), that of class "road" by -10.0. 2 of 2 experts' in missed
+    assert (
+        '-5.0 points (95 % interval -7.0 to -3.0), that of class "road" by -10.0. Shown to be needed: 2 of 2 experts.'
+        in missed
+    )
 
 
 def test_interventions_that_do_none() -> None:
@@ -189,8 +192,8 @@ def test_whether_it_matters_is_said_by_all_rows(rows: dict[Any, Any], sign: str,
 def test_the_row_that_contradicts_is_named() -> None:
     rows = table({RANDOM: (-0.006, 0.02), SECOND: (-0.089, 0.04), WITHOUT_1: (-0.02, 0.01), ALL_0: (0.0, 0.1)})
     text = summary(report([layer()], rows))[0].text
-    assert "of 2 of 4 changes the interval lies below 0" in text
-    assert "most of all of second choice in all layers: -8.9 points (95 % interval -12.9 to -4.9)." in text
+    assert "the intervals of 2 of 4 changes lie below 0" in text
+    assert "the largest loss with second choice, in all layers: -8.9 points (95 % interval -12.9 to -4.9)." in text
 
 
 @pytest.mark.parametrize(
