@@ -15,7 +15,7 @@ from pcenet import load_model, record_routing
 from pcenet.analysis import routing_picture
 from pcenet.cli import main as pcenet
 from pcenet.data import build_loader, eval_transform, open_source
-from pcenet.training.tables import console, router_table
+from pcenet.training.tables import console, router_table, score_text
 
 MODELS = ("pce_nano", "dense_nano")
 EPOCHS = 15
@@ -45,8 +45,7 @@ def comparison(results: dict[str, dict]) -> Table:
         cost = result["complexity"]
         table.add_row(
             name,
-            f"{result['val']['top1']:.2%}",
-            f"{result['test']['top1']:.2%}",
+            *(score_text(result[split]["top1"], result[split]["images"]) for split in ("val", "test")),
             f"{cost['multiply_adds'] / 1e6:.1f} M",
             f"{cost['parameters'] / 1e6:.2f} M",
             f"{cost['active_parameters'] / 1e6:.2f} M",
@@ -75,7 +74,7 @@ def main() -> None:
     picture = root / "routing.png"
     draw(root / "pce_nano", picture)
     screen = console()
-    screen.print(router_table(results["pce_nano"]["router"]))
+    screen.print(router_table(results["pce_nano"]["val_router"]))
     screen.print(comparison(results))
     print(f"which expert served which patch, prediction (truth) above each image: {picture}")
 

@@ -3,14 +3,14 @@
     python experiments/report.py
 
 A line ``<!-- trials NAME -->`` becomes the table of ``results/trials/NAME.json``, ``<!-- comparison NAME -->`` the
-tables that `pcenet compare` made of the runs of ``NAME.yaml`` under ``results/NAME``, and ``<!-- probes NAME -->`` the
-table of what ``probe_scenes.py`` left in ``results/NAME.json``, of one pair of runs.
+tables that `pcenet compare` made of the runs of ``NAME.yaml`` under ``results/NAME``, ``<!-- routers NAME -->`` the
+router health that `pcenet eval` left in ``results/evaluation/NAME.json``, and ``<!-- probes NAME -->`` the table of
+what ``probe_scenes.py`` left in ``results/NAME.json``, of one pair of runs.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ def trials_table(name: str) -> str:
     """A row per trial; differences are to the first one."""
     trials = json.loads((HERE / "results" / "trials" / f"{name}.json").read_text(encoding="utf-8"))
     score = next(name for name in SCORES if name in trials[0]["val"])
-    header = ["trial", f"val {SCORES[score]}", "points", "train loss", "val loss", "max/min load", "dropped"]
+    trained = ("max/min load in training", "dropped in training")  # the former is 1 by construction under a bias
+    header = ["trial", f"val {SCORES[score]}", "points", "train loss", "val loss", *trained]
     rows = []
     for trial in trials:
         router = list(trial["router"].values())
@@ -55,9 +56,29 @@ def trials_table(name: str) -> str:
 
 
 def highest_load_ratio(router: list[dict[str, Any]]) -> str:
-    """Of all layers; infinite where an expert had no patch, empty without layers."""
-    ratios = [math.inf if layer["max_min"] is None else layer["max_min"] for layer in router]
+    """Of all layers, in training; empty without layers."""
+    ratios = [layer["max_min"] for layer in router]
+    if None in ratios:
+        return "dead experts"
     return f"{max(ratios):.2f}" if ratios else ""
+
+
+def routers_table(name: str) -> str:
+    """A row per PCE layer: how evaluation spreads the patches of a split over its experts."""
+    from pcenet.training.health import ratio_in_words
+
+    found = json.loads((HERE / "results" / "evaluation" / f"{name}.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            layer.removesuffix(".body"),
+            " ".join(f"{share:.1%}" for share in health["load"]),
+            f"{health['entropy']:.3f}",
+            ratio_in_words(health),
+            str(health["dead"]),
+        ]
+        for layer, health in found["router"].items()
+    ]
+    return markdown(["layer", "load of each expert", "entropy", "max/min load", "dead experts"], rows)
 
 
 def comparison_tables(name: str) -> str:
@@ -99,7 +120,12 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ruler, *rows))
 
 
-TABLES = {"trials": trials_table, "comparison": comparison_tables, "probes": probes_table}
+TABLES = {
+    "trials": trials_table,
+    "comparison": comparison_tables,
+    "routers": routers_table,
+    "probes": probes_table,
+}
 
 if __name__ == "__main__":
     main()

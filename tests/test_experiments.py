@@ -45,7 +45,20 @@ def test_a_table_of_trials_by_hand(report: ModuleType, tmp_path: Path, monkeypat
     monkeypatch.setattr(report, "HERE", tmp_path)
     assert report.trials_table("x").splitlines()[2:] == [
         "| twin: none | 50.00% |  | 1.000 | 1.250 |  |  |",
-        "| pce: all | 48.00% | -2.00 | 0.500 | 1.000 | inf | 25.0% |",
+        "| pce: all | 48.00% | -2.00 | 0.500 | 1.000 | dead experts | 25.0% |",
+    ]
+
+
+def test_a_table_of_routers_by_hand(report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    even = {"load": [0.6, 0.4], "entropy": 0.971, "max_min": 1.5, "drop_rate": 0.0, "dead": 0, "dead_experts": []}
+    dead = {"load": [1.0, 0.0], "entropy": 0.0, "max_min": None, "drop_rate": 0.0, "dead": 1, "dead_experts": [1]}
+    (tmp_path / "results" / "evaluation").mkdir(parents=True)
+    path = tmp_path / "results" / "evaluation" / "x.json"
+    path.write_text(json.dumps({"router": {"a.body": even, "b.body": dead}}))
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    assert report.routers_table("x").splitlines()[2:] == [
+        "| a | 60.0% 40.0% | 0.971 | 1.50 | 0 |",
+        "| b | 100.0% 0.0% | 0.000 | n/a: dead experts | 1 |",
     ]
 
 

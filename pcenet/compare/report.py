@@ -16,6 +16,7 @@ from pcenet.compare.results import Result, read_results
 from pcenet.compare.statistics import CONFIDENCE, deviation, difference
 from pcenet.compare.tables import markdown
 from pcenet.training.folder import write_atomically, write_json, write_text
+from pcenet.training.health import EVALUATED, TRAINED, recorded_health
 from pcenet.training.kinds import kind_of
 from pcenet.training.locks import locked
 
@@ -92,7 +93,8 @@ def environments(done: Sequence[tuple[PlannedRun, Result]]) -> list[dict[str, An
 
 def run_figures(run: PlannedRun, result: Result) -> dict[str, Any]:
     """What is kept of one run."""
-    kept = ("epochs", "stopped", "best", "val", "epoch_seconds", "images_per_second", "complexity", "router")
+    kept = ("epochs", "stopped", "best", "val", "epoch_seconds", "images_per_second", "complexity")
+    evaluated, trained = recorded_health(result.metrics)
     return {
         "label": run.label,
         "seed": run.seed,
@@ -100,6 +102,8 @@ def run_figures(run: PlannedRun, result: Result) -> dict[str, Any]:
         "model": result.config.model,
         "score": result.score,
         **{name: result.metrics.get(name) for name in kept},
+        EVALUATED: evaluated,
+        TRAINED: trained,
         "curve": result.curve(),
     }
 
@@ -122,22 +126,31 @@ def summary(
         "difference": None if against is None else asdict(against),
         "epoch_seconds": statistics.fmean(figures["epoch_seconds"] for figures in metrics),
         "complexity": metrics[0]["complexity"],
-        "router": router_extremes([figures.get("router") or {} for figures in metrics]),
+        "routers": router_extremes(metrics),
     }
 
 
-def router_extremes(routers: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
-    """The least healthy figures of all layers and seeds at the end of training; None without PCE layers.
+def router_extremes(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The least healthy figures of all layers and runs: ``val``, of evaluation routing on that split, and ``train``,
+    the drop rate of the last epoch; None without PCE layers.
 
-    ``max_min`` is None where an expert got no patch, ``dead`` the largest number of such experts in a layer.
+    ``val`` is None where a run is of a version that did not measure it. Its ``max_min`` is None where an expert got no
+    patch; ``dead`` is the largest number of such experts in a layer.
+
+    Args:
+        runs: the content of each run's ``metrics.json``.
     """
-    layers = [layer for router in routers for layer in router.values()]
-    if not layers:
+    found = [recorded_health(metrics) for metrics in runs]
+    trained = [layer for _, training in found for layer in training.values()]
+    if not trained:
         return None
-    ratios = [layer["max_min"] for layer in layers]
-    return {
-        "entropy": min(layer["entropy"] for layer in layers),
-        "max_min": None if None in ratios else max(ratios),
-        "drop_rate": max(layer["drop_rate"] for layer in layers),
-        "dead": max(len(layer["dead"]) for layer in layers),
-    }
+    evaluated = [layer for health, _ in found for layer in (health or {}).values()]
+    ratios = [layer["max_min"] for layer in evaluated]
+    val = None
+    if all(health is not None for health, _ in found):
+        val = {
+            "entropy": min(layer["entropy"] for layer in evaluated),
+            "max_min": None if None in ratios else max(ratios),
+            "dead": max(layer["dead"] for layer in evaluated),
+        }
+    return {"val": val, "train": {"drop_rate": max(layer["drop_rate"] for layer in trained)}}

@@ -13,7 +13,7 @@ import torch
 from pcenet.compare.config import CompareConfig, PlannedRun
 from pcenet.compare.report import Report, make_report, write_report
 from pcenet.compare.results import finished, read_rows, rows_file
-from pcenet.compare.tables import Sheet, sheets
+from pcenet.compare.tables import Sheet, sheets, warnings
 from pcenet.models import twin_of
 from pcenet.training.config import Precision, TrainConfig
 from pcenet.training.device import resolve_device
@@ -163,6 +163,8 @@ def show(config: CompareConfig, report: Report) -> None:
     tables = [Sheet("left to do", ("network", "seed", "state"), left)] if left else []
     for sheet in [*tables, *sheets(report)]:
         screen.print(sheet.rich())
+    for warning in warnings(report):
+        log.warning("%s", warning)
 
 
 def state(run: PlannedRun) -> str:

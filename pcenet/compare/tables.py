@@ -8,6 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
+from pcenet.training.health import EVALUATED, complaint, ratio_in_words
+from pcenet.training.measures import score_digits
+
 SCORES = {"top1": "top-1", "miou": "mIoU"}
 
 
@@ -37,7 +40,7 @@ class Sheet:
 
 def sheets(report: Mapping[str, Any]) -> list[Sheet]:
     """The tables of a comparison: labels, routers where there are such, single runs."""
-    routers = [row for row in report["summary"] if row["router"]]
+    routers = [row for row in report["summary"] if row["routers"]]
     tables = [label_sheet(report), router_sheet(routers), run_sheet(report)]
     return [sheet for sheet in tables if sheet.rows]
 
@@ -45,6 +48,7 @@ def sheets(report: Mapping[str, Any]) -> list[Sheet]:
 def label_sheet(report: Mapping[str, Any]) -> Sheet:
     """A row per label: score, difference to the baseline, cost."""
     against = report["baseline"]
+    digits = digits_of(report)
     header = ["network", "seeds", f"val {SCORES[report['score']]}"]
     header += ["difference, points"] if against else []
     header += ["multiply-adds", "parameters", "active", "s per epoch"]
@@ -55,42 +59,38 @@ def label_sheet(report: Mapping[str, Any]) -> Sheet:
             [
                 row["label"],
                 str(len(row["seeds"])),
-                with_spread(row["mean"], row["deviation"]),
-                *([difference_text(row["difference"])] if against else []),
+                with_spread(row["mean"], row["deviation"], digits),
+                *([difference_text(row["difference"], digits)] if against else []),
                 f"{cost['multiply_adds'] / 1e6:.1f} M",
                 f"{cost['parameters'] / 1e6:.2f} M",
                 f"{cost['active_parameters'] / 1e6:.2f} M",
                 f"{row['epoch_seconds']:.1f}",
             ]
         )
-    return Sheet(f"against {against}" if against else "result", header, rows)
+    title = f"against {against}" if against else "result"
+    return Sheet(f"{title}, {images_of(report)} validation images", header, rows)
 
 
 def router_sheet(summary: Sequence[Mapping[str, Any]]) -> Sheet:
     """A row per label with PCE layers: the least healthy of their layers in any run."""
-    rows = [
-        [
-            row["label"],
-            f"{row['router']['entropy']:.3f}",
-            "inf" if row["router"]["max_min"] is None else f"{row['router']['max_min']:.2f}",
-            f"{row['router']['drop_rate']:.1%}",
-            str(row["router"]["dead"]),
-        ]
-        for row in summary
-    ]
-    header = ["network", "lowest entropy", "highest max/min load", "highest drop rate", "most dead experts"]
-    return Sheet("routers at the end of training, the worst layer of all runs", header, rows)
+    rows = []
+    for row in summary:
+        health, trained = row["routers"]["val"], row["routers"]["train"]
+        cells = [f"{health['entropy']:.3f}", ratio_in_words(health), str(health["dead"])] if health else 3 * ["n/a"]
+        rows.append([row["label"], *cells, f"{trained['drop_rate']:.1%}"])
+    header = ["network", "lowest entropy", "highest max/min load", "most dead experts", "most dropped in training"]
+    return Sheet("routers at evaluation on val, the worst layer of all runs", header, rows)
 
 
 def run_sheet(report: Mapping[str, Any]) -> Sheet:
     """A row per run."""
-    score = report["score"]
+    score, digits = report["score"], digits_of(report)
     rows = [
         [
             run["label"],
             str(run["seed"]),
-            f"{run['score']:.2%}",
-            f"{run['best'][score]:.2%} ({run['best']['epoch']})",
+            f"{run['score']:.{digits}%}",
+            f"{run['best'][score]:.{digits}%} ({run['best']['epoch']})",
             str(run["epochs"]) + (f", {run['stopped']}" if run["stopped"] else ""),
             f"{run['epoch_seconds']:.1f}",
         ]
@@ -100,19 +100,29 @@ def run_sheet(report: Mapping[str, Any]) -> Sheet:
     return Sheet("runs", ["network", "seed", f"val {name}", f"best {name} (epoch)", "epochs", "s per epoch"], rows)
 
 
-def with_spread(mean: float, deviation: float | None) -> str:
+def images_of(report: Mapping[str, Any]) -> int:
+    """How many validation images the scores are of."""
+    return min((run["val"]["images"] for run in report["runs"]), default=0)
+
+
+def digits_of(report: Mapping[str, Any]) -> int:
+    """Decimals of the scores."""
+    return score_digits(images_of(report))
+
+
+def with_spread(mean: float, deviation: float | None, digits: int) -> str:
     """A score as a percentage, with its standard deviation where there is one."""
-    return f"{mean:.2%}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
+    return f"{mean:.{digits}%}" + ("" if deviation is None else f" ± {100 * deviation:.{digits}f}")
 
 
-def difference_text(difference: Mapping[str, Any] | None) -> str:
+def difference_text(difference: Mapping[str, Any] | None, digits: int) -> str:
     """A difference in points, with its confidence interval where there is one."""
     if difference is None:
         return ""
-    text = f"{100 * difference['mean']:+.2f}"
+    text = f"{100 * difference['mean']:+.{digits}f}"
     if difference["low"] is None:
         return text
-    return f"{text} [{100 * difference['low']:+.2f}, {100 * difference['high']:+.2f}]"
+    return f"{text} [{100 * difference['low']:+.{digits}f}, {100 * difference['high']:+.{digits}f}]"
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -121,9 +131,16 @@ def markdown(report: Mapping[str, Any]) -> str:
     done = f"{len(report['runs'])} of {report['planned']} runs are finished"
     parts = [f"# {', '.join(report['models'])}\n", f"Data `{recipe['data']}`, {recipe['epochs']} epochs; {done}.\n"]
     parts += [sheet.markdown() for sheet in sheets(report)]
+    parts += [f"**Warning:** {warning}\n" for warning in warnings(report)]
     parts.append(legend(report) + "\n")
     parts += [f"- {machine(environment)}\n" for environment in report["environments"]]
     return "\n".join(parts)
+
+
+def warnings(report: Mapping[str, Any]) -> list[str]:
+    """A line for each run whose routers are not healthy."""
+    found = ((run["name"], complaint(run[EVALUATED] or {})) for run in report["runs"])
+    return [f"{name}: {text}" for name, text in found if text]
 
 
 def legend(report: Mapping[str, Any]) -> str:
@@ -134,6 +151,8 @@ def legend(report: Mapping[str, Any]) -> str:
             f" Differences: mean over the seeds of a network's score less that of `{report['baseline']}` with the same"
             f" seed, and its {report['confidence']:.0%} confidence interval by Student's t."
         )
+    if any(row["routers"] and row["routers"]["val"] is None for row in report["summary"]):
+        text += " n/a: the runs are of a version that counted routing in training only, where a bias makes loads even."
     return text + " Every figure, and each epoch, is in `comparison.json`; the curves are in `curves.png`."
 
 

@@ -24,8 +24,7 @@ from pcenet.data import Transform, cover_transform, first_images
 from pcenet.data.files import printable
 from pcenet.explain.config import ExplainConfig
 from pcenet.explain.drawing import Shown, draw
-from pcenet.explain.figures import row_label
-from pcenet.explain.findings import percent, points, summary
+from pcenet.explain.findings import percent, points, row_label, score_of, summary
 from pcenet.explain.page import page
 from pcenet.explain.report import Report, intervention_report, twin_report, whole_report
 from pcenet.explain.study import study
@@ -39,7 +38,7 @@ from pcenet.training.device import autocast, resolve_device, resolve_precision, 
 from pcenet.training.evaluate import EVAL_BATCH_SIZE, Trained, open_trained
 from pcenet.training.folder import RunFolder, write_json, write_text
 from pcenet.training.measures import cost_of, image_size, preprocessing
-from pcenet.training.pictures import Row, new_figure
+from pcenet.training.pictures import Row, layers_of, new_figure
 from pcenet.training.pixels import upsample
 from pcenet.training.tables import console
 
@@ -75,7 +74,7 @@ def explain(config: ExplainConfig) -> Path:
         work.pixels,
         work.forward,
     )
-    history = _history(trained.run)
+    history = history_of(trained.run)
     about = {
         "run": config.run,
         "model": trained.model.pretrained_cfg["architecture"],
@@ -264,13 +263,13 @@ def _files(paths: Sequence[str] | str | None, grey_range: GreyRange | None) -> l
     return files
 
 
-def _history(run: RunFolder | None) -> list[Row] | None:
-    """The figures of each epoch of training, where there are any."""
+def history_of(run: RunFolder | None) -> list[Row] | None:
+    """The figures of each epoch, where there are some that tell of the routers."""
     if run is None or not (path := run.logs / "metrics.csv").is_file():
         return None
     with path.open(encoding="utf-8", newline="") as file:
         rows: list[Row] = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    return rows or None
+    return rows if rows and layers_of(rows) else None
 
 
 def _show(report: Report) -> None:
@@ -280,9 +279,12 @@ def _show(report: Report) -> None:
     if report["interventions"] is None:
         return
     titles = {layer["name"]: layer["title"] for layer in report["layers"]} | {None: "all"}
-    table = Table("layers", "what is changed", report["score"]["name"], "difference, points", "95 % interval")
-    table.add_row("", "nothing", percent(report["interventions"]["score"]))
+    images = report["interventions"]["images"]
+    name = f"{report['score']['name']}, {images} images"
+    table = Table("layers", "what is changed", name, "difference, points", "95 % interval")
+    table.add_row("", "nothing", score_of(report["interventions"]["score"], images))
     for row in report["interventions"]["rows"]:
-        interval = f"{points(row['low'])} to {points(row['high'])}"
-        table.add_row(titles[row["layer"]], row_label(row), percent(row["score"]), points(row["difference"]), interval)
+        interval = f"{points(row['low'], images)} to {points(row['high'], images)}"
+        score, difference = score_of(row["score"], images), points(row["difference"], images)
+        table.add_row(titles[row["layer"]], row_label(row), score, difference, interval)
     console().print(table)

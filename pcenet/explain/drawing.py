@@ -51,14 +51,14 @@ class LayerPictures:
     classes: Picture | None
     places: Picture
     load: Picture
-    training: Picture | None
+    by_epoch: Picture | None
     knocked_out: Picture | None
 
     def __iter__(self) -> Iterator[Picture | None]:
         yield from self.overlays
         for expert in self.experts:
             yield from (expert.gallery, expert.place)
-        yield from (self.classes, self.places, self.load, self.training, self.knocked_out)
+        yield from (self.classes, self.places, self.load, self.by_epoch, self.knocked_out)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _layer(
         classes=figures.class_map(layer),
         places=figures.place_maps(layer),
         load=figures.load_now(layer),
-        training=figures.load_history(layer, history) if recorded and history else None,
+        by_epoch=figures.load_history(layer, history) if recorded and history else None,
         knocked_out=figures.knock_out_map(layer, report) if report["interventions"] else None,
     )
 

@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from pcenet.analysis.colours import class_colours
-from pcenet.explain.findings import percent, points
+from pcenet.explain.findings import percent, points, row_label
 from pcenet.explain.report import Report
+from pcenet.training.health import EVALUATED
 from pcenet.training.pictures import PALETTE, Row, draw_load, new_figure
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def load_now(layer: Report) -> Picture:
 
 
 def load_history(layer: Report, rows: Sequence[Row]) -> Picture:
-    """The load of the experts over the epochs of training.
+    """The load of the experts on the validation images over the epochs of training.
 
     Args:
         layer: of the report.
@@ -202,11 +203,11 @@ def load_history(layer: Report, rows: Sequence[Row]) -> Picture:
     draw_load(axis, rows, layer["name"], _colours(layer["experts"]))
     axis.set(xlabel="epoch", ylabel="share of the patches")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    last = [value for name, value in rows[-1].items() if name.startswith(f"router/{layer['name']}/load_")]
-    alt = f"Load of the experts of {layer['title']} over {len(rows)} epochs of training; in the last one " + ", ".join(
+    last = [value for name, value in rows[-1].items() if name.startswith(f"{EVALUATED}/{layer['name']}/load_")]
+    alt = f"Load on val of the experts of {layer['title']} over {len(rows)} epochs; in the last one " + ", ".join(
         f"expert {expert} {percent(share)}" for expert, share in enumerate(last)
     )
-    return from_figure(f"{slug(layer['title'])}-load-in-training", alt + ".", figure)
+    return from_figure(f"{slug(layer['title'])}-load-by-epoch", alt + ".", figure)
 
 
 def specialisation_figure(layers: Sequence[Report]) -> Picture | None:
@@ -262,18 +263,10 @@ def interventions_figure(report: Report) -> Picture:
     axis.set_xlabel(f"points of {report['score']['name']}", fontsize=8)
     axis.invert_yaxis()
     alt = "Change of the score under each intervention, in points: " + "; ".join(
-        f"{label} {points(row['difference'])}" for label, row in zip(labels, rows, strict=True)
+        f"{label} {points(row['difference'], report['interventions']['images'])}"
+        for label, row in zip(labels, rows, strict=True)
     )
     return from_figure("interventions", alt + ".", figure)
-
-
-def row_label(row: Report) -> str:
-    """An intervention in words."""
-    if row["name"] == "one expert for all":
-        return f"expert {row['expert']} for all"
-    if row["name"] == "knocked out":
-        return f"without expert {row['expert']}"
-    return str(row["name"])
 
 
 def knock_out_map(layer: Report, report: Report) -> Picture | None:
@@ -283,6 +276,7 @@ def knock_out_map(layer: Report, report: Report) -> Picture | None:
     ]
     if not rows:
         return None
+    images = report["interventions"]["images"]
     classes = [name for name in report["classes"] if all(row["by_class"][name] is not None for row in rows)]
     values = np.array([[100 * row["by_class"][name] for row in rows] for name in classes])
     shown = np.sort(np.argsort(-np.abs(values).max(1, initial=0), kind="stable")[:MOST_CLASSES])
@@ -295,13 +289,13 @@ def knock_out_map(layer: Report, report: Report) -> Picture | None:
         len(rows),
         "PuOr",
         (-bound, bound),
-        lambda v: points(v / 100),
+        lambda v: points(v / 100, images),
     )
     axis = figure.axes[0]
     axis.axhline(len(labels) - 0.5, color="black", linewidth=1.5)
     axis.set_xlabel("expert knocked out")
     axis.set_title("change in points", fontsize=9)
-    worst = [f"expert {row['expert']} {points(row['difference'])}" for row in rows]
+    worst = [f"expert {row['expert']} {points(row['difference'], images)}" for row in rows]
     alt = f"Heat map of {layer['title']}: change of each class's score without each expert. In all: {', '.join(worst)}."
     return from_figure(f"{slug(layer['title'])}-knocked-out", alt, figure)
 

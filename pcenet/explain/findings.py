@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pcenet.explain.report import Report
+from pcenet.training.health import UNEVEN, experts_in_words
+from pcenet.training.measures import score_digits
 
 OWNED = 0.5  # of a class's patches go to one expert
 LIFT = 1.5  # times that expert's load
 ENOUGH = 30  # patches of a class, to say anything about it
 MOST_OWNERS = 4  # named of a layer
-APART = 0.02  # by how much mutual information must exceed its control
-BY_PLACE = 0.5  # mutual information with position from which on that is said
-UNEVEN = 3.0  # max/min load
+APART = 0.02  # by so much must mutual information with the class exceed its control
+BY_PLACE = 0.5  # by so much must mutual information with position exceed its control for that to be said
 DROPPED = 0.01
 UNSURE = 1.3  # times the gate value of a router that cannot tell
+ELSEWHERE = ("random expert", "second choice", "one expert for all", "knocked out")  # interventions on who serves what
 
 Sign = Literal["good", "bad", "note"]
 
@@ -58,9 +60,29 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def points(value: float) -> str:
-    """A difference of shares as text, in percentage points."""
-    return f"{round(100 * value, 1) + 0.0:+.1f}"  # + 0.0 turns -0.0 into 0.0
+def score_of(value: float, images: int) -> str:
+    """A score as text; no digit is finer than one of the images that it was measured on."""
+    return f"{100 * value:.{_digits(images)}f} %"
+
+
+def points(value: float, images: int) -> str:
+    """A difference of scores as text, in percentage points, with digits as those of the scores."""
+    digits = _digits(images)
+    return f"{round(100 * value, digits) + 0.0:+.{digits}f}"  # + 0.0 turns -0.0 into 0.0
+
+
+def interval(values: Report, images: int) -> str:
+    """The 95 % interval of a difference, in points."""
+    return f"95 % interval {points(values['low'], images)} to {points(values['high'], images)}"
+
+
+def row_label(row: Report) -> str:
+    """An intervention in words."""
+    if row["name"] == "one expert for all":
+        return f"expert {row['expert']} for all"
+    if row["name"] == "knocked out":
+        return f"without expert {row['expert']}"
+    return str(row["name"])
 
 
 def owners(layer: Report) -> list[Owner]:
@@ -82,7 +104,8 @@ def owners(layer: Report) -> list[Owner]:
 def summary(report: Report) -> list[Finding]:
     """What the whole report says, the most important first."""
     return [
-        *_random(report),
+        *_dead(report),
+        *_matters(report),
         *_single(report),
         *_knock_out(report),
         *_classes(report),
@@ -94,53 +117,72 @@ def summary(report: Report) -> list[Finding]:
 
 def layer_findings(layer: Report) -> list[Finding]:
     """What is to be said of one layer."""
-    return [*_owned(layer), *_place(layer), *_health(layer), *_sharp(layer)]
+    return [*_dead_of(layer), *_owned(layer), *_place(layer), *_health(layer), *_sharp(layer)]
 
 
-def _random(report: Report) -> Iterator[Finding]:
-    row = _row(report, "random expert")
-    if row is None:
+def _dead(report: Report) -> Iterator[Finding]:
+    dead = {layer["title"]: layer["health"]["dead_experts"] for layer in report["layers"] if layer["health"]["dead"]}
+    if dead:
+        count, experts = sum(map(len, dead.values())), sum(layer["experts"] for layer in report["layers"])
+        cases = "; ".join(f"{experts_in_words(numbers)} of {title}" for title, numbers in dead.items())
+        yield Finding("bad", f"Dead: {count} of {experts} experts get no patch at all: {cases}.")
+
+
+def _matters(report: Report) -> Iterator[Finding]:
+    """Whether it matters which expert serves a patch, by all interventions that send patches elsewhere."""
+    rows, random = [row for row in _rows(report) if row["name"] in ELSEWHERE], _row(report, "random expert")
+    if random is None:
         return
-    name, before = report["score"]["name"], report["interventions"]["score"]
-    interval = f"95 % interval {points(row['low'])} to {points(row['high'])} points"
-    if row["high"] < 0:
-        yield Finding(
-            "good",
-            f"Which expert serves a patch matters: with experts drawn at random in every layer {name} falls from "
-            f"{percent(before)} to {percent(row['score'])} ({interval}).",
-        )
-    else:
-        yield Finding(
-            "bad",
-            f"Nothing shows that it matters which expert serves a patch: with experts drawn at random in every layer "
-            f"{name} goes from {percent(before)} to {percent(row['score'])}, and the {interval} does not lie below 0.",
-        )
+    name, tried = report["score"]["name"], report["interventions"]
+    images = tried["images"]
+    at_random = (
+        f"with experts drawn at random in every layer {name} goes from {score_of(tried['score'], images)} to "
+        f"{score_of(random['score'], images)} ({interval(random, images)} points, {images} images)"
+    )
+    if random["high"] < 0:
+        yield Finding("good", f"Which expert serves a patch matters: {at_random}.")
+        return
+    harmful = [row for row in rows if row["high"] < 0]
+    if not harmful:
+        text = f"Nothing shows that it matters which expert serves a patch: {at_random}"
+        yield Finding("bad", f"{text}, and of no other change of who serves what does the interval lie below 0.")
+        return
+    worst = min(harmful, key=lambda row: float(row["difference"]))
+    yield Finding(
+        "note",
+        f"It is not shown that a random expert is worse than the router's choice: {at_random}. Still it matters which "
+        f"expert serves a patch: the intervals of {len(harmful)} of {len(rows)} changes lie below 0, the largest loss "
+        f"with {_change(report, worst)}: {points(worst['difference'], images)} points ({interval(worst, images)}).",
+    )
 
 
 def _single(report: Report) -> Iterator[Finding]:
     rows = [row for row in _rows(report) if row["name"] == "one expert for all"]
     if not rows:
         return
-    best = max(rows, key=lambda row: float(row["difference"]))
+    images = report["interventions"]["images"]
+    as_good = [row for row in rows if row["high"] >= 0]
+    best = max(as_good or rows, key=lambda row: float(row["difference"]))
     text = (
         f"expert {best['expert']}, if it serves every patch of every layer: {report['score']['name']} "
-        f"{percent(best['score'])} ({points(best['difference'])} points, 95 % interval {points(best['low'])} to "
-        f"{points(best['high'])})."
+        f"{score_of(best['score'], images)} ({points(best['difference'], images)} points, {interval(best, images)})."
     )
-    if best["high"] < 0:
+    if not as_good:
         yield Finding("good", f"No single expert does as well as the router's choice; the best is {text}")
+    elif best["low"] > 0:
+        yield Finding("bad", f"A single expert does better than the router's choice: {text}")
     else:
         yield Finding("bad", f"It is not shown that more than one expert is needed; see {text}")
 
 
 def _twin(report: Report) -> Iterator[Finding]:
-    twin, name = report["twin"], report["score"]["name"]
+    twin, name, images = report["twin"], report["score"]["name"], report["images"]
     if twin is None:
         return
     text = (
-        f"{name} is {percent(report['score']['value'])}, its dense twin's {percent(twin['value'])}: "
-        f"{points(twin['ahead'])} points (95 % interval over images {points(twin['low'])} to {points(twin['high'])}; "
-        "of one training run each, so the seed's luck is not in it)."
+        f"{name} is {score_of(report['score']['value'], images)}, its dense twin's {score_of(twin['value'], images)}: "
+        f"{points(twin['ahead'], images)} points ({interval(twin, images)}, over {images} images; of one training run "
+        "each, so the seed's luck is not in it)."
     )
     yield Finding("bad" if twin["high"] < 0 else "note", text)  # one run each is no proof of being ahead
 
@@ -148,12 +190,16 @@ def _twin(report: Report) -> Iterator[Finding]:
 def _classes(report: Report) -> Iterator[Finding]:
     measured = [layer for layer in report["layers"] if layer["specialisation"] is not None]
     apart = [layer for layer in measured if _tells_class(layer)]
-    if measured and not apart:
+    at_a_place = [layer["title"] for layer in measured if _tells_class_at_a_place(layer)]
+    if measured and not apart and at_a_place:
+        text = f"On the whole in no layer does the expert tell anything of the class, but in {', '.join(at_a_place)} it"
+        yield Finding("note", f"{text} does among patches of one place.")
+    elif measured and not apart:
         yield Finding(
             "bad", "In no layer does the expert tell anything of the class: no expert specialises in classes."
         )
     if apart:
-        best = max(apart, key=lambda layer: float(layer["specialisation"]["with_class"]))
+        best = max(apart, key=lambda layer: _beyond_chance(layer, "class"))
         numbers = best["specialisation"]
         yield Finding(
             "good",
@@ -174,11 +220,7 @@ def _classes(report: Report) -> Iterator[Finding]:
 
 
 def _places(report: Report) -> Iterator[Finding]:
-    titles = [
-        layer["title"]
-        for layer in report["layers"]
-        if layer["specialisation"] is not None and layer["specialisation"]["with_position"] > BY_PLACE
-    ]
+    titles = [layer["title"] for layer in report["layers"] if _goes_by_place(layer)]
     if titles:
         yield Finding(
             "note",
@@ -193,22 +235,43 @@ def _unhealthy(report: Report) -> Iterator[Finding]:
 
 
 def _knock_out(report: Report) -> Iterator[Finding]:
+    dead = {(layer["name"], expert) for layer in report["layers"] for expert in layer["health"]["dead_experts"]}
     rows = [row for row in _rows(report) if row["name"] == "knocked out"]
+    rows = [row for row in rows if (row["layer"], row["expert"]) not in dead]  # they serve nothing that could be missed
     if not rows:
         return
-    worst = min(rows, key=lambda row: float(row["difference"]))
-    title = next(layer["title"] for layer in report["layers"] if layer["name"] == worst["layer"])
-    losses = {name: value for name, value in worst["by_class"].items() if value is not None}
-    hardest = min(losses, key=lambda name: float(losses[name]))
-    text = (
-        f"The expert that is missed most is {worst['expert']} of {title}: without it, its patches going to the "
-        f"router's next best, {report['score']['name']} changes by {points(worst['difference'])} points (95 % interval "
-        f'{points(worst["low"])} to {points(worst["high"])}), that of class "{hardest}" by {points(losses[hardest])}.'
-    )
-    if worst["high"] < 0:
-        yield Finding("good", text)
+    name, images = report["score"]["name"], report["interventions"]["images"]
+
+    def cost(row: Report) -> str:
+        return f"{name} changes by {points(row['difference'], images)} points ({interval(row, images)})"
+
+    needed = [row for row in rows if row["high"] < 0]
+    worst = min(needed or rows, key=lambda row: float(row["difference"]))
+    title = _title(report, worst["layer"])
+    if needed:
+        losses = {each: value for each, value in worst["by_class"].items() if value is not None and value < 0}
+        hardest = min(losses, key=lambda each: float(losses[each]), default=None)
+        of_class = "" if hardest is None else f', that of class "{hardest}" by {points(losses[hardest], images)}'
+        yield Finding(
+            "good",
+            f"The expert that is missed most is {worst['expert']} of {title}: without it, its patches going to the "
+            f"router's next best, {cost(worst)}{of_class}. Shown to be needed: {len(needed)} of {len(rows)} experts.",
+        )
+    elif worst["difference"] < 0:
+        yield Finding(
+            "bad",
+            f"No single expert is shown to be needed: of {len(rows)} that were knocked out, one at a time, the largest "
+            f"loss is without expert {worst['expert']} of {title}: {cost(worst)}.",
+        )
     else:
-        yield Finding("bad", text + " The interval holds 0: no single expert is shown to be needed.")
+        text = f"No single expert is missed: whichever of {len(rows)} is knocked out, {name} is no lower."
+        yield Finding("bad", text)
+    harmful = [row for row in rows if row["low"] > 0]
+    if harmful:
+        best = max(harmful, key=lambda row: float(row["difference"]))
+        more = f"; so do {len(harmful) - 1} more" if len(harmful) > 1 else ""
+        text = f"Expert {best['expert']} of {_title(report, best['layer'])} does harm: without it {cost(best)}{more}."
+        yield Finding("bad", text)
 
 
 def _owned(layer: Report) -> Iterator[Finding]:
@@ -235,22 +298,28 @@ def _owned(layer: Report) -> Iterator[Finding]:
 
 
 def _place(layer: Report) -> Iterator[Finding]:
-    numbers = layer["specialisation"]
-    if numbers is None or numbers["with_position"] <= BY_PLACE:
+    if not _goes_by_place(layer):
         return
-    text = f"Much of the routing follows from the place alone: mutual information {numbers['with_position']:.2f}"
+    numbers = layer["specialisation"]
+    text = (
+        f"Much of the routing follows from the place alone: mutual information {numbers['with_position']:.2f} (by "
+        f"chance {numbers['control_position']:.2f})"
+    )
     if _tells_class_at_a_place(layer):
         yield Finding("note", f"{text}; among patches of one place the expert still tells something of the class.")
     else:
         yield Finding("bad", f"{text}; among patches of one place the expert tells nothing of the class.")
 
 
+def _dead_of(layer: Report) -> Iterator[Finding]:
+    if layer["health"]["dead"]:
+        dead = " or ".join(map(str, layer["health"]["dead_experts"]))
+        yield Finding("bad", f"Dead: no patch goes to expert {dead}.")
+
+
 def _health(layer: Report) -> Iterator[Finding]:
     health = layer["health"]
-    if health["dead"]:
-        dead = " or ".join(map(str, health["dead"]))
-        yield Finding("bad", f"Dead: no patch goes to expert {dead}.")
-    elif health["max_min"] > UNEVEN:
+    if (health["max_min"] or 0) > UNEVEN:  # None where experts are dead, which is said apart
         yield Finding("bad", f"Uneven: the busiest expert has {health['max_min']:.1f} times the load of the idlest.")
     if health["drop_rate"] > DROPPED:
         yield Finding("bad", f"{percent(health['drop_rate'])} of the patches are dropped for lack of capacity.")
@@ -266,14 +335,35 @@ def _sharp(layer: Report) -> Iterator[Finding]:
         )
 
 
-def _tells_class(layer: Report) -> bool:
+def _beyond_chance(layer: Report, what: str) -> float:
     numbers = layer["specialisation"]
-    return bool(numbers["with_class"] - numbers["control_class"] > APART)
+    return float(numbers[f"with_{what}"] - numbers[f"control_{what}"])
+
+
+def _tells_class(layer: Report) -> bool:
+    return _beyond_chance(layer, "class") > APART
 
 
 def _tells_class_at_a_place(layer: Report) -> bool:
-    numbers = layer["specialisation"]
-    return bool(numbers["with_class_given_position"] - numbers["control_class_given_position"] > APART)
+    return _beyond_chance(layer, "class_given_position") > APART
+
+
+def _goes_by_place(layer: Report) -> bool:
+    return layer["specialisation"] is not None and _beyond_chance(layer, "position") > BY_PLACE
+
+
+def _digits(images: int) -> int:
+    return min(1, score_digits(images))
+
+
+def _title(report: Report, name: str) -> str:
+    return next(str(layer["title"]) for layer in report["layers"] if layer["name"] == name)
+
+
+def _change(report: Report, row: Report) -> str:
+    """An intervention in words, with its layer."""
+    where = "in all layers" if row["layer"] is None else f"in {_title(report, row['layer'])}"
+    return f"{row_label(row)}, {where}"
 
 
 def _rows(report: Report) -> list[dict[str, Any]]:

@@ -9,9 +9,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pcenet.analysis.colours import class_colours
 from pcenet.explain.drawing import Pictures
-from pcenet.explain.figures import Picture, row_label
-from pcenet.explain.findings import layer_findings, owners, percent, points, summary
+from pcenet.explain.figures import Picture
+from pcenet.explain.findings import layer_findings, owners, percent, points, row_label, score_of, summary
 from pcenet.explain.report import Report
+from pcenet.training.health import ratio_in_words
 
 TEMPLATE = "page.html"
 MOST_SERVED = 3  # classes named of an expert that owns none
@@ -32,7 +33,7 @@ def page(report: Report, pictures: Pictures, captions: list[tuple[str, str]]) ->
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "points": points, "uri": uri, "millions": millions}
+    environment.filters |= {"percent": percent, "points": points, "score": score_of, "uri": uri, "millions": millions}
     template = environment.get_template(TEMPLATE)
     return template.render(
         report=report,
@@ -44,6 +45,7 @@ def page(report: Report, pictures: Pictures, captions: list[tuple[str, str]]) ->
         colour=colour,
         served=served,
         without=without,
+        ratio_in_words=ratio_in_words,
     )
 
 

@@ -13,7 +13,7 @@ from pcenet.analysis.effects import Effect, Intervention, Tally, effect, score
 from pcenet.analysis.specialisation import Counts
 from pcenet.choices import Task
 from pcenet.explain.study import LayerStudy, Study
-from pcenet.training.measures import health_of
+from pcenet.training.health import health_of
 
 SCORES: dict[Task, str] = {"classify": "top-1", "segment": "mIoU"}
 

@@ -15,6 +15,9 @@ from pcenet.models import bundled
 from pcenet.models.card import PIPELINE, plain
 from pcenet.training.config import TrainConfig
 from pcenet.training.folder import SAFE_TO_CHANGE
+from pcenet.training.health import recorded_health
+from pcenet.training.measures import score_digits
+from pcenet.training.tables import score_text
 
 PICTURE = "routing.png"
 SCORES = {"top1": "top-1", "miou": "mIoU"}
@@ -43,9 +46,9 @@ def data_of(metrics: Values) -> str:
     return Path(metrics["data"]).name
 
 
-def percent(value: float) -> str:
-    """A share, such as "83.08 %"."""
-    return f"{value:.2%}".replace("%", " %")
+def percent(score: float, images: int) -> str:
+    """A score of so many images, such as "83.08 %"."""
+    return score_text(score, images).replace("%", " %")
 
 
 def score_section(metrics: Values, evaluations: Sequence[Values], twin: Values | None) -> str:
@@ -59,15 +62,17 @@ def score_section(metrics: Values, evaluations: Sequence[Values], twin: Values |
     val = metrics["val"]
     score = score_of(val)
     rows = [
-        f"| {plain(each['data'])}, {each['split']} | {each['images']} | {percent(each[score])} |"
+        f"| {plain(each['data'])}, {each['split']} | {each['images']} | {percent(each[score], each['images'])} |"
         for each in ({"data": data_of(metrics), "split": "val"} | dict(val), *evaluations)
     ]
     table = f"| data | images | {SCORES[score]} |\n|---|---|---|\n" + "\n".join(rows)
     text = f"## Score\n\n{table}"
     if twin is not None:
-        theirs = percent(twin["val"][score])
-        ahead = 100 * (val[score] - twin["val"][score])
-        where = f"{abs(ahead):.2f} points {'ahead of' if ahead > 0 else 'behind'} it" if ahead else "level with it"
+        theirs = percent(twin["val"][score], val["images"])
+        digits = score_digits(val["images"])
+        ahead = round(100 * (val[score] - twin["val"][score]), digits)
+        apart = f"{abs(ahead):.{digits}f} points"
+        where = f"{apart} {'ahead of' if ahead > 0 else 'behind'} it" if ahead else "level with it"
         text += (
             f"\n\nIts dense twin `{twin['model']}`, the same network with a plain double convolution in place of each "
             f"PCE layer, has {theirs} on the validation images: PCE is {where}, in one run of each."
@@ -100,29 +105,36 @@ def routing_section(metrics: Values, evaluations: Sequence[Values], picture: boo
     """Which experts are in use, and the picture.
 
     Args:
-        metrics: the run's ``metrics.json``, of a network with PCE layers.
+        metrics: the run's ``metrics.json``; one of a version that counted in training only has no shares.
         evaluations: its ``eval-*.json``.
         picture: whether there is one.
+
+    Returns:
+        The section; empty where there is nothing to show, as for a dense network.
     """
-    columns = {"last epoch of training": metrics["router"]}
+    health, training = recorded_health(metrics)
+    if not training:
+        return ""
+    columns = {} if health is None else {f"{plain(data_of(metrics))}, val": health}
     columns |= {f"{plain(each['data'])}, {each['split']}": each["router"] for each in evaluations}
     rows = [
         f"| `{layer}` | " + " | ".join(", ".join(map(rounded, router[layer]["load"])) for router in columns.values())
-        for layer in metrics["router"]
+        for layer in training
     ]
-    text = "## Routing\n\nShares of the patches that each expert of a layer gets:\n\n"
-    text += f"| layer | {' | '.join(columns)} |\n{'|---' * (1 + len(columns))}|\n" + "".join(
-        f"{row} |\n" for row in rows
-    )
+    parts = []
+    if columns:
+        header = f"| layer | {' | '.join(columns)} |\n{'|---' * (1 + len(columns))}|\n"
+        table = header + "\n".join(f"{row} |" for row in rows)
+        parts.append(f"Shares of the patches that each expert of a layer gets at evaluation:\n\n{table}")
     if picture:
         titles = (
             " Above each image: the network's answer, and the truth in brackets." if "top1" in metrics["val"] else ""
         )
-        text += (
-            f"\n![Which expert served which patch]({PICTURE})\n\n*Images of the validation data, and below them which "
-            f"expert of each layer served which patch: hue by expert, stronger where the router is surer.{titles}*\n"
+        parts.append(
+            f"![Which expert served which patch]({PICTURE})\n\n*Images of the validation data, and below them which "
+            f"expert of each layer served which patch: hue by expert, stronger where the router is surer.{titles}*"
         )
-    return text.rstrip()
+    return "\n\n".join(["## Routing", *parts]) if parts else ""
 
 
 def rounded(share: float) -> str:

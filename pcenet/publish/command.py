@@ -38,6 +38,7 @@ from pcenet.publish.config import SHOWN, PushConfig
 from pcenet.training.config import EvalConfig
 from pcenet.training.evaluate import Trained, open_trained
 from pcenet.training.folder import RunFolder
+from pcenet.training.health import recorded_health
 from pcenet.training.measures import cost_of, image_size, preprocessing
 from pcenet.training.pictures import new_figure
 
@@ -129,7 +130,7 @@ def read_twin(path: str, run: RunFolder) -> Any:
         ValueError: if it is not the run of a dense network on the same data, for the same task.
     """
     ours, theirs = read_json(run.metrics), read_json(finished_run(path, "twin").metrics)
-    if theirs["router"]:
+    if recorded_health(theirs)[1]:
         raise ValueError(f"twin: {path} ({theirs['model']}) is no dense network; give the dense twin's run")
     about = [(metrics["task"], data_of(metrics), metrics["val"]["images"]) for metrics in (ours, theirs)]
     if about[0] != about[1]:
@@ -162,9 +163,10 @@ def write(folder: Path, config: PushConfig, run: RunFolder, twin: Any, picture: 
     sections = [
         score_section(metrics, evaluations, twin),
         cost_section(metrics["model"], metrics["complexity"], twin_cost, image_size(model)),
-        *([routing_section(metrics, evaluations, picture is not None)] if metrics["router"] else []),
+        routing_section(metrics, evaluations, picture is not None),
         training_section(run.read_config(), metrics, read_json(run.environment)),
     ]
+    sections = list(filter(None, sections))
     card = model_card(model.config(), repo, sections, license=config.license, results=results(model.task, metrics))
     card.save(folder / CARD)
 

@@ -19,7 +19,8 @@ from typing_extensions import override
 
 from pcenet.nn import update_expert_bias
 from pcenet.training.folder import write_text
-from pcenet.training.measures import health_of
+from pcenet.training.health import EVALUATED, TRAINED, bias_spreads, columns_of
+from pcenet.training.measures import score_digits
 from pcenet.training.nonfinite import FiniteSteps
 from pcenet.training.ranks import over_processes, share_statistics
 from pcenet.training.strategies import Sharded, gather_weights, local_part, release_weights
@@ -153,52 +154,32 @@ class EpochFigures(Callback):
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TrainingTask)
-        pl_module.log_dict({f"train/{name}": value for name, value in pl_module.means.compute().items()})
+        means = pl_module.means.compute()
+        pl_module.log_dict(
+            {name if name.startswith(TRAINED) else f"train/{name}": mean for name, mean in means.items()}
+        )
         pl_module.means.reset()
 
 
 class RouterHealth(Callback):
-    """Logs load, entropy, max/min load, drop rate and dead experts of each PCE layer, once per epoch.
+    """Logs, once per epoch, the health of each PCE layer in the validation, and what its routing in training tells."""
 
-    Attributes:
-        health: layer name to the figures of the last epoch; kept in checkpoints.
-    """
-
-    def __init__(self) -> None:
-        self.health: dict[str, dict[str, Any]] = {}
+    @override
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, TrainingTask)
+        for name, statistics in pl_module.val_routing.items():
+            columns = columns_of(over_processes(statistics).compute())
+            pl_module.log_dict({f"{EVALUATED}/{name}/{key}": value for key, value in columns.items()})
+        pl_module.val_routing.clear()
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TrainingTask)
         for name, statistics in pl_module.routing.items():
-            summary = over_processes(statistics).compute()
+            pl_module.log(f"{TRAINED}/{name}/drop_rate", over_processes(statistics).compute().drop_rate)
             statistics.reset()
-            self.warn_of_dead(name, summary.dead, trainer.current_epoch + 1, pl_module.config.balance)
-            self.health[name] = health_of(summary)
-            values = {
-                "entropy": summary.entropy,
-                "max_min": summary.max_min,
-                "drop_rate": summary.drop_rate,
-                "dead": float(len(summary.dead)),
-            }
-            values |= {f"load_{expert}": share for expert, share in enumerate(summary.load)}
-            pl_module.log_dict({f"router/{name}/{key}": value for key, value in values.items()})
-
-    def warn_of_dead(self, name: str, dead: tuple[int, ...], epoch: int, balance: float) -> None:
-        """Say which experts of a layer got no patch, unless the epoch before said the same."""
-        known = self.health[name]["dead"] if name in self.health else []
-        if dead and list(dead) != known:
-            experts = f"expert{'s' * (len(dead) > 1)} {', '.join(map(str, dead))}"
-            advice = f"raise --balance (now {balance:g})"
-            log.warning("epoch %d: %s of layer %s got no patch; %s", epoch, experts, name, advice)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"health": self.health}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.health = state_dict["health"]
+        spreads = bias_spreads(pl_module.model)
+        pl_module.log_dict({f"{TRAINED}/{name}/bias_spread": spread for name, spread in spreads.items()})
 
 
 class History(Callback):
@@ -208,15 +189,17 @@ class History(Callback):
 
     Args:
         path: the CSV file.
+        images: how many there are in training and in validation.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, images: tuple[int, int]) -> None:
         self.path = path
+        self.images = images
         self.rows: list[dict[str, float]] = []
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        kinds = ("train/", "val/", "router/")
+        kinds = ("train/", "val/", f"{TRAINED}/", f"{EVALUATED}/")
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(kinds)}
         row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **values}
         self.rows.append(row)
@@ -224,7 +207,8 @@ class History(Callback):
             return
         self._write()
         assert isinstance(pl_module, TrainingTask)
-        print(epoch_line(row, trainer.max_epochs or 0, pl_module.train_score, pl_module.score), flush=True)
+        line = epoch_line(row, trainer.max_epochs or 0, pl_module.train_score, pl_module.score, self.images)
+        print(line, flush=True)
 
     def _write(self) -> None:
         names = list(dict.fromkeys(name for row in self.rows for name in row))
@@ -243,14 +227,25 @@ class History(Callback):
         self.rows = state_dict["rows"]
 
 
-def epoch_line(row: dict[str, float], epochs: int, train_score: str, score: str) -> str:
-    """What a user reads while training runs; the scores' names are those of `TrainingTask`."""
+def epoch_line(row: dict[str, float], epochs: int, train_score: str, score: str, images: tuple[int, int]) -> str:
+    """What a user reads while training runs.
+
+    Args:
+        row: the figures of the epoch.
+        epochs: how many there will be.
+        train_score: the name of the score in training, see `TrainingTask`.
+        score: that in validation.
+        images: how many there are in training and in validation.
+    """
+    train_digits, val_digits = map(score_digits, images)
+    dead = sum(value for name, value in row.items() if name.startswith(f"{EVALUATED}/") and name.endswith("/dead"))
     parts = (
         f"epoch {row['epoch']:.0f}/{epochs}",
         f"loss {row['train/loss']:.4f} (task {row['train/task_loss']:.4f}, "
         f"balance {row['train/balance_loss']:.4f}, z {row['train/z_loss']:.4f})",
-        f"train {row[f'train/{train_score}']:.2%}",
-        f"val {row[f'val/{score}']:.2%}",
+        f"train {row[f'train/{train_score}']:.{train_digits}%}",
+        f"val {row[f'val/{score}']:.{val_digits}%}",
+        *([f"{dead:.0f} dead expert{'s' * (dead > 1)} on val"] if dead else []),
         f"lr {row['train/lr']:.2e}",
         f"{row['train/images_per_second']:.0f} images/s",
         f"{row['train/epoch_seconds']:.1f} s",

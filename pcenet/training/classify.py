@@ -22,10 +22,11 @@ from pcenet.nn import RoutingStatistics, record_routing
 from pcenet.nn.processes import sum_over_processes
 from pcenet.training.config import EvalConfig, Precision, TrainConfig
 from pcenet.training.device import autocast
+from pcenet.training.health import count_routings, health_of
 from pcenet.training.kinds import Kind
-from pcenet.training.measures import CALIBRATION_BINS, TOP_K, Evaluation, health_of, image_side, preprocessing
+from pcenet.training.measures import CALIBRATION_BINS, TOP_K, Evaluation, image_side, preprocessing
 from pcenet.training.ranks import over_processes
-from pcenet.training.tables import percent, show
+from pcenet.training.tables import score_text, show
 from pcenet.training.task import ClassificationTask
 
 
@@ -94,7 +95,8 @@ class Classification(Kind):
 
     def headline(self, result: Evaluation) -> str:
         """An evaluation in one line."""
-        return f"top-1 {percent(result.top1)}, top-5 {percent(result.top5)}"
+        top1, top5 = (score_text(value, result.images) for value in (result.top1, result.top5))
+        return f"top-1 {top1}, top-5 {top5}, of {result.images} images"
 
     def show(self, result: Evaluation, title: str) -> None:
         """Print an evaluation as tables."""
@@ -137,9 +139,7 @@ def evaluate_model(
         probs = logits.softmax(1)
         for metric in (confusion, calibration, *([top5] if top5 else [])):
             metric.update(probs, labels)
-        for name, routings in records.items():
-            for record in routings:
-                routing[name].update(record)
+        count_routings(routing, records)
     matrix: list[list[int]] = confusion.compute().tolist()  # torchmetrics sums over processes by itself
     return Evaluation(
         images=sum(map(sum, matrix)),

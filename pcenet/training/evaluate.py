@@ -18,6 +18,7 @@ from pcenet.models.pretrained import bundled_folder, or_bundled
 from pcenet.training.config import EvalConfig
 from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.folder import RunFolder, write_json
+from pcenet.training.health import complaint
 from pcenet.training.kinds import Kind, kind_of
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ def evaluate(config: EvalConfig) -> Any:
     write_json(path, about | {"source": trained.data} | asdict(result))
     kind.show(result, f"{config.run} on {source.name}, {config.split}")
     print(f"wrote {path}")
+    if found := complaint(result.router):
+        log.warning("%s", found)
     return result
 
 

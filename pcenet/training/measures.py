@@ -9,7 +9,6 @@ import timm.data
 from torch import nn
 
 from pcenet.models import complexity
-from pcenet.nn import RoutingSummary
 
 TOP_K = 5
 CALIBRATION_BINS = 15
@@ -89,12 +88,6 @@ def cost_of(model: nn.Module) -> dict[str, Any]:
     return asdict(cost) | {"router_share": cost.router_share, "routed_share": cost.routed_share}
 
 
-def health_of(summary: RoutingSummary) -> dict[str, Any]:
-    """Router health as JSON can hold it: an infinite ``max_min`` (an expert without patches) becomes None."""
-    return {
-        "load": list(summary.load),
-        "entropy": summary.entropy,
-        "max_min": None if summary.dead else summary.max_min,
-        "drop_rate": summary.drop_rate,
-        "dead": list(summary.dead),
-    }
+def score_digits(images: int) -> int:
+    """Decimals of a percentage that so many images support: no finer than one image of them, and 2 at most."""
+    return 0 if images <= 100 else 1 if images <= 1000 else 2

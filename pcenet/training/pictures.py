@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcenet.data.files import printable
+from pcenet.training.health import EVALUATED, TRAINED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,13 +101,14 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure
 
 
 def expert_load(rows: Sequence[Row]) -> Figure:
-    """For each PCE layer the load of its experts over the epochs, and the share of the choices that were dropped.
+    """For each PCE layer the load of its experts on ``val`` over the epochs, and the share of the choices that were
+    dropped in training.
 
     Args:
         rows: the figures of each epoch, as in ``metrics.csv``.
 
     Raises:
-        ValueError: for the figures of a dense network.
+        ValueError: for figures without such loads, as of a dense network.
     """
     layers = layers_of(rows)
     if not layers:
@@ -114,9 +116,9 @@ def expert_load(rows: Sequence[Row]) -> Figure:
     figure = new_figure(9, 2.1 * len(layers))
     for (load, dropped), layer in zip(figure.subplots(len(layers), 2, squeeze=False), layers, strict=True):
         draw_load(load, rows, layer)
-        load.set_ylabel(layer.removesuffix(".body"))
-        plot(dropped, rows, f"router/{layer}/drop_rate", 0)
-        dropped.set(ylim=(0, None), ylabel="dropped")
+        load.set(ylabel=layer.removesuffix(".body"), title="load on val")
+        plot(dropped, rows, f"{TRAINED}/{layer}/drop_rate", 0)
+        dropped.set(ylim=(0, None), title="dropped in training")
         for axis in (load, dropped):
             axis.set_xlabel("epoch")
             axis.xaxis.get_major_locator().set_params(integer=True)
@@ -124,7 +126,7 @@ def expert_load(rows: Sequence[Row]) -> Figure:
 
 
 def draw_load(axis: Any, rows: Sequence[Row], layer: str, colours: Sequence[str] = PALETTE) -> None:
-    """The load of a layer's experts over the epochs, as bars that add up to 1.
+    """The load of a layer's experts on ``val`` over the epochs that know it, as bars that add up to 1.
 
     Args:
         axis: matplotlib's, to draw on.
@@ -132,9 +134,10 @@ def draw_load(axis: Any, rows: Sequence[Row], layer: str, colours: Sequence[str]
         layer: name of the layer.
         colours: of the experts, repeated where there are fewer.
     """
+    rows = [row for row in rows if f"{EVALUATED}/{layer}/load_0" in row]
     epochs = [row["epoch"] for row in rows]
     below = [0.0] * len(rows)
-    for expert, name in enumerate(name for name in rows[-1] if name.startswith(f"router/{layer}/load_")):
+    for expert, name in enumerate(name for name in rows[-1] if name.startswith(f"{EVALUATED}/{layer}/load_")):
         shares = [row[name] for row in rows]
         axis.bar(epochs, shares, bottom=below, width=1, color=colours[expert % len(colours)], label=str(expert))
         below = [a + b for a, b in zip(below, shares, strict=True)]
@@ -144,8 +147,8 @@ def draw_load(axis: Any, rows: Sequence[Row], layer: str, colours: Sequence[str]
 
 
 def layers_of(rows: Sequence[Row]) -> list[str]:
-    """Names of the PCE layers that the figures tell of."""
-    return [match[1] for name in rows[-1] if (match := re.match(r"router/(.*)/load_0$", name))]
+    """Names of the PCE layers whose loads on ``val`` the figures tell."""
+    return [match[1] for name in rows[-1] if (match := re.fullmatch(rf"{EVALUATED}/(.*)/load_0", name))]
 
 
 def plot(axis: Any, rows: Sequence[Row], name: str, colour: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import shlex
 import statistics
 import sys
 import warnings
@@ -36,6 +37,7 @@ from pcenet.training.config import DEFAULT_BATCH_SIZE, TrainConfig
 from pcenet.training.device import environment, resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.evaluate import check_classes
 from pcenet.training.folder import RunFolder, images_per_step, write_atomically, write_json
+from pcenet.training.health import EVALUATED, TRAINED, complaint, training_of
 from pcenet.training.kinds import Kind, kind_of
 from pcenet.training.launch import Ranks, ranks_of_environment
 from pcenet.training.loggers import check_logging, run_loggers
@@ -50,9 +52,11 @@ from pcenet.training.schedules import Schedules
 from pcenet.training.signals import Stop, listening
 from pcenet.training.stopping import stopped_by, stopping_callbacks
 from pcenet.training.strategies import strategy_options, synchronised
-from pcenet.training.tables import console, router_table
+from pcenet.training.tables import console, router_table, training_table
 
 LOG_EVERY = 50
+FEW_STEPS = 3  # in an epoch; below it there is a hint, to make at least so many:
+ENOUGH_STEPS = 5
 SAME_SIGNAL = 1.0  # seconds in which a batch system and torchrun, or our launcher, may send a process the same one
 
 log = logging.getLogger(__name__)
@@ -122,9 +126,14 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
         with agreeing():
             run = prepare(config, folder, device, checkpoint, batches)
         announce(run)
+        if batches is None and (hint := few_steps(run)):
+            print(hint, flush=True)
         decide(lambda: begin(run, begun, stack))
         fitted = fit(run, stop)
         finish(run, fitted)
+        if batches is None:
+            command = "explain" if run.cost["router_multiply_adds"] else "eval"
+            print(f"next: pcenet {command} {shlex.quote(str(folder.path))}")
     return folder
 
 
@@ -270,18 +279,31 @@ def steps_per_epoch(run: Run) -> int:
     return math.ceil(len(run.loaders["train"]) / run.config.accumulate)
 
 
+def few_steps(run: Run) -> str | None:
+    """A hint for a run that begins with hardly any steps in an epoch, and could have more; else None."""
+    config, images, steps = run.config, len(run.sources["train"]), steps_per_epoch(run)
+    if run.checkpoint or config.overfit is not None or steps >= FEW_STEPS:
+        return None
+    most = images // (ENOUGH_STEPS * config.devices * config.accumulate)
+    batch_size = 1 << max(most, 1).bit_length() - 1  # the largest power of two of so many images
+    if batch_size >= (config.batch_size or 0):
+        return None
+    return (
+        f"only {steps} step{'s' * (steps > 1)} in an epoch: {images} training images in batches of"
+        f" {config.batch_size}; --batch-size {batch_size} makes more"
+    )
+
+
 @dataclass(frozen=True)
 class Fitted:
     """What training left beside its checkpoints.
 
     Attributes:
         history: the figures of each epoch.
-        health: those of the routers.
         stopped: the option that ended training early, if any did.
     """
 
     history: History
-    health: RouterHealth
     stopped: str | None
 
 
@@ -289,7 +311,7 @@ def fit(run: Run, stop: Stop) -> Fitted:
     """Train with Lightning; the averaged weights end up in the last checkpoint."""
     config, folder = run.config, run.folder
     steps = steps_per_epoch(run)
-    history, health = History(folder.logs / "metrics.csv"), RouterHealth()
+    history = History(folder.logs / "metrics.csv", (len(run.sources["train"]), len(run.sources["val"])))
     about = {
         "config": asdict(config),
         "classes": list(run.sources["train"].classes),
@@ -300,7 +322,7 @@ def fit(run: Run, stop: Stop) -> Fitted:
     finite = FiniteSteps(config.skip_nonfinite)
     callbacks += [finite, Averaging(config.ema_decay, finite), ExpertBiases(partial(bias_images, run))]
     callbacks += [Throughput(), EpochFigures()]
-    callbacks += [health, history, checkpoints]
+    callbacks += [RouterHealth(), history, checkpoints]
     schedules = Schedules(config, steps)
     if schedules.of_the_routers:
         callbacks.append(RouterSchedules(schedules))
@@ -323,7 +345,7 @@ def fit(run: Run, stop: Stop) -> Fitted:
         task = run.kind.make_task(run.model, config, run.sources["train"], steps)
         with interruptible(trainer, stop):
             trainer.fit(task, run.loaders["train"], run.loaders["val"], ckpt_path=run.checkpoint, weights_only=True)
-        return Fitted(history, health, stopped_by(trainer, schedules.total_steps))
+        return Fitted(history, stopped_by(trainer, schedules.total_steps))
 
 
 def bias_images(run: Run) -> Iterator[torch.Tensor]:
@@ -436,13 +458,17 @@ def report(run: Run, fitted: Fitted, result: Any) -> None:
     """Write and show what was measured."""
     config, folder = run.config, run.folder
     draw(run, fitted.history.rows, result)
-    write_json(folder.metrics, summary(run, fitted, result))
+    metrics = summary(run, fitted, result)
+    write_json(folder.metrics, metrics)
     if fitted.stopped:
         print(f"stopped by {fitted.stopped} in epoch {len(fitted.history.rows)} of {config.epochs}")
     print(f"validation {run.kind.headline(result)}")
-    if fitted.health.health:
-        console().print(router_table(fitted.health.health))
+    if result.router:
+        console().print(router_table(result.router))
+        console().print(training_table(metrics[TRAINED]))
     print(f"model: {folder.model}")
+    if found := complaint(result.router):
+        log.warning("%s", found)
 
 
 def draw(run: Run, rows: Sequence[Mapping[str, float]], result: Any) -> None:
@@ -475,5 +501,6 @@ def summary(run: Run, fitted: Fitted, result: Any) -> dict[str, Any]:
         "epoch_seconds": statistics.median(row["train/epoch_seconds"] for row in rows),
         "images_per_second": statistics.median(row["train/images_per_second"] for row in rows),
         "complexity": run.cost,
-        "router": fitted.health.health,
+        EVALUATED: result.router,
+        TRAINED: training_of(rows[-1]),
     }

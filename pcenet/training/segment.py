@@ -18,11 +18,12 @@ from pcenet.nn import RoutingStatistics, record_routing
 from pcenet.nn.processes import sum_over_processes
 from pcenet.training.config import EvalConfig, Precision, TrainConfig
 from pcenet.training.device import autocast
+from pcenet.training.health import count_routings, health_of
 from pcenet.training.kinds import Kind
-from pcenet.training.measures import PixelEvaluation, health_of, image_size, preprocessing
+from pcenet.training.measures import PixelEvaluation, image_size, preprocessing
 from pcenet.training.pixels import PixelBatches, PixelScores
 from pcenet.training.ranks import over_processes
-from pcenet.training.tables import percent, show_pixels
+from pcenet.training.tables import score_text, show_pixels
 from pcenet.training.task import SegmentationTask
 
 
@@ -106,9 +107,7 @@ class Segmentation(Kind):
                 logits = model(images.to(device, memory_format=torch.channels_last))
             scores.update(logits, masks)
             count += len(images)
-            for name, routings in records.items():
-                for record in routings:
-                    routing[name].update(record)
+            count_routings(routing, records)
         counts = scores.compute()
         matrix: list[list[int]] = counts.confusion.tolist()
         pixels = sum(map(sum, matrix))
@@ -137,7 +136,8 @@ class Segmentation(Kind):
 
     def headline(self, result: PixelEvaluation) -> str:
         """An evaluation in one line."""
-        return f"mIoU {percent(result.miou)}, pixel accuracy {percent(result.pixel_accuracy)}"
+        miou, accuracy = (score_text(value, result.images) for value in (result.miou, result.pixel_accuracy))
+        return f"mIoU {miou}, pixel accuracy {accuracy}, of {result.images} images"
 
     def show(self, result: PixelEvaluation, title: str) -> None:
         """Print an evaluation as tables."""

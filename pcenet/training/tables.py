@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 
-from pcenet.training.measures import CALIBRATION_BINS, TOP_K, Evaluation, PixelEvaluation
+from pcenet.training.health import Health, ratio_in_words
+from pcenet.training.measures import CALIBRATION_BINS, TOP_K, Evaluation, PixelEvaluation, score_digits
 
 PIPE_WIDTH = 120
 WIDEST_CONFUSION = 12
@@ -24,18 +25,36 @@ def percent(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.2%}"
 
 
-def router_table(router: dict[str, dict[str, Any]]) -> Table:
-    """Router health, a row per layer."""
-    table = Table("layer", "load per expert", "entropy", "max/min", "dropped", "dead", title="router health")
-    for name, health in router.items():
+def score_text(score: float | None, images: int) -> str:
+    """A score as a percentage, or n/a; no digit is finer than one of the images that it was measured on."""
+    return "n/a" if score is None else f"{score:.{score_digits(images)}%}"
+
+
+def router_table(routers: Mapping[str, Health]) -> Table:
+    """Router health at evaluation, a row per layer; ``dead`` counts the experts without a patch."""
+    title = "router health at evaluation"
+    table = Table("layer", "load per expert", "entropy", "max/min", "dropped", "dead", title=title)
+    for name, health in routers.items():
         table.add_row(
             name or "(the model)",
             " ".join(f"{share:.1%}" for share in health["load"]),
             f"{health['entropy']:.3f}",
-            "inf" if health["max_min"] is None else f"{health['max_min']:.2f}",
+            ratio_in_words(health),
             percent(health["drop_rate"]),
-            ", ".join(map(str, health["dead"])) or "none",
+            str(health["dead"]),
         )
+    return table
+
+
+def training_table(routers: Mapping[str, Mapping[str, float]]) -> Table:
+    """What the last epoch of training tells of the routing, a row per layer."""
+    title = "routing in training, where a bias evens out the loads of each batch"
+    spread = "largest less smallest"
+    table = Table("layer", "dropped", f"bias, {spread}", f"a patch's logits, {spread}", title=title)
+    for name, figures in routers.items():
+        spreads = (figures.get(key) for key in ("bias_spread", "logit_spread"))
+        cells = ("none" if value is None else f"{value:.2f}" for value in spreads)
+        table.add_row(name or "(the model)", percent(figures["drop_rate"]), *cells)
     return table
 
 
@@ -43,13 +62,14 @@ def show(result: Evaluation, title: str) -> None:
     """Print an evaluation as tables."""
     screen = console()
     summary = Table(title=title, show_header=False)
-    top5 = percent(result.top5) if result.top5 is not None else f"n/a (fewer than {TOP_K} classes)"
+    images = result.images
+    top5 = score_text(result.top5, images) if result.top5 is not None else f"n/a (fewer than {TOP_K} classes)"
     for label, value in (
-        ("images", str(result.images)),
-        ("top-1", percent(result.top1)),
+        ("images", str(images)),
+        ("top-1", score_text(result.top1, images)),
         ("top-5", top5),
         ("cross-entropy", f"{result.loss:.4f}"),
-        (f"calibration error ({CALIBRATION_BINS} bins)", percent(result.calibration_error)),
+        (f"calibration error ({CALIBRATION_BINS} bins)", score_text(result.calibration_error, images)),
     ):
         summary.add_row(label, value)
     screen.print(summary)
@@ -58,7 +78,8 @@ def show(result: Evaluation, title: str) -> None:
     table = Table("class", "images", "accuracy", *([] if wide else names), title="per class; right: predicted as")
     for name, row in zip(names, result.confusion, strict=True):
         entry = result.per_class[name]
-        table.add_row(name, str(entry["images"]), percent(entry["accuracy"]), *([] if wide else map(str, row)))
+        accuracy = score_text(entry["accuracy"], entry["images"])
+        table.add_row(name, str(entry["images"]), accuracy, *([] if wide else map(str, row)))
     screen.print(table)
     if result.router:
         screen.print(router_table(result.router))
@@ -70,15 +91,16 @@ def show_pixels(result: PixelEvaluation, title: str) -> None:
     summary = Table(title=title, show_header=False)
     for label, value in (
         ("images", str(result.images)),
-        ("mIoU", percent(result.miou)),
-        ("pixel accuracy", percent(result.pixel_accuracy)),
+        ("mIoU", score_text(result.miou, result.images)),
+        ("pixel accuracy", score_text(result.pixel_accuracy, result.images)),
         ("cross-entropy", f"{result.loss:.4f}"),
     ):
         summary.add_row(label, value)
     screen.print(summary)
     table = Table("class", "share of pixels", "IoU", "accuracy")
     for name, entry in result.per_class.items():
-        table.add_row(name, *(percent(entry[key]) for key in ("share", "iou", "accuracy")))
+        scores = (score_text(entry[key], result.images) for key in ("iou", "accuracy"))
+        table.add_row(name, percent(entry["share"]), *scores)
     screen.print(table)
     if result.router:
         screen.print(router_table(result.router))

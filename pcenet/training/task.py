@@ -24,6 +24,7 @@ from pcenet.nn import Routing, RoutingStatistics, aux_terms, record_routing
 from pcenet.nn.experts import SharedConv2d
 from pcenet.nn.processes import process_count, sum_over_processes
 from pcenet.training.config import TrainConfig
+from pcenet.training.health import TRAINED, count_routings, logit_spread
 from pcenet.training.means import EpochMeans
 from pcenet.training.measures import TOP_K
 from pcenet.training.mixing import make_mixing, make_pasting
@@ -113,6 +114,7 @@ class TrainingTask(L.LightningModule, ABC):
         seen: batches that the optimiser has not used yet; it, or whoever leaves them out, clears them.
         means: the means of the figures over the batches that it has used, since somebody reset them.
         routing: what happened in each PCE layer with these.
+        val_routing: what happened in each PCE layer in the validation that is at work.
     """
 
     score: ClassVar[str]
@@ -126,6 +128,7 @@ class TrainingTask(L.LightningModule, ABC):
         self.seen: list[Seen] = []
         self.means = EpochMeans()
         self.routing: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
+        self.val_routing: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The batch that is trained on; a task may mix its images."""
@@ -143,6 +146,13 @@ class TrainingTask(L.LightningModule, ABC):
         """Logits, in float32 at least."""
         logits: Tensor = self.model(images.to(memory_format=torch.channels_last))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def validate(self, images: Tensor) -> Tensor:
+        """The logits of validation images; their routing, that of the network as it will be used, is counted."""
+        with record_routing(self.model) as records:
+            logits: Tensor = self(images)
+        count_routings(self.val_routing, records)
+        return logits
 
     def batch_number(self, batch_idx: int) -> int:
         """A number for each batch of the run; the optimiser's step where every batch makes one."""
@@ -165,6 +175,7 @@ class TrainingTask(L.LightningModule, ABC):
         loss = sum(weighted, task)
         losses = {"loss": loss, "task_loss": task, "balance_loss": balance, "z_loss": z}
         values = losses | {self.train_score: self.right(logits, targets)}
+        values |= {f"{TRAINED}/{name}/logit_spread": logit_spread(routings) for name, routings in records.items()}
         self.seen.append(
             Seen(
                 batch_idx,
@@ -183,9 +194,7 @@ class TrainingTask(L.LightningModule, ABC):
         """The batches enter the figures of the epoch."""
         for seen in self.seen:
             self.means.update(seen.values, seen.images)
-            for name, routings in seen.records.items():
-                for routing in routings:
-                    self.routing[name].update(routing)
+            count_routings(self.routing, seen.records)
         self.seen.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -243,7 +252,7 @@ class ClassificationTask(TrainingTask):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Unsmoothed cross-entropy, top-1 and, from five classes on, top-5, with the averaged weights."""
         images, labels = batch
-        logits = self(images)
+        logits = self.validate(images)
         classes = logits.shape[1]
         accuracy = partial(multiclass_accuracy, logits, labels, num_classes=classes, average="micro")
         values = {"val/loss": F.cross_entropy(logits, labels), "val/top1": accuracy(top_k=1)}
@@ -313,7 +322,7 @@ class SegmentationTask(TrainingTask):
     def validation_step(self, batch: PixelBatches, batch_idx: int) -> None:
         """Counts pixels at the size of the masks, with the averaged weights."""
         for images, masks in batch:
-            logits = self(images)
+            logits = self.validate(images)
             if self.pixels is None:
                 self.pixels = PixelScores(logits.shape[1], self.device)
             self.pixels.update(logits, masks)

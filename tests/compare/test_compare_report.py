@@ -34,8 +34,10 @@ def keep(
     score: float,
     curve: Sequence[tuple[float, float]] = ((0.25, 0.5),),
     router: Mapping[str, Any] | None = None,
+    dropped: float = 0.0,
     machine: str = "One",
     seconds: float = 2.0,
+    images: int = 200,
     **changes: Any,
 ) -> None:
     """Write what is kept of a finished run; ``curve`` holds train and val score of each epoch."""
@@ -52,12 +54,13 @@ def keep(
         "seed": seed,
         "epochs": len(curve),
         "stopped": None,
-        "val": {"images": 12, "loss": 1.0, "top1": score},
+        "val": {"images": images, "loss": 1.0, "top1": score},
         "best": {"epoch": best + 1, "top1": curve[best][1]},
         "epoch_seconds": seconds,
         "images_per_second": 9.0,
         "complexity": COST,
-        "router": router or {},
+        "val_router": router or {},
+        "train_router": {name: {"drop_rate": dropped} for name in router or {}},
     }
     (run / "metrics.json").write_text(json.dumps(metrics))
     with open(run / "metrics.csv", "w", newline="") as file:
@@ -66,22 +69,23 @@ def keep(
         table.writerows([n, 3 * n, train, val, 1.5, "nan"] for n, (train, val) in enumerate(curve, start=1))
 
 
-def layer(entropy: float, max_min: float | None, drop_rate: float, dead: list[int]) -> dict[str, Any]:
-    return {"load": [0.5, 0.5], "entropy": entropy, "max_min": max_min, "drop_rate": drop_rate, "dead": dead}
+def layer(entropy: float, max_min: float | None, dead: list[int]) -> dict[str, Any]:
+    values = {"load": [0.5, 0.5], "entropy": entropy, "max_min": max_min, "drop_rate": 0.0}
+    return values | {"dead": len(dead), "dead_experts": dead}
 
 
 @pytest.fixture
 def kept(tmp_path: Path) -> CompareConfig:
     """Three seeds of a network, 1, 2 and 3 points ahead of its twin; one run is still to be made."""
     folder = tmp_path / "results"
-    router = {"a": layer(0.75, 3.0, 0.0, []), "b": layer(0.5, 2.0, 0.25, [])}
-    keep(folder, "pce_nano", 0, 0.71, [(0.1, 0.2), (0.3, 0.4)], router, seconds=2.0)
-    keep(folder, "pce_nano", 1, 0.72, [(0.3, 0.8), (0.5, 0.6)], {"a": layer(0.9, 1.5, 0.5, [])}, seconds=3.0)
-    keep(folder, "pce_nano", 2, 0.73, machine="Two", seconds=7.0)
+    router = {"a": layer(0.75, 2.75, []), "b": layer(0.5, 2.0, [])}
+    keep(folder, "pce_nano", 0, 0.71, [(0.1, 0.2), (0.3, 0.4)], router, 0.25, seconds=2.0)
+    keep(folder, "pce_nano", 1, 0.72, [(0.3, 0.8), (0.5, 0.6)], {"a": layer(0.9, 1.5, [])}, 0.5, seconds=3.0)
+    keep(folder, "pce_nano", 2, 0.73, router={"a": layer(0.95, 1.25, [])}, machine="Two", seconds=7.0)
     for seed in range(3):
         keep(folder, "dense_nano", seed, 0.7, seconds=1.0)
     keep(folder, "dense_nano", 9, 0.1)  # of no seed that is asked for
-    keep(folder, "pce_tiny", 0, 0.4, router={"a": layer(0.0, None, 0.0, [1])})
+    keep(folder, "pce_tiny", 0, 0.4, router={"a": layer(0.0, None, [1]), "b": layer(0.3, 9.0, [])})
     (folder / "other").mkdir()
     return CompareConfig(["pce_nano", "dense_nano", "pce_tiny"], 3, out=str(folder), recipe=RECIPE)
 
@@ -98,11 +102,11 @@ def test_the_summary_of_each_label(kept: CompareConfig) -> None:
     assert ours["difference"]["high"] == pytest.approx(0.02 + 0.024842, abs=1e-6)
     assert ours["epoch_seconds"] == 4
     assert ours["complexity"] == COST
-    assert ours["router"] == {"entropy": 0.5, "max_min": 3.0, "drop_rate": 0.5, "dead": 0}
-    assert (twin["seeds"], twin["difference"], twin["router"]) == ([0, 1, 2], None, None)
+    assert ours["routers"] == {"val": {"entropy": 0.5, "max_min": 2.75, "dead": 0}, "train": {"drop_rate": 0.5}}
+    assert (twin["seeds"], twin["difference"], twin["routers"]) == ([0, 1, 2], None, None)
     assert (tiny["deviation"], tiny["difference"]["low"]) == (None, None)
     assert tiny["difference"]["mean"] == pytest.approx(-0.3)
-    assert tiny["router"] == {"entropy": 0.0, "max_min": None, "drop_rate": 0.0, "dead": 1}
+    assert tiny["routers"] == {"val": {"entropy": 0.0, "max_min": None, "dead": 1}, "train": {"drop_rate": 0.0}}
 
 
 def test_the_runs_and_what_they_were_made_with(kept: CompareConfig) -> None:
@@ -134,16 +138,47 @@ def test_the_tables(kept: CompareConfig) -> None:
     report = make_report(kept, "dense_nano")
     costs = ["2.5 M", "3.00 M", "1.00 M"]
     assert label_sheet(report).rows == [
-        ["pce_nano", "3", "72.00% ± 1.00", "+2.00 [-0.48, +4.48]", *costs, "4.0"],
-        ["dense_nano", "3", "70.00% ± 0.00", "", *costs, "1.0"],
-        ["pce_tiny", "1", "40.00%", "-30.00", *costs, "2.0"],
+        ["pce_nano", "3", "72.0% ± 1.0", "+2.0 [-0.5, +4.5]", *costs, "4.0"],
+        ["dense_nano", "3", "70.0% ± 0.0", "", *costs, "1.0"],
+        ["pce_tiny", "1", "40.0%", "-30.0", *costs, "2.0"],
     ]
+    assert label_sheet(report).title == "against dense_nano, 200 validation images"
     assert "difference, points" not in label_sheet(make_report(kept, None)).header
-    assert router_sheet([row for row in report["summary"] if row["router"]]).rows == [
-        ["pce_nano", "0.500", "3.00", "50.0%", "0"],
-        ["pce_tiny", "0.000", "inf", "0.0%", "1"],
+    assert router_sheet([row for row in report["summary"] if row["routers"]]).rows == [
+        ["pce_nano", "0.500", "2.75", "0", "50.0%"],
+        ["pce_tiny", "0.000", "n/a: dead experts", "1", "0.0%"],
     ]
-    assert run_sheet(report).rows[3] == ["pce_nano", "1", "72.00%", "80.00% (1)", "2", "3.0"]
+    assert run_sheet(report).rows[3] == ["pce_nano", "1", "72.0%", "80.0% (1)", "2", "3.0"]
+
+
+def test_a_run_whose_routers_are_not_healthy_is_named(kept: CompareConfig, caplog: pytest.LogCaptureFixture) -> None:
+    words = (
+        "pce_tiny-0: routers at evaluation: 1 of 4 experts get no patch at all (a: expert 1), and the busiest expert"
+    )
+    write_report(kept, "dense_nano")
+    (line,) = [line for line in (kept.folder / "comparison.md").read_text().splitlines() if "**Warning:**" in line]
+    assert words in line
+    status(kept)
+    assert [words in message for message in caplog.messages] == [True]
+
+
+def test_runs_of_a_version_that_counted_in_training_have_no_health(kept: CompareConfig) -> None:
+    path = kept.folder / "pce_nano-1" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    even = {"load": [0.5, 0.5], "entropy": 1.0, "max_min": 1.0, "drop_rate": 0.75, "dead": []}
+    del metrics["val_router"], metrics["train_router"]
+    path.write_text(json.dumps(metrics | {"router": {"a": even}}))
+    report = make_report(kept, "dense_nano")
+    assert report["summary"][0]["routers"] == {"val": None, "train": {"drop_rate": 0.75}}
+    assert router_sheet(report["summary"][:1]).rows == [["pce_nano", "n/a", "n/a", "n/a", "75.0%"]]
+
+
+def test_few_images_get_no_digits_that_they_do_not_support(tmp_path: Path) -> None:
+    for model, seed, score in (("pce_nano", 0, 7 / 12), ("pce_nano", 1, 9 / 12), ("dense_nano", 0, 6 / 12)):
+        keep(tmp_path, model, seed, score, images=12)
+    report = make_report(CompareConfig(["pce_nano", "dense_nano"], 2, out=str(tmp_path), recipe=RECIPE), "dense_nano")
+    assert [row[2:4] for row in label_sheet(report).rows] == [["67% ± 12", "+8"], ["50%", ""]]
+    assert [row[2] for row in run_sheet(report).rows] == ["58%", "50%", "75%"]
 
 
 def test_the_files(kept: CompareConfig, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,7 +192,7 @@ def test_the_files(kept: CompareConfig, capsys: pytest.CaptureFixture[str]) -> N
     # JSON has no numbers as names: seeds become texts.
     assert json.loads((kept.folder / "comparison.json").read_text()) == json.loads(json.dumps(report))
     text = (kept.folder / "comparison.md").read_text()
-    row = "| pce_nano | 3 | 72.00% ± 1.00 | +2.00 [-0.48, +4.48] | 2.5 M | 3.00 M | 1.00 M | 4.0 |"
+    row = "| pce_nano | 3 | 72.0% ± 1.0 | +2.0 [-0.5, +4.5] | 2.5 M | 3.00 M | 1.00 M | 4.0 |"
     assert row in text.splitlines()
     assert "7 of 9 runs are finished" in text
     assert "pce_nano-2: Two, 3 threads, fp32; torch 2.6, pcenet 0.1, Python 3.11" in text
@@ -196,7 +231,7 @@ def test_the_state_of_a_comparison_is_shown_and_nothing_written(
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines()]
     assert ["pce_tiny", "1", "not begun"] in cells
     assert ["pce_tiny", "2", "stopped after 1 of 2 epochs"] in cells
-    assert "+2.00 [-0.48, +4.48]" in shown
+    assert "+2.0 [-0.5, +4.5]" in shown
 
 
 def test_a_result_may_come_from_elsewhere_but_not_from_other_options(tmp_path: Path) -> None:
@@ -249,7 +284,7 @@ def test_the_results_kept_here_can_be_read(capsys: pytest.CaptureFixture[str]) -
     for name in names:
         first, second = (100 * score for score in scores(name))
         # Two values lie half their distance from their mean: the deviation is that times the square root of 2.
-        assert f"{(first + second) / 2:.2f}% ± {abs(first - second) / math.sqrt(2):.2f}" in shown
+        assert f"{(first + second) / 2:.1f}% ± {abs(first - second) / math.sqrt(2):.1f}" in shown  # of 101 images
     first, second = (100 * (a - b) for a, b in zip(scores(names[0]), scores(names[1]), strict=True))
     half = 12.7062 * abs(first - second) / 2
-    assert f"[{(first + second) / 2 - half:+.2f}, {(first + second) / 2 + half:+.2f}]" in shown
+    assert f"[{(first + second) / 2 - half:+.1f}, {(first + second) / 2 + half:+.1f}]" in shown

@@ -95,7 +95,7 @@ def test_many_experts_have_room_and_colours_of_their_own() -> None:
     picture = place_maps(layer)
     assert "Expert 11: from 8.3 % to 8.3 %, most all over." in picture.alt
     assert picture.size[0] == 720
-    row = {"epoch": 1.0} | {f"router/a/load_{expert}": 1 / 12 for expert in range(12)}
+    row = {"epoch": 1.0} | {f"val_router/a/load_{expert}": 1 / 12 for expert in range(12)}
     history = load_history(layer, [row, row | {"epoch": 2.0}])
     with Image.open(BytesIO(history.png)) as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 16)}

@@ -18,8 +18,10 @@ from PIL import Image
 
 import pcenet.data as data
 from pcenet.cli import main
+from pcenet.explain.command import history_of
 from pcenet.models import load_model
 from pcenet.nn import record_routing
+from pcenet.training.folder import RunFolder
 
 Explain = Callable[..., Path]
 
@@ -117,6 +119,21 @@ def test_images_of_ones_own(explain: Explain, tmp_path: Path) -> None:
         assert image.convert("RGB").getpixel((200, 200)) == (0, 0, 255)
 
 
+def test_a_history_of_loads_in_training_is_none(tmp_path: Path) -> None:
+    """Versions before logged those, which are even by construction."""
+    run = RunFolder(tmp_path)
+    run.logs.mkdir()
+    path = run.logs / "metrics.csv"
+    path.write_text("epoch,router/a/load_0,router/a/load_1\n1,0.5,0.5\n")
+    assert history_of(run) is None
+    path.write_text("epoch,router/a/load_0,val_router/a/load_0,val_router/a/load_1\n1,0.5,,\n2,,0.75,0.25\n")
+    assert history_of(run) == [
+        {"epoch": 1, "router/a/load_0": 0.5},
+        {"epoch": 2, "val_router/a/load_0": 0.75, "val_router/a/load_1": 0.25},
+    ]
+    assert history_of(None) is None
+
+
 def test_of_a_run_with_its_history(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pcenet.training.run.pictures_of", lambda *_: {})
     shape = '{"widths":[8,8,8],"num_experts":2,"patch_sizes":[null,null,2]}'
@@ -131,10 +148,10 @@ def test_of_a_run_with_its_history(pictures: Path, tmp_path: Path, monkeypatch: 
     assert result["history"] is True
     assert result["interventions"]["images"] == 4
     assert result["data"] == pictures.name
-    (picture,) = (out / "figures").glob("*-load-in-training.png")
+    (picture,) = (out / "figures").glob("*-load-by-epoch.png")
     page = (out / "explain.html").read_text()
-    assert "over 2 epochs of training" in page
-    assert "without its training logs" not in page
+    assert "over 2 epochs; in the last one" in page
+    assert "no training logs" not in page
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

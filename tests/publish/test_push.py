@@ -23,7 +23,7 @@ from pcenet.data import SceneSource
 from pcenet.models import create_network, load_model
 from pcenet.models.card import model_card, plain
 from pcenet.publish import command
-from pcenet.publish.card import score_section
+from pcenet.publish.card import routing_section, score_section
 from pcenet.publish.config import PushConfig
 from pcenet.training.config import TrainConfig
 from pcenet.training.evaluate import Trained
@@ -43,7 +43,7 @@ def runs(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         for model in ("pce_nano", "dense_nano"):
             train(TrainConfig(model=model, data=str(pictures), out=str(root / model), **QUICK))
     evaluation = {"model": "pce_nano", "data": "others", "split": "test", "source": "/home/me/others", "images": 7}
-    router = json.loads((root / "pce_nano" / "metrics.json").read_text())["router"]
+    router = json.loads((root / "pce_nano" / "metrics.json").read_text())["val_router"]
     for health in router.values():
         health["load"] = [0.7, 0.2, 0.1, 0.0]
     (root / "pce_nano" / "eval-others-test.json").write_text(json.dumps(evaluation | {"top1": 3 / 7, "router": router}))
@@ -111,17 +111,17 @@ def test_a_card_says_what_the_run_found(runs: dict[str, Path], dry: Push, pictur
     cost, twin_cost = metrics["complexity"], twin["complexity"]
     for words in (
         "3 classes: blue, green, red.",
-        f"| pictures, val | 12 | {100 * ours:.2f} % |",
-        "| others, test | 7 | 42.86 % |",
-        f"in place of each PCE layer, has {100 * theirs:.2f} % on the validation images",
+        f"| pictures, val | 12 | {100 * ours:.0f} % |",
+        "| others, test | 7 | 43 % |",
+        f"in place of each PCE layer, has {100 * theirs:.0f} % on the validation images",
         f"| `pce_nano` | {cost['parameters'] / 1e6:.2f} M | {cost['active_parameters'] / 1e6:.2f} M |",
         f"| {twin_cost['multiply_adds'] / 1e6:.2f} M |",
         "Of one image of 32 x 32 px",
         "On pictures, 1 epoch, with",
     ):
         assert words in card.text, words
-    assert "| layer | last epoch of training | others, test |\n|---|---|---|\n" in card.text
-    for layer, health in metrics["router"].items():
+    assert "| layer | pictures, val | others, test |\n|---|---|---|\n" in card.text
+    for layer, health in metrics["val_router"].items():
         shares = ", ".join(f"{100 * load:.0f} %" for load in health["load"])
         assert f"| `{layer}` | {shares} | 70 %, 20 %, 10 %, 0 % |" in card.text
     recipe = yaml.safe_load(card.text.partition("```yaml\n")[2].partition("```")[0])
@@ -133,11 +133,28 @@ def test_a_card_says_what_the_run_found(runs: dict[str, Path], dry: Push, pictur
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "words"),
-    [(0.75, 0.7375, "1.25 points ahead of it"), (0.7375, 0.75, "1.25 points behind it"), (0.5, 0.5, "level with it")],
+    [
+        (0.75, 0.738, "1.2 points ahead of it"),
+        (0.738, 0.75, "1.2 points behind it"),
+        (0.5, 0.5, "level with it"),
+        (0.5, 0.4999, "level with it"),
+    ],
 )
 def test_beside_the_twin(ours: float, theirs: float, words: str) -> None:
-    metrics = [{"model": "m", "data": "d", "val": {"images": 80, "miou": score}} for score in (ours, theirs)]
+    metrics = [{"model": "m", "data": "d", "val": {"images": 101, "miou": score}} for score in (ours, theirs)]
     assert f"PCE is {words}, in one run of each." in score_section(metrics[0], (), metrics[1])
+
+
+def test_a_card_shows_no_loads_of_training_as_if_they_were_health() -> None:
+    """Runs of a version that counted in training alone have even loads by construction."""
+    even = {"load": [0.5, 0.5], "entropy": 1.0, "max_min": 1.0, "drop_rate": 0.0, "dead": []}
+    before = {"data": "d", "val": {"images": 9, "top1": 0.5}, "router": {"a": even}}
+    assert routing_section(before, (), picture=False) == ""
+    measured = {"data": "d", "split": "test", "router": {"a": even | {"load": [0.75, 0.25]}}}
+    text = routing_section(before, [measured], picture=False)
+    assert "| layer | d, test |" in text
+    assert "| `a` | 75 %, 25 % |" in text
+    assert "50 %" not in text
 
 
 def test_what_the_card_shows_runs(dry: Push, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -177,7 +177,7 @@ def test_accumulated_steps_are_counted_as_lightning_takes_them(start: Start, mon
     assert len(seeds) == len(set(seeds)) == 12
     # Routers count every patch of every batch, whichever of them makes a step.
     for row in rows:
-        assert sum(row[f"router/stages.1.1.body/load_{expert}"] for expert in range(4)) == pytest.approx(1)
+        assert sum(row[f"val_router/stages.1.1.body/load_{expert}"] for expert in range(4)) == pytest.approx(1)
 
 
 def test_accumulated_gradients_are_the_mean_of_the_batches(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

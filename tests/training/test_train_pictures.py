@@ -21,8 +21,8 @@ DENSE = [
 ]
 ROUTED = [
     row
-    | {"router/stages.0.0.body/load_0": load, "router/stages.0.0.body/load_1": 1 - load}
-    | {"router/stages.0.0.body/drop_rate": load / 2}
+    | {"val_router/stages.0.0.body/load_0": load, "val_router/stages.0.0.body/load_1": 1 - load}
+    | {"train_router/stages.0.0.body/drop_rate": load / 2}
     for row, load in zip(DENSE, (0.25, 0.75), strict=True)
 ]
 
@@ -73,10 +73,17 @@ def test_loads_are_stacked_and_drops_drawn_beside() -> None:
     assert list(dropped.lines[0].get_ydata()) == [0.125, 0.375]
 
 
+def test_epochs_of_a_version_that_counted_in_training_have_no_load() -> None:
+    before = DENSE[0] | {"router/stages.0.0.body/load_0": 0.5, "router/stages.0.0.body/load_1": 0.5}
+    load, _ = expert_load([before, ROUTED[1]]).axes
+    assert [[bar.get_height() for bar in container] for container in load.containers] == [[0.75], [0.25]]
+    assert "expert_load" not in pictures_of([before], RESULT.confusion, ["leaf", "sky"], ["val/top1"])
+
+
 def test_many_experts_leave_room_for_their_load(tmp_path: Path) -> None:
     """A legend of 64 would leave none, and matplotlib would warn, which is an error here."""
-    loads = {f"router/stages.0.0.body/load_{expert}": 1 / 64 for expert in range(64)}
-    figure = expert_load([row | loads | {"router/stages.0.0.body/drop_rate": 0.0} for row in DENSE])
+    loads = {f"val_router/stages.0.0.body/load_{expert}": 1 / 64 for expert in range(64)}
+    figure = expert_load([row | loads | {"train_router/stages.0.0.body/drop_rate": 0.0} for row in DENSE])
     figure.savefig(tmp_path / "load.png")
     assert figure.axes[0].get_position().height > 0.5
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -18,14 +17,13 @@ from safetensors.torch import load_file
 
 import pcenet.data as data
 from pcenet.models import load_model
-from pcenet.nn import PCELayer, RoutingSummary, record_routing
+from pcenet.nn import PCELayer, record_routing
 from pcenet.nn.renewing import CENTRING
-from pcenet.training.callbacks import RouterHealth
 from pcenet.training.checkpoints import read_checkpoint, write_checkpoint
 from pcenet.training.config import TrainConfig
 from pcenet.training.device import resolve_device, resolve_workers
 from pcenet.training.folder import RunFolder, write_atomically
-from pcenet.training.measures import health_of, image_side
+from pcenet.training.measures import image_side
 from pcenet.training.network import naming_model_args
 from pcenet.training.run import Run, bias_images, prepare, resolve, train
 from pcenet.training.task import ClassificationTask
@@ -100,7 +98,8 @@ def test_run_folder_is_complete(finished: RunFolder, pictures: Path) -> None:
     assert metrics["val"]["top5"] is None  # three classes
     assert 0 <= metrics["val"]["top1"] <= metrics["best"]["top1"] <= 1
     assert metrics["images_per_second"] > 0
-    assert set(metrics["router"]) == {"stages.1.1.body", "stages.2.1.body"}
+    layers = {"stages.1.1.body", "stages.2.1.body"}
+    assert set(metrics["val_router"]) == set(metrics["train_router"]) == layers
     assert metrics["complexity"]["active_parameters"] < metrics["complexity"]["parameters"]
     environment = json.loads(finished.environment.read_text())
     assert (environment["precision"], environment["workers"]) == ("fp32", 0)
@@ -121,7 +120,7 @@ def test_losses_are_logged_apart_and_add_up(finished: RunFolder) -> None:
         assert row["train/balance_loss"] > 0.9 * 2  # two layers, 1 each where the router is uniform
         assert row["train/z_loss"] > 0
         for layer in ("stages.1.1.body", "stages.2.1.body"):
-            assert sum(row[f"router/{layer}/load_{expert}"] for expert in range(4)) == pytest.approx(1)
+            assert sum(row[f"val_router/{layer}/load_{expert}"] for expert in range(4)) == pytest.approx(1)
 
 
 def test_a_dense_network_has_no_auxiliary_loss_and_no_router(start: Start) -> None:
@@ -129,8 +128,9 @@ def test_a_dense_network_has_no_auxiliary_loss_and_no_router(start: Start) -> No
     (row,) = rows(folder)
     assert row["train/balance_loss"] == row["train/z_loss"] == 0
     assert row["train/loss"] == row["train/task_loss"]
-    assert not [name for name in row if name.startswith("router/")]
-    assert json.loads(folder.metrics.read_text())["router"] == {}
+    assert not [name for name in row if "router" in name]
+    metrics = json.loads(folder.metrics.read_text())
+    assert metrics["val_router"] == metrics["train_router"] == {}
 
 
 def test_learning_rate_of_the_last_step_of_each_epoch(finished: RunFolder) -> None:
@@ -435,21 +435,6 @@ def test_preprocessing_travels_with_the_model(start: Start) -> None:
     cfg = json.loads((folder.model / "config.json").read_text())["pretrained_cfg"]
     assert cfg["input_size"] == [3, 24, 24]
     assert image_side(load_model(folder.model)) == 24
-
-
-def test_dead_experts_are_named_once_with_advice(caplog: pytest.LogCaptureFixture) -> None:
-    health = RouterHealth()
-    with caplog.at_level(logging.WARNING, "pcenet"):
-        health.warn_of_dead("stages.1", (0, 2), epoch=4, balance=0.01)
-    assert caplog.messages == ["epoch 4: experts 0, 2 of layer stages.1 got no patch; raise --balance (now 0.01)"]
-
-    summary = RoutingSummary(load=(0.0, 1.0), entropy=0.0, max_min=float("inf"), drop_rate=0.5, dead=(0,))
-    health.health["stages.1"] = health_of(summary)
-    assert health.health["stages.1"]["max_min"] is None
-    caplog.clear()
-    with caplog.at_level(logging.WARNING, "pcenet"):
-        health.warn_of_dead("stages.1", (0,), epoch=5, balance=0.01)
-    assert caplog.messages == []
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:

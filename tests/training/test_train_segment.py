@@ -168,7 +168,7 @@ def test_a_run_from_the_command_line(
     assert metrics["val"]["images"] == 3
     assert metrics["val"]["pixels"] == 3 * 48 * 60
     assert set(metrics["val"]["iou"]) == {"sky", "ground"}
-    assert bool(metrics["router"]) == model.startswith("pce")
+    assert bool(metrics["val_router"]) == model.startswith("pce")
     saved = yaml.safe_load(folder.config.read_text())
     assert (saved["input_size"], saved["model"], saved["batch_size"]) == ("48x64", model, 4)
     network = load_model(folder.model)

@@ -45,7 +45,7 @@ def test_a_run_from_a_dense_one_to_its_explanation(dense, pictures, tmp_path, ca
     metrics = json.loads((out / "metrics.json").read_text())
     assert json.loads((out / "eval-pictures-val.json").read_text())["top1"] == metrics["val"]["top1"]
     routers = {"network.layer1.0.conv1", "network.layer1.1.conv1", "network.layer2.0.conv2", "network.layer2.1.conv1"}
-    assert set(metrics["router"]) == routers
+    assert set(metrics["val_router"]) == routers
     files = [str(pictures / "val" / "red" / "0.png")]
     assert main(["predict", str(out), *files, "--out", str(tmp_path / "predictions"), "--routing", *MACHINE]) == 0
     (image,) = json.loads((tmp_path / "predictions" / "predictions.json").read_text())["predictions"]
