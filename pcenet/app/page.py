@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ class Page:
         self.segment = explorer.model.task == "segment"
         with gr.Blocks(title=f"PCE: {title}", analytics_enabled=False, delete_cache=(TIDY, KEEP)) as self.blocks:
             self.visit = gr.State(None, time_to_live=FORGET)
-            text(f"<h1>What each expert does: {html.escape(title)}</h1>", "title")
+            text(f"<h1>What each expert does: {words.escape(title)}</h1>", "title")
             self.notice = text(words.notice(), "notice")
             self._lay_out()
             self._connect()

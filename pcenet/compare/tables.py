@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from pcenet.texts import shown
+
 SCORES = {"top1": "top-1", "miou": "mIoU"}
 
 
@@ -123,7 +125,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts += [sheet.markdown() for sheet in sheets(report)]
     parts.append(legend(report) + "\n")
     parts += [f"- {machine(environment)}\n" for environment in report["environments"]]
-    return "\n".join(parts)
+    return "\n".join(map(shown, "\n".join(parts).split("\n")))
 
 
 def legend(report: Mapping[str, Any]) -> str:

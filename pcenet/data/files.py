@@ -19,11 +19,6 @@ from pcenet.data.layout import read_layout
 LARGEST_FILE = 2**28  # bytes
 
 
-def printable(text: str) -> str:
-    """A name from a disk in one line and in valid Unicode, which such names need not be."""
-    return " ".join(text.encode(errors="surrogateescape").decode(errors="backslashreplace").split())
-
-
 class FileTree(ABC):
     """A tree of files that can be listed and read."""
 

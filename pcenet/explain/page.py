@@ -12,13 +12,14 @@ from pcenet.explain.drawing import Pictures
 from pcenet.explain.figures import Picture, row_label
 from pcenet.explain.findings import layer_findings, owners, percent, points, summary
 from pcenet.explain.report import Report
+from pcenet.texts import shown
 
 TEMPLATE = "page.html"
 MOST_SERVED = 3  # classes named of an expert that owns none
 
 
 def page(report: Report, pictures: Pictures, captions: list[tuple[str, str]]) -> str:
-    """The HTML text. What comes from users, such as the names of classes and files, is escaped.
+    """The HTML text. What comes from users, such as the names of classes and files, is `shown`, and escaped.
 
     Args:
         report: the figures.
@@ -29,6 +30,7 @@ def page(report: Report, pictures: Pictures, captions: list[tuple[str, str]]) ->
         loader=PackageLoader("pcenet.explain", package_path=""),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: shown(value) if type(value) is str else value,  # not Markup, which is made of such
         trim_blocks=True,
         lstrip_blocks=True,
     )

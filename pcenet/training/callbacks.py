@@ -16,12 +16,13 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar, WeightAveragi
 from torch import Tensor
 from typing_extensions import override
 
-from pcenet.training.folder import write_text
+from pcenet.texts import say
 from pcenet.training.measures import health_of
 from pcenet.training.nonfinite import FiniteSteps
 from pcenet.training.ranks import over_processes, share_statistics
 from pcenet.training.strategies import Sharded, gather_weights, local_part, release_weights
 from pcenet.training.task import TrainingTask
+from pcenet.writing import write_text
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +204,7 @@ class History(Callback):
             return
         self._write()
         assert isinstance(pl_module, TrainingTask)
-        print(epoch_line(row, trainer.max_epochs or 0, pl_module.train_score, pl_module.score), flush=True)
+        say(epoch_line(row, trainer.max_epochs or 0, pl_module.train_score, pl_module.score))
 
     def _write(self) -> None:
         names = list(dict.fromkeys(name for row in self.rows for name in row))

@@ -13,10 +13,12 @@ import pcenet.data as data
 from pcenet.choices import Task
 from pcenet.models import SavableModel, load_model
 from pcenet.models.pretrained import bundled_folder, or_bundled
+from pcenet.texts import say
 from pcenet.training.config import EvalConfig
 from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
-from pcenet.training.folder import RunFolder, write_json
+from pcenet.training.folder import RunFolder
 from pcenet.training.kinds import Kind, kind_of
+from pcenet.writing import write_json
 
 EVAL_BATCH_SIZE: dict[Task, int] = {"classify": 256, "segment": 8}
 
@@ -64,7 +66,7 @@ def evaluate(config: EvalConfig) -> Any:
     about = {"model": model.pretrained_cfg["architecture"], "data": source.name, "split": config.split}
     write_json(path, about | {"source": trained.data} | asdict(result))
     kind.show(result, f"{config.run} on {source.name}, {config.split}")
-    print(f"wrote {path}")
+    say(f"wrote {path}")
     return result
 
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 import pcenet.data as data
 from pcenet.models import SavableModel, TimmNet
+from pcenet.texts import say
 from pcenet.training.callbacks import (
     Averaging,
     EpochFigures,
@@ -34,7 +35,7 @@ from pcenet.training.checkpoints import CheckpointFiles, Checkpoints, read_check
 from pcenet.training.config import DEFAULT_BATCH_SIZE, TrainConfig
 from pcenet.training.device import environment, resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.evaluate import check_classes
-from pcenet.training.folder import RunFolder, images_per_step, write_atomically, write_json
+from pcenet.training.folder import RunFolder, images_per_step
 from pcenet.training.kinds import Kind, kind_of
 from pcenet.training.launch import Ranks, ranks_of_environment
 from pcenet.training.loggers import check_logging, run_loggers
@@ -50,6 +51,7 @@ from pcenet.training.signals import Stop, listening
 from pcenet.training.stopping import stopped_by, stopping_callbacks
 from pcenet.training.strategies import strategy_options, synchronised
 from pcenet.training.tables import console, router_table
+from pcenet.writing import write_atomically, write_json
 
 LOG_EVERY = 50
 SAME_SIGNAL = 1.0  # seconds in which a batch system and torchrun, or our launcher, may send a process the same one
@@ -116,7 +118,7 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
             stack.enter_context(silent())
         begun, finished, checkpoint = decide(lambda: enter(folder, config, stack))
         if finished:
-            print(f"{folder.path} is finished; nothing to do")
+            say(f"{folder.path} is finished; nothing to do")
             return folder
         with agreeing():
             run = prepare(config, folder, device, checkpoint, batches)
@@ -386,7 +388,7 @@ def announce(run: Run) -> None:
     if config.init and not run.checkpoint:
         lines.append(f"starting from the weights of {config.init}")
     if isinstance(run.model, TimmNet) and run.model.upcycling:
-        lines.append(str(run.model.upcycling))
+        lines += str(run.model.upcycling).split("\n")
     if config.devices > 1:
         kind = "parts of the network in each" if config.strategy == "fsdp" else "the network in each"
         lines[2] += f"; {config.devices} processes, {kind}, {images_per_step(config)} images in a step of all"
@@ -397,7 +399,7 @@ def announce(run: Run) -> None:
         lines.append(f"continuing from {run.checkpoint} {where}")
         if position.changed:
             lines.append(f"changed since then: {', '.join(position.changed)}")
-    print("\n".join(lines), flush=True)
+    say(*lines)
 
 
 def finish(run: Run, fitted: Fitted) -> None:
@@ -426,11 +428,11 @@ def report(run: Run, fitted: Fitted, result: Any) -> None:
     draw(run, fitted.history.rows, result)
     write_json(folder.metrics, summary(run, fitted, result))
     if fitted.stopped:
-        print(f"stopped by {fitted.stopped} in epoch {len(fitted.history.rows)} of {config.epochs}")
-    print(f"validation {run.kind.headline(result)}")
+        say(f"stopped by {fitted.stopped} in epoch {len(fitted.history.rows)} of {config.epochs}")
+    say(f"validation {run.kind.headline(result)}")
     if fitted.health.health:
         console().print(router_table(fitted.health.health))
-    print(f"model: {folder.model}")
+    say(f"model: {folder.model}")
 
 
 def draw(run: Run, rows: Sequence[Mapping[str, float]], result: Any) -> None:

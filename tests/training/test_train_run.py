@@ -23,11 +23,12 @@ from pcenet.training.callbacks import RouterHealth
 from pcenet.training.checkpoints import read_checkpoint, write_checkpoint
 from pcenet.training.config import TrainConfig
 from pcenet.training.device import resolve_device, resolve_workers
-from pcenet.training.folder import RunFolder, write_atomically
+from pcenet.training.folder import RunFolder
 from pcenet.training.measures import health_of, image_side
 from pcenet.training.network import naming_model_args
 from pcenet.training.run import Run, prepare, resolve, train
 from pcenet.training.task import ClassificationTask
+from pcenet.writing import write_atomically
 
 Start = Callable[..., TrainConfig]
 
