@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from PIL import Image
 from pcenet.app import pictures, words
 from pcenet.app.session import Explorer, Visit
 from pcenet.data.images import decode_image
+from pcenet.texts import say
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others of Pillow's start programs, or are rarely tested
 SAMPLES = 12  # how many are offered
@@ -180,7 +182,7 @@ class Page:
             except ValueError as error:
                 return {self.notice: words.notice(str(error)), self.file: None}
             except Exception:
-                traceback.print_exc()
+                say(*traceback.format_exc().splitlines(), to=sys.stderr)
                 return {self.notice: words.notice("That went wrong, and it was not you. Try again."), self.file: None}
 
         return with_event_data(fulfil) if wish in (self.choose_sample, self.click) else fulfil
