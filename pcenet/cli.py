@@ -66,7 +66,7 @@ C = TypeVar(
 
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "scipy", "tensorboard", "torchmetrics", "yaml")
 TRACEBACK = "PCENET_TRACEBACK"
-YAML = "pcenet"  # jsonargparse's name for our way of reading it
+YAML = "pcenet"  # jsonargparse's name for our way of reading and writing it
 KINDS = {
     "int | list": "a whole number, or a list of them such as [0, 1]",
     "list": "a list such as [a, b]",
@@ -255,12 +255,13 @@ def check_config_files(words: Sequence[str]) -> None:
 
 def config_parser(command: str, entries: dict[str, Entry]) -> ArgumentParser:
     """A parser with ``--config``, ``--print_config`` and an option, or argument, for each field."""
-    from jsonargparse import ArgumentParser, set_loader
+    from jsonargparse import ArgumentParser, set_dumper, set_loader
     from yaml import YAMLError
 
-    from pcenet.yaml_files import parse_yaml
+    from pcenet.yaml_files import parse_yaml, write_yaml
 
     set_loader(YAML, parse_yaml, (YAMLError,))
+    set_dumper(YAML, write_yaml)
     about = COMMANDS[command].__doc__
     parser = ArgumentParser(
         prog=f"pcenet {command}", description=about, exit_on_error=False, allow_abbrev=False, parser_mode=YAML
@@ -354,7 +355,10 @@ def run_compare(arguments: list[str]) -> None:
     for name in OF_A_RUN:
         del recipe[name]
     values = parse_values("compare", recipe | own, arguments)
-    values["variants"] = {str(label): read_variant(label, changes) for label, changes in values["variants"].items()}
+    variants = {str(label): read_variant(label, changes) for label, changes in values["variants"].items()}
+    if len(variants) < len(values["variants"]):
+        raise ValueError(f"variants: a number and a text have one label among {', '.join(variants)}; give each its own")
+    values["variants"] = variants
     recipe_config = TrainConfig(**{name: values[name] for name in recipe})
     config = CompareConfig(**{name: values[name] for name in own}, recipe=recipe_config)
     from pcenet.compare.run import compare, status

@@ -1,4 +1,4 @@
-"""Reading YAML that a stranger may have written: quickly, or refused in one line."""
+"""YAML that a stranger may have written is read quickly, or refused in one line."""
 
 from __future__ import annotations
 
@@ -85,6 +85,11 @@ def read_yaml(path: Path, loader: type[BoundedLoader] = OptionLoader) -> Any:
         raise ValueError(f"{path} is no text in UTF-8: {error}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def write_yaml(value: Any) -> str:
+    """A value as YAML in ASCII, keys in their order: it is printed, too, and other characters might be obeyed there."""
+    return yaml.safe_dump(value, sort_keys=False)
 
 
 def _check_size(root: yaml.Node | None) -> None:

@@ -21,7 +21,7 @@ from pcenet.inference.network import Network
 from pcenet.inference.outputs import ResultFiles, Row, output_folder
 from pcenet.inference.segment import Segmenter, write_picture
 from pcenet.models import SavableModel, load_model
-from pcenet.texts import one_line, say, shown
+from pcenet.texts import one_line, say
 from pcenet.training.config import PredictConfig
 from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.evaluate import EVAL_BATCH_SIZE, find_model
@@ -90,7 +90,7 @@ def predict(config: PredictConfig) -> Predicted:
                 predicted += len(rows)
                 first += rows[: SHOWN - len(first)]
         if isinstance(predictor, Segmenter) and predicted:
-            write_picture(legend([shown(name) for name in classes]), place / "legend.png")
+            write_picture(legend(classes), place / "legend.png")
     report(predictor.headings, first, Predicted(predicted, left_out, folder))
     return Predicted(predicted, left_out, folder)
 

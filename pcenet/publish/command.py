@@ -83,7 +83,8 @@ def push(config: PushConfig) -> Path | str:
                 f"private: {repo} exists and is public; nothing was uploaded: make it private on its page, or choose "
                 "another --repo"
             )
-        write(Path(temporary), config, run, twin, picture, repo)
+        with filling(Path(temporary)) as place:
+            write(place, config, run, twin, picture, repo)
         api.upload_folder(repo_id=repo, folder_path=temporary, commit_message="pcenet push")
     address = f"{api.endpoint}/{repo}"
     say(f"pushed to {address}")

@@ -10,13 +10,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pcenet.training.config import TrainConfig
 from pcenet.training.locks import locked
 from pcenet.training.sealing import fault_of
 from pcenet.writing import TEMPORARY, discard, write_json, write_text
-from pcenet.yaml_files import BoundedLoader, read_yaml
+from pcenet.yaml_files import BoundedLoader, read_yaml, write_yaml
 
 ELSEWHERE = {"out", "resume"}  # options that say where a run goes on, not what it is
 SAFE_TO_CHANGE = ELSEWHERE | {
@@ -219,5 +217,5 @@ class RunFolder:
                 break
             discard(path)
         self.logs.mkdir(exist_ok=True)
-        write_text(self.config, yaml.safe_dump(asdict(config) | {"resume": None}, sort_keys=False))
+        write_text(self.config, write_yaml(asdict(config) | {"resume": None}))
         write_json(self.environment, environment)
