@@ -47,7 +47,7 @@ ODD = [
     os.fsdecode(b"caf\xe8.png"),
 ]
 COMMANDS = "\x1b[31m\x1b]0;title\x07\x9b1m\u202e\u200b\u2028"  # colours, a title, C1, direction, no width, a line's end
-CLASSES = [f"a{COMMANDS}", "b[/b]", "c$_{"]
+CLASSES = [f"a{COMMANDS}", "b[red][/b]", "c$_{"]
 
 
 def noise(seed: int) -> Image.Image:
@@ -184,6 +184,7 @@ def test_tables_of_an_evaluation(
     output = capsys.readouterr()
     assert_seen(output.out + output.err)
     assert "\\x1b[31m" in output.out
+    assert "b[red][:b]" in output.out, "no markup"
     (path,) = Path("out").iterdir()
     assert list(json.loads(path.read_text())["per_class"]) == classes
 
