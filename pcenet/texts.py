@@ -38,7 +38,8 @@ def shown(text: str) -> str:
 
 def one_line(message: str) -> str:
     """A message as it is shown; a library's may have several lines, which a blank joins."""
-    return shown(re.sub(r"\s*[\r\n]\s*", " ", message.strip()))
+    lines = map(str.strip, re.split(r"[\r\n]+", message))
+    return shown(" ".join(filter(None, lines)))
 
 
 def say(*lines: str, to: TextIO | None = None) -> None:

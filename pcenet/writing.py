@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,13 +36,13 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             for written in (*temporary.rglob("*"), temporary):
                 flush(written)
+            if path.is_dir():
+                discard(path)
+            os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
                 remove(temporary)
             raise
-        if path.is_dir():
-            discard(path)
-        os.replace(temporary, path)
         flush(path.parent)
 
 
@@ -54,12 +55,11 @@ def filling(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: naming ``folder``, or a file below it; nothing new is there.
     """
-    temporary = folder / f".{os.getpid()}{TEMPORARY}"
+    temporary = folder / f".{secrets.token_hex(4)}{TEMPORARY}"
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     with naming(temporary, folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            remove(temporary)
             temporary.mkdir()
             yield temporary
             for path in sorted(temporary.iterdir(), key=Path.is_file):

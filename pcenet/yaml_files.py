@@ -12,6 +12,7 @@ LARGEST = 2**18  # bytes of a file
 MOST = 100_000  # values, those that aliases repeat counted each time
 DEEPEST = 100  # lists and mappings within each other
 
+MERGE = "tag:yaml.org,2002:merge"
 INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
 FLOAT = re.compile(
     r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$"
@@ -30,10 +31,12 @@ class BoundedLoader(yaml.SafeLoader):  # type: ignore[misc] # yaml comes without
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping; at the root, where keys are options, hyphens are as good as underscores."""
-        lines: dict[str, int] = {}
+        lines: dict[Any, int] = {}
         for key, _ in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else str(key)
-            name = name.replace("-", "_") if node is self.root else name
+            if not isinstance(key, yaml.ScalarNode) or key.tag == MERGE:
+                continue
+            name = self.construct_object(key)
+            name = name.replace("-", "_") if node is self.root and isinstance(name, str) else name
             line = key.start_mark.line + 1
             if name in lines:
                 raise ValueError(f"{key.value!r} is given twice, in lines {lines[name]} and {line}; keep one of them")

@@ -60,6 +60,11 @@ def test_a_message_of_several_lines_is_one() -> None:
     assert one_line("  while parsing\n    in line 3:\r\n\n  a  b\n") == "while parsing in line 3: a  b"
 
 
+@pytest.mark.timeout(10)
+def test_a_long_message_takes_no_time() -> None:
+    assert one_line("x" + " " * 300_000 + "\n" * 300_000 + "y") == "x y"
+
+
 def test_only_one_place_prints() -> None:
     """What a print statement writes is not `shown`; rich's console is `pcenet.training.tables.Screen`."""
     root = Path(pcenet.__file__).parent

@@ -38,6 +38,7 @@ from pcenet.yaml_files import BoundedLoader, parse_yaml, read_yaml
         ("'7'", "7"),
         ("a: &x [1, 2]\nb: *x", {"a": [1, 2], "b": [1, 2]}),
         ("a: &x {p: 1}\nb: {<<: *x, q: 2}", {"a": {"p": 1}, "b": {"p": 1, "q": 2}}),
+        ("v: {1: a, '1': b}", {"v": {1: "a", "1": "b"}}),
         ("v: {a-b: 1, a_b: 2}", {"v": {"a-b": 1, "a_b": 2}}),  # labels, no options
     ],
 )

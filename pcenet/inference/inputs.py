@@ -80,8 +80,7 @@ def _identity(path: Path, name: str) -> tuple[str, ...]:
     """What no other file has in common with the one of this name below a path: where it lies, and its name there."""
     if path.is_dir():
         path, name = path / name, ""
-    folder = os.path.realpath(path.parent) if path.name not in ("", "..") else os.path.realpath(path)
-    return folder, path.name, name
+    return os.path.realpath(path.parent), path.name, name
 
 
 def _below(path: Path) -> Iterator[tuple[str, InputFile | LeftOut]]:

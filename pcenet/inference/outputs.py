@@ -81,7 +81,8 @@ class OutputNames:
 
 def _cut(part: str) -> str:
     """A part of a path that leaves room for a number and a suffix."""
-    return os.fsdecode(os.fsencode(part)[:LONGEST_NAME]) if len(os.fsencode(part)) > LONGEST_NAME else part
+    content = os.fsencode(part)
+    return content[:LONGEST_NAME].decode(errors="ignore") if len(content) > LONGEST_NAME else part
 
 
 def _folded(name: str) -> str:

@@ -29,6 +29,7 @@ REFUSED = {
     "deep mappings": ("".join(" " * n + "a:\n" for n in range(300)), "lie within each other more than 100 deep"),
     "equal keys": ("epochs: 3\nlr: 1\nepochs: 4\n", "'epochs' is given twice, in lines 1 and 3; keep one of them"),
     "equal keys in one line": ("model_args: {a: 1, a: 2}", "'a' is given twice, in lines 1 and 1"),
+    "equal numbers as keys": ("variants:\n  1: {}\n  0x1: {}", "'0x1' is given twice, in lines 2 and 3"),
     "one option in two spellings": ("batch-size: 3\nbatch_size: 4", "'batch_size' is given twice, in lines 1 and 2"),
     "an empty file": ("", "is empty; write options into it, such as epochs: 10"),
     "comments alone": ("# nothing\n\n", "is empty; write options into it"),

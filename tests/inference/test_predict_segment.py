@@ -151,7 +151,7 @@ LONG = "n" * 249
 NAMES = {
     "folder and suffix": ([("a.b.png", "o"), (".png", "")], ["o/a.b", ".png"]),
     "as long as a disk takes": ([(f"{LONG}1.png", ""), (f"{LONG}2.png", "")], ["n" * 200, "n" * 200 + "-2"]),
-    "letters of several bytes": ([("\u00e9" * 127, "")], ["\u00e9" * 100]),
+    "letters of several bytes": ([("\u65e5" * 84, "")], ["\u65e5" * 66]),
     "deep": ([("/".join(["d" * 199] * 6) + "/x.png", "o")], ["x"]),
     "a folder called like a mask": ([("a.jpg", "o"), ("a.png/b.jpg", "o")], ["o/a", "o/a.png_/b"]),
     "two forms of one letter": ([("\u00e9.png", ""), ("e\u0301.png", "")], ["\u00e9", "e\u0301-2"]),
