@@ -22,7 +22,8 @@ from pcenet.models import create_network, load_model, pretrained
 from pcenet.models.pretrained import CONFIG, WEIGHTS
 from pcenet.publish.card import SCORES, recipe, score_of
 from pcenet.training.config import TrainConfig
-from pcenet.training.folder import RunFolder, write_atomically
+from pcenet.training.folder import RunFolder
+from pcenet.writing import write_atomically
 
 CARD = "README.md"
 LIMIT = 6 * 10**6  # bytes of a file: whoever installs the package downloads all of them

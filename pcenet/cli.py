@@ -16,6 +16,8 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, dataclass, fields
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_origin
 
 from pcenet import __version__
@@ -26,6 +28,7 @@ from pcenet.compare.config import OF_A_RUN, CompareConfig
 from pcenet.explain.config import ExplainConfig
 from pcenet.export.config import ExportConfig
 from pcenet.publish.config import PushConfig
+from pcenet.texts import one_line, print_whatever_comes, say
 from pcenet.training.config import (
     CheckDataConfig,
     EvalConfig,
@@ -63,6 +66,7 @@ C = TypeVar(
 
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "scipy", "tensorboard", "torchmetrics", "yaml")
 TRACEBACK = "PCENET_TRACEBACK"
+YAML = "pcenet"  # jsonargparse's name for our way of reading and writing it
 KINDS = {
     "int | list": "a whole number, or a list of them such as [0, 1]",
     "list": "a list such as [a, b]",
@@ -98,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         another one with which it trained.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    print_whatever_comes()
     show_warnings()
     try:
         return dispatch(arguments)
@@ -127,10 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def fail(message: str, code: int = 2) -> int:
     """Print one line on stderr, on request below the traceback of the error being handled; return the exit code."""
     if os.environ.get(TRACEBACK) == "1":
-        traceback.print_exc()
+        say(*traceback.format_exc().splitlines(), to=sys.stderr)
     ranks = ranks_of_environment()
     who = f"{ranks}: " if ranks.rank else ""
-    print(f"pcenet: error: {who}{' '.join(message.split())}", file=sys.stderr)
+    say(f"pcenet: error: {who}{one_line(message)}", to=sys.stderr)
     return code
 
 
@@ -154,7 +159,7 @@ class WarningLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
-        print(f"pcenet: warning: {record.getMessage()}", file=sys.stderr)
+        say(f"pcenet: warning: {one_line(record.getMessage())}", to=sys.stderr)
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -222,6 +227,7 @@ def parse_values(command: str, entries: dict[str, Entry], arguments: list[str]) 
     known = ["--config", "--help", *(option_name(name) for name in entries)]
     spellings = {name: name for name in known} | {"-h": "-h", "--print-config": "--print_config"}
     words = [respell(word, spellings) for word in arguments]
+    check_config_files(words)
     try:
         parser = config_parser(command, entries)
         values = parser.parse_args(words).as_dict()
@@ -240,16 +246,40 @@ def task_of_the_data(name: str) -> str:
 
     task = task_for(name)
     if task != "classify" and not ranks_of_environment().rank:
-        print(f"task {task}: {name} has images and masks")
+        say(f"task {task}: {name} has images and masks")
     return task
+
+
+def check_config_files(words: Sequence[str]) -> None:
+    """Raise a ``ValueError`` that names the file, unless those given with ``--config`` hold options by their names.
+
+    jsonargparse reads them again, with the same loader, but would wait for a pipe.
+    """
+    from pcenet.yaml_files import read_yaml
+
+    given = [word for before, word in pairwise(words) if before == "--config"]
+    given += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    for path in filter(os.path.exists, given):
+        values = read_yaml(Path(path))
+        if values is None:
+            raise ValueError(f"--config: {path} is empty; write options into it, such as epochs: 10")
+        if not isinstance(values, dict):
+            raise ValueError(f"--config: {path} must hold options by their names, such as epochs: 10")
 
 
 def config_parser(command: str, entries: dict[str, Entry]) -> ArgumentParser:
     """A parser with ``--config``, ``--print_config`` and an option, or argument, for each field."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_dumper, set_loader
+    from yaml import YAMLError
 
+    from pcenet.yaml_files import parse_yaml, write_yaml
+
+    set_loader(YAML, parse_yaml, (YAMLError,))
+    set_dumper(YAML, write_yaml)
     about = COMMANDS[command].__doc__
-    parser = ArgumentParser(prog=f"pcenet {command}", description=about, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=f"pcenet {command}", description=about, exit_on_error=False, allow_abbrev=False, parser_mode=YAML
+    )
     parser.add_argument("--config", action="config", help="YAML file with options by their names.")
     for name, entry in entries.items():
         choices = choices_of(entry.kind)
@@ -339,7 +369,10 @@ def run_compare(arguments: list[str]) -> None:
     for name in OF_A_RUN:
         del recipe[name]
     values = parse_values("compare", recipe | own, arguments)
-    values["variants"] = {str(label): read_variant(label, changes) for label, changes in values["variants"].items()}
+    variants = {str(label): read_variant(label, changes) for label, changes in values["variants"].items()}
+    if len(variants) < len(values["variants"]):
+        raise ValueError(f"variants: a number and a text have one label among {', '.join(variants)}; give each its own")
+    values["variants"] = variants
     recipe_config = TrainConfig(**{name: values[name] for name in recipe})
     config = CompareConfig(**{name: values[name] for name in own}, recipe=recipe_config)
     from pcenet.compare.run import compare, status
@@ -425,11 +458,11 @@ def run_models(arguments: list[str]) -> None:
     options = parse_json_flag("models", arguments)
     rows = catalogue()
     if options.json:
-        print(json.dumps(rows, indent=2))
+        say(*json.dumps(rows, indent=2).splitlines())
         return
     titles = ("name", "task", "input", "parameters", "active", "multiply-adds", "router", "routed", "twin", "weights")
-    print(
-        as_columns(
+    say(
+        *as_columns(
             titles,
             [
                 (
@@ -450,11 +483,11 @@ def run_models(arguments: list[str]) -> None:
     )
 
 
-def as_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def as_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines in which every column is as wide as its widest entry: rich, which draws tables, is an extra."""
     lines = [titles, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
 def run_bench(arguments: list[str]) -> None:
@@ -471,7 +504,7 @@ def run_doctor(arguments: list[str]) -> None:
     from pcenet.doctor import as_text, examine
 
     report = examine()
-    print(json.dumps(report, indent=2) if options.json else as_text(report))
+    say(*(json.dumps(report, indent=2) if options.json else as_text(report)).splitlines())
 
 
 def parse_json_flag(command: str, arguments: list[str]) -> argparse.Namespace:

@@ -8,16 +8,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
 import pcenet.data as data
 from pcenet.analysis.samples import sample_sheet
-from pcenet.data.files import printable
+from pcenet.texts import say
 from pcenet.training.config import CheckDataConfig
-from pcenet.training.folder import write_json
+from pcenet.training.pictures import png_of
 from pcenet.training.tables import console, percent
+from pcenet.writing import write_bytes, write_json
 
 SHEET = "samples.png"
 MOST_ROWS = 10  # findings of one kind, sizes, or kinds of files that a table shows
@@ -45,8 +45,8 @@ def check_data(config: CheckDataConfig) -> data.CheckReport:
         path = Path(config.out, SHEET)
         figure = sample_sheet(report)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
-        print(f"sample sheet: {path}")
+        write_bytes(path, png_of(figure))
+        say(f"sample sheet: {path}")
     return report
 
 
@@ -58,7 +58,7 @@ def show(report: data.CheckReport) -> None:
         table = Table("", *report.images, title=f"{report.source}: {what}")
         table.add_row("images", *map(str, report.images.values()))
         for name in report.classes:
-            table.add_row(escape(name), *(_count(report, split, name) for split in report.images))
+            table.add_row(name, *(_count(report, split, name) for split in report.images))
         if report.ignored:
             table.add_row("pixels that do not count", *(_ignored(report, split) for split in report.images))
         screen.print(table)
@@ -71,12 +71,12 @@ def show(report: data.CheckReport) -> None:
     if report.findings:
         table = Table("", "what", "file", "finding", title="findings")
         for finding, rest in _shortened(report.findings):
-            table.add_row(finding.severity, finding.kind, escape(printable(finding.file)), escape(finding.message))
+            table.add_row(finding.severity, finding.kind, finding.file, finding.message)
             if rest:
                 table.add_row("", finding.kind, "", f"... and {rest} more (--json lists all)")
         screen.print(table)
     errors = sum(finding.severity == "error" for finding in report.findings)
-    print(
+    say(
         f"{errors} error(s), {len(report.findings) - errors} warning(s): training would"
         f" {'accept' if report.usable else 'refuse'} {report.source}"
     )

@@ -9,6 +9,7 @@ from itertools import chain, product
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from pcenet.texts import shown
 from pcenet.training.pictures import PALETTE
 
 MOST = 256  # colours of a palette
@@ -42,7 +43,7 @@ def palette(count: int) -> list[int]:
 def legend(classes: Sequence[str]) -> Image.Image:
     """A picture with a row per class: its colour, its number and its name."""
     font = ImageFont.load_default(TEXT)
-    texts = [f"{number}  {name}" for number, name in enumerate(classes)]
+    texts = [f"{number}  {shown(name)}" for number, name in enumerate(classes)]
     width = 3 * MARGIN + ROW + round(max(font.getlength(text) for text in texts))
     picture = Image.new("RGB", (width, len(texts) * ROW + MARGIN), "white")
     draw = ImageDraw.Draw(picture)

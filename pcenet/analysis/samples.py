@@ -8,6 +8,7 @@ from PIL import Image
 
 from pcenet.analysis.colours import class_colours, palette
 from pcenet.data import IGNORE, CheckReport
+from pcenet.training.pictures import as_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +55,7 @@ def _labelled(report: CheckReport) -> Figure:
     for name, samples, row in zip(classes, rows, axes, strict=True):
         for axis, sample in zip(row, samples, strict=False):
             axis.imshow(sample.image)
-        row[0].set_ylabel(f"{name}\n{report.counts['train'][name]}", rotation=0, ha="right", va="center")
+        row[0].set_ylabel(f"{as_label(name)}\n{report.counts['train'][name]}", rotation=0, ha="right", va="center")
     shown = f"{len(classes)} of {len(report.classes)} classes" if len(classes) < len(report.classes) else "all classes"
     return _finished(figure, f"{report.source}: {shown}, with their training images")
 
@@ -70,9 +71,9 @@ def _masked(report: CheckReport) -> Figure:
     for axis, sample in zip(axes, report.samples, strict=False):
         assert sample.mask is not None
         axis.imshow(overlay(sample.image, sample.mask))
-        axis.set_title(sample.file.rpartition("/")[2], fontsize=8)
+        axis.set_title(as_label(sample.file.rpartition("/")[2]), fontsize=8)
     legend = [
-        Patch(color="#{:02x}{:02x}{:02x}".format(*colour), label=f"{name}: {shares[name]:.1%}")
+        Patch(color="#{:02x}{:02x}{:02x}".format(*colour), label=as_label(f"{name}: {shares[name]:.1%}"))
         for name, colour in zip(report.classes, class_colours(), strict=False)
     ]
     legend.append(Patch(facecolor="none", edgecolor="grey", label="uncoloured: does not count"))
@@ -81,7 +82,7 @@ def _masked(report: CheckReport) -> Figure:
 
 
 def _finished(figure: Figure, title: str) -> Figure:
-    figure.suptitle(title)
+    figure.suptitle(as_label(title))
     for axis in figure.axes:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import html
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from PIL import Image
 from pcenet.app import pictures, words
 from pcenet.app.session import Explorer, Visit
 from pcenet.data.images import decode_image
+from pcenet.texts import say
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others of Pillow's start programs, or are rarely tested
 SAMPLES = 12  # how many are offered
@@ -73,7 +74,7 @@ class Page:
         self.segment = explorer.model.task == "segment"
         with gr.Blocks(title=f"PCE: {title}", analytics_enabled=False, delete_cache=(TIDY, KEEP)) as self.blocks:
             self.visit = gr.State(None, time_to_live=FORGET)
-            text(f"<h1>What each expert does: {html.escape(title)}</h1>", "title")
+            text(f"<h1>What each expert does: {words.escape(title)}</h1>", "title")
             self.notice = text(words.notice(), "notice")
             self._lay_out()
             self._connect()
@@ -181,7 +182,7 @@ class Page:
             except ValueError as error:
                 return {self.notice: words.notice(str(error)), self.file: None}
             except Exception:
-                traceback.print_exc()
+                say(*traceback.format_exc().splitlines(), to=sys.stderr)
                 return {self.notice: words.notice("That went wrong, and it was not you. Try again."), self.file: None}
 
         return with_event_data(fulfil) if wish in (self.choose_sample, self.click) else fulfil

@@ -22,6 +22,7 @@ from pcenet.app.session import Explorer, fitted
 from pcenet.data import DataError, ImageSource, Source
 from pcenet.models import load_model
 from pcenet.models.pretrained import bundled_folder
+from pcenet.texts import say, shown
 from pcenet.training.config import EvalConfig
 from pcenet.training.device import resolve_device, resolve_precision, set_threads
 from pcenet.training.evaluate import find_model, masks_as_trained
@@ -96,7 +97,7 @@ def samples_of(source: Source, count: int) -> list[Sample]:
     labels = source.labels if isinstance(source, ImageSource) else None
     samples = []
     for number in numbers:
-        title = None if labels is None else source.classes[labels[number]]
+        title = None if labels is None else shown(source.classes[labels[number]])
         try:
             thumbnail = fitted(source.image(number), THUMBNAIL)
         except DataError as error:
@@ -166,14 +167,14 @@ def make_page(explorer: Explorer, source: Source | None, config: AppConfig) -> P
     samples = samples_of(source, SAMPLES) if source else []
     # To whom a path on this machine means nothing should not learn it.
     name = config.run if bundled_folder(config.run) else Path(config.run).resolve().name
-    title = f"{explorer.model.pretrained_cfg['architecture']} ({name})"
+    title = shown(f"{explorer.model.pretrained_cfg['architecture']} ({name})")
     return Page(explorer, samples, Limits(config.max_pixels, config.max_megabytes * 2**20), title)
 
 
 def announce(config: AppConfig, port: int) -> None:
     """Say where the page is, and who can see it."""
     host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"pcenet app: http://{host}:{port} (Ctrl-C ends it)", flush=True)
+    say(f"pcenet app: http://{host}:{port} (Ctrl-C ends it)")
     if config.host not in LOOPBACK:
         logger.warning("whoever reaches this machine at %s can use the page", config.host)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from html import escape
+from html import escape as escape_html
 
 import numpy as np
 
 from pcenet.app.pictures import expert_colour
 from pcenet.app.session import Change, Floats, LayerRouting, Visit, change
+from pcenet.texts import shown
 
 MOST_ROWS = 8  # classes in a table
 SMALLEST = 0.00005  # a difference of shares below it is shown as 0
@@ -17,6 +18,11 @@ HOW_TO_READ = (
     '<p class="pce-hint">Colour and number: the expert. Stronger colour: higher gate value. Thick frame: the patch that'
     " is pointed at. White frame: sent elsewhere.</p>"
 )
+
+
+def escape(text: str) -> str:
+    """A text that is not ours as HTML, as it may be `shown`."""
+    return escape_html(shown(text))
 
 
 def short_name(layer: str) -> str:

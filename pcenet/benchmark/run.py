@@ -36,6 +36,7 @@ from pcenet.nn import PCELayer
 from pcenet.training.device import processor_name, resolve_device, resolve_precision
 from pcenet.training.measures import image_size
 from pcenet.training.tables import console
+from pcenet.writing import filling, write_text
 
 # The table of targets (docs/performance.md).
 TABLE_SHAPES = (Shape(64, 64, 32, 8), Shape(64, 128, 16, 4), Shape(16, 64, 56, 14))
@@ -326,7 +327,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if config.plot:
         plot(run.records, config.plot)
     if config.json:
-        Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
+        write_text(Path(config.json), json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -391,4 +392,5 @@ def plot(records: Sequence[Record], path: str) -> None:
         panel.set_ylim(0, math.ceil(2 * top) / 2)
     panels[0].set_ylabel("time of a training step")
     panels[0].legend(loc="lower right")
-    figure.savefig(path)
+    with filling(Path(path).parent) as folder:
+        figure.savefig(folder / Path(path).name)

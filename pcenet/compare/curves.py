@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pcenet.training.pictures import PALETTE, RESOLUTION, new_figure
+from pcenet.training.pictures import PALETTE, as_label, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +30,7 @@ def curves(report: Mapping[str, Any]) -> Figure:
             for run in runs:
                 axis.plot([point["epoch"] for point in run], values(run, name), color=colour, alpha=0.3, linewidth=0.8)
             epochs, means = mean_curve(runs, name)
-            axis.plot(epochs, means, color=colour, label=f"{row['label']} ({len(runs)})")
+            axis.plot(epochs, means, color=colour, label=as_label(f"{row['label']} ({len(runs)})"))
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=8, title="mean over seeds", title_fontsize=8)
@@ -48,8 +47,3 @@ def mean_curve(runs: Sequence[Curve], name: str) -> tuple[list[int], list[float]
     columns = list(zip(*(values(run, name) for run in runs), strict=False))
     epochs = [int(point["epoch"]) for point in runs[0][: len(columns)]]
     return epochs, [statistics.fmean(column) for column in columns]
-
-
-def save_curves(figure: Figure, path: Path) -> None:
-    """Write the picture, whatever the file is called."""
-    figure.savefig(path, dpi=RESOLUTION, format="png")

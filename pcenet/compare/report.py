@@ -7,18 +7,18 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from pcenet.compare.config import OF_A_RUN, CompareConfig, PlannedRun
-from pcenet.compare.curves import curves, save_curves
+from pcenet.compare.curves import curves
 from pcenet.compare.results import Result, read_results
 from pcenet.compare.statistics import CONFIDENCE, deviation, difference
 from pcenet.compare.tables import markdown
-from pcenet.training.folder import write_atomically, write_json, write_text
 from pcenet.training.health import EVALUATED, TRAINED, recorded_health
 from pcenet.training.kinds import kind_of
 from pcenet.training.locks import locked
+from pcenet.training.pictures import png_of
+from pcenet.writing import write_bytes, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def write_report(config: CompareConfig, baseline: str | None) -> Report:
             except ModuleNotFoundError as error:
                 log.warning("%s; %s was not drawn", error, folder / "curves.png")
             else:
-                write_atomically(folder / "curves.png", partial(save_curves, figure))
+                write_bytes(folder / "curves.png", png_of(figure))
     return report
 
 

@@ -15,6 +15,7 @@ from pcenet.compare.report import Report, make_report, write_report
 from pcenet.compare.results import finished, read_rows, rows_file
 from pcenet.compare.tables import Sheet, sheets, warnings
 from pcenet.models import twin_of
+from pcenet.texts import say
 from pcenet.training.config import Precision, TrainConfig
 from pcenet.training.device import resolve_device
 from pcenet.training.folder import RunFolder, check_same
@@ -80,7 +81,7 @@ def attempt(run: PlannedRun, config: CompareConfig, baseline: str | None, failed
     with locked(run.lock) as ours:
         if not ours or finished(folder):
             return False
-        print(f"{run.name}: run {config.runs.index(run) + 1} of {len(config.runs)}", flush=True)
+        say(f"{run.name}: run {config.runs.index(run) + 1} of {len(config.runs)}")
         try:
             train(run.config)
         except ValueError as error:  # such as a loss that was no number in the end: the others may do better
@@ -158,7 +159,7 @@ def baseline_of(config: CompareConfig) -> str | None:
 def show(config: CompareConfig, report: Report) -> None:
     """Print how far the runs are, and the tables."""
     screen = console()
-    print(f"{config.folder}: {len(report['runs'])} of {len(config.runs)} runs are finished")
+    say(f"{config.folder}: {len(report['runs'])} of {len(config.runs)} runs are finished")
     left = [(run.label, str(run.seed), state(run)) for run in config.runs if not finished(run.config.folder)]
     tables = [Sheet("left to do", ("network", "seed", "state"), left)] if left else []
     for sheet in [*tables, *sheets(report)]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from pcenet.texts import shown
 from pcenet.training.health import EVALUATED, complaint, ratio_in_words
 from pcenet.training.measures import score_digits
 
@@ -134,7 +135,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts += [f"**Warning:** {warning}\n" for warning in warnings(report)]
     parts.append(legend(report) + "\n")
     parts += [f"- {machine(environment)}\n" for environment in report["environments"]]
-    return "\n".join(parts)
+    return "\n".join(map(shown, "\n".join(parts).split("\n")))
 
 
 def warnings(report: Mapping[str, Any]) -> list[str]:

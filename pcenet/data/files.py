@@ -21,11 +21,6 @@ from pcenet.data.names import is_visible
 from pcenet.reading import check_regular
 
 
-def printable(text: str) -> str:
-    """A name from a disk in one line and in valid Unicode, which such names need not be."""
-    return " ".join(text.encode(errors="surrogateescape").decode(errors="backslashreplace").split())
-
-
 class FileTree(ABC):
     """A tree of files that can be listed and read.
 

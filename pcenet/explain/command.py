@@ -21,7 +21,6 @@ from pcenet.analysis.agreement import VIEWS, Pixels
 from pcenet.analysis.effects import Targets, standard_interventions, tallies
 from pcenet.choices import GreyRange
 from pcenet.data import Transform, cover_transform, first_images
-from pcenet.data.files import printable
 from pcenet.explain.config import ExplainConfig
 from pcenet.explain.drawing import Shown, draw
 from pcenet.explain.findings import percent, points, row_label, score_of, summary
@@ -33,14 +32,16 @@ from pcenet.inference.outputs import output_folder
 from pcenet.models import SavableModel, twin_of
 from pcenet.models.pretrained import bundled
 from pcenet.nn import routers_of
+from pcenet.texts import say
 from pcenet.training.classify import eval_transform_of
 from pcenet.training.device import autocast, resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.evaluate import EVAL_BATCH_SIZE, Trained, open_trained
-from pcenet.training.folder import RunFolder, write_json, write_text
+from pcenet.training.folder import RunFolder
 from pcenet.training.measures import cost_of, image_size, preprocessing
 from pcenet.training.pictures import Row, layers_of, new_figure
 from pcenet.training.pixels import upsample
 from pcenet.training.tables import console
+from pcenet.writing import filling, write_json, write_text
 
 PAGE, NUMBERS, FIGURES = "explain.html", "explain.json", "figures"
 
@@ -93,18 +94,19 @@ def explain(config: ExplainConfig) -> Path:
         found,
         task=trained.model.task,
         classes=work.classes,
-        file_name=lambda index: printable(work.source.file_name(index)),
+        file_name=work.source.file_name,
         seed=config.seed,
     )
     shown = [work.of_file(file) for file in files] or list(work.of_data())
     pictures = draw(report, {name: layer.gallery for name, layer in found.layers.items()}, shown, history)
-    (folder / FIGURES).mkdir(parents=True, exist_ok=True)
-    for picture in pictures:
-        (folder / FIGURES / f"{picture.name}.png").write_bytes(picture.png)
-    write_json(folder / NUMBERS, report)
-    write_text(folder / PAGE, page(report, pictures, [(each.name, each.caption) for each in shown]))
+    with filling(folder) as place:
+        (place / FIGURES).mkdir()
+        for picture in pictures:
+            (place / FIGURES / f"{picture.name}.png").write_bytes(picture.png)
+        write_json(place / NUMBERS, report)
+        write_text(place / PAGE, page(report, pictures, [(each.name, each.caption) for each in shown]))
     _show(report)
-    print(f"wrote {folder / PAGE}")
+    say(f"wrote {folder / PAGE}")
     return folder / PAGE
 
 
@@ -116,7 +118,7 @@ class Work:
         trained: the network and its data.
 
     Attributes:
-        classes: class names, by class number, in valid Unicode.
+        classes: class names, by class number.
         pixels: between the network's inputs and what they show.
         source: the images that are counted over.
     """
@@ -126,7 +128,7 @@ class Work:
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
         values = preprocessing(trained.model)
-        self.classes = [printable(name) for name in trained.source.classes]
+        self.classes = list(trained.source.classes)
         self.pixels = Pixels(values["mean"], values["std"])
         self.source = self.some(config.max_images)
         self._place(trained.model)
@@ -204,7 +206,7 @@ class Work:
         source, count = self.trained.source, min(self.config.shown, len(self.trained.source))
         for number in range(count):
             index = (2 * number + 1) * len(source) // (2 * count)
-            name = printable(source.file_name(index))
+            name = source.file_name(index)
             if self.trained.model.task == "classify":
                 yield self._shown(source.image(index), name, truth=self.classes[source.labels[index]])
             else:
@@ -275,7 +277,7 @@ def history_of(run: RunFolder | None) -> list[Row] | None:
 def _show(report: Report) -> None:
     """Print the summary, and the interventions as a table."""
     for finding in summary(report):
-        print(f"{finding.sign}: {finding.text}")
+        say(f"{finding.sign}: {finding.text}")
     if report["interventions"] is None:
         return
     titles = {layer["name"]: layer["title"] for layer in report["layers"]} | {None: "all"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -15,7 +14,7 @@ from pcenet.analysis.colours import class_colours
 from pcenet.explain.findings import percent, points, row_label
 from pcenet.explain.report import Report
 from pcenet.training.health import EVALUATED
-from pcenet.training.pictures import PALETTE, Row, draw_load, new_figure
+from pcenet.training.pictures import PALETTE, Row, as_label, draw_load, new_figure, png_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,15 +55,9 @@ def from_image(name: str, alt: str, image: Image.Image) -> Picture:
 
 def from_figure(name: str, alt: str, figure: Figure) -> Picture:
     """A drawn figure."""
-    stream = BytesIO()
-    with warnings.catch_warnings():
-        # Class names may be in a script that matplotlib's font lacks; the page's own text has them.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(stream, format="png", dpi=RESOLUTION, metadata={"Software": None})
-    stream.seek(0)
-    with Image.open(stream) as image:
-        size = image.size
-    return Picture(name, alt, stream.getvalue(), size)
+    png = png_of(figure, RESOLUTION, metadata={"Software": None})
+    with Image.open(BytesIO(png)) as image:
+        return Picture(name, alt, png, image.size)
 
 
 def slug(title: str) -> str:
@@ -301,9 +294,8 @@ def knock_out_map(layer: Report, report: Report) -> Picture | None:
 
 
 def short(name: str) -> str:
-    """A class's name for a figure: not too long, and no formula to matplotlib."""
-    cut = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 3] + "..."
-    return cut.replace("$", r"\$")
+    """A class's name for a figure, not too long."""
+    return as_label(name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 3] + "...")
 
 
 def _colours(experts: int) -> list[str]:

@@ -12,6 +12,7 @@ from pcenet.explain.drawing import Pictures
 from pcenet.explain.figures import Picture
 from pcenet.explain.findings import layer_findings, owners, percent, points, row_label, score_of, summary
 from pcenet.explain.report import Report
+from pcenet.texts import shown
 from pcenet.training.health import ratio_in_words
 
 TEMPLATE = "page.html"
@@ -19,7 +20,7 @@ MOST_SERVED = 3  # classes named of an expert that owns none
 
 
 def page(report: Report, pictures: Pictures, captions: list[tuple[str, str]]) -> str:
-    """The HTML text. What comes from users, such as the names of classes and files, is escaped.
+    """The HTML text. What comes from users, such as the names of classes and files, is `shown`, and escaped.
 
     Args:
         report: the figures.
@@ -30,6 +31,7 @@ def page(report: Report, pictures: Pictures, captions: list[tuple[str, str]]) ->
         loader=PackageLoader("pcenet.explain", package_path=""),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: shown(value) if type(value) is str else value,  # not Markup, which is made of such
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import platform
@@ -26,9 +27,11 @@ from pcenet.export.quantising import quantise
 from pcenet.export.routing import Choice, FixedRouter
 from pcenet.models import SavableModel, complexity, load_model
 from pcenet.nn import record_routing, routers_of
+from pcenet.texts import say
 from pcenet.training.device import set_threads
 from pcenet.training.evaluate import find_model
 from pcenet.training.measures import image_size, preprocessing
+from pcenet.writing import filling
 
 BATCHES = (1, 2, 7)
 MULTIPLE_OF_DENSE = 32  # the stride of most networks' last maps
@@ -69,27 +72,24 @@ def export(config: ExportConfig) -> Export:
     if path.suffix != f".{config.format}":
         raise ValueError(f"out: {path} must end in .{config.format}")
     subject = Subject(model, config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with filling(path.parent) as place:
+        file = place / path.name
         try:
-            subject.write(path)
+            subject.write(file)
         except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise ValueError(f"run: {subject.metadata['architecture']} cannot be exported: {reason}") from error
-        report = subject.check(path)
+        report = subject.check(file)
         if report.verdict is not None:
             raise ValueError(f"{path} was written and deleted: {report.verdict}")
         show(path, report)
         if config.int8:
             assert config.data is not None
-            int8 = quantise(path, config.run, config.data, config.split, config.threads)
-            print(f"int8: {int8.score} {int8.before:.2%} before, {int8.after:.2%} after, on {int8.data}, {int8.split}")
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+            int8 = quantise(file, config.run, config.data, config.split, config.threads)
+            say(f"int8: {int8.score} {int8.before:.2%} before, {int8.after:.2%} after, on {int8.data}, {int8.split}")
     if config.format == "onnx" and not config.int8:
         show_cost(path, subject)
-    print(f"wrote {path}")
+    say(f"wrote {path}")
     return Export(path, report, subject.metadata)
 
 
@@ -98,7 +98,7 @@ def load_dropless(folder: Path) -> SavableModel:
     model = load_model(folder)
     factor = model.model_args.get("eval_capacity_factor")
     if factor is not None:
-        print(f"eval_capacity_factor={factor} is left out: an exported network drops nothing")
+        say(f"eval_capacity_factor={factor} is left out: an exported network drops nothing")
         model = load_model(folder, eval_capacity_factor=None)
     return model
 
@@ -167,7 +167,9 @@ class Subject:
             onnx_ir.save(model, path)
             return
         program = torch.export.export(self.form, (example,), dynamic_shapes=(shapes,), strict=False)
-        torch.export.save(program, str(path), extra_files={EXTRA: json.dumps(self.metadata)})
+        content = io.BytesIO()
+        torch.export.save(program, content, extra_files={EXTRA: json.dumps(self.metadata)})
+        path.write_bytes(content.getvalue())
 
     def check(self, path: Path) -> CheckReport:
         """Compare the file with the network: as it routes, and with all patches sent to one expert."""
@@ -249,14 +251,14 @@ def size_multiple(model: nn.Module, size: tuple[int, int]) -> int:
 
 def show(path: Path, report: CheckReport) -> None:
     """Print what the comparison found."""
-    print(
+    say(
         f"checked {path}: {report.samples} images, logits within {report.largest_difference:.1e}, "
         f"{report.small_margins} of {report.patches} patches with a router margin under {SMALL_MARGIN:g}"
     )
     if report.unsure:
-        print(f"unsure: {list_names(report.unsure)}")
+        say(f"unsure: {list_names(report.unsure)}")
     if report.excused:
-        print(f"of these differ: {list_names(report.excused)}")
+        say(f"of these differ: {list_names(report.excused)}")
 
 
 def show_cost(path: Path, subject: Subject) -> None:
@@ -266,7 +268,7 @@ def show_cost(path: Path, subject: Subject) -> None:
     experts = max((router.num_experts for _, router in routers_of(subject.model)), default=1)
     top_k = min((router.top_k for _, router in routers_of(subject.model)), default=1)
     everywhere = cost.multiply_adds + cost.routed_multiply_adds * (experts / top_k - 1)
-    print(f"multiply-adds of one image, counted in the graph: {counted.total / 1e6:.1f} M")
-    print(f"the network's, as direct convolutions: {cost.multiply_adds / 1e6:.1f} M")
+    say(f"multiply-adds of one image, counted in the graph: {counted.total / 1e6:.1f} M")
+    say(f"the network's, as direct convolutions: {cost.multiply_adds / 1e6:.1f} M")
     if experts > 1:
-        print(f"if every expert ran on every patch: {everywhere / 1e6:.1f} M")
+        say(f"if every expert ran on every patch: {everywhere / 1e6:.1f} M")

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pcenet.data import DataError, Transform
-from pcenet.data.files import printable
 from pcenet.data.loaders import outlive_signals
 from pcenet.inference.inputs import InputFile, LeftOut
 
@@ -48,7 +47,8 @@ class FileDataset(Dataset[Sample]):
         try:
             return index, self.transform(file.image())
         except DataError as error:
-            return index, printable(str(error).removeprefix(f"{file.file}: "))
+            # The error has trimmed its text, and so the name that it begins with.
+            return index, str(error).removeprefix(str(DataError(f"{file.file}:"))).strip()
 
 
 def read_batches(files: Sequence[InputFile], transform: Transform, *, batch_size: int, workers: int) -> Iterator[Batch]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pcenet.choices import GreyRange, did_you_mean
 from pcenet.data.base import DataError
-from pcenet.data.files import FileTree, FolderTree, ZipTree, printable
+from pcenet.data.files import FileTree, FolderTree, ZipTree
 from pcenet.data.images import decode_image
 from pcenet.data.layout import IMAGE_SUFFIXES, is_image
 
@@ -24,7 +24,7 @@ class InputFile:
     """One image file.
 
     Attributes:
-        file: what it is called in the results: the path that the user gave, and the path within it.
+        file: its path, exactly: the one that the user gave, and the path within that.
         tree: what it is read from.
         name: its path within the tree.
         origin: the last component of the path that the user gave; empty for a file that was given itself.
@@ -44,7 +44,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file that was not predicted, and why."""
+    """A file that was not predicted, by its path as in `InputFile`, and why."""
 
     file: str
     reason: str
@@ -56,7 +56,8 @@ def find_inputs(paths: Sequence[str], grey_range: GreyRange | None = None) -> tu
     Args:
         paths: image files, which may be called anything; folders, searched with all that is below them, and ``.zip``
             archives, where files that are not named like images are left out. Hidden files and those that systems leave
-            in folders do not count.
+            in folders do not count. A file that several paths lead to comes once, under the first of them; links to it
+            are files of their own.
         grey_range: see ``pcenet.data.images.decode_image``.
 
     Raises:
@@ -66,10 +67,10 @@ def find_inputs(paths: Sequence[str], grey_range: GreyRange | None = None) -> tu
         if not os.path.lexists(path):
             hint = did_you_mean(path, _beside(Path(path)), SIMILAR)
             raise ValueError(f"inputs: {path!r} does not exist; give files, folders or .zip archives{hint}")
-    found: dict[str, InputFile | LeftOut] = {}
-    for path in paths:
-        for item in _below(Path(path)):
-            found.setdefault(item.file, item)
+    found: dict[tuple[str, ...], InputFile | LeftOut] = {}
+    for root in map(Path, paths):
+        for name, item in _below(root):
+            found.setdefault(_identity(root, name), item)
     if not found:
         raise ValueError(
             f"inputs: no image file in {', '.join(paths)}; give files, or folders or .zip archives with files that end"
@@ -79,31 +80,39 @@ def find_inputs(paths: Sequence[str], grey_range: GreyRange | None = None) -> tu
     return files, [item for item in found.values() if isinstance(item, LeftOut)]
 
 
-def _below(path: Path) -> Iterator[InputFile | LeftOut]:
+def _identity(path: Path, name: str) -> tuple[str, ...]:
+    """What no other file has in common with the one of this name below a path: where it lies, and its name there."""
+    if path.is_dir():
+        path, name = path / name, ""
+    return os.path.realpath(path.parent), path.name, name
+
+
+def _below(path: Path) -> Iterator[tuple[str, InputFile | LeftOut]]:
+    """The files below a path by their names within it; ``""`` for the path itself."""
     tree: FileTree
     if path.is_dir():
         tree = FolderTree(path)
     elif path.suffix.lower() == ARCHIVE:
         tree = ZipTree(path)
     else:
-        yield InputFile(printable(str(path)), FolderTree(path.parent), path.name)
+        yield "", InputFile(str(path), FolderTree(path.parent), path.name)
         return
     try:
         names = sorted(tree.names())
     except DataError as error:
-        yield LeftOut(printable(str(path)), printable(str(error)))
+        yield "", LeftOut(str(path), str(error))
         return
     for name in names:
         parts = tuple(name.split("/"))
         if not parts[-1]:
             continue
-        file = printable(f"{path}/{name}")
+        file = os.path.join(path, name) if path != Path() else name
         if is_image(parts):
-            yield InputFile(file, tree, name, origin=path.resolve().name)
+            yield name, InputFile(file, tree, name, origin=path.resolve().name)
         elif name.lower().endswith(ARCHIVE):
-            yield LeftOut(file, "an archive inside a folder or an archive is not read; give it by itself")
+            yield name, LeftOut(file, "an archive inside a folder or an archive is not read; give it by itself")
         else:
-            yield LeftOut(file, "it is not named like an image")
+            yield name, LeftOut(file, "it is not named like an image")
 
 
 def _beside(path: Path) -> Iterable[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -14,7 +15,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from pcenet.inference.inputs import InputFile, LeftOut
+from pcenet.texts import valid
 from pcenet.training.folder import RunFolder
+
+CSV, JSON = "predictions.csv", "predictions.json"
+LONGEST_NAME, LONGEST_PATH = 200, 1000  # bytes of what masks are called; systems take 255 and some thousand
 
 
 @dataclass(frozen=True)
@@ -47,54 +52,72 @@ def output_folder(out: str | None, default: str) -> Path:
 
 
 class OutputNames:
-    """Gives each file a name for what is written for it, that no other has, also where case does not count."""
+    """Gives each file a name for what is written for it, that no other has, also where case and Unicode's forms of one
+    letter do not count.
 
-    def __init__(self) -> None:
+    Args:
+        suffixes: what will be written, which no folder may be called.
+    """
+
+    def __init__(self, suffixes: Sequence[str]) -> None:
+        self._suffixes = tuple(suffixes)
         self._taken: set[str] = set()
 
     def take(self, file: InputFile) -> str:
         """The name of a file without suffix; for one in a folder or archive with that and the path below it.
 
-        Slashes separate; a number follows where the name is taken.
+        Slashes separate; a number follows where the name is taken. Longer names than a disk takes are cut.
         """
         path = PurePosixPath(file.origin, file.name).with_suffix("")
-        names = (str(path) if number == 1 else f"{path}-{number}" for number in count(1))
-        name = next(name for name in names if name.casefold() not in self._taken)
-        self._taken.add(name.casefold())
+        *folders, last = map(_cut, path.parts)
+        folders = [f"{part}_" if part.lower().endswith(self._suffixes) else part for part in folders]
+        stem = "/".join([*folders, last])
+        stem = stem if len(os.fsencode(stem)) <= LONGEST_PATH else last
+        names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
+        name = next(name for name in names if _folded(name) not in self._taken)
+        self._taken.add(_folded(name))
         return name
 
 
-class ResultFiles:
-    """Writes ``predictions.csv`` and ``predictions.json``, whose names appear when both are complete.
+def _cut(part: str) -> str:
+    """A part of a path that leaves room for a number and a suffix."""
+    content = os.fsencode(part)
+    return content[:LONGEST_NAME].decode(errors="ignore") if len(content) > LONGEST_NAME else part
 
-    A context manager; after an error neither file is there.
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name.casefold())
+
+
+class ResultFiles:
+    """Writes ``predictions.csv`` and ``predictions.json`` as the predictions come. A context manager.
+
+    Names are written as they are; in the CSV file, which is UTF-8, those that are not by `pcenet.texts.valid`.
 
     Args:
-        folder: where to; it is made where it is missing.
+        folder: where to.
         about: the entries with which the JSON file begins.
         columns: the names of the CSV file's columns.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any], columns: Sequence[str]) -> None:
-        self.csv, self.json = folder / "predictions.csv", folder / "predictions.json"
-        self._about, self._columns = about, columns
+        self._folder, self._about, self._columns = folder, about, columns
         self._open_files = ExitStack()
         self._first = True
         self._left_out: list[LeftOut] = []
 
     def __enter__(self) -> Self:
-        self.csv.parent.mkdir(parents=True, exist_ok=True)
-        self._json_file = self._open_files.enter_context(_temporary(self.json).open("w", encoding="utf-8"))
-        csv_file = self._open_files.enter_context(_temporary(self.csv).open("w", encoding="utf-8", newline=""))
+        csv_file = self._open_files.enter_context((self._folder / CSV).open("w", encoding="utf-8", newline=""))
         self._csv_writer = csv.writer(csv_file)
-        self._csv_writer.writerow(self._columns)
+        self._write_cells(self._columns)
+        self._json_file = self._open_files.enter_context((self._folder / JSON).open("w", encoding="utf-8"))
         head = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in self._about.items()]
         self._json_file.write("{\n" + ",\n".join([*head, '"predictions": [']))
         return self
 
     def add(self, row: Row) -> None:
         """Write one prediction."""
-        self._csv_writer.writerow(row.cells)
+        self._write_cells(row.cells)
         self._json_file.write("\n" if self._first else ",\n")
         self._json_file.write(json.dumps(row.record, allow_nan=False))
         self._first = False
@@ -103,23 +126,13 @@ class ResultFiles:
         """Note files that were not predicted; they come last in the JSON file."""
         self._left_out += files
 
+    def _write_cells(self, cells: Sequence[str | float]) -> None:
+        self._csv_writer.writerow([valid(cell) if isinstance(cell, str) else cell for cell in cells])
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        paths = (self.csv, self.json)
-        if error is None:
-            left_out = ",\n".join(json.dumps(asdict(file)) for file in self._left_out)
-            self._json_file.write(f'\n],\n"left_out": [\n{left_out}\n]\n}}\n')
-        self._open_files.close()
-        for path in paths:
+        with self._open_files:
             if error is None:
-                os.replace(_temporary(path), path)
-            else:
-                _temporary(path).unlink(missing_ok=True)
-        if error is not None:
-            with suppress(OSError):  # not empty
-                self.csv.parent.rmdir()
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
+                left_out = ",\n".join(json.dumps(asdict(file)) for file in self._left_out)
+                self._json_file.write(f'\n],\n"left_out": [\n{left_out}\n]\n}}\n')

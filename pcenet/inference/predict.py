@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from pcenet.analysis.colours import legend
-from pcenet.data.files import printable
 from pcenet.data.loaders import naming_dead_workers
 from pcenet.export.files import ExportedNet, is_exported
 from pcenet.inference.batches import Batch, read_batches
@@ -21,12 +19,14 @@ from pcenet.inference.classify import Classifier
 from pcenet.inference.inputs import LeftOut, find_inputs
 from pcenet.inference.network import Network
 from pcenet.inference.outputs import ResultFiles, Row, output_folder
-from pcenet.inference.segment import Segmenter
+from pcenet.inference.segment import Segmenter, write_picture
 from pcenet.models import SavableModel, load_model
+from pcenet.texts import one_line, say
 from pcenet.training.config import PredictConfig
 from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.evaluate import EVAL_BATCH_SIZE, find_model
 from pcenet.training.tables import console
+from pcenet.writing import filling
 
 SHOWN = 20  # rows of the table, and lines about files that were left out; the files hold all
 STEPS = 10  # lines of progress where there is no terminal
@@ -53,7 +53,8 @@ def predict(config: PredictConfig) -> Predicted:
     A segmentation network also leaves ``legend.png`` and, for each image and at its size, a mask whose pixel values are
     class numbers and an overlay: the image under the classes' colours.
 
-    A file that cannot be read stops nothing: it is named at the end, on the terminal and in the JSON file.
+    A file that cannot be read stops nothing: it is named at the end, on the terminal and in the JSON file. All results
+    appear in the folder when they are complete; after an error none is there.
 
     Raises:
         FileNotFoundError: if there is no model where ``config.run`` points.
@@ -65,30 +66,31 @@ def predict(config: PredictConfig) -> Predicted:
     model = open_network(config).to(device).to(memory_format=torch.channels_last)
     files, left_out = find_inputs(config.inputs, config.grey_range or model.grey_range)
     folder = output_folder(config.out, "predictions")
-    classes = [printable(name) for name in model.class_names or map(str, range(model.num_classes))]
+    classes = list(model.class_names or map(str, range(model.num_classes)))
     network = Network(model, classes, config.routing, device, precision)
-    predictor = make_predictor(network, config, folder)
-    batches = read_batches(
-        files,
-        predictor.transform,
-        batch_size=config.batch_size or EVAL_BATCH_SIZE[model.task],
-        workers=resolve_workers(config.workers, device),
-    )
     about = {"model": model.pretrained_cfg["architecture"], "run": config.run, "classes": classes}
     first: list[Row] = []
     predicted = 0
-    with naming_dead_workers(), ResultFiles(folder, about, predictor.columns) as results:
-        results.leave_out(left_out)
-        for batch in progress(batches, len(files)):
-            rows = predictor(batch) if batch.files else []
-            for row in rows:
-                results.add(row)
-            results.leave_out(batch.left_out)
-            left_out += batch.left_out
-            predicted += len(rows)
-            first += rows[: SHOWN - len(first)]
+    with naming_dead_workers(), filling(folder) as place:
+        predictor = make_predictor(network, config, place)
+        batches = read_batches(
+            files,
+            predictor.transform,
+            batch_size=config.batch_size or EVAL_BATCH_SIZE[model.task],
+            workers=resolve_workers(config.workers, device),
+        )
+        with ResultFiles(place, about, predictor.columns) as results:
+            results.leave_out(left_out)
+            for batch in progress(batches, len(files)):
+                rows = predictor(batch) if batch.files else []
+                for row in rows:
+                    results.add(row)
+                results.leave_out(batch.left_out)
+                left_out += batch.left_out
+                predicted += len(rows)
+                first += rows[: SHOWN - len(first)]
         if isinstance(predictor, Segmenter) and predicted:
-            legend(classes).save(folder / "legend.png")
+            write_picture(legend(classes), place / "legend.png")
     report(predictor.headings, first, Predicted(predicted, left_out, folder))
     return Predicted(predicted, left_out, folder)
 
@@ -129,7 +131,7 @@ def progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
             if bar and task is not None:
                 bar.update(task, completed=done)
             elif done * STEPS // total > before * STEPS // total:
-                print(f"predicted {done} of {total} files", flush=True)
+                say(f"predicted {done} of {total} files")
 
 
 def report(headings: Sequence[str], rows: list[Row], result: Predicted) -> None:
@@ -137,13 +139,12 @@ def report(headings: Sequence[str], rows: list[Row], result: Predicted) -> None:
     if rows:
         table = Table(*(Column(heading, overflow="fold") for heading in headings))
         for row in rows:
-            table.add_row(*map(escape, row.shown))
+            table.add_row(*row.shown)
         console().print(table)
         if result.predicted > len(rows):
-            print(f"and {result.predicted - len(rows)} more")
+            say(f"and {result.predicted - len(rows)} more")
     for file in result.left_out[:SHOWN]:
-        print(f"left out: {file.file}: {file.reason}")
+        say(f"left out: {file.file}: {one_line(file.reason)}")
     if len(result.left_out) > SHOWN:
-        print(f"left out: {len(result.left_out) - SHOWN} more, all named in predictions.json")
-    print(f"{result.predicted} predicted, {len(result.left_out)} left out")
-    print(f"wrote {result.folder}")
+        say(f"left out: {len(result.left_out) - SHOWN} more, all named in predictions.json")
+    say(f"{result.predicted} predicted, {len(result.left_out)} left out", f"wrote {result.folder}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from pcenet.training.pixels import classes_at
 from pcenet.training.tables import percent
 
 MASKS, OVERLAYS = "masks", "overlays"
+PICTURES = MASK, OVERLAY = ".png", ".jpg"  # how their files end
 MOST_SHOWN = 3  # classes in a row of the table on the terminal
 
 
@@ -37,7 +39,7 @@ class Segmenter:
     network: Network
     folder: Path
     opacity: float
-    names: OutputNames = field(default_factory=OutputNames)
+    names: OutputNames = field(default_factory=lambda: OutputNames(PICTURES))
 
     headings = ("file", "largest shares")
 
@@ -66,7 +68,7 @@ class Segmenter:
         image = file.image()  # read again: the full-size images of a whole batch would take gigabytes
         numbers = classes_at(logits, (image.height, image.width)).cpu()
         name = self.names.take(file)
-        mask, overlay = f"{MASKS}/{name}.png", f"{OVERLAYS}/{name}.jpg"
+        mask, overlay = f"{MASKS}/{name}{MASK}", f"{OVERLAYS}/{name}{OVERLAY}"
         picture = Image.fromarray(numbers.numpy())
         picture.putpalette(palette(len(self.network.classes)))
         write_picture(picture, self.folder / mask)
@@ -84,9 +86,14 @@ class Segmenter:
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:
-    """Write an image file, and the folders that it needs."""
+    """Write an image file, and the folders that it needs.
+
+    It is encoded in memory: of a full disk Pillow's encoders do not say what happened.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    content = io.BytesIO()
+    picture.save(content, Image.registered_extensions()[path.suffix])
+    path.write_bytes(content.getvalue())
 
 
 def largest(classes: Sequence[str], shares: Sequence[float]) -> str:

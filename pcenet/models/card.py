@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pcenet.choices import Task
+from pcenet.texts import shown
+from pcenet.writing import write_text
 
 PURPOSE: dict[Task, str] = {
     "classify": "says which class an image is of",
@@ -58,7 +61,15 @@ def model_card(
     if routed:
         about += " In its PCE layers each patch is filtered by the convolutional expert that a router chooses for it."
     text = "\n\n".join((f"# {plain(title)}", about, classes, _usage(config, repo), *sections))
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+    return WholeCard("\n".join(map(shown, f"---\n{data.to_yaml()}\n---\n\n{text}\n".split("\n"))))
+
+
+class WholeCard(ModelCard):
+    """A card whose file is whole or not there."""
+
+    def save(self, filepath: str | Path) -> None:
+        """Write it, atomically."""
+        write_text(Path(filepath), str(self))
 
 
 def _usage(config: Mapping[str, Any], repo: str | None) -> str:
@@ -91,6 +102,5 @@ pip install pcenet
 
 
 def plain(text: str) -> str:
-    """A name as Markdown that shows it as it is, in one line, in a table too; bytes that are no Unicode written out."""
-    valid = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(valid.split()))
+    """A name as Markdown that has it as it is `shown`, in a table, too."""
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", shown(text))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pcenet.choices import GreyRange, Task, check_grey_range
 from pcenet.models.card import model_card
 from pcenet.models.pretrained import CONFIG, WEIGHTS, bundled_folder, or_bundled, preprocessing_of
+from pcenet.writing import write_bytes, write_text
 
 LARGEST_CONFIG = 2**24  # bytes; the names of 21,000 classes take half a megabyte
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
@@ -113,8 +114,8 @@ class SavableModel(nn.Module, ModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         # Not save_file, which makes a file that only its owner may read.
-        (save_directory / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
-        (save_directory / CONFIG).write_text(json.dumps(self.config(), indent=2) + "\n")
+        write_bytes(save_directory / WEIGHTS, save(weights, metadata={"format": "pt"}))
+        write_text(save_directory / CONFIG, json.dumps(self.config(), indent=2) + "\n")
 
     @classmethod
     def _from_pretrained(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from huggingface_hub.utils import validate_repo_id
 from pcenet.analysis import routing_picture
 from pcenet.analysis.agreement import Pixels
 from pcenet.data import SEGMENTATION_SOURCE_NAMES, SOURCE_NAMES, first_images
-from pcenet.data.files import printable
 from pcenet.models import create_network, load_model, twin_of
 from pcenet.models.card import model_card
 from pcenet.models.pretrained import CONFIG, WEIGHTS
@@ -35,12 +33,14 @@ from pcenet.publish.card import (
     training_section,
 )
 from pcenet.publish.config import SHOWN, PushConfig
+from pcenet.texts import say
 from pcenet.training.config import EvalConfig
 from pcenet.training.evaluate import Trained, open_trained
 from pcenet.training.folder import RunFolder
 from pcenet.training.health import recorded_health
 from pcenet.training.measures import cost_of, image_size, preprocessing
-from pcenet.training.pictures import new_figure
+from pcenet.training.pictures import as_label, new_figure, png_of
+from pcenet.writing import filling
 
 CARD = "README.md"
 # What the client raises where there is no answer: httpx's error, or httpx2's, by the version of huggingface-hub.
@@ -66,9 +66,9 @@ def push(config: PushConfig) -> Path | str:
         if not RunFolder(folder).free:
             raise ValueError(f"dry_run: {folder} exists and is never overwritten; choose a new or an empty folder")
         picture = draw(config, run)
-        folder.mkdir(parents=True, exist_ok=True)
-        write(folder, config, run, twin, picture, config.repo)
-        print(f"wrote {folder}")
+        with filling(folder) as place:
+            write(place, config, run, twin, picture, config.repo)
+        say(f"wrote {folder}")
         return folder
     if get_token() is None:
         raise ValueError(
@@ -84,10 +84,11 @@ def push(config: PushConfig) -> Path | str:
                 f"private: {repo} exists and is public; nothing was uploaded: make it private on its page, or choose "
                 "another --repo"
             )
-        write(Path(temporary), config, run, twin, picture, repo)
+        with filling(Path(temporary)) as place:
+            write(place, config, run, twin, picture, repo)
         api.upload_folder(repo_id=repo, folder_path=temporary, commit_message="pcenet push")
     address = f"{api.endpoint}/{repo}"
-    print(f"pushed to {address}")
+    say(f"pushed to {address}")
     return address
 
 
@@ -212,14 +213,12 @@ def drawn(trained: Trained, count: int, seed: int) -> bytes:
         logits = model(inputs)
     titles = None
     if model.task == "classify":
-        names = [printable(name) for name in source.classes]
+        names = [as_label(name) for name in source.classes]
         labels = torch.cat([torch.as_tensor(labels) for _, labels in batches])
         titles = [f"{names[p]} ({names[t]})" for p, t in zip(logits.argmax(1), labels, strict=True)]
     values = preprocessing(model)
     figure = routing_picture(Pixels(values["mean"], values["std"]).of(inputs), records, titles)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    return png.getvalue()
+    return png_of(figure)
 
 
 @contextmanager

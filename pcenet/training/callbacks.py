@@ -18,13 +18,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from pcenet.nn import update_expert_bias
-from pcenet.training.folder import write_text
+from pcenet.texts import say
 from pcenet.training.health import EVALUATED, TRAINED, bias_spreads, columns_of
 from pcenet.training.measures import score_digits
 from pcenet.training.nonfinite import FiniteSteps
 from pcenet.training.ranks import over_processes, share_statistics
 from pcenet.training.strategies import Sharded, gather_weights, local_part, release_weights
 from pcenet.training.task import TrainingTask
+from pcenet.writing import write_text
 
 log = logging.getLogger(__name__)
 
@@ -207,8 +208,7 @@ class History(Callback):
             return
         self._write()
         assert isinstance(pl_module, TrainingTask)
-        line = epoch_line(row, trainer.max_epochs or 0, pl_module.train_score, pl_module.score, self.images)
-        print(line, flush=True)
+        say(epoch_line(row, trainer.max_epochs or 0, pl_module.train_score, pl_module.score, self.images))
 
     def _write(self) -> None:
         names = list(dict.fromkeys(name for row in self.rows for name in row))

@@ -6,13 +6,10 @@ A checkpoint is a folder, ``checkpoints/step-00000120``, with ``state.ckpt`` (te
 
 from __future__ import annotations
 
-import os
 import pickle
-import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +21,11 @@ from typing_extensions import override
 
 from pcenet.training.folder import RunFolder
 from pcenet.training.ranks import largest
-from pcenet.training.sealing import TEMPORARY, discard, fault_of, flush, seal
+from pcenet.training.sealing import fault_of, seal
 from pcenet.training.signals import Stop, end_by
 from pcenet.training.stopping import stopped_by
 from pcenet.training.task import TrainingTask
+from pcenet.writing import discard, replacing
 
 STATE = "state.ckpt"
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, UserWarning, EOFError, FileNotFoundError, LookupError, TypeError)
@@ -38,35 +36,13 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint. ``path`` is complete or absent at any moment; one of that name is replaced.
 
     Raises:
-        OSError: naming the file that could not be written, such as on a full disk; nothing is left of it.
+        OSError: naming what could not be written, such as on a full disk; nothing is left of it.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with naming(temporary):
-            temporary.mkdir()
-            with open(temporary / STATE, "wb") as file:
-                torch.save(dict(content), file)
-            seal(temporary)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if path.exists():
-        discard(path)
-    os.replace(temporary, path)
-    flush(path.parent)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Give the errors of the system a file name: those of writing have none, and torch hides some behind its own."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, cause.filename or str(path)) from error
+    with replacing(path) as folder:
+        folder.mkdir()
+        with open(folder / STATE, "wb") as file:
+            torch.save(dict(content), file)
+        seal(folder)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from pcenet.choices import Task
 from pcenet.data.names import bare, nearly, one_form
 from pcenet.models import SavableModel, load_model
 from pcenet.models.pretrained import bundled_folder, or_bundled
+from pcenet.texts import say
 from pcenet.training.config import EvalConfig
 from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
-from pcenet.training.folder import RunFolder, write_json
+from pcenet.training.folder import RunFolder
 from pcenet.training.health import complaint
 from pcenet.training.kinds import Kind, kind_of
+from pcenet.writing import write_json
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ def evaluate(config: EvalConfig) -> Any:
     about = {"model": model.pretrained_cfg["architecture"], "data": source.name, "split": config.split}
     write_json(path, about | {"source": trained.data} | asdict(result))
     kind.show(result, f"{config.run} on {source.name}, {config.split}")
-    print(f"wrote {path}")
+    say(f"wrote {path}")
     if found := complaint(result.router):
         log.warning("%s", found)
     return result

@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.tuner.tuning import Tuner
 from torch.utils.data import DataLoader
 
+from pcenet.texts import say
 from pcenet.training.config import TrainConfig
 from pcenet.training.device import resolve_device, set_threads
 from pcenet.training.folder import RunFolder
@@ -44,7 +45,7 @@ def find(config: TrainConfig) -> float:
     with tempfile.TemporaryDirectory(prefix="pcenet-") as folder:
         run = prepare(resolve(config, device), RunFolder(Path(folder)), device)
         suggestion = find_lr(run) if config.find == "lr" else find_batch_size(run)
-    print(f"suggestion: --{config.find} {suggestion:.4g}")
+    say(f"suggestion: --{config.find} {suggestion:.4g}")
     return suggestion
 
 

@@ -1,22 +1,20 @@
-"""The run folder: what lies where, how files are written, and when a run may start or continue in it."""
+"""The run folder: what lies where, and when a run may start or continue in it."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pcenet.training.config import TrainConfig
 from pcenet.training.locks import locked
-from pcenet.training.sealing import TEMPORARY, discard, fault_of, flush
+from pcenet.training.sealing import fault_of
+from pcenet.writing import TEMPORARY, discard, write_json, write_text
+from pcenet.yaml_files import BoundedLoader, read_yaml, write_yaml
 
 ELSEWHERE = {"out", "resume"}  # options that say where a run goes on, not what it is
 SAFE_TO_CHANGE = ELSEWHERE | {
@@ -25,33 +23,6 @@ SAFE_TO_CHANGE = ELSEWHERE | {
 STEP = "step-"  # how the names of checkpoints begin
 
 log = logging.getLogger(__name__)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file or folder beside ``path``, flush it to the disk, then give it that name.
-
-    ``path`` is complete or absent at any moment; a folder that was there is replaced.
-    """
-    temporary = path.with_name(path.name + TEMPORARY)
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
-    write(temporary)
-    for written in (*temporary.rglob("*"), temporary):
-        flush(written)
-    if path.is_dir():
-        discard(path)
-    os.replace(temporary, path)
-    flush(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, atomically. NaN and infinity are errors: JSON has neither."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def differences(saved: TrainConfig, config: TrainConfig, aside: set[str]) -> list[str]:
@@ -230,8 +201,8 @@ class RunFolder:
             ValueError: if ``config.yaml`` is not what `create` writes.
         """
         try:
-            values = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            values = read_yaml(self.config, BoundedLoader)
+        except ValueError as error:
             raise ValueError(f"{self.config} is damaged: {error}; train anew in another --out") from error
         return saved_config(values, str(self.config))
 
@@ -246,5 +217,5 @@ class RunFolder:
                 break
             discard(path)
         self.logs.mkdir(exist_ok=True)
-        write_text(self.config, yaml.safe_dump(asdict(config) | {"resume": None}, sort_keys=False))
+        write_text(self.config, write_yaml(asdict(config) | {"resume": None}))
         write_json(self.environment, environment)

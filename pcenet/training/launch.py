@@ -17,6 +17,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pcenet.texts import say
+
 LIFELINE = "PCENET_LIFELINE"  # in a process that we have started: the pipe that is closed when we are gone
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 LOST = 3  # exit code of a process that can reach another one no longer
@@ -184,22 +186,22 @@ class Launcher:
             if not self.killed:
                 return LOST if LOST in self.codes.values() else 0
             names = ", ".join(map(str, self.killed))
-            self.say(f"process {names} of {self.count} did not answer and was killed")
+            self.complain(f"process {names} of {self.count} did not answer and was killed")
             return 128 + signal.SIGKILL
         if 128 + self.received in failed.values():
             return 128 + self.received
         rank, code = next(iter(failed.items()))
         if code < 0:
             hint = ", for lack of memory perhaps" if -code == signal.SIGKILL else ""
-            self.say(f"process {rank} of {self.count} was ended by {signal.Signals(-code).name}{hint}")
+            self.complain(f"process {rank} of {self.count} was ended by {signal.Signals(-code).name}{hint}")
             return 128 - code
         if code == 1:
-            self.say(f"process {rank} of {self.count} failed")
+            self.complain(f"process {rank} of {self.count} failed")
         return code
 
-    def say(self, what: str) -> None:
+    def complain(self, what: str) -> None:
         """Print one line."""
-        print(f"pcenet: error: {what}; the others were ended; --resume auto continues the run", file=sys.stderr)
+        say(f"pcenet: error: {what}; the others were ended; --resume auto continues the run", to=sys.stderr)
 
 
 def free_port() -> int:

@@ -17,7 +17,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from typing_extensions import override
 
 from pcenet.training.config import TrainConfig
-from pcenet.training.folder import RunFolder, write_text
+from pcenet.training.folder import RunFolder
+from pcenet.writing import write_text
 
 PROJECT = "pcenet"
 

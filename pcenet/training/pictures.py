@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pcenet.data.files import printable
+from pcenet.texts import shown
 from pcenet.training.health import EVALUATED, TRAINED
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def save_pictures(pictures: Mapping[str, Figure], folder: Path) -> None:
     """Write each picture as a PNG file of its name into a new folder."""
     folder.mkdir()
     for name, figure in pictures.items():
-        figure.savefig(folder / f"{name}.png", dpi=RESOLUTION)
+        (folder / f"{name}.png").write_bytes(png_of(figure))
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -51,6 +53,28 @@ def new_figure(width: float, height: float) -> Figure:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("pictures need matplotlib: pip install 'pcenet[plot]'") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def png_of(figure: Figure, resolution: int = RESOLUTION, **options: Any) -> bytes:
+    """A figure as PNG.
+
+    Args:
+        figure: matplotlib's.
+        resolution: pixels per inch.
+        options: others of ``savefig``.
+    """
+    stream = io.BytesIO()
+    with warnings.catch_warnings():
+        # Names may be in a script that matplotlib's font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(stream, format="png", dpi=resolution, **options)
+    return stream.getvalue()
+
+
+def as_label(name: str) -> str:
+    """A name as matplotlib draws it: `shown`, no formula, and in legends, too, which leave out what begins with "_"."""
+    text = shown(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def curves(rows: Sequence[Row], scores: Sequence[str]) -> Figure:
@@ -82,7 +106,7 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure
         matrix: ``matrix[i][j]`` of class i were predicted as class j.
         classes: their names.
     """
-    count, names = len(classes), [printable(name) for name in classes]
+    count, names = len(classes), [as_label(name) for name in classes]
     figure = new_figure(3 + 0.35 * min(count, LABELLED), 2.4 + 0.35 * min(count, LABELLED))
     axis = figure.subplots()
     shares = [[value / max(1, sum(row)) for value in row] for row in matrix]

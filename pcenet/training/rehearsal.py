@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from pcenet.texts import say
 from pcenet.training.config import TrainConfig
 from pcenet.training.device import resolve_device
 from pcenet.training.folder import RunFolder
@@ -40,4 +41,4 @@ def dry_run(config: TrainConfig) -> None:
             batches=BATCHES,
         )
     if ranks.first:
-        print(f"dry run: everything works, and nothing of it is left; the run itself would be {config.folder}")
+        say(f"dry run: everything works, and nothing of it is left; the run itself would be {config.folder}")

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 import pcenet.data as data
 from pcenet.models import SavableModel, TimmNet
+from pcenet.texts import say
 from pcenet.training.callbacks import (
     Averaging,
     EpochFigures,
@@ -36,7 +37,7 @@ from pcenet.training.checkpoints import CheckpointFiles, Checkpoints, read_check
 from pcenet.training.config import DEFAULT_BATCH_SIZE, TrainConfig
 from pcenet.training.device import environment, resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.evaluate import check_classes
-from pcenet.training.folder import RunFolder, images_per_step, write_atomically, write_json
+from pcenet.training.folder import RunFolder, images_per_step
 from pcenet.training.health import EVALUATED, TRAINED, complaint, training_of
 from pcenet.training.kinds import Kind, kind_of
 from pcenet.training.launch import Ranks, ranks_of_environment
@@ -53,6 +54,7 @@ from pcenet.training.signals import Stop, listening
 from pcenet.training.stopping import stopped_by, stopping_callbacks
 from pcenet.training.strategies import strategy_options, synchronised
 from pcenet.training.tables import console, router_table, training_table
+from pcenet.writing import write_atomically, write_json
 
 LOG_EVERY = 50
 FEW_STEPS = 3  # in an epoch; below it there is a hint, to make at least so many:
@@ -121,19 +123,19 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
             stack.enter_context(silent())
         begun, finished, checkpoint = decide(lambda: enter(folder, config, stack))
         if finished:
-            print(f"{folder.path} is finished; nothing to do")
+            say(f"{folder.path} is finished; nothing to do")
             return folder
         with agreeing():
             run = prepare(config, folder, device, checkpoint, batches)
         announce(run)
         if batches is None and (hint := few_steps(run)):
-            print(hint, flush=True)
+            say(hint)
         decide(lambda: begin(run, begun, stack))
         fitted = fit(run, stop)
         finish(run, fitted)
         if batches is None:
             command = "explain" if run.cost["router_multiply_adds"] else "eval"
-            print(f"next: pcenet {command} {shlex.quote(str(folder.path))}")
+            say(f"next: pcenet {command} {shlex.quote(str(folder.path))}")
     return folder
 
 
@@ -420,7 +422,7 @@ def announce(run: Run) -> None:
     if config.init and not run.checkpoint:
         lines.append(f"starting from the weights of {config.init}")
     if isinstance(run.model, TimmNet) and run.model.upcycling:
-        lines.append(str(run.model.upcycling))
+        lines += str(run.model.upcycling).split("\n")
     if config.devices > 1:
         kind = "parts of the network in each" if config.strategy == "fsdp" else "the network in each"
         lines[2] += f"; {config.devices} processes, {kind}, {images_per_step(config)} images in a step of all"
@@ -431,7 +433,7 @@ def announce(run: Run) -> None:
         lines.append(f"continuing from {run.checkpoint} {where}")
         if position.changed:
             lines.append(f"changed since then: {', '.join(position.changed)}")
-    print("\n".join(lines), flush=True)
+    say(*lines)
 
 
 def finish(run: Run, fitted: Fitted) -> None:
@@ -461,12 +463,12 @@ def report(run: Run, fitted: Fitted, result: Any) -> None:
     metrics = summary(run, fitted, result)
     write_json(folder.metrics, metrics)
     if fitted.stopped:
-        print(f"stopped by {fitted.stopped} in epoch {len(fitted.history.rows)} of {config.epochs}")
-    print(f"validation {run.kind.headline(result)}")
+        say(f"stopped by {fitted.stopped} in epoch {len(fitted.history.rows)} of {config.epochs}")
+    say(f"validation {run.kind.headline(result)}")
     if result.router:
         console().print(router_table(result.router))
         console().print(training_table(metrics[TRAINED]))
-    print(f"model: {folder.model}")
+    say(f"model: {folder.model}")
     if found := complaint(result.router):
         log.warning("%s", found)
 

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 
+from pcenet.writing import TEMPORARY, flush
+
 MANIFEST = "manifest.json"
-TEMPORARY = ".tmp"  # how the names of what is being written, or removed, end
-
-
-def flush(path: Path) -> None:
-    """Have the system put a file, or a folder's list of names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def seal(folder: Path) -> None:
@@ -36,14 +26,6 @@ def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def discard(folder: Path) -> None:
-    """Remove a folder, which loses its name first: at no moment is a part of it seen under that."""
-    temporary = folder.with_name(f"{folder.name}.old{TEMPORARY}")  # not the name of what may replace it
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.replace(folder, temporary)
-    shutil.rmtree(temporary)
 
 
 def fault_of(folder: Path) -> str | None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from typing_extensions import override
 
+from pcenet.texts import shown
 from pcenet.training.health import Health, ratio_in_words
 from pcenet.training.measures import CALIBRATION_BINS, TOP_K, Evaluation, PixelEvaluation, score_digits
 
@@ -14,10 +18,22 @@ PIPE_WIDTH = 120
 WIDEST_CONFUSION = 12
 
 
+class Screen(Console):
+    """Rich's console on stdout for texts from outside: they are `shown`, and no markup or emoji is seen in them."""
+
+    def __init__(self, width: int | None = None) -> None:
+        super().__init__(width=width, markup=False, emoji=False)
+
+    @override
+    def render_str(self, text: str, **options: Any) -> Text:
+        """What rich calls for every text, of a table's cells, too."""
+        return super().render_str(shown(text), **options)
+
+
 def console() -> Console:
-    """Rich's console on stdout: as wide as the terminal, 120 columns where there is none."""
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=PIPE_WIDTH)
+    """The console on stdout: as wide as the terminal, 120 columns where there is none."""
+    terminal = Screen()
+    return terminal if terminal.is_terminal else Screen(PIPE_WIDTH)
 
 
 def percent(value: float | None) -> str:

@@ -109,6 +109,7 @@ def test_options_that_break_a_rule_are_named(options: dict[str, Any], message: s
         ("variants: {wide: {lr: 0.1}}", "--models [wid]", "wid: model 'wid' is unknown; did you mean"),
         ("variants: {wide: {lr: 0.1}}", "--models [wid]", "variants: wide"),
         ("variants: 3", "", "variants must be a mapping"),
+        ("variants: {1: {lr: 0.1}, '1': {lr: 0.2}}", "", "variants: a number and a text have one label among 1;"),
         ("epcohs: 3", "--models [pce_nano]", "unknown option 'epcohs' in the --config file; did you mean 'epochs'?"),
         ("seed: 3", "--models [pce_nano]", "unknown option 'seed' in the --config file; did you mean 'seeds'?"),
         ("epochs: 0", "--models [pce_nano]", "epochs must be at least 1, got 0"),

@@ -15,8 +15,8 @@ from pcenet.data import IMAGENET_MEAN, IMAGENET_STD
 from pcenet.models import create_network
 from pcenet.nn import PCELayer
 
-CLASSES = ["$a_b$ & <b>c", "<img src=x onerror=alert(1)>", "plain"]  # sorted
-FILE = '"><script>alert(2)<i>'
+CLASSES = ["$a_b$ & <b>c", "<img src=x onerror=alert(1)>\x1b[31m\u202e", "_plain"]  # sorted
+FILE = '"><script>alert(2)<i>\x1b]0;x\x07\u200b'
 QUICK = ["--device", "cpu", "--precision", "fp32", "--workers", "0"]
 Explain = Callable[..., Path]
 

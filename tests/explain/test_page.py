@@ -56,6 +56,19 @@ def test_every_image_is_in_the_page_and_says_what_it_shows(report: Path) -> None
     assert len({image["alt"] for image in images}) == len(images)
 
 
+def test_names_are_seen_and_not_obeyed_and_exact_in_the_numbers(report: Path) -> None:
+    page = Page(report / "explain.html")
+    assert [letter for letter in page.source if not letter.isprintable() and letter != "\n"] == []
+    assert '"><script>alert(2)<i>\\x1b]0;x\\x07\\u200b' in page.text
+    assert "<img src=x onerror=alert(1)>\\x1b[31m\\u202e" in page.text
+    numbers = json.loads((report / "explain.json").read_text())
+    classes = ["$a_b$ & <b>c", "<img src=x onerror=alert(1)>\x1b[31m\u202e", "_plain"]
+    assert numbers["classes"] == classes
+    assert list(numbers["layers"][0]["by_class"]) == classes
+    files = {each["image"] for gallery in numbers["layers"][0]["gallery"] for each in gallery}
+    assert files <= {f'val/{name}/"><script>alert(2)<i>\x1b]0;x\x07\u200b{i}.png' for name in classes for i in range(4)}
+
+
 def test_figures_are_those_of_the_page(report: Path) -> None:
     in_page = {decoded(image) for image in Page(report / "explain.html").of("img")}
     assert {path.read_bytes() for path in (report / "figures").iterdir()} == in_page

@@ -18,7 +18,6 @@ from PIL import Image
 from pcenet.analysis import expert_map
 from pcenet.cli import main
 from pcenet.data import eval_transform
-from pcenet.data.files import printable
 from pcenet.inference.batches import Batch
 from pcenet.inference.classify import Classifier
 from pcenet.inference.inputs import find_inputs
@@ -298,11 +297,25 @@ def test_wrong_usage_is_exit_2_and_writes_nothing(
     assert not Path("predictions").exists()
 
 
-def test_names_are_printable_and_each_file_comes_once(lay_out: Callable[..., None]) -> None:
-    odd = os.fsdecode(b"pics/caf\xe9\n[red].png")  # Latin-1, with a line break
-    lay_out({odd: b"", "pics/b.png": b""})
-    files, left_out = find_inputs(["pics", "pics/b.png", "./pics/"])
-    assert [file.file for file in files] == ["pics/b.png", "pics/caf\\xe9 [red].png"]
+def test_each_file_comes_once_by_whatever_paths_it_was_named(lay_out: Callable[..., None]) -> None:
+    lay_out({"pics/a.png": b"", "pics/b.png": b"", "more.zip!a.png": b"", "more.zip!pics/a.png": b""})
+    Path("pics/c.png").symlink_to("a.png")  # a file of its own: it has another name
+    Path("link").symlink_to("pics")
+    everything = [
+        "pics",
+        "pics/b.png",
+        "./pics/",
+        "link",
+        "link/a.png",
+        str(Path("pics").resolve()),
+        "pics/../pics/b.png",
+    ]
+    files, left_out = find_inputs([*everything, "more.zip", "./more.zip", "link/../more.zip"])
+    assert [file.file for file in files] == [
+        *("pics/a.png", "pics/b.png", "pics/c.png"),
+        *("more.zip/a.png", "more.zip/pics/a.png"),
+    ]
     assert left_out == []
-    assert files[1].tree.read(files[1].name) == b""
-    assert printable("caf\u00e9.png") == "caf\u00e9.png"
+    assert [file.file for file in find_inputs(["link/a.png", "pics"])[0]] == ["link/a.png", "pics/b.png", "pics/c.png"]
+    os.chdir("pics")
+    assert [file.file for file in find_inputs(["."])[0]] == ["a.png", "b.png", "c.png"]

@@ -18,8 +18,10 @@ from PIL import Image
 from pcenet.analysis.colours import class_colours, legend
 from pcenet.cli import main
 from pcenet.data import cover_transform
+from pcenet.data.files import FolderTree
 from pcenet.inference.inputs import InputFile
 from pcenet.inference.outputs import OutputNames
+from pcenet.inference.segment import write_picture
 from pcenet.models import load_model
 
 CPU = ["--device", "cpu", "--precision", "fp32", "--workers", "0"]
@@ -127,7 +129,7 @@ def test_files_of_one_name_from_two_places(
 ) -> None:
     names = ["a.png", "x/pics/a.png", "y/pics/a.png", "y/pics/A.PNG", "y/pics/a.jpg", "x/pics.zip!a.png"]
     lay_out({name: encode(noise(number, 12 + number, 12)) for number, name in enumerate(names)})
-    assert main(["predict", str(segmenter_folder), "a.png", "x/pics", "y/pics", "x/pics.zip", "y/../x", *CPU]) == 0
+    assert main(["predict", str(segmenter_folder), "a.png", "x/pics", "y/pics", "x/pics.zip", "y/../x/pics", *CPU]) == 0
     records = written()
     masks = [record["mask"] for record in records]
     assert masks == [
@@ -137,27 +139,38 @@ def test_files_of_one_name_from_two_places(
         "masks/pics/a-3.png",
         "masks/pics/a-4.png",
         "masks/pics.zip/a.png",
-        "masks/x/pics/a.png",
     ]
-    assert [pixels(Path("predictions", mask)).shape[1] for mask in masks] == [12, 13, 15, 16, 14, 17, 13]
+    assert [pixels(Path("predictions", mask)).shape[1] for mask in masks] == [12, 13, 15, 16, 14, 17]
     files = {path.relative_to("predictions").as_posix() for path in Path("predictions").rglob("*") if path.is_file()}
     overlays = {record["overlay"] for record in records}
     assert files == {*masks, *overlays, "predictions.csv", "predictions.json", "legend.png"}
 
 
-def test_names_stay_below_the_folder() -> None:
-    class Tree:
-        path = Path("x")
+LONG = "n" * 249
 
-        def names(self) -> list[str]:
-            return []
+NAMES = {
+    "folder and suffix": ([("a.b.png", "o"), (".png", "")], ["o/a.b", ".png"]),
+    "as long as a disk takes": ([(f"{LONG}1.png", ""), (f"{LONG}2.png", "")], ["n" * 200, "n" * 200 + "-2"]),
+    "letters of several bytes": ([("\u65e5" * 84, "")], ["\u65e5" * 66]),
+    "deep": ([("/".join(["d" * 199] * 6) + "/x.png", "o")], ["x"]),
+    "a folder called like a mask": ([("a.jpg", "o"), ("a.png/b.jpg", "o")], ["o/a", "o/a.png_/b"]),
+    "two forms of one letter": ([("\u00e9.png", ""), ("e\u0301.png", "")], ["\u00e9", "e\u0301-2"]),
+    "blanks and line breaks": (
+        [("a b.png", ""), ("a  b.png", ""), ("a\nb.png", ""), ("a\udce9.png", "")],
+        ["a b", "a  b", "a\nb", "a\udce9"],
+    ),
+}
 
-        def read(self, name: str) -> bytes:
-            return b""
 
-    names = OutputNames()
-    taken = [names.take(InputFile("f", Tree(), name, origin)) for name, origin in [("a.b.png", "o"), (".png", "")]]
-    assert taken == ["o/a.b", ".png"]
+@pytest.mark.parametrize("kind", NAMES)
+def test_names_of_masks_differ_and_can_be_written(kind: str, tmp_path: Path) -> None:
+    files, expected = NAMES[kind]
+    names = OutputNames((".png", ".jpg"))
+    tree = FolderTree(tmp_path)
+    assert [names.take(InputFile("f", tree, name, origin)) for name, origin in files] == expected
+    for name in expected:
+        for suffix in (".png", ".jpg"):
+            write_picture(Image.new("RGB", (2, 2)), tmp_path / f"{name}{suffix}")
 
 
 def test_colours_differ_and_the_legend_shows_them() -> None:

@@ -206,7 +206,7 @@ def test_a_segmentation_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_names_are_shown_as_they_are() -> None:
-    assert plain("a_b|c\n<img src=x>") == r"a\_b\|c \<img src=x\>"
+    assert plain("a_b|c\n<img src=x>") == r"a\_b\|c\\n\<img src=x\>"
 
 
 def test_it_is_uploaded(runs: dict[str, Path], hub: Hub, dry: Push, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from pcenet.training import run
 from pcenet.training.folder import RunFolder
-from pcenet.training.pictures import confusion, curves, expert_load, pictures_of
+from pcenet.training.pictures import as_label, confusion, curves, expert_load, new_figure, pictures_of, png_of
 from pcenet.training.task import ClassificationTask
 
 DENSE = [
@@ -117,4 +117,21 @@ def test_names_that_are_no_valid_unicode_are_drawn() -> None:
     """A folder's name of the bytes 63 61 66 e9, Latin-1's "café", as Python reads it from a disk."""
     figure = confusion([[1, 0], [0, 1]], [b"caf\xe9".decode(errors="surrogateescape"), "tea"])
     figure.canvas.draw()
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["caf\\xe9", "tea"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["caf\\udce9", "tea"]
+
+
+@pytest.mark.parametrize(
+    ("name", "drawn"), [("$x^2$", "$x^2$"), ("a$b", "a$b"), ("_background_", " _background_"), ("a\x1b\n", "a\\x1b\\n")]
+)
+def test_names_are_neither_formulas_nor_left_out_of_legends(name: str, drawn: str) -> None:
+    figure = new_figure(2, 2)
+    axis = figure.subplots()
+    axis.plot([0], label=as_label(name))
+    (text,) = axis.legend().get_texts()
+    figure.canvas.draw()
+    # What is drawn of a text that is no formula.
+    assert text._preprocess_math(text.get_text()) == (drawn, False)
+
+
+def test_letters_that_the_font_lacks_are_no_warning() -> None:
+    assert png_of(confusion([[1, 0], [0, 1]], ["\u65e5\u672c", "b"])).startswith(b"\x89PNG")

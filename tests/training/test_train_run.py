@@ -22,11 +22,12 @@ from pcenet.nn.renewing import CENTRING
 from pcenet.training.checkpoints import read_checkpoint, write_checkpoint
 from pcenet.training.config import TrainConfig
 from pcenet.training.device import resolve_device, resolve_workers
-from pcenet.training.folder import RunFolder, write_atomically
+from pcenet.training.folder import RunFolder
 from pcenet.training.measures import image_side
 from pcenet.training.network import naming_model_args
 from pcenet.training.run import Run, bias_images, prepare, resolve, train
 from pcenet.training.task import ClassificationTask
+from pcenet.writing import write_atomically
 
 Start = Callable[..., TrainConfig]
 
