@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -16,13 +15,15 @@ import yaml
 
 from pcenet.training.config import TrainConfig
 from pcenet.training.locks import locked
-from pcenet.training.sealing import TEMPORARY, discard, fault_of, flush
+from pcenet.training.reading import read_text
+from pcenet.training.sealing import TEMPORARY, discard, fault_of, flush, remove
 
 ELSEWHERE = {"out", "resume"}  # options that say where a run goes on, not what it is
 SAFE_TO_CHANGE = ELSEWHERE | {
     *("log", "device", "workers", "threads", "checkpoint_minutes", "skip_nonfinite", "strategy", "process_timeout")
 }
 STEP = "step-"  # how the names of checkpoints begin
+LARGEST_CONFIG = 2**20  # bytes of config.yaml
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     ``path`` is complete or absent at any moment; a folder that was there is replaced.
     """
     temporary = path.with_name(path.name + TEMPORARY)
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
+    remove(temporary)
     write(temporary)
     for written in (*temporary.rglob("*"), temporary):
         flush(written)
@@ -160,39 +160,19 @@ class RunFolder:
         """Where the checkpoint after so many steps of the optimiser is."""
         return self.checkpoints / f"{STEP}{step:08d}"
 
-    def newest(self) -> Path | None:
-        """The newest intact checkpoint; None where there is none at all. Those passed over are named in warnings.
+    def enter(self, config: TrainConfig) -> list[Path]:
+        """The checkpoints from which a run with these options may start in this folder, the first intact one of which
+        counts (`pcenet.training.resume.first_intact`); empty to start afresh.
 
         Raises:
-            ValueError: if there are some, but none is intact.
-        """
-        faults: list[str] = []
-        for path in reversed(self.steps):
-            fault = fault_of(path)
-            if fault is None:
-                for passed_over in faults:
-                    log.warning("%s; going on from %s", passed_over, path)
-                return path
-            faults.append(f"{path} {fault}")
-        if faults:
-            raise ValueError(
-                f"resume: no checkpoint is intact: {'; '.join(faults)}; start afresh in another folder with --out,"
-                f" or in this one when {self.checkpoints} is removed"
-            )
-        return None
-
-    def enter(self, config: TrainConfig) -> Path | None:
-        """The checkpoint from which a run with these options starts in this folder; None to start afresh.
-
-        Raises:
-            ValueError: if that would overwrite a run, or continue one that was started with other options, or from a
-                checkpoint that is not intact.
+            ValueError: if that would overwrite a run, or continue one that was started with other options, or from
+                a checkpoint that is damaged or not its newest.
             FileNotFoundError: if ``config.resume`` names a checkpoint that does not exist.
         """
         if config.resume not in (None, "auto"):
-            return self._enter_from(Path(config.resume), config)
+            return [self._enter_from(Path(config.resume), config)]
         if self.free:
-            return None
+            return []
         if config.resume is None:
             raise ValueError(
                 f"out: {self.path} exists and is never overwritten; continue it with --resume auto, "
@@ -201,7 +181,7 @@ class RunFolder:
         if not self.config.is_file():
             raise ValueError(f"out: {self.path} exists and is no run folder; choose another folder with --out")
         self._check_same(config)
-        return self.newest()
+        return self.steps[::-1]
 
     def _enter_from(self, checkpoint: Path, config: TrainConfig) -> Path:
         if not checkpoint.exists():
@@ -210,7 +190,7 @@ class RunFolder:
             raise ValueError(f"resume: {checkpoint} {fault}; give the path of an intact checkpoint, or auto")
         if self.free:
             return checkpoint
-        newest = self.newest()
+        newest = next((path for path in reversed(self.steps) if fault_of(path) is None), None)
         if newest is None or checkpoint.resolve() != newest.resolve():
             raise ValueError(
                 f"out: {self.path} exists and is never overwritten; a run continues in its folder from its newest"
@@ -229,20 +209,31 @@ class RunFolder:
         Raises:
             ValueError: if ``config.yaml`` is not what `create` writes.
         """
+        way_out = "train anew in another --out"
         try:
-            values = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.config} is damaged: {error}; train anew in another --out") from error
+            text = read_text(self.config, LARGEST_CONFIG)
+        except ValueError as error:
+            raise ValueError(f"{self.config} {error}; {way_out}") from error
+        try:
+            values = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ValueError(f"{self.config} is damaged: {error}; {way_out}") from error
         return saved_config(values, str(self.config))
 
-    def create(self, config: TrainConfig, environment: dict[str, Any]) -> None:
-        """Make the folder, with ``config.yaml`` (which ``pcenet train --config`` reads) and ``environment.json``."""
+    def create(self, config: TrainConfig, environment: dict[str, Any], checkpoint: Path | None) -> None:
+        """Make the folder, with ``config.yaml`` (which ``pcenet train --config`` reads) and ``environment.json``.
+
+        Args:
+            config: the options.
+            environment: versions and hardware.
+            checkpoint: the one that the run goes on from; those of this folder that are newer are broken, and removed.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in self.checkpoints.glob(f"*{TEMPORARY}"):
             log.warning("%s is what a write left that did not finish; it is removed", leftover)
-            shutil.rmtree(leftover)
-        for path in reversed(self.steps):  # newer than the one that the run goes on from, and therefore broken
-            if fault_of(path) is None:
+            remove(leftover)
+        for path in reversed(self.steps):
+            if path == checkpoint:
                 break
             discard(path)
         self.logs.mkdir(exist_ok=True)
