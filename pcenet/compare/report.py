@@ -18,6 +18,7 @@ from pcenet.compare.tables import markdown
 from pcenet.training.folder import write_atomically, write_json, write_text
 from pcenet.training.kinds import kind_of
 from pcenet.training.locks import locked
+from pcenet.training.pictures import drawing
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +43,8 @@ def write_report(config: CompareConfig, baseline: str | None) -> Report:
         if report["runs"]:
             write_json(folder / "comparison.json", report)
             write_text(folder / "comparison.md", markdown(report))
-            try:
-                figure = curves(report)
-            except ModuleNotFoundError as error:
-                log.warning("%s; %s was not drawn", error, folder / "curves.png")
-            else:
-                write_atomically(folder / "curves.png", partial(save_curves, figure))
+            with drawing(folder / "curves.png"):
+                write_atomically(folder / "curves.png", partial(save_curves, curves(report)))
     return report
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -15,7 +16,6 @@ import yaml
 
 from pcenet.training.config import TrainConfig
 from pcenet.training.locks import locked
-from pcenet.training.reading import read_text
 from pcenet.training.sealing import TEMPORARY, discard, fault_of, flush, remove
 
 ELSEWHERE = {"out", "resume"}  # options that say where a run goes on, not what it is
@@ -23,7 +23,6 @@ SAFE_TO_CHANGE = ELSEWHERE | {
     *("log", "device", "workers", "threads", "checkpoint_minutes", "skip_nonfinite", "strategy", "process_timeout")
 }
 STEP = "step-"  # how the names of checkpoints begin
-LARGEST_CONFIG = 2**20  # bytes of config.yaml
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     ``path`` is complete or absent at any moment; a folder that was there is replaced.
     """
     temporary = path.with_name(path.name + TEMPORARY)
-    remove(temporary)
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
     write(temporary)
     for written in (*temporary.rglob("*"), temporary):
         flush(written)
@@ -209,15 +209,10 @@ class RunFolder:
         Raises:
             ValueError: if ``config.yaml`` is not what `create` writes.
         """
-        way_out = "train anew in another --out"
         try:
-            text = read_text(self.config, LARGEST_CONFIG)
-        except ValueError as error:
-            raise ValueError(f"{self.config} {error}; {way_out}") from error
-        try:
-            values = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ValueError(f"{self.config} is damaged: {error}; {way_out}") from error
+            values = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.config} is damaged: {error}; train anew in another --out") from error
         return saved_config(values, str(self.config))
 
     def create(self, config: TrainConfig, environment: dict[str, Any], checkpoint: Path | None) -> None:

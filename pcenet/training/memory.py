@@ -15,3 +15,12 @@ def ran_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line, for whoever goes on without what has failed."""
+    if ran_out_of_memory(error):
+        return "memory ran out"
+    if isinstance(error, ModuleNotFoundError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -41,7 +41,7 @@ from pcenet.training.loggers import check_logging, run_loggers
 from pcenet.training.measures import cost_of
 from pcenet.training.network import build_model, check_model, default_input_size, naming_model_args
 from pcenet.training.nonfinite import FiniteSteps
-from pcenet.training.pictures import pictures_of, save_pictures
+from pcenet.training.pictures import drawing, pictures_of, save_pictures
 from pcenet.training.ranks import agreeing, decide, share, together
 from pcenet.training.resume import Fingerprint, Position, fingerprint, first_intact, position_of
 from pcenet.training.router_schedules import RouterSchedules
@@ -445,16 +445,13 @@ def report(run: Run, fitted: Fitted, result: Any) -> None:
 
 
 def draw(run: Run, rows: Sequence[Mapping[str, float]], result: Any) -> None:
-    """Write ``pictures/``, or say what that needs."""
+    """Write ``pictures/``, or say why not."""
     task = run.kind.task
-    try:
+    with drawing(run.folder.pictures):
         pictures = pictures_of(
             rows, result.confusion, list(result.per_class), (f"train/{task.train_score}", f"val/{task.score}")
         )
-    except ModuleNotFoundError as error:
-        log.warning("%s; none were drawn", error)
-        return
-    write_atomically(run.folder.pictures, partial(save_pictures, pictures))
+        write_atomically(run.folder.pictures, partial(save_pictures, pictures))
 
 
 def summary(run: Run, fitted: Fitted, result: Any) -> dict[str, Any]:

@@ -277,7 +277,8 @@ def test_the_run_goes_on_undisturbed_and_the_odd_one_is_gone(
     (copied.checkpoints / "step-99999999.old.tmp").write_text("a file like a leftover")
     (copied.checkpoints / "step-00000003").write_text("older than all")
     assert_same_run(train(start(resume="auto")), whole)
-    assert [path.name for path in sorted(copied.checkpoints.iterdir())] == ["step-00000004", "step-00000007", "step-00000008"]  # fmt: skip
+    names = [path.name for path in sorted(copied.checkpoints.iterdir())]
+    assert names == ["step-00000004", "step-00000007", "step-00000008"]
     assert all(fault_of(path) is None for path in copied.steps)
 
 
