@@ -104,7 +104,7 @@ CONTENT = {
 }
 CALLBACKS = {  # what is behind a brace in the name of one is left out
     "History": {"rows": [Each(FIGURE)]},
-    "RouterHealth": {"health": Each(Each(ANYTHING))},
+    "RouterHealth": Maybe({"health": Each(Each(ANYTHING))}),
     "Throughput": {"images": COUNT, "seconds": NUMBER},
     "Checkpoints": {"best": NUMBER, "best_step": NUMBER},
     "FiniteSteps": Maybe({"skipped": COUNT, "left_out": or_none(COUNT)}),

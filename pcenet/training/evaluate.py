@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
@@ -17,6 +16,8 @@ from pcenet.training.config import EvalConfig
 from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.folder import RunFolder, write_json
 from pcenet.training.kinds import Kind, kind_of
+from pcenet.training.reading import TEXT
+from pcenet.training.records import read_record
 
 EVAL_BATCH_SIZE: dict[Task, int] = {"classify": 256, "segment": 8}
 
@@ -127,8 +128,8 @@ def result_path(folder: Path, data_name: str, source: str, split: data.Split) ->
 def written_for(path: Path) -> str | None:
     """The source whose figures a file of `evaluate` holds; None for any other file."""
     try:
-        source: str | None = json.loads(path.read_text(encoding="utf-8"))["source"]
-    except (ValueError, KeyError, TypeError):
+        source: str = read_record(path, {"source": TEXT})["source"]
+    except (ValueError, OSError):
         return None
     return source
 
