@@ -208,6 +208,8 @@ def _label_names(config: dict[str, Any], model: SavableModel, path: Path) -> lis
 
 def _shapes_of(path: Path) -> dict[str, Tensor]:
     """The tensors of a file as its header describes them, without their content."""
+    if path.exists() and not path.is_file():  # opening a pipe waits for what never comes
+        raise ValueError(f"{path} is no file")
     with path.open("rb"):  # safetensors reports a file that may not be read as one that does not exist
         pass
     try:

@@ -80,7 +80,7 @@ CONTENT = {
     "state_dict": Each(FINITE),
     "current_model_state": Each(FINITE),
     "averaging_state": {"n_averaged": COUNTS},
-    "optimizer_states": [{"state": Each(Each(FINITE), keys=int), "param_groups": [Each(ANYTHING)]}],
+    "optimizer_states": [{"state": Each(Each(FINITE), keys=COUNT), "param_groups": [Each(ANYTHING)]}],
     "lr_schedulers": [
         {"last_epoch": COUNT, "_step_count": COUNT, "base_lrs": [NUMBER], "_last_lr": [NUMBER], "lr_lambdas": [NOTHING]}
     ],
@@ -142,12 +142,18 @@ def disagreements(content: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} counts {counts}, which differ by more than one"
 
 
+def row_of(score: str) -> dict[str, Rule]:
+    """What is needed of the figures of an epoch when a run ends."""
+    return dict.fromkeys(("step", f"val/{score}", "train/epoch_seconds", "train/images_per_second"), NUMBER)
+
+
 def fault_for(
     content: Mapping[str, Any],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     epochs: int,
     batches: int,
+    score: str,
 ) -> str | None:
     """What in a checkpoint does not fit a network and its run; None where everything does.
 
@@ -157,7 +163,10 @@ def fault_for(
         optimizer: of its parameters, with its schedule, fresh.
         epochs: of the run.
         batches: of an epoch.
+        score: the figure of merit.
     """
+    if fault := misfit(content["callbacks"]["History"]["rows"], [row_of(score)], "rows"):
+        return fault
     for key in WEIGHTS:
         tensors = {name.removeprefix(MODEL): tensor for name, tensor in content[key].items()}
         try:

@@ -162,7 +162,7 @@ class RunFolder:
 
     def enter(self, config: TrainConfig) -> list[Path]:
         """The checkpoints from which a run with these options may start in this folder, the first intact one of which
-        counts (`pcenet.training.resume.first_intact`); empty to start afresh.
+        counts (``pcenet.training.resume.first_intact``); empty to start afresh.
 
         Raises:
             ValueError: if that would overwrite a run, or continue one that was started with other options, or from

@@ -10,7 +10,7 @@ import json
 import reprlib
 import stat
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,21 @@ class Rule:
     holds: Callable[[Any], bool]
 
 
+LARGEST = sys.float_info.max
+
+ANYTHING = Rule("anything", lambda value: True)
+TEXT = Rule("a text", lambda value: isinstance(value, str))
+COUNT = Rule("a whole number from 0 on", lambda value: type(value) is int and 0 <= value < 2**53)
+NUMBER = Rule("a finite number", lambda value: type(value) in (int, float) and abs(value) <= LARGEST)
+FIGURE = Rule("a number", lambda value: type(value) is float or NUMBER.holds(value))
+
+
 @dataclass(frozen=True)
 class Each:
-    """A mapping with any keys of one kind, whose values all follow one schema."""
+    """A mapping with any keys that follow one rule, whose values all follow one schema."""
 
     values: Schema
-    keys: type = str
+    keys: Rule = TEXT
 
 
 @dataclass(frozen=True)
@@ -46,18 +55,8 @@ class Maybe:
     values: Schema
 
 
-Schema = Rule | Each | Maybe | dict[str, Any] | list[Any]
+Schema = Rule | Each | dict[str, Any] | list[Any]
 """A rule, a mapping of needed entries to their schemas (others may be there), or a list of one schema for all parts."""
-
-
-LARGEST = sys.float_info.max
-
-ANYTHING = Rule("anything", lambda value: True)
-TEXT = Rule("a text", lambda value: isinstance(value, str))
-FLAG = Rule("true or false", lambda value: isinstance(value, bool))
-COUNT = Rule("a whole number from 0 on", lambda value: type(value) is int and 0 <= value < 2**53)
-NUMBER = Rule("a finite number", lambda value: type(value) in (int, float) and abs(value) <= LARGEST)
-FIGURE = Rule("a number", lambda value: type(value) is float or NUMBER.holds(value))
 
 
 def or_none(rule: Rule) -> Rule:
@@ -75,25 +74,29 @@ def misfit(value: Any, schema: Schema, name: str) -> str | None:
     """
     if isinstance(schema, Rule):
         return None if schema.holds(value) else f"{name} must be {schema.says}, got {reprlib.repr(value)}"
-    kinds, said = ((list, tuple), "a list") if isinstance(schema, list) else ((dict,), "a mapping")
-    if not isinstance(value, kinds):
+    if not isinstance(value, list | tuple if isinstance(schema, list) else dict):
+        said = "a list" if isinstance(schema, list) else "a mapping"
         return f"{name or 'it'} must be {said}, got {reprlib.repr(value)}"
-    parts: Iterable[tuple[str, Any, Schema]]
-    if isinstance(schema, list):
-        parts = ((f"{name}[{index}]", part, schema[0]) for index, part in enumerate(value))
-    elif isinstance(schema, Each):
-        if wrong := [key for key in value if type(key) is not schema.keys]:
-            return f"{name or 'it'} must have keys of type {schema.keys.__name__}, got {reprlib.repr(wrong[0])}"
-        parts = ((below(name, key), part, schema.values) for key, part in value.items())
-    else:
-        needed = {key: part for key, part in schema.items() if key in value or not isinstance(part, Maybe)}
-        if missing := [key for key in needed if key not in value]:
-            return f"{below(name, missing[0])} is missing"
-        parts = (
-            (below(name, key), value[key], part.values if isinstance(part, Maybe) else part)
-            for key, part in needed.items()
-        )
+    if isinstance(schema, dict):
+        needed = (key for key, rule in schema.items() if not isinstance(rule, Maybe))
+        if (missing := next((key for key in needed if key not in value), None)) is not None:
+            return f"{below(name, missing)} is missing"
+    parts = parts_of(value, schema, name)
     return next((found for path, part, rule in parts if (found := misfit(part, rule, path))), None)
+
+
+def parts_of(value: Any, schema: Each | dict[str, Any] | list[Any], name: str) -> Iterator[tuple[str, Any, Schema]]:
+    """The parts of a list or mapping, each with its name before it and its schema behind it."""
+    if isinstance(schema, list):
+        yield from ((f"{name}[{index}]", part, schema[0]) for index, part in enumerate(value))
+    elif isinstance(schema, Each):
+        for key, part in value.items():
+            yield f"a key of {name or 'it'}", key, schema.keys
+            yield below(name, key), part, schema.values
+    else:
+        for key, rule in schema.items():
+            if key in value:
+                yield below(name, key), value[key], rule.values if isinstance(rule, Maybe) else rule
 
 
 def below(name: str, key: Any) -> str:

@@ -17,6 +17,7 @@ from pcenet.training.config import TrainConfig
 from pcenet.training.contents import fault_for
 from pcenet.training.evaluate import check_classes
 from pcenet.training.folder import ELSEWHERE, RunFolder, check_same, differences, saved_config
+from pcenet.training.kinds import kind_of
 from pcenet.training.schedules import Schedules
 from pcenet.training.task import make_optimizer
 
@@ -135,7 +136,8 @@ def position_of(
     check_classes(run["classes"], classes, str(checkpoint), config.data)
     check_data_same(run["data"], data, str(checkpoint), config.data)
     optimizer, _ = make_optimizer(model, config, Schedules(config, math.ceil(batches / config.accumulate)))
-    if fault := fault_for(content, model, optimizer, config.epochs, batches):
+    score = kind_of(config.task).task.score
+    if fault := fault_for(content, model, optimizer, config.epochs, batches, score):
         raise DamagedError(f"{checkpoint} is damaged or of another version of pcenet: {fault}")
     done = len(content["callbacks"]["History"]["rows"])
     own = checkpoint.parent.resolve() == folder.checkpoints.resolve()

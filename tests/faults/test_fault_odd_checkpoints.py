@@ -165,6 +165,11 @@ VALUES: dict[str, tuple[Change, str]] = {
         put("callbacks", "History", "rows", 0, "val/top1", value="x"),
         r"History.rows\[0\].val/top1 must be a number",
     ),
+    "rows without a score": (without("callbacks", "History", "rows", 0, "val/top1"), r"rows\[0\].val/top1 is missing"),
+    "rows whose score is no number": (
+        put("callbacks", "History", "rows", 0, "val/top1", value=float("nan")),
+        r"rows\[0\].val/top1 must be a finite number, got nan",
+    ),
     "too many rows": (put("callbacks", "History", "rows", value=lambda rows: rows * 2), "rows of History are not"),
     "no history": (without("callbacks", "History"), "callbacks.History is missing"),
     "no best score": (put("callbacks", "Checkpoints", "best", value=None), "Checkpoints.best must be a finite number"),
