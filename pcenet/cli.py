@@ -46,6 +46,7 @@ from pcenet.training.launch import (
     launch,
     ranks_of_environment,
 )
+from pcenet.training.memory import ran_out_of_memory
 from pcenet.training.signals import Terminated
 
 if TYPE_CHECKING:
@@ -75,6 +76,16 @@ KINDS = {
     "dict": 'a mapping such as {"num_experts": 8}',
 }
 GO_ON = {"train": "; --resume auto continues the run", "compare": "; the same command goes on from there"}
+
+LESS_ELSEWHERE = "end other programs, or use a machine with more of it"
+LESS_AT_ONCE = f"give a smaller --batch-size or fewer --workers, {LESS_ELSEWHERE}"
+MEMORY = {
+    **dict.fromkeys(
+        ("train", "compare"), f"give a smaller --batch-size or --input-size, fewer --workers, {LESS_ELSEWHERE}"
+    ),
+    **dict.fromkeys(("eval", "predict", "explain"), LESS_AT_ONCE),
+    "bench": f"give a smaller --batch-size, {LESS_ELSEWHERE}",
+}
 
 OTHER_PATH = "choose another path"
 WAYS_OUT = {
@@ -117,12 +128,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "pip install" not in str(error):
             raise
         return fail(str(error))
-    except OSError as error:
+    except (MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, LostProcessError):
+            return fail(str(error), LOST)
+        if ran_out_of_memory(error):
+            return fail(no_memory(next(iter(arguments), "")))
+        if not isinstance(error, OSError):
+            raise
         return fail(explain_system(error))
     except OtherProcessError:
         return 2
-    except LostProcessError as error:
-        return fail(str(error), LOST)
     except ValueError as error:
         return fail(str(error))
     except SystemExit as error:  # argparse leaves this way after --help and --version
@@ -137,6 +152,11 @@ def fail(message: str, code: int = 2) -> int:
     who = f"{ranks}: " if ranks.rank else ""
     say(f"pcenet: error: {who}{one_line(message)}", to=sys.stderr)
     return code
+
+
+def no_memory(command: str) -> str:
+    """That memory, the computer's or the GPU's, ran out, and the way out."""
+    return f"memory ran out; {MEMORY.get(command, LESS_ELSEWHERE)}{GO_ON.get(command, '')}"
 
 
 def explain_system(error: OSError) -> str:

@@ -36,8 +36,8 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             for written in (*temporary.rglob("*"), temporary):
                 flush(written)
-            if path.is_dir():
-                discard(path)
+            if os.path.lexists(path) and (temporary.is_dir() or path.is_dir()):
+                discard(path)  # nothing but a file can be replaced, and by a file only
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
@@ -125,16 +125,17 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def discard(folder: Path) -> None:
-    """Remove a folder, which loses its name first: at no moment is a part of it seen under that."""
-    temporary = folder.with_name(f"{folder.name}.old{TEMPORARY}")  # not the name of what may replace it
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.replace(folder, temporary)
-    shutil.rmtree(temporary)
+def discard(path: Path) -> None:
+    """Remove a folder, or what lies in its place; it loses its name first: at no moment is a part of it seen under
+    that."""
+    temporary = path.with_name(f"{path.name}.old{TEMPORARY}")  # not the name of what may replace it
+    remove(temporary)
+    os.replace(path, temporary)
+    remove(temporary)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove whatever has a name, if anything: a folder with all in it, a link without what it leads to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -16,6 +16,7 @@ from pcenet.app import pictures, words
 from pcenet.app.session import Explorer, Visit
 from pcenet.data.images import decode_image
 from pcenet.texts import say
+from pcenet.training.memory import ran_out_of_memory
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others of Pillow's start programs, or are rarely tested
 SAMPLES = 12  # how many are offered
@@ -181,7 +182,12 @@ class Page:
                 return {self.notice: words.notice(), **wish(*inputs)}
             except ValueError as error:
                 return {self.notice: words.notice(str(error)), self.file: None}
-            except Exception:
+            except Exception as error:
+                if ran_out_of_memory(error):
+                    return {
+                        self.notice: words.notice("Memory ran out. Try a smaller image, or later."),
+                        self.file: None,
+                    }
                 say(*traceback.format_exc().splitlines(), to=sys.stderr)
                 return {self.notice: words.notice("That went wrong, and it was not you. Try again."), self.file: None}
 

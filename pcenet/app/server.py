@@ -208,7 +208,14 @@ def run_server(page: Page, listener: socket.socket, files: Path, config: AppConf
     )
     page.blocks.has_launched = True  # without it gradio does not check whether files that requests name were uploaded
     hosts = LOOPBACK | {host_name(config.host)} if config.host in LOOPBACK else ()
-    guard = Guard(application, files=files, max_bytes=page.limits.size, hosts=hosts)
+    guard = Guard(
+        application,
+        files=files,
+        max_bytes=page.limits.size,
+        hosts=hosts,
+        wishes=page.blocks.fns,
+        uploaded=page.blocks.upload_file_set,
+    )
     settings = uvicorn.Config(
         guard, log_level="warning", server_header=False, timeout_graceful_shutdown=LAST_ANSWERS, lifespan="on"
     )

@@ -17,7 +17,7 @@ from pcenet.compare.tables import markdown
 from pcenet.training.health import EVALUATED, TRAINED, recorded_health
 from pcenet.training.kinds import kind_of
 from pcenet.training.locks import locked
-from pcenet.training.pictures import png_of
+from pcenet.training.pictures import drawing, png_of
 from pcenet.writing import write_bytes, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,8 @@ def write_report(config: CompareConfig, baseline: str | None) -> Report:
         if report["runs"]:
             write_json(folder / "comparison.json", report)
             write_text(folder / "comparison.md", markdown(report))
-            try:
-                figure = curves(report)
-            except ModuleNotFoundError as error:
-                log.warning("%s; %s was not drawn", error, folder / "curves.png")
-            else:
-                write_bytes(folder / "curves.png", png_of(figure))
+            with drawing(folder / "curves.png"):
+                write_bytes(folder / "curves.png", png_of(curves(report)))
     return report
 
 

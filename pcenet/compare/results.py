@@ -6,9 +6,6 @@ folder itself.
 
 from __future__ import annotations
 
-import csv
-import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +14,7 @@ from typing import Any
 from pcenet.training.config import TrainConfig
 from pcenet.training.folder import RunFolder
 from pcenet.training.kinds import kind_of
-
-Row = dict[str, float | None]
+from pcenet.training.records import ENVIRONMENT, Row, metrics_of, read_record, read_rows
 
 
 @dataclass(frozen=True)
@@ -63,18 +59,6 @@ def rows_file(folder: Path) -> Path:
     return logged if logged.is_file() else folder / "metrics.csv"
 
 
-def read_rows(path: Path) -> tuple[Row, ...]:
-    """The figures of each epoch."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return tuple({name: number(text) for name, text in row.items()} for row in csv.DictReader(file))
-
-
-def number(text: str) -> float | None:
-    """A finite number, else None: JSON has no other."""
-    value = float(text or "nan")
-    return value if math.isfinite(value) else None
-
-
 def read_result(folder: Path) -> Result:
     """What a finished run left in its folder.
 
@@ -83,15 +67,15 @@ def read_result(folder: Path) -> Result:
         FileNotFoundError: if one is missing.
     """
     config = RunFolder(folder).read_config()
+    score = kind_of(config.task).task.score
     try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-        score = metrics["val"][kind_of(config.task).task.score]
-        result = Result(config, environment, metrics, read_rows(rows_file(folder)), score)
-        result.curve(), metrics["best"]["epoch"], metrics["complexity"]["multiply_adds"]
-    except (KeyError, TypeError, ValueError) as error:
+        metrics = read_record(folder / "metrics.json", metrics_of(score))
+        environment = read_record(folder / "environment.json", ENVIRONMENT)
+        result = Result(config, environment, metrics, read_rows(rows_file(folder)), metrics["val"][score])
+        result.curve()
+    except (KeyError, ValueError) as error:
         way_out = "restore it, or remove the folder to train anew"
-        raise ValueError(f"{folder}: its figures are damaged ({type(error).__name__}: {error}); {way_out}") from error
+        raise ValueError(f"{folder}: its figures are damaged ({error}); {way_out}") from error
     return result
 
 

@@ -12,7 +12,7 @@ import torch
 
 from pcenet.compare.config import CompareConfig, PlannedRun
 from pcenet.compare.report import Report, make_report, write_report
-from pcenet.compare.results import finished, read_rows, rows_file
+from pcenet.compare.results import finished, rows_file
 from pcenet.compare.tables import Sheet, sheets, warnings
 from pcenet.models import twin_of
 from pcenet.texts import say
@@ -21,6 +21,7 @@ from pcenet.training.device import resolve_device
 from pcenet.training.folder import RunFolder, check_same
 from pcenet.training.locks import is_locked, locked
 from pcenet.training.network import build_model, check_model, naming_model_args
+from pcenet.training.records import read_rows
 from pcenet.training.run import resolve, train
 from pcenet.training.tables import console
 

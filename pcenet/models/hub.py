@@ -224,6 +224,8 @@ def _grey_range(config: dict[str, Any], path: Path) -> GreyRange | None:
 
 def _shapes_of(path: Path) -> dict[str, Tensor]:
     """The tensors of a file as its header describes them, without their content."""
+    if path.exists() and not path.is_file():  # opening a pipe waits for what never comes
+        raise ValueError(f"{path} is no file")
     with path.open("rb"):  # safetensors reports a file that may not be read as one that does not exist
         pass
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,10 +38,14 @@ from pcenet.training.config import EvalConfig
 from pcenet.training.evaluate import Trained, open_trained
 from pcenet.training.folder import RunFolder
 from pcenet.training.health import recorded_health
+from pcenet.training.kinds import kind_of
 from pcenet.training.measures import cost_of, image_size, preprocessing
 from pcenet.training.pictures import as_label, new_figure, png_of
+from pcenet.training.records import ENVIRONMENT, evaluation_of, metrics_of, read_record
+from pcenet.training.schemas import TEXT
 from pcenet.writing import filling
 
+log = logging.getLogger(__name__)
 CARD = "README.md"
 # What the client raises where there is no answer: httpx's error, or httpx2's, by the version of huggingface-hub.
 NoAnswerError: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -119,9 +123,26 @@ def finished_run(path: str, option: str) -> RunFolder:
     return run
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_metrics(run: RunFolder) -> Any:
+    """``metrics.json`` of a finished run.
+
+    Raises:
+        ValueError: if it is damaged, or of a version that did not say task and data.
+    """
+    score = kind_of(run.read_config().task).task.score
+    return read_record(run.metrics, metrics_of(score) | dict.fromkeys(("task", "data", "model"), TEXT))
+
+
+def read_evaluations(run: RunFolder) -> list[Any]:
+    """What ``pcenet eval`` wrote into a run folder; a file that only has such a name is left out, with a warning."""
+    schema = evaluation_of(kind_of(run.read_config().task).task.score)
+    found = []
+    for path in sorted(run.path.glob("eval-*.json")):
+        try:
+            found.append(read_record(path, schema))
+        except (OSError, ValueError) as error:
+            log.warning("%s; the card leaves it out", error)
+    return found
 
 
 def read_twin(path: str, run: RunFolder) -> Any:
@@ -130,7 +151,7 @@ def read_twin(path: str, run: RunFolder) -> Any:
     Raises:
         ValueError: if it is not the run of a dense network on the same data, for the same task.
     """
-    ours, theirs = read_json(run.metrics), read_json(finished_run(path, "twin").metrics)
+    ours, theirs = read_metrics(run), read_metrics(finished_run(path, "twin"))
     if recorded_health(theirs)[1]:
         raise ValueError(f"twin: {path} ({theirs['model']}) is no dense network; give the dense twin's run")
     about = [(metrics["task"], data_of(metrics), metrics["val"]["images"]) for metrics in (ours, theirs)]
@@ -154,18 +175,18 @@ def write(folder: Path, config: PushConfig, run: RunFolder, twin: Any, picture: 
         picture: PNG, or None.
         repo: the repository's name, with its owner.
     """
-    model, metrics = load_model(run.model), read_json(run.metrics)
+    model, metrics = load_model(run.model), read_metrics(run)
     for name in (WEIGHTS, CONFIG):
         shutil.copyfile(run.model / name, folder / name)
     if picture is not None:
         (folder / PICTURE).write_bytes(picture)
-    evaluations = [read_json(path) for path in sorted(run.path.glob("eval-*.json"))]
+    evaluations = read_evaluations(run)
     twin_cost = (twin["model"], twin["complexity"]) if twin else twin_cost_of(run, model.num_classes)
     sections = [
         score_section(metrics, evaluations, twin),
         cost_section(metrics["model"], metrics["complexity"], twin_cost, image_size(model)),
         routing_section(metrics, evaluations, picture is not None),
-        training_section(run.read_config(), metrics, read_json(run.environment)),
+        training_section(run.read_config(), metrics, read_record(run.environment, ENVIRONMENT)),
     ]
     sections = list(filter(None, sections))
     card = model_card(model.config(), repo, sections, license=config.license, results=results(model.task, metrics))
@@ -179,7 +200,7 @@ def twin_cost_of(run: RunFolder, num_classes: int) -> tuple[str, dict[str, Any]]
     name = twin_of(config.model_name)
     if name is None or config.model_args or config.upcycle:
         return None
-    size = read_json(run.model / CONFIG)["pretrained_cfg"]["input_size"]
+    size = read_record(run.model / CONFIG)["pretrained_cfg"]["input_size"]
     twin = create_network(name, num_classes=num_classes, pretrained_cfg_overlay={"input_size": tuple(size)})
     return name, cost_of(twin)
 

@@ -6,7 +6,6 @@ A checkpoint is a folder, ``checkpoints/step-00000120``, with ``state.ckpt`` (te
 
 from __future__ import annotations
 
-import pickle
 import time
 import warnings
 from collections.abc import Mapping
@@ -19,16 +18,16 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
+from pcenet.training.contents import fault_in
 from pcenet.training.folder import RunFolder
+from pcenet.training.memory import ran_out_of_memory
 from pcenet.training.ranks import largest
-from pcenet.training.sealing import fault_of, seal
+from pcenet.training.sealing import STATE, fault_of, seal
 from pcenet.training.signals import Stop, end_by
 from pcenet.training.stopping import stopped_by
 from pcenet.training.task import TrainingTask
 from pcenet.writing import discard, replacing
 
-STATE = "state.ckpt"
-UNREADABLE = (RuntimeError, pickle.UnpicklingError, UserWarning, EOFError, FileNotFoundError, LookupError, TypeError)
 KEPT = 2  # newest checkpoints that are kept, beside that of the best epoch
 
 
@@ -45,24 +44,29 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         seal(folder)
 
 
+class DamagedError(ValueError):
+    """A checkpoint is not intact; says which, and what is wrong."""
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's content; only tensors and plain values are accepted, never code.
 
     Raises:
-        ValueError: if it is not intact, or no checkpoint of a training run; says what is wrong.
+        DamagedError: if it is not intact, or no checkpoint of a training run.
     """
     if fault := fault_of(path):
-        raise ValueError(f"resume: {path} {fault}")
+        raise DamagedError(f"{path} {fault}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # torch warns of a pickle that it would not have written
             content = torch.load(path / STATE, map_location="cpu", weights_only=True)
-        content["callbacks"]["History"]["rows"]
-        for name in ("config", "classes", "data", "batches"):
-            content["run"][name]
-    except UNREADABLE as error:
+    except Exception as error:  # a file that is none of torch's can make it raise whatever there is
+        if ran_out_of_memory(error):
+            raise
         kind = type(error).__name__
-        raise ValueError(f"resume: {path} is damaged or no checkpoint of pcenet train ({kind})") from error
+        raise DamagedError(f"{path} is damaged or no checkpoint of pcenet train ({kind})") from error
+    if fault := fault_in(content):
+        raise DamagedError(f"{path} is damaged or no checkpoint of pcenet train: {fault}")
     return dict(content)
 
 

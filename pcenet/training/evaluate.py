@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,8 @@ from pcenet.training.device import resolve_device, resolve_precision, resolve_wo
 from pcenet.training.folder import RunFolder
 from pcenet.training.health import complaint
 from pcenet.training.kinds import Kind, kind_of
+from pcenet.training.records import read_record
+from pcenet.training.schemas import TEXT
 from pcenet.writing import write_json
 
 log = logging.getLogger(__name__)
@@ -146,8 +147,8 @@ def result_path(folder: Path, data_name: str, source: str, split: data.Split) ->
 def written_for(path: Path) -> str | None:
     """The source whose figures a file of `evaluate` holds; None for any other file."""
     try:
-        source: str | None = json.loads(path.read_text(encoding="utf-8"))["source"]
-    except (ValueError, KeyError, TypeError):
+        source: str = read_record(path, {"source": TEXT})["source"]
+    except (ValueError, OSError):
         return None
     return source
 

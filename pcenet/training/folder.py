@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -13,7 +12,7 @@ from typing import Any
 from pcenet.training.config import TrainConfig
 from pcenet.training.locks import locked
 from pcenet.training.sealing import fault_of
-from pcenet.writing import TEMPORARY, discard, write_json, write_text
+from pcenet.writing import TEMPORARY, discard, remove, write_json, write_text
 from pcenet.yaml_files import BoundedLoader, read_yaml, write_yaml
 
 ELSEWHERE = {"out", "resume"}  # options that say where a run goes on, not what it is
@@ -131,39 +130,19 @@ class RunFolder:
         """Where the checkpoint after so many steps of the optimiser is."""
         return self.checkpoints / f"{STEP}{step:08d}"
 
-    def newest(self) -> Path | None:
-        """The newest intact checkpoint; None where there is none at all. Those passed over are named in warnings.
+    def enter(self, config: TrainConfig) -> list[Path]:
+        """The checkpoints from which a run with these options may start in this folder, the first intact one of which
+        counts (``pcenet.training.resume.first_intact``); empty to start afresh.
 
         Raises:
-            ValueError: if there are some, but none is intact.
-        """
-        faults: list[str] = []
-        for path in reversed(self.steps):
-            fault = fault_of(path)
-            if fault is None:
-                for passed_over in faults:
-                    log.warning("%s; going on from %s", passed_over, path)
-                return path
-            faults.append(f"{path} {fault}")
-        if faults:
-            raise ValueError(
-                f"resume: no checkpoint is intact: {'; '.join(faults)}; start afresh in another folder with --out,"
-                f" or in this one when {self.checkpoints} is removed"
-            )
-        return None
-
-    def enter(self, config: TrainConfig) -> Path | None:
-        """The checkpoint from which a run with these options starts in this folder; None to start afresh.
-
-        Raises:
-            ValueError: if that would overwrite a run, or continue one that was started with other options, or from a
-                checkpoint that is not intact.
+            ValueError: if that would overwrite a run, or continue one that was started with other options, or from
+                a checkpoint that is damaged or not its newest.
             FileNotFoundError: if ``config.resume`` names a checkpoint that does not exist.
         """
         if config.resume not in (None, "auto"):
-            return self._enter_from(Path(config.resume), config)
+            return [self._enter_from(Path(config.resume), config)]
         if self.free:
-            return None
+            return []
         if config.resume is None:
             raise ValueError(
                 f"out: {self.path} exists and is never overwritten; continue it with --resume auto, "
@@ -172,7 +151,7 @@ class RunFolder:
         if not self.config.is_file():
             raise ValueError(f"out: {self.path} exists and is no run folder; choose another folder with --out")
         self._check_same(config)
-        return self.newest()
+        return self.steps[::-1]
 
     def _enter_from(self, checkpoint: Path, config: TrainConfig) -> Path:
         if not checkpoint.exists():
@@ -181,7 +160,7 @@ class RunFolder:
             raise ValueError(f"resume: {checkpoint} {fault}; give the path of an intact checkpoint, or auto")
         if self.free:
             return checkpoint
-        newest = self.newest()
+        newest = next((path for path in reversed(self.steps) if fault_of(path) is None), None)
         if newest is None or checkpoint.resolve() != newest.resolve():
             raise ValueError(
                 f"out: {self.path} exists and is never overwritten; a run continues in its folder from its newest"
@@ -206,14 +185,20 @@ class RunFolder:
             raise ValueError(f"{self.config} is damaged: {error}; train anew in another --out") from error
         return saved_config(values, str(self.config))
 
-    def create(self, config: TrainConfig, environment: dict[str, Any]) -> None:
-        """Make the folder, with ``config.yaml`` (which ``pcenet train --config`` reads) and ``environment.json``."""
+    def create(self, config: TrainConfig, environment: dict[str, Any], checkpoint: Path | None) -> None:
+        """Make the folder, with ``config.yaml`` (which ``pcenet train --config`` reads) and ``environment.json``.
+
+        Args:
+            config: the options.
+            environment: versions and hardware.
+            checkpoint: the one that the run goes on from; those of this folder that are newer are broken, and removed.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in self.checkpoints.glob(f"*{TEMPORARY}"):
             log.warning("%s is what a write left that did not finish; it is removed", leftover)
-            shutil.rmtree(leftover)
-        for path in reversed(self.steps):  # newer than the one that the run goes on from, and therefore broken
-            if fault_of(path) is None:
+            remove(leftover)
+        for path in reversed(self.steps):
+            if path == checkpoint:
                 break
             discard(path)
         self.logs.mkdir(exist_ok=True)

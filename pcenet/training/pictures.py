@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcenet.texts import shown
 from pcenet.training.health import EVALUATED, TRAINED
+from pcenet.training.memory import reason_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +26,21 @@ NAMED = 16  # experts up to which a legend names them; one of more would leave n
 RESOLUTION = 110  # pixels per inch
 
 Row = Mapping[str, float]
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def drawing(path: Path) -> Iterator[None]:
+    """Draw what a complete result can do without: whatever goes wrong is a warning, and does not make it look failed.
+
+    Args:
+        path: of the file or folder of pictures, to be named.
+    """
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s; %s was not drawn", reason_of(error), path)
 
 
 def pictures_of(

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from pcenet.texts import say
+from pcenet.training.checkpoints import read_checkpoint
 from pcenet.training.config import TrainConfig
 from pcenet.training.device import resolve_device
 from pcenet.training.folder import RunFolder
 from pcenet.training.launch import ranks_of_environment
 from pcenet.training.ranks import decide, together
+from pcenet.training.resume import first_intact
 from pcenet.training.run import resolve, train
 
 BATCHES = 2
@@ -33,7 +35,7 @@ def dry_run(config: TrainConfig) -> None:
     config, ranks = replace(config, dry_run=False), ranks_of_environment()
     device = resolve_device(config.device, ranks.local_count)
     with together(ranks, device, config.process_timeout), ExitStack() as stack:
-        decide(lambda: RunFolder(config.folder).enter(resolve(config, device)))
+        decide(lambda: check_folder(resolve(config, device)))
         folder = decide(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="pcenet-")))
         out = str(Path(folder) / "run")
         train(
@@ -42,3 +44,10 @@ def dry_run(config: TrainConfig) -> None:
         )
     if ranks.first:
         say(f"dry run: everything works, and nothing of it is left; the run itself would be {config.folder}")
+
+
+def check_folder(config: TrainConfig) -> None:
+    """Raise what entering the run folder would raise, and what its checkpoints would where they are damaged."""
+    checkpoints = RunFolder(config.folder).enter(config)
+    if checkpoints:
+        first_intact(checkpoints, config, read_checkpoint)

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from pcenet.models.hub import check_tensors
-from pcenet.training.checkpoints import read_checkpoint
+from pcenet.training.checkpoints import DamagedError, read_checkpoint
 from pcenet.training.config import TrainConfig
+from pcenet.training.contents import fault_for
 from pcenet.training.evaluate import check_classes
 from pcenet.training.folder import ELSEWHERE, RunFolder, check_same, differences, saved_config
+from pcenet.training.kinds import kind_of
+from pcenet.training.schedules import Schedules
+from pcenet.training.task import make_optimizer
 
-MODEL = "model."  # how the names of the network's tensors begin in a checkpoint
+T = TypeVar("T")
 AFRESH = "start afresh without --resume"
 
 Fingerprint = dict[str, list[Any]]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,43 @@ def check_data_same(saved: Fingerprint, found: Fingerprint, where: str, name: st
         raise ValueError(f"resume: the data of {where} have changed: {name}: {difference}; put them back, or {AFRESH}")
 
 
+def first_intact(candidates: Sequence[Path], config: TrainConfig, judge: Callable[[Path], T]) -> tuple[Path, T]:
+    """The first checkpoint that is not damaged, and what ``judge`` says of it. Those before it are named in warnings.
+
+    Args:
+        candidates: paths, at least one, as `RunFolder.enter` gives them.
+        config: the options of the run.
+        judge: raises a `DamagedError` for one that cannot be used.
+
+    Raises:
+        ValueError: if all are damaged; and what ``judge`` raises of one that is intact, but of another run.
+    """
+    faults = []
+    for path in candidates:
+        try:
+            found = judge(path)
+        except DamagedError as error:
+            faults.append(str(error))
+        else:
+            for fault in faults:
+                log.warning("%s; going on from %s", fault, path)
+            return path, found
+    if config.resume != "auto":
+        raise ValueError(f"resume: {faults[0]}; give the path of an intact checkpoint, or auto")
+    raise ValueError(
+        f"resume: no checkpoint is intact: {'; '.join(faults)}; start afresh in another folder with --out, or in this"
+        f" one when {candidates[0].parent} is removed"
+    )
+
+
 def position_of(
-    checkpoint: Path, folder: RunFolder, config: TrainConfig, classes: Sequence[str], data: Fingerprint
+    checkpoint: Path,
+    folder: RunFolder,
+    config: TrainConfig,
+    classes: Sequence[str],
+    data: Fingerprint,
+    model: nn.Module,
+    batches: int,
 ) -> Position:
     """Where a run with these options may continue from a checkpoint in ``folder``.
 
@@ -76,17 +118,27 @@ def position_of(
         config: the options, resolved.
         classes: class names of the data.
         data: their `fingerprint`.
+        model: the network.
+        batches: of an epoch.
 
     Raises:
-        ValueError: if the checkpoint is damaged, or of a run with other options, classes or data, or if it has all its
-            epochs behind it; names the difference.
+        DamagedError: if the checkpoint is damaged, or what is in it does not fit the run that it says it is of.
+        ValueError: if it is of a run with other options, classes or data, or if it has all its epochs behind it; names
+            the difference.
     """
     content = read_checkpoint(checkpoint)
     run = content["run"]
-    saved = saved_config(run["config"], str(checkpoint))
+    try:
+        saved = saved_config(run["config"], str(checkpoint))
+    except ValueError as error:
+        raise DamagedError(str(error)) from error
     check_same(saved, config, str(checkpoint), f"give the same ones, or {AFRESH}")
     check_classes(run["classes"], classes, str(checkpoint), config.data)
     check_data_same(run["data"], data, str(checkpoint), config.data)
+    optimizer, _ = make_optimizer(model, config, Schedules(config, math.ceil(batches / config.accumulate)))
+    score = kind_of(config.task).task.score
+    if fault := fault_for(content, model, optimizer, config.epochs, batches, score):
+        raise DamagedError(f"{checkpoint} is damaged or of another version of pcenet: {fault}")
     done = len(content["callbacks"]["History"]["rows"])
     own = checkpoint.parent.resolve() == folder.checkpoints.resolve()
     if (stopped := run.get("stopped")) and not own:
@@ -102,14 +154,3 @@ def position_of(
             f" with --epochs above {config.epochs} and without --resume"
         )
     return Position(done, run["batches"], content["global_step"], tuple(differences(saved, config, ELSEWHERE)))
-
-
-def check_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Raise a ``ValueError`` naming the first tensor of a checkpoint that does not fit the network, and its shapes."""
-    content = read_checkpoint(checkpoint)
-    for key in ("state_dict", "current_model_state"):  # averaged weights, and where there are such, those of now
-        tensors = {
-            name.removeprefix(MODEL): tensor for name, tensor in content.get(key, {}).items() if name.startswith(MODEL)
-        }
-        if key in content:
-            check_tensors(tensors, model, f"resume: {checkpoint} does not fit", AFRESH)

@@ -45,9 +45,9 @@ from pcenet.training.loggers import check_logging, run_loggers
 from pcenet.training.measures import cost_of
 from pcenet.training.network import build_model, check_model, default_input_size, naming_model_args
 from pcenet.training.nonfinite import FiniteSteps
-from pcenet.training.pictures import pictures_of, save_pictures
+from pcenet.training.pictures import drawing, pictures_of, save_pictures
 from pcenet.training.ranks import agreeing, decide, share, together
-from pcenet.training.resume import Fingerprint, Position, check_weights, fingerprint, position_of
+from pcenet.training.resume import Fingerprint, Position, fingerprint, first_intact, position_of
 from pcenet.training.router_schedules import RouterSchedules
 from pcenet.training.schedules import Schedules
 from pcenet.training.signals import Stop, listening
@@ -121,12 +121,12 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
         stack.enter_context(together(ranks, device, config.process_timeout))
         if not ranks.first:
             stack.enter_context(silent())
-        begun, finished, checkpoint = decide(lambda: enter(folder, config, stack))
+        begun, finished, checkpoints = decide(lambda: enter(folder, config, stack))
         if finished:
             say(f"{folder.path} is finished; nothing to do")
             return folder
         with agreeing():
-            run = prepare(config, folder, device, checkpoint, batches)
+            run = prepare(config, folder, device, checkpoints, batches)
         announce(run)
         if batches is None and (hint := few_steps(run)):
             say(hint)
@@ -139,14 +139,14 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
     return folder
 
 
-def enter(folder: RunFolder, config: TrainConfig, stack: ExitStack) -> tuple[bool, bool, Path | None]:
+def enter(folder: RunFolder, config: TrainConfig, stack: ExitStack) -> tuple[bool, bool, list[Path]]:
     """Whether a run has begun in a folder, which is then held until the stack is left; whether it is finished; and the
-    checkpoint that it goes on from."""
+    checkpoints of which it goes on from the first that is intact."""
     begun = folder.config.is_file()
     if begun:
         stack.enter_context(folder.held())
-    checkpoint = folder.enter(config)
-    return begun, folder.finished, checkpoint
+    checkpoints = folder.enter(config)
+    return begun, folder.finished, checkpoints
 
 
 def begin(run: Run, begun: bool, stack: ExitStack) -> None:
@@ -157,7 +157,7 @@ def begin(run: Run, begun: bool, stack: ExitStack) -> None:
         stack.enter_context(folder.held())
         folder.enter(config)  # another process may have begun here meanwhile
     processes = {"workers": run.workers, "processes": run.ranks.count}
-    folder.create(config, environment(run.device, config.precision) | processes)
+    folder.create(config, environment(run.device, config.precision) | processes, run.checkpoint)
 
 
 @contextmanager
@@ -177,10 +177,17 @@ def prepare(
     config: TrainConfig,
     folder: RunFolder,
     device: torch.device,
-    checkpoint: Path | None = None,
+    checkpoints: Sequence[Path] = (),
     batches: int | None = None,
 ) -> Run:
-    """Open the data, seed, build network and loaders; nothing is written.
+    """Open the data, seed, build network and loaders, find where to go on; nothing is written.
+
+    Args:
+        config: the options, resolved.
+        folder: the run folder.
+        device: where the run will compute.
+        checkpoints: it goes on from the first of these that is intact; without any it starts afresh.
+        batches: as in `train`.
 
     Raises:
         ValueError: for faulty data or arguments of the network, or a checkpoint that is not of this run.
@@ -193,16 +200,13 @@ def prepare(
     classes = sources["train"].classes
     check_classes(classes, sources["val"].classes, "train", "val")
     known = fingerprint(sources)
-    position = position_of(checkpoint, folder, config, classes, known) if checkpoint else Position()
     for finding in data.quick_check(sources):
         log.warning("%s: %s", config.data, finding.message)
     sources = choose_images(sources, config, batches)
     L.seed_everything(config.seed, workers=True, verbose=False)
-    model = build_model(config, len(classes), start=checkpoint is None)
+    model = build_model(config, len(classes), start=not checkpoints)
     with naming_model_args(config.model_args):
         cost = cost_of(model)
-    if checkpoint:
-        check_weights(checkpoint, model)
     model.class_names = list(classes)
     model.grey_range = config.grey_range
     ranks = ranks_of_environment()
@@ -219,7 +223,14 @@ def prepare(
         assert isinstance(loader.sampler, data.EpochSampler)
         assert loader.batch_size is not None
         loader.sampler.divide(ranks.rank, ranks.count, loader.batch_size)
-    start_at(loaders["train"], position)
+    checkpoint, position = None, Position()
+    if checkpoints:
+        checkpoint, position = first_intact(
+            checkpoints,
+            config,
+            lambda path: position_of(path, folder, config, classes, known, model, len(loaders["train"])),
+        )
+        start_at(loaders["train"], position)
     return Run(config, kind, folder, device, ranks, workers, sources, model, cost, loaders, checkpoint, position, known)
 
 
@@ -474,16 +485,13 @@ def report(run: Run, fitted: Fitted, result: Any) -> None:
 
 
 def draw(run: Run, rows: Sequence[Mapping[str, float]], result: Any) -> None:
-    """Write ``pictures/``, or say what that needs."""
+    """Write ``pictures/``, or say why not."""
     task = run.kind.task
-    try:
+    with drawing(run.folder.pictures):
         pictures = pictures_of(
             rows, result.confusion, list(result.per_class), (f"train/{task.train_score}", f"val/{task.score}")
         )
-    except ModuleNotFoundError as error:
-        log.warning("%s; none were drawn", error)
-        return
-    write_atomically(run.folder.pictures, partial(save_pictures, pictures))
+        write_atomically(run.folder.pictures, partial(save_pictures, pictures))
 
 
 def summary(run: Run, fitted: Fitted, result: Any) -> dict[str, Any]:

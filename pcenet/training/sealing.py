@@ -6,9 +6,13 @@ import hashlib
 import json
 from pathlib import Path
 
+from pcenet.training.schemas import COUNT, TEXT, Each, read_json
 from pcenet.writing import TEMPORARY, flush
 
 MANIFEST = "manifest.json"
+STATE = "state.ckpt"  # the file of a checkpoint that holds everything
+LARGEST_MANIFEST = 2**16  # bytes; it names one file
+FILES = {"files": Each({"bytes": COUNT, "sha256": TEXT})}
 
 
 def seal(folder: Path) -> None:
@@ -29,24 +33,34 @@ def digest(path: Path) -> str:
 
 
 def fault_of(folder: Path) -> str | None:
-    """What is wrong with a sealed folder, in words that follow its name; None where it is intact."""
+    """What is wrong with a sealed folder, in words that follow its name; None where it is intact.
+
+    Whatever lies there, nothing is opened that might never end, such as a pipe.
+    """
     if folder.name.endswith(TEMPORARY):
         return "is what a write left that did not finish"
     if not folder.is_dir():
         return "is no checkpoint of pcenet train, which is a folder"
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {str(name): (int(about["bytes"]), str(about["sha256"])) for name, about in files.items()}
+        return _fault_within(folder)
+    except OSError as error:
+        name = Path(error.filename or folder).name
+        return f"is damaged: {name} cannot be read ({error.strerror or type(error).__name__})"
+
+
+def _fault_within(folder: Path) -> str | None:
+    try:
+        files = read_json(folder / MANIFEST, FILES, LARGEST_MANIFEST)["files"]
     except FileNotFoundError:
         return f"is damaged: {MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"is damaged: {MANIFEST} cannot be read"
-    for name, (size, sha256) in expected.items():
+    except ValueError as error:
+        return f"is damaged: {MANIFEST} {error}"
+    for name, about in files.items():
         file = folder / Path(name).name  # never a file elsewhere
         if not file.is_file():
             return f"is damaged: {name} is missing"
-        if (found := file.stat().st_size) != size:
-            return f"is damaged: {name} has {found} of {size} bytes"
-        if digest(file) != sha256:
+        if (found := file.stat().st_size) != about["bytes"]:
+            return f"is damaged: {name} has {found} of {about['bytes']} bytes"
+        if digest(file) != about["sha256"]:
             return f"is damaged: the SHA-256 of {name} is not that of {MANIFEST}"
-    return None
+    return None if STATE in files else f"is damaged: {MANIFEST} does not name {STATE}"

@@ -17,6 +17,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from lightning_utilities.core.apply_func import apply_to_collection
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from pcenet.data import IGNORE
@@ -54,6 +56,12 @@ def parameter_groups(
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
     return [*groups, {"params": differences, "weight_decay": difference_decay}] if differences else groups
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, schedules: Schedules) -> tuple[AdamW, LambdaLR]:
+    """AdamW with the parameters of a network, and its learning rate, a pure function of the step."""
+    optimizer = AdamW(parameter_groups(model, config.weight_decay, config.difference_decay), lr=config.lr)
+    return optimizer, LambdaLR(optimizer, schedules.learning_rate)
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -215,10 +223,7 @@ class TrainingTask(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, its learning rate a pure function of the step."""
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, self.config.weight_decay, self.config.difference_decay), lr=self.config.lr
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedules.learning_rate)
+        optimizer, scheduler = make_optimizer(self.model, self.config, self.schedules)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

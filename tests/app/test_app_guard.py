@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import json
 from typing import Any
 
 import pytest
@@ -66,6 +68,13 @@ def test_nothing_else_is(files, path):
     assert status(Guard(page, files=files, max_bytes=LIMIT), path) == 404
 
 
+@pytest.mark.parametrize("path", ["/\0", "/gradio_api/file=\0", "/assets/\x1b[31m", "/assets/" + "ä" * 128])
+def test_names_that_no_file_can_have_are_not_there(files, path):
+    guard = Guard(page, files=files, max_bytes=LIMIT)
+    assert status(guard, path) == 404
+    assert status(guard, f"/gradio_api/file={files}{path}") == 404
+
+
 def test_files_of_one_folder_alone(files):
     guard = Guard(page, files=files, max_bytes=LIMIT)
     assert status(guard, f"/gradio_api/file={files}/a.png") == 200
@@ -91,6 +100,9 @@ def test_bodies_have_a_limit(files):
     assert status(*upload) == 411
     assert status(*upload, content_length="-1") == 411
     assert status(guard, "/", "DELETE") == 405
+    wish = (guard, "/gradio_api/cancel", "POST")  # what is no file is never long
+    assert status(*wish, content_length=str(2**20)) == 200
+    assert status(*wish, content_length=str(2**20 + 1)) == 413
 
 
 def test_other_names_of_this_machine_are_not_answered(files):
@@ -101,6 +113,137 @@ def test_other_names_of_this_machine_are_not_answered(files):
         assert status(guard, "/", host=host) == 421
     assert status(Guard(page, files=files, max_bytes=LIMIT), "/", host="evil.example") == 200
     assert host_name("[2001:db8::1]:80") == "2001:db8::1"
+
+
+OWN = "127.0.0.1:7860"
+CROSS_SITE = {"sec_fetch_site": "cross-site"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "foreign"),
+    [
+        ({}, False),  # no browser
+        ({"origin": f"http://{OWN}"}, False),
+        ({"origin": f"https://{OWN.upper()}"}, False),
+        ({"sec_fetch_site": "same-origin"}, False),
+        ({"sec_fetch_site": "none"}, False),  # typed, or from a bookmark
+        ({"sec_fetch_site": "same-origin", "origin": "https://before.a.proxy"}, False),
+        (CROSS_SITE, True),
+        ({"sec_fetch_site": "same-site"}, True),  # another port of this machine
+        ({"sec_fetch_site": ""}, True),
+        ({"sec_fetch_site": "cross-site", "origin": f"http://{OWN}"}, True),
+        ({"origin": "http://evil.example"}, True),
+        ({"origin": "http://127.0.0.1:8000"}, True),
+        ({"origin": "http://127.0.0.1"}, True),
+        ({"origin": "null"}, True),
+        ({"origin": ""}, True),
+    ],
+)
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/gradio_api/upload"),
+        ("POST", "/gradio_api/cancel"),
+        ("GET", "/gradio_api/queue/data"),
+        ("GET", "/config"),
+    ],
+)
+def test_pages_of_elsewhere_may_ask_for_nothing(files, headers, foreign, method, path):
+    guard = Guard(page, files=files, max_bytes=LIMIT)
+    assert status(guard, path, method, host=OWN, content_length="5", **headers) == (403 if foreign else 200)
+    assert status(guard, "/", host=OWN, **headers) == 200  # but link to the page
+
+
+@pytest.mark.parametrize("name", ["host", "origin", "sec-fetch-site", "content-length", "content-type"])
+def test_headers_that_come_twice_are_refused(files, name):
+    guard = Guard(page, files=files, max_bytes=LIMIT, hosts={"127.0.0.1"})
+    headers = [(b"host", b"127.0.0.1"), (name.encode(), b"127.0.0.1"), (name.encode(), b"evil.example")]
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(guard({"type": "http", "method": "GET", "path": "/", "headers": headers}, None, send))
+    assert sent[0]["status"] == 400
+
+
+def said_to(guard: Guard, path: str, body: bytes) -> list[Any]:
+    """What comes back for a body that is sent in two parts."""
+    sent: list[Any] = []
+    parts = [{"type": "http.request", "body": body[3:]}, {"type": "http.request", "body": body[:3], "more_body": True}]
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return parts.pop()
+
+    headers = [(b"content-length", str(len(body)).encode())]
+    asyncio.run(guard({"type": "http", "method": "POST", "path": path, "headers": headers}, receive, send))
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 200),
+        *(({"fn_index": number}, 400) for number in (99, -1, None, "0", 0.0, True, 10**30)),
+        *(({"session_hash": name}, 400) for name in ("", None, 5, "a/b", "ä", "a" * 65)),
+        *(({"data": data}, 400) for data in (None, 5, {})),
+    ],
+)
+def test_wishes_that_the_page_does_not_know_are_refused(files, changes, expected):
+    seen = []
+
+    async def note(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((await receive())["body"])
+        await page(scope, receive, send)
+
+    wish = json.dumps({"data": [], "fn_index": 0, "session_hash": "abc123"} | changes).encode()
+    guard = Guard(note, files=files, max_bytes=LIMIT, wishes=range(9))
+    assert said_to(guard, "/gradio_api/queue/join", wish)[0]["status"] == expected
+    assert seen == ([wish] if expected == 200 else [])
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"[" * 100_000, b"\xff"])
+def test_wishes_that_are_none_are_refused(files, body):
+    guard = Guard(page, files=files, max_bytes=LIMIT, wishes=range(9))
+    assert said_to(guard, "/gradio_api/queue/join", body)[0]["status"] == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "expected", "warning"),
+    [
+        ("/gradio_api/upload", TypeError("no file"), 400, ""),
+        ("/gradio_api/upload", OSError(errno.ENOSPC, "No space left on device"), 507, "is full; make room"),
+        ("/gradio_api/cancel", OSError(errno.ENOSPC, "No space left on device"), 507, "is full; make room"),
+        ("/gradio_api/cancel", KeyError("x"), 500, "a request failed: KeyError: 'x'"),
+    ],
+)
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_fails_is_one_line_and_an_answer(files, caplog, path, error, expected, warning, begun):
+    """As starlette does it: it answers with 500, and raises again."""
+
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        if begun:
+            await send({"type": "http.response.start", "status": 500, "headers": []})
+            await send({"type": "http.response.body", "body": b"Internal Server Error"})
+        raise error
+
+    start, body = said_to(Guard(failing, files=files, max_bytes=LIMIT), path, b"12345")
+    assert start["status"] == expected
+    assert body["body"] != b"Internal Server Error"
+    assert len(caplog.messages) == bool(warning)
+    assert warning in caplog.text
+
+
+def test_an_answer_of_500_that_nobody_raised_passes(files):
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b"sorry"})
+
+    start, body = ask(Guard(failing, files=files, max_bytes=LIMIT), "/")
+    assert (start["status"], body["body"]) == (500, b"sorry")
 
 
 def test_every_answer_says_what_the_browser_may_load(files):

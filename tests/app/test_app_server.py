@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -271,3 +272,54 @@ def test_wrong_options_are_one_line_each(capsys, tmp_path):
 def test_loopback_is_the_default():
     config = AppConfig("run")
     assert (config.host, config.port) == ("127.0.0.1", 7860)
+
+
+@slow
+def test_a_page_of_elsewhere_can_upload_nothing(server):
+    (own,) = server.temporary.glob("pcenet-app-*")
+    before = sorted(own.rglob("*"))
+    for headers in (
+        {"origin": "http://evil.example", "sec-fetch-site": "cross-site"},
+        {"origin": "http://evil.example"},
+        {"sec-fetch-site": "same-site"},
+    ):
+        files = {"files": ("a.png", b"x" * 1000)}
+        answer = httpx.post(f"{server.url}/gradio_api/upload", files=files, headers=headers, timeout=60)
+        assert answer.status_code == 403
+    assert sorted(own.rglob("*")) == before
+    headers = {"origin": server.url, "sec-fetch-site": "same-origin"}
+    assert httpx.post(f"{server.url}/gradio_api/upload", files=files, headers=headers, timeout=60).status_code == 200
+
+
+@slow
+def test_uploads_without_end_leave_a_few(server):
+    (own,) = server.temporary.glob("pcenet-app-*")
+    visitor = Visitor(server.url, "after")
+    for number in range(15):
+        files = [("files", (f"{index}.png", b"%d %d" % (number, index))) for index in range(20)]
+        assert httpx.post(f"{server.url}/gradio_api/upload", files=files, timeout=60).status_code == 200
+    visitor.web.get("/config")  # by the next answer the last upload is tidied up
+    assert sum(name.endswith(".png") for _, _, names in os.walk(own) for name in names) == 50
+    assert "cannot be read" in words_of(visitor.upload("last.png", b"but the last is there")["notice"])
+
+
+@slow
+def test_senseless_requests_are_their_senders_fault(start, classifier, tmp_path):
+    """4xx, and nothing on the terminal."""
+    with start(tmp_path, str(classifier), "--max-megabytes", "1") as server:
+        for path in ("/gradio_api/file=%00", "/assets/%00", "/assets/" + "a" * 300, "/gradio_api/file=" + "a" * 300):
+            assert raw(server, path)[0] == 404
+        join = f"{server.url}/gradio_api/queue/join"
+        for changes in ({"fn_index": 99}, {"fn_index": -1}, {"session_hash": ""}, {"session_hash": None}):
+            wish = {"data": [], "fn_index": 0, "session_hash": "abc"} | changes
+            assert httpx.post(join, json=wish, timeout=60).status_code == 400
+        for disposition in ('name="files"', 'name="files"; filename=".."'):
+            body = f"--b\r\nContent-Disposition: form-data; {disposition}\r\n\r\nx\r\n--b--\r\n".encode()
+            headers = {"content-type": "multipart/form-data; boundary=b"}
+            answer = httpx.post(f"{server.url}/gradio_api/upload", content=body, headers=headers, timeout=60)
+            assert answer.status_code == 400
+        with socket.create_connection(urlsplit(server.url).netloc.split(":"), timeout=60) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: evil.example\r\nHost: 127.0.0.1\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.communicate(timeout=60)[0] == ""

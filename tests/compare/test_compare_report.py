@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -250,6 +251,42 @@ def test_a_result_may_come_from_elsewhere_but_not_from_other_options(tmp_path: P
             status(config)
 
 
+FIFO = "a pipe, from which nothing comes"
+LAYER = {"load": [1.0], "entropy": 0.0, "max_min": None, "drop_rate": 0.0, "dead": []}
+WRONG_FIGURES = [
+    (("val", "top1"), "x"),
+    (("val", "top1"), float("nan")),
+    (("val", "images"), -1),
+    (("val",), None),
+    (("best", "epoch"), "x"),
+    (("best", "top1"), 10**400),
+    (("epoch_seconds",), [1]),
+    (("epochs",), True),
+    (("complexity",), {}),
+    (("complexity", "parameters"), "1"),
+    (("router",), 5),
+    (("router",), {"stages.1": LAYER | {"entropy": None}}),
+    (("router",), {"stages.1": LAYER | {"load": 0.5}}),
+]
+
+
+def broken(keys: tuple[str, ...], value: Any) -> str:
+    """``metrics.json`` that is right but for one value."""
+    metrics = {
+        "epochs": 1,
+        "val": {"images": 12, "top1": 0.5},
+        "best": {"epoch": 1, "top1": 0.5},
+        "epoch_seconds": 1.0,
+        "complexity": dict(COST),
+        "router": {"stages.1": LAYER},
+    }
+    inner: Any = metrics
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    return json.dumps(metrics)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -259,11 +296,22 @@ def test_a_result_may_come_from_elsewhere_but_not_from_other_options(tmp_path: P
         ("environment.json", ""),
         ("metrics.csv", "epoch,val/top1\n1,x\n"),
         ("metrics.csv", "epoch,val/top1\n1,0.5\n"),
+        ("metrics.csv", "epoch,step,train/top1,val/top1,train/task_loss,val/loss\nnan,1,1,1,1,1\n"),
+        ("metrics.csv", "epoch,val/top1\n1,0.5,7,7\n"),
+        ("metrics.csv", "epoch,val/top1\n1,\0\n"),
+        ("metrics.csv", "x" * 200_000),
+        ("metrics.csv", FIFO),
+        ("environment.json", FIFO),
+        ("environment.json", "[" * 100_000),
+        ("environment.json", '{"device": 5}'),
+        *(("metrics.json", broken(keys, value)) for keys, value in WRONG_FIGURES),
     ],
 )
 def test_a_damaged_result_is_named(name: str, content: str, tmp_path: Path) -> None:
     keep(tmp_path, "pce_nano", 0, 0.5)
-    (tmp_path / "pce_nano-0" / name).write_text(content)
+    path = tmp_path / "pce_nano-0" / name
+    path.unlink()
+    os.mkfifo(path) if content == FIFO else path.write_text(content)
     with pytest.raises(ValueError, match=r"pce_nano-0: its figures are damaged .*restore it, or remove the folder"):
         read_results(tmp_path)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.runs import Start, options_of
+from faults.runs import Start, at_step, options_of
 
 from pcenet.training.folder import RunFolder
 from pcenet.training.run import train
@@ -66,3 +67,26 @@ def start(pictures: Path, tmp_path: Path) -> Start:
 def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """The undisturbed run."""
     return train(options_of(pictures, str(tmp_path_factory.mktemp("whole") / "run")))
+
+
+@pytest.fixture(scope="session")
+def broken_off(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run that died in its second epoch, with checkpoints of steps 4 (the end of an epoch), 5 and 6."""
+    config = options_of(pictures, str(tmp_path_factory.mktemp("broken") / "run"))
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(6, patch, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    folder = RunFolder(config.folder)
+    assert [path.name for path in folder.steps] == ["step-00000004", "step-00000005", "step-00000006"]
+    return folder
+
+
+@pytest.fixture
+def copied(broken_off: RunFolder, start: Start) -> RunFolder:
+    shutil.copytree(broken_off.path, start().folder)
+    return RunFolder(start().folder)

@@ -109,7 +109,8 @@ def test_without_matplotlib_one_warning_and_no_folder(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with caplog.at_level(logging.WARNING, "pcenet"):
         draw(run_in(tmp_path), ROUTED, RESULT)
-    assert caplog.messages == ["pictures need matplotlib: pip install 'pcenet[plot]'; none were drawn"]
+    missing = "pictures need matplotlib: pip install 'pcenet[plot]'"
+    assert caplog.messages == [f"{missing}; {tmp_path / 'pictures'} was not drawn"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,80 @@
+"""What a run leaves beside its network, read again: by comparisons, model cards, and the next evaluation."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+from pcenet.training.health import EVALUATED, TRAINED
+from pcenet.training.schemas import ANYTHING, COUNT, NUMBER, TEXT, Each, Maybe, Schema, or_none, read_json, read_text
+
+Row = dict[str, float | None]
+
+ENVIRONMENT: Schema = {
+    **dict.fromkeys(("pcenet", "python", "processor", "device", "precision"), TEXT),
+    "threads": COUNT,
+    "versions": Each(TEXT),
+}
+ROUTER = Maybe(Each({"load": [NUMBER], "entropy": NUMBER, "max_min": or_none(NUMBER), "drop_rate": NUMBER}))
+
+
+def metrics_of(score: str) -> dict[str, Any]:
+    """What ``metrics.json`` has to hold, of a run with this figure of merit."""
+    return {
+        "task": Maybe(TEXT),  # and data: versions before 0.1 did not write them
+        "data": Maybe(TEXT),
+        "model": Maybe(TEXT),
+        "epochs": COUNT,
+        "val": {"images": COUNT, score: NUMBER},
+        "best": {"epoch": COUNT, score: NUMBER},
+        "epoch_seconds": NUMBER,
+        "complexity": dict.fromkeys(("parameters", "active_parameters", "multiply_adds"), NUMBER),
+        EVALUATED: ROUTER,
+        TRAINED: Maybe(Each(Each(NUMBER))),
+        "router": ROUTER,  # of versions that counted in training
+    }
+
+
+def evaluation_of(score: str) -> Schema:
+    """What a file of ``pcenet eval`` has to hold, of a network with this figure of merit."""
+    return {"source": TEXT, "data": TEXT, "split": TEXT, "images": COUNT, score: NUMBER, "router": ROUTER}
+
+
+def read_record(path: Path, schema: Schema = ANYTHING) -> Any:
+    """What a JSON file of a run holds.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no such file, or does not follow the schema; names it.
+    """
+    try:
+        return read_json(path, schema)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+
+
+def read_rows(path: Path) -> tuple[Row, ...]:
+    """The figures of each epoch, from ``metrics.csv``; None for what is no finite number, which JSON has not.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no such file; names it.
+    """
+    try:
+        rows = [
+            {name: number(text) for name, text in row.items()} for row in csv.DictReader(io.StringIO(read_text(path)))
+        ]
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if any(row.get("epoch") is None for row in rows):
+        raise ValueError(f"{path} cannot be used: a row has no epoch")
+    return tuple(rows)
+
+
+def number(text: str | None) -> float | None:
+    """A finite number, else None."""
+    value = float(text or "nan")
+    return value if math.isfinite(value) else None
