@@ -19,13 +19,12 @@ from pcenet.app.config import AppConfig
 from pcenet.app.guard import LOOPBACK, Guard, host_name
 from pcenet.app.session import Explorer, fitted
 from pcenet.data import DataError, ImageSource, Source
-from pcenet.models import load_model
+from pcenet.models import SavableModel, load_model
 from pcenet.models.pretrained import bundled_folder
 from pcenet.training.config import EvalConfig
 from pcenet.training.device import resolve_device, resolve_precision, set_threads
-from pcenet.training.evaluate import find_model, masks_as_trained
+from pcenet.training.evaluate import check_against_network, find_model, open_data
 from pcenet.training.folder import RunFolder
-from pcenet.training.kinds import kind_of
 
 if TYPE_CHECKING:
     from pcenet.app.page import Page, Sample
@@ -49,15 +48,16 @@ def serve(config: AppConfig) -> None:
     model = load_model(folder)
     classes = model.class_names or [str(number) for number in range(model.num_classes)]
     explorer = Explorer(model, classes, device=device, precision=resolve_precision(config.precision, device))
-    source = open_samples(config, model.task, run)
+    source = open_samples(config, model, run)
     with listen(config.host, config.port) as listener, terminable(), private_files() as files:
         page = make_page(explorer, source, config)
         announce(config, listener.getsockname()[1])
         run_server(page, listener, files, config)
 
 
-def open_samples(config: AppConfig, task: Any, run: RunFolder | None) -> Source | None:
-    """The images to offer; None where the run's own cannot be opened and no others were given.
+def open_samples(config: AppConfig, model: SavableModel, run: RunFolder | None) -> Source | None:
+    """The images to offer; None where the run's own cannot be opened and no others were given. A warning says where
+    their classes are not the network's: it can be looked at on any images.
 
     Raises:
         ValueError: if those that were given cannot be opened.
@@ -67,12 +67,16 @@ def open_samples(config: AppConfig, task: Any, run: RunFolder | None) -> Source 
     if name is None:
         return None
     try:
-        source: Source = kind_of(task).open(masks_as_trained(options, run), name, config.split)
+        source: Source = open_data(options, name, model, run)
     except DataError as error:
         if config.data is not None:
             raise
         logger.warning("no samples are offered: %s", error)
         return None
+    try:
+        check_against_network(model, source, config.run)
+    except ValueError as error:
+        logger.warning("samples of other classes: %s", error)
     return source
 
 

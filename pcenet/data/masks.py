@@ -58,6 +58,16 @@ class PairSource(SegmentationSource):
         self._mask_classes = classes
         self._table = classes.table
 
+    @property
+    def mask_values(self) -> Sequence[int]:
+        """The value of each class in the masks as they are stored, by class number."""
+        return self._mask_classes.values
+
+    @property
+    def ignored_values(self) -> Sequence[int]:
+        """The values of pixels that do not count, ascending."""
+        return sorted(self._mask_classes.ignored)
+
     def __len__(self) -> int:
         return len(self._pairs)
 
@@ -83,25 +93,39 @@ class PairSource(SegmentationSource):
 
 
 def open_pairs(
-    tree: FileTree, split: Split, *, classes: Sequence[str] | str | None, ignore_index: int | None
+    tree: FileTree,
+    split: Split,
+    *,
+    classes: Sequence[str] | str | None,
+    ignore_index: int | None,
+    known: MaskClasses | None = None,
 ) -> PairSource:
     """Open one split of a tree; arguments and errors as for ``pcenet.data.open_segmentation_source``."""
     where = str(tree.path)
     layout = read_pairs(tree.names(), where)
     pairs = layout.select(split, where)
-    return PairSource(tree, split, pairs, mask_classes(tree, layout, classes, ignore_index))
+    return PairSource(tree, split, pairs, mask_classes(tree, layout, classes, ignore_index, known))
 
 
 def mask_classes(
-    tree: FileTree, layout: PairLayout, classes: Sequence[str] | str | None, ignore_index: int | None
+    tree: FileTree,
+    layout: PairLayout,
+    classes: Sequence[str] | str | None,
+    ignore_index: int | None,
+    known: MaskClasses | None = None,
 ) -> MaskClasses:
-    """The classes of a set from the names that were given, from its own file, or from its masks.
+    """The classes of a set from the names that were given, from its own file, as they are known, or from its masks.
 
     Raises:
         DataError: ``ignore_index`` is no mask value, names are faulty, or there are fewer than two classes.
     """
     check_ignore_index(ignore_index)
     names = given_names(tree, layout, classes)
+    if known is not None:
+        names = names or dict(zip(known.values, known.names, strict=True))
+        if ignore_index is None:
+            kept = {value: name for value, name in names.items() if value not in known.ignored}
+            return MaskClasses(tuple(kept.values()), tuple(kept), known.ignored)
     if names is None:
         names = named_by_value(values_of_training(tree, layout))
     return number_classes(names, ignore_index, str(tree.path))

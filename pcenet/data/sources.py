@@ -12,7 +12,7 @@ from pcenet.choices import Split, Task, did_you_mean
 from pcenet.data.arrays import KNOWN_SOURCES
 from pcenet.data.base import DataError, ImageSource, SegmentationSource
 from pcenet.data.files import FileSource, FileTree, FolderTree, ZipTree
-from pcenet.data.masks import open_pairs
+from pcenet.data.masks import MaskClasses, open_pairs
 from pcenet.data.scenes import NAME, SceneSource
 
 KNOWN_SEGMENTATION_SOURCES: Mapping[str, Callable[[Split], SegmentationSource]] = {NAME: SceneSource}
@@ -58,6 +58,7 @@ def open_segmentation_source(
     *,
     classes: Sequence[str] | str | None = None,
     ignore_index: int | None = None,
+    known: MaskClasses | None = None,
 ) -> SegmentationSource:
     """Open one split of a data set whose images have masks.
 
@@ -71,6 +72,8 @@ def open_segmentation_source(
             are read for this, are the classes, named ``"0"``, ``"1"``, ...
         ignore_index: the mask value of the pixels that do not count; 255 never counts. The classes are numbered in
             the order of the other values.
+        known: what a trained network knows of its masks. Where neither ``classes`` nor the set names the values, these
+            names count, and where ``ignore_index`` is None, these values are left out.
 
     Raises:
         DataError: (a ``ValueError``) the source or the split does not exist or is faulty, the classes are, or there are
@@ -86,7 +89,8 @@ def open_segmentation_source(
             )
         return known
     _check_task(source, SOURCE_NAMES, "classify")
-    return open_pairs(open_tree(source, SEGMENTATION_SOURCE_NAMES), split, classes=classes, ignore_index=ignore_index)
+    tree = open_tree(source, SEGMENTATION_SOURCE_NAMES)
+    return open_pairs(tree, split, classes=classes, ignore_index=ignore_index, known=known)
 
 
 def check_split(split: str) -> None:

@@ -97,7 +97,8 @@ def open_network(config: PredictConfig) -> SavableModel | ExportedNet:
     """What predicts: a trained network, or a file that `pcenet export` wrote.
 
     Raises:
-        ValueError: if a file was asked for the routing, or to compute elsewhere than on the processor.
+        ValueError: if a file was asked for the routing, or to compute elsewhere than on the processor, or is a program
+            that the user has not said to trust.
     """
     if not is_exported(config.run):
         return load_model(find_model(config.run)[0])
@@ -105,7 +106,7 @@ def open_network(config: PredictConfig) -> SavableModel | ExportedNet:
         raise ValueError(f"routing: {config.run} is an exported file; give the run that it was made from")
     if config.device == "cuda":
         raise ValueError(f"device 'cuda': {config.run} is an exported file, which is run on the processor here")
-    return ExportedNet(config.run, config.threads).eval()
+    return ExportedNet(config.run, config.threads, trust_code=config.trust_code).eval()
 
 
 def make_predictor(network: Network, config: PredictConfig, folder: Path) -> Classifier | Segmenter:

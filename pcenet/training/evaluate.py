@@ -104,17 +104,44 @@ def open_trained(config: EvalConfig) -> Trained:
     if model.class_names is None:
         raise ValueError(f"{model_folder}: config.json names no classes (label_names)")
     kind = kind_of(model.task)
-    source = kind.open(masks_as_trained(config, run), name, config.split)
-    check_classes(model.class_names, source.classes, str(model_folder), source.name)
+    source = open_data(config, name, model, run)
+    check_against_network(model, source, config.run)
     return Trained(model, model_folder, run, kind, source, name)
 
 
-def masks_as_trained(config: EvalConfig, run: RunFolder | None) -> EvalConfig:
-    """The options with ``classes`` and ``ignore_index`` of the run where none are given."""
-    if run is None or config.classes is not None or config.ignore_index is not None:
-        return config
-    trained = run.read_config()
-    return replace(config, classes=trained.classes, ignore_index=trained.ignore_index)
+def open_data(config: EvalConfig, name: str, model: SavableModel, run: RunFolder | None) -> Any:
+    """One split of the data set ``name`` for a trained network.
+
+    Mask values have the names that ``config`` gives them, else those of the data's own file, else those that the
+    network knows. A network that was saved before networks knew takes the options of its run.
+    """
+    given = config.classes is not None or config.ignore_index is not None
+    if model.task == "segment" and model.mask_values is None and run is not None and not given:
+        trained = run.read_config()
+        config = replace(config, classes=trained.classes, ignore_index=trained.ignore_index)
+    return kind_of(model.task).open(config, name, config.split, model)
+
+
+def check_against_network(model: SavableModel, source: Any, name: str) -> None:
+    """Raise a ``ValueError`` that names the difference unless a source has the classes that a network knows.
+
+    Args:
+        model: the network; one that knows no names takes any.
+        source: the images.
+        name: what the user called the network.
+    """
+    if model.class_names is None:
+        return
+    way_out = "name the class folders as the network does, or choose another network"
+    if model.task == "segment":
+        way_out = (
+            "give the network's names with --classes, in the order of these masks' values from 0 on, and with "
+            "--ignore-index the value that does not count"
+        )
+    try:
+        check_classes(model.class_names, source.classes, name, source.name)
+    except ValueError as error:
+        raise ValueError(f"{error}; {way_out}") from error
 
 
 def result_path(folder: Path, data_name: str, source: str, split: data.Split) -> Path:

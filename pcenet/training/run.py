@@ -191,7 +191,7 @@ def prepare(
         cost = cost_of(model)
     if checkpoint:
         check_weights(checkpoint, model)
-    model.class_names = list(classes)
+    kind.name_classes(model, sources["train"])
     ranks = ranks_of_environment()
     workers = resolve_workers(config.workers, device, ranks.local_count)
     assert config.batch_size is not None
@@ -406,7 +406,7 @@ def finish(run: Run, fitted: Fitted) -> None:
     model = run.model
     if config.strategy == "fsdp":  # each process has parts of that one
         model = build_model(config, len(source.classes))
-        model.class_names = list(source.classes)
+        run.kind.name_classes(model, source)
     decide(lambda: keep_averaged(model, run.folder))
     share(list(model.state_dict().values()))
     result = run.kind.evaluate(model, run.loaders["val"], source.classes, device=run.device, precision=config.precision)
