@@ -58,7 +58,7 @@ def open_segmentation_source(
     *,
     classes: Sequence[str] | str | None = None,
     ignore_index: int | None = None,
-    known: MaskClasses | None = None,
+    known_classes: MaskClasses | None = None,
 ) -> SegmentationSource:
     """Open one split of a data set whose images have masks.
 
@@ -72,7 +72,7 @@ def open_segmentation_source(
             are read for this, are the classes, named ``"0"``, ``"1"``, ...
         ignore_index: the mask value of the pixels that do not count; 255 never counts. The classes are numbered in
             the order of the other values.
-        known: what a trained network knows of its masks. Where neither ``classes`` nor the set names the values, these
+        known_classes: what a trained network knows of its masks. Where neither ``classes`` nor the set names the values, these
             names count, and where ``ignore_index`` is None, these values are left out.
 
     Raises:
@@ -90,7 +90,7 @@ def open_segmentation_source(
         return known
     _check_task(source, SOURCE_NAMES, "classify")
     tree = open_tree(source, SEGMENTATION_SOURCE_NAMES)
-    return open_pairs(tree, split, classes=classes, ignore_index=ignore_index, known=known)
+    return open_pairs(tree, split, classes=classes, ignore_index=ignore_index, known=known_classes)
 
 
 def check_split(split: str) -> None:

@@ -103,7 +103,9 @@ class ExportedNet(nn.Module):
         wanted = (len(x), self.num_classes, *(x.shape[2:] if self.task == "segment" else ()))
         found = tuple(outputs[0].shape)
         if found != wanted or not outputs[0].is_floating_point():
-            raise ValueError(f"{self.path}: it computes {outputs[0].dtype} {found}, not the logits {wanted}; export anew")
+            raise ValueError(
+                f"{self.path}: it computes {outputs[0].dtype} {found}, not the logits {wanted}; export anew"
+            )
         return outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -208,8 +210,8 @@ def _run_session(session: Any) -> Runner:
 def _load_program(path: Path, trust_code: bool) -> tuple[torch.export.ExportedProgram, str]:
     if not trust_code:
         raise ValueError(
-            f"{path} is a program, and reading it runs the code in it: give --trust-code (trust_code=True in Python) if "
-            "you know who made it, else ask for an ONNX file or the model folder"
+            f"{path} is a program, and reading it runs the code in it: give --trust-code (trust_code=True in Python) "
+            "where you know who made it, else ask for an ONNX file or the model folder"
         )
     extra = {EXTRA: ""}
     try:

@@ -231,7 +231,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"model_args: {', '.join(refused)} cannot be chosen by a file; leave it out")
     preprocessing_of(config)
     count = check_num_classes(config["num_classes"])
-    check_class_names(config.get("label_names"), count)
+    check_class_names(config.get("label_names"), count, "label_names")
     check_mask_values(config.get("mask_values"), config.get("ignored_values"), count)
     return config
 

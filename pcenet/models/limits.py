@@ -87,18 +87,18 @@ def check_num_classes(count: Any) -> int:
     return int(count)
 
 
-def check_class_names(names: Any, count: int) -> list[str] | None:
-    """Class names, one per class and each another; None where they are unknown."""
+def check_class_names(names: Any, count: int, entry: str = "class_names") -> list[str] | None:
+    """Class names, one per class and each another; None where they are unknown. ``entry`` is what they are called."""
     if names is None:
         return None
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"the class names must be {count} texts, one per class, got {shown(names)}")
+        raise ValueError(f"{entry} must be {count} names, one per class, got {shown(names)}")
     numbers: dict[str, int] = {}
     for number, name in enumerate(names):
-        _check_length(name, f"the name of class {number}")
+        _check_length(name, f"{entry}: class {number}")
         if name in numbers:
             raise ValueError(
-                f"the class name {name!r} stands for the classes {numbers[name]} and {number}; give each its own"
+                f"{entry}: {shown(name)} stands for the classes {numbers[name]} and {number}; give each its own"
             )
         numbers[name] = number
     return names

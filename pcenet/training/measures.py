@@ -88,7 +88,9 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
     found |= {name: len(resolved[name]) for name in ("mean", "std")}
     for name, channels in found.items():
         if channels != 3 and (name == "in_chans" or channels != 1):
-            raise ValueError(f"{name} of the network is for {channels} channels; images are read as RGB, which has three")
+            raise ValueError(
+                f"{name} of the network is for {channels} channels; images are read as RGB, which has three"
+            )
     return resolved
 
 

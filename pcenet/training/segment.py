@@ -36,7 +36,7 @@ class Segmentation(Kind):
     ) -> data.SegmentationSource:
         """One split of a data set of images and masks."""
         return data.open_segmentation_source(
-            name, split, classes=config.classes, ignore_index=config.ignore_index, known=known_masks(trained)
+            name, split, classes=config.classes, ignore_index=config.ignore_index, known_classes=known_masks(trained)
         )
 
     def name_classes(self, model: SavableModel, source: data.SegmentationSource) -> None:

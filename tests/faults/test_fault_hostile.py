@@ -73,6 +73,20 @@ def huge(table: dict[str, Any]) -> None:
     table["head.fc.weight"] = {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}
 
 
+def endless(table: dict[str, Any]) -> None:
+    table["head.fc.weight"] = {"dtype": "F32", "shape": [0, 2**62, 2**62, 2**62], "data_offsets": [0, 0]}
+
+
+def odd_numbers(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file(tensors | {"head.fc.bias": tensors["head.fc.bias"].to(torch.complex64)}, folder / WEIGHTS)
+
+
+def prepared(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / CONFIG).read_text())["pretrained_cfg"]
+    config(folder, pretrained_cfg=values | changes)
+
+
 def config(folder: Path, **changes: Any) -> None:
     values = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(values | changes))
@@ -108,8 +122,69 @@ MODELS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "a tensor of 4 TB": (lambda folder, _: header(folder, huge), "no safetensors file"),
     "tensors that overlap": (lambda folder, _: header(folder, overlap), "no safetensors file"),
+    "a tensor of no bytes and endless sides": (lambda folder, _: header(folder, endless), ""),
+    "tensors of complex numbers": (lambda folder, _: odd_numbers(folder), "tensor 'head.fc.bias' is of type C64"),
+    "images of 30,000 x 30,000 px": (
+        lambda folder, _: prepared(folder, input_size=[3, 30000, 30000]),
+        "input_size (3, 30000, 30000) must be three whole numbers, channels, height and width, of 16777216 pixels",
+    ),
+    "images of a billion px a side": (
+        lambda folder, _: prepared(folder, input_size=[3, 10**9, 10**9]),
+        "input_size 1000000000 must be a number up to 1048576",
+    ),
+    "images of a text": (lambda folder, _: prepared(folder, input_size="32"), "input_size '32' must be three whole"),
+    "a deviation of 0": (lambda folder, _: prepared(folder, std=[0, 0, 0]), "std (0, 0, 0) must be numbers above 0"),
+    "patches of 5,000 x 5,000 px": (
+        lambda folder, _: arguments(folder, patch_sizes=[None, 5000, 1]),
+        "have 5000 x 5000 pixels, more than 16777216",
+    ),
+    "a capacity of 1e300": (
+        lambda folder, _: arguments(folder, eval_capacity_factor=1e300),
+        "eval_capacity_factor 1e+300 must be a number up to 1048576",
+    ),
+    "a capacity that is no number": (
+        lambda folder, _: arguments(folder, eval_capacity_factor=float("nan")),
+        "NaN is no number of JSON",
+    ),
+    "another device": (lambda folder, _: arguments(folder, device="meta"), "device cannot be chosen by a file"),
+    "another type of numbers": (lambda folder, _: arguments(folder, dtype="int8"), "dtype cannot be chosen by a file"),
+    "weights from elsewhere": (
+        lambda folder, sentinel: (
+            config(folder, architecture="timm:resnet18"),
+            arguments(folder, pretrained=True, checkpoint_path=str(sentinel)),
+        ),
+        "checkpoint_path, pretrained cannot be chosen by a file",
+    ),
+    "a million blocks of timm's": (
+        lambda folder, _: config(folder, architecture="timm:resnet18", model_args={"layers": [10**6] * 4}),
+        "make a network of far more tensors than the",
+    ),
+    "a class name of 5 MB": (
+        lambda folder, _: config(folder, label_names=["a", "b" * 5_000_000]),
+        "label_names has a text of 5000000 characters",
+    ),
+    "one name for two classes": (
+        lambda folder, _: config(folder, label_names=["a", "a"]),
+        "label_names: 'a' stands for the classes 0 and 1; give each its own",
+    ),
+    "a class name that is no text": (
+        lambda folder, _: config(folder, label_names=["a", None]),
+        "label_names must be 2 names",
+    ),
+    "a billion classes": (lambda folder, _: config(folder, num_classes=10**9), "num_classes 1000000000 must be"),
+    "mask values that are texts": (
+        lambda folder, _: config(folder, mask_values=["0", "1"], ignored_values=[]),
+        "mask_values must be whole numbers from 0 to 65535, got ['0', '1']",
+    ),
+    "a mask value that counts and does not": (
+        lambda folder, _: config(folder, mask_values=[0, 1], ignored_values=[1]),
+        "no number may stand twice in mask_values and ignored_values",
+    ),
     "a missing tensor": (lambda folder, _: without(folder), "tensor head.fc.bias is missing"),
-    "a billion experts": (lambda folder, _: arguments(folder, num_experts=10**9), "expected (1000000000, "),
+    "a billion experts": (
+        lambda folder, _: arguments(folder, num_experts=10**9),
+        "num_experts 1000000000 must be a number up to",
+    ),
     "layers of 10 GB": (lambda folder, _: arguments(folder, widths=[8, 8, 30000]), "expected (2, 30000"),
     "a million blocks": (lambda folder, _: arguments(folder, depths=[10**6, 1, 1]), "make more blocks than there are"),
     "a class path as the network": (
@@ -158,6 +233,14 @@ def test_a_model_from_a_stranger_is_refused(folder: Path, tmp_path: Path, attack
     assert in_a_process(load, log) == 2, log.read_text()
     assert message in log.read_text()
     assert not sentinel.exists()
+
+
+@pytest.mark.faults("model: weights from elsewhere")
+def test_what_timm_would_load_is_not_taken_from_a_file(folder: Path, tmp_path: Path) -> None:
+    elsewhere = {"url": "http://127.0.0.1:9/x", "file": str(tmp_path / "x"), "hf_hub_id": "a/b", "custom_load": True}
+    prepared(folder, **elsewhere)
+    cfg = load_model(folder).pretrained_cfg
+    assert not elsewhere.items() & {(key, value) for key, value in cfg.items() if isinstance(value, str | bool)}
 
 
 @pytest.mark.faults("model: a pickle for weights")

@@ -190,7 +190,7 @@ def test_networks_that_could_not_be_loaded_are_not_saved(model, folder):
         ({"model_args": {"widths": "abc"}}, "is no configuration of a PCE network"),
         ({"model_args": {"patch_sizes": [2, 4, 1]}}, "patch must shrink strictly"),
         ({"model_args": 3}, "is no configuration of a PCE network"),
-        ({"pretrained_cfg": {"colour": 1}}, "is no configuration of a PCE network"),
+        ({"pretrained_cfg": {"mean": "grey"}}, "is no configuration of a PCE network"),
         ({"pretrained_cfg": None}, "is no configuration of a PCE network"),
         ({"num_classes": "many"}, "is no configuration of a PCE network"),
     ],
