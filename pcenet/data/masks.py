@@ -124,8 +124,9 @@ def mask_classes(
     if known is not None:
         names = names or dict(zip(known.values, known.names, strict=True))
         if ignore_index is None:
-            kept = {value: name for value, name in names.items() if value not in known.ignored}
-            return MaskClasses(tuple(kept.values()), tuple(kept), known.ignored)
+            # What does not count for the network may have the name of one of its classes here.
+            kept = {value: name for value, name in names.items() if value not in known.ignored or name in known.names}
+            return MaskClasses(tuple(kept.values()), tuple(kept), known.ignored - kept.keys())
     if names is None:
         names = named_by_value(values_of_training(tree, layout))
     return number_classes(names, ignore_index, str(tree.path))

@@ -72,8 +72,8 @@ def open_segmentation_source(
             are read for this, are the classes, named ``"0"``, ``"1"``, ...
         ignore_index: the mask value of the pixels that do not count; 255 never counts. The classes are numbered in
             the order of the other values.
-        known_classes: what a trained network knows of its masks. Where neither ``classes`` nor the set names the values, these
-            names count, and where ``ignore_index`` is None, these values are left out.
+        known_classes: what a trained network knows of its masks. Its names count where neither ``classes`` nor the set
+            names the values, and its ignored values where ``ignore_index`` is None.
 
     Raises:
         DataError: (a ``ValueError``) the source or the split does not exist or is faulty, the classes are, or there are
