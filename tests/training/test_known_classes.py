@@ -63,7 +63,11 @@ def street(tmp_path: Path) -> Path:
 
 def test_the_record_is_saved_and_loaded(network: str, tmp_path: Path) -> None:
     model = load_model(network)
-    assert (model.class_names, model.mask_values, model.ignored_values) == (["road", "tree", "sky"], [1, 2, 4], [0, 255])
+    assert (model.class_names, model.mask_values, model.ignored_values) == (
+        ["road", "tree", "sky"],
+        [1, 2, 4],
+        [0, 255],
+    )
     config = json.loads((Path(network) / "config.json").read_text())
     assert (config["mask_values"], config["ignored_values"]) == ([1, 2, 4], [0, 255])
     everything_counts = load_model(save(tmp_path / "all", mask_values=[0, 1, 255], ignored_values=[]))
@@ -93,7 +97,9 @@ def test_names_of_the_data_are_compared_and_what_does_not_count_is_the_networks(
     tmp_path: Path, network: str, street: Path
 ) -> None:
     (street / "classes.txt").write_text("void\nroad\ntree\nodd\nsky\n")  # mask values 0 to 4
-    with pytest.raises(ValueError, match=r"classes of street are not those of .*net: only in street: odd; give the net"):
+    with pytest.raises(
+        ValueError, match=r"classes of street are not those of .*net: only in street: odd; give the net"
+    ):
         evaluate(EvalConfig(network, data=str(street), device="cpu", workers=0))
     other = save(tmp_path / "other", mask_values=[5, 6, 7], ignored_values=[0, 255])
     put(tmp_path / "own", "val", {1: 5, 2: 4, 3: 3, 0: 4})
@@ -109,7 +115,10 @@ def test_names_of_the_data_are_compared_and_what_does_not_count_is_the_networks(
     [
         ({"classes": ["void", "road", "tree", "x", "hill"]}, "only in .*net: sky; only in street: x, hill"),
         ({"ignore_index": 4}, "only in .*net: sky; give the network's names with --classes"),
-        ({"classes": ["tree", "road", "sky"]}, "the same classes in another order, road, tree, sky and tree, road, sky"),
+        (
+            {"classes": ["tree", "road", "sky"]},
+            "the same classes in another order, road, tree, sky and tree, road, sky",
+        ),
     ],
 )
 def test_what_the_user_says_goes_first_and_is_compared(
@@ -136,7 +145,7 @@ def test_a_network_that_was_saved_before_asks_for_the_classes(tmp_path: Path, st
     with pytest.raises(ValueError, match="the classes are unknown"):
         open_trained(EvalConfig(old, data=str(street)))
     put(street, "train")
-    with pytest.raises(ValueError, match="only in .*old: road, tree, sky; only in street: 1, 2, 4; give the network's"):
+    with pytest.raises(ValueError, match=r"only in .*old: road, tree, sky; only in street: 1, 2, 4; give the network's"):
         open_trained(EvalConfig(old, data=str(street), ignore_index=0))
 
 
@@ -161,7 +170,9 @@ def test_a_run_leaves_what_its_network_knows(tmp_path: Path) -> None:
     arguments = ["--input-size", "16x16", "--batch-size", "1", "--epochs", "1", "--threads", "1", "--workers", "0"]
     small = ["--model-args", '{"widths": [8, 8, 8], "num_experts": 2}', "--ignore-index", "0"]
     data, run = str(tmp_path / "street"), str(tmp_path / "run")
-    assert main(["train", "--task", "segment", "--data", data, "--out", run, "--device", "cpu", *arguments, *small]) == 0
+    assert (
+        main(["train", "--task", "segment", "--data", data, "--out", run, "--device", "cpu", *arguments, *small]) == 0
+    )
     model = load_model(tmp_path / "run" / "model")
     assert (model.class_names, model.mask_values, model.ignored_values) == (["1", "2", "4"], [1, 2, 4], [0, 255])
     put(tmp_path / "elsewhere", "val")
