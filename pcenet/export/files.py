@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pcenet.choices import Task
 from pcenet.models.limits import (
-    LARGEST_NUMBER,
+    LARGEST_COUNT,
     MOST_PIXELS,
     check_class_names,
     check_input_size,
@@ -158,7 +158,7 @@ def read_metadata(carried: Mapping[str, str], path: str | Path) -> dict[str, Any
             raise ValueError(f"architecture {shown(architecture)} must be a text")
         metadata["preprocessing"] = check_preprocessing(metadata["preprocessing"]) | {"architecture": architecture}
         multiple, names = metadata["size_multiple"], metadata["outputs"]
-        if multiple is not None and not (is_whole(multiple, 1, LARGEST_NUMBER) and multiple**2 <= MOST_PIXELS):
+        if multiple is not None and not (is_whole(multiple, 1, LARGEST_COUNT) and multiple**2 <= MOST_PIXELS):
             raise ValueError(f"size_multiple {shown(multiple)} must be a whole number, at least 1, or null")
         if not isinstance(names, list) or names[:1] != ["logits"] or not all(isinstance(name, str) for name in names):
             raise ValueError(f"outputs {shown(names)} must be names, logits first")

@@ -25,7 +25,7 @@ from pcenet.inference.segment import Segmenter
 from pcenet.models import SavableModel, load_model
 from pcenet.training.config import PredictConfig
 from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
-from pcenet.training.evaluate import EVAL_BATCH_SIZE, find_model
+from pcenet.training.evaluate import eval_batch_size, find_model
 from pcenet.training.tables import console
 
 SHOWN = 20  # rows of the table, and lines about files that were left out; the files hold all
@@ -71,7 +71,7 @@ def predict(config: PredictConfig) -> Predicted:
     batches = read_batches(
         files,
         predictor.transform,
-        batch_size=config.batch_size or EVAL_BATCH_SIZE[model.task],
+        batch_size=config.batch_size or eval_batch_size(model),
         workers=resolve_workers(config.workers, device),
     )
     about = {"model": model.pretrained_cfg["architecture"], "run": config.run, "classes": classes}

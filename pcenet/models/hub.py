@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from pcenet.choices import Task
 from pcenet.models.card import model_card
 from pcenet.models.limits import (
+    LARGEST_COUNT,
     LARGEST_TEXT,
-    MOST_PIXELS,
+    MOST_PATCH_PIXELS,
     PREPROCESSING,
     check_class_names,
     check_mask_values,
     check_num_classes,
+    check_values,
     read_json,
     shown,
 )
@@ -229,6 +231,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError("architecture must be a text and model_args a mapping")
     if refused := sorted(_NOT_IN_A_FILE & arguments.keys()):
         raise ValueError(f"model_args: {', '.join(refused)} cannot be chosen by a file; leave it out")
+    check_values(arguments, "model_args", LARGEST_COUNT)
     preprocessing_of(config)
     count = check_num_classes(config["num_classes"])
     check_class_names(config.get("label_names"), count, "label_names")
@@ -259,8 +262,8 @@ def check_patches(model: nn.Module) -> None:
     """Raise a ``ValueError`` for patches so large that a map, padded to one of them, would fill the memory."""
     for name, module in model.named_modules():
         side = getattr(module, "patch_size", None)
-        if isinstance(side, int) and side**2 > MOST_PIXELS:
-            raise ValueError(f"the patches of {name} have {side} x {side} pixels, more than {MOST_PIXELS}")
+        if isinstance(side, int) and side**2 > MOST_PATCH_PIXELS:
+            raise ValueError(f"the patches of {name} have {side} x {side} pixels, more than {MOST_PATCH_PIXELS}")
 
 
 def _shapes_of(path: Path) -> dict[str, tuple[int, ...]]:

@@ -13,9 +13,11 @@ from typing import Any, NoReturn, get_args
 from pcenet.choices import Task
 
 LARGEST_TEXT = 2**24  # bytes; the names of 21,000 classes take half a megabyte
-LARGEST_NUMBER = 2**20  # of classes, channels, experts, pixels of a side ...
+LARGEST_NUMBER = 2**32  # of any kind
+LARGEST_COUNT = 2**20  # of classes, channels, experts, blocks, pixels of a side ...
 DEEPEST = 20  # lists and mappings inside each other; ours have 5
-MOST_PIXELS = 2**24  # of an image that a network is made for, and of a patch: 4096 x 4096
+MOST_PIXELS = 2**24  # of an image that a network is made for, and of a batch of several: 4096 x 4096
+MOST_PATCH_PIXELS = 2**20  # 1024 x 1024; a map is padded to whole patches
 LONGEST_NAME = 1000  # characters
 LARGEST_MASK_VALUE = 2**16 - 1
 
@@ -32,7 +34,7 @@ def read_json(text: str | bytes) -> dict[str, Any]:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels") from error
     if not isinstance(values, dict):
         raise ValueError(f"it must be a mapping, got {shown(values)}")
-    _check_plain(values, "", DEEPEST)
+    check_values(values, "", LARGEST_NUMBER)
     return values
 
 
@@ -40,21 +42,22 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _check_plain(value: Any, where: str, depth: int) -> None:
+def check_values(value: Any, where: str, largest: float, depth: int = DEEPEST) -> None:
+    """No number above ``largest``, no long text and nothing deep in what JSON gave; ``where`` is what it is called."""
     if not depth:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels")
     if isinstance(value, str):
         _check_length(value, where)
     elif isinstance(value, int | float):
-        if not abs(value) <= LARGEST_NUMBER:
-            raise ValueError(f"{where} {shown(value)} must be a number up to {LARGEST_NUMBER}")
+        if not abs(value) <= largest:
+            raise ValueError(f"{where} {shown(value)} must be a number up to {largest}")
     elif isinstance(value, list):
         for each in value:
-            _check_plain(each, where, depth - 1)
+            check_values(each, where, largest, depth - 1)
     elif isinstance(value, dict):
         for key, each in value.items():
             _check_length(key, where)
-            _check_plain(each, key, depth - 1)
+            check_values(each, key, largest, depth - 1)
 
 
 def _check_length(text: str, where: str) -> None:
@@ -82,8 +85,8 @@ def check_task(task: Any) -> Task:
 
 def check_num_classes(count: Any) -> int:
     """A number of classes; 0: there is no classifier."""
-    if not is_whole(count, 0, LARGEST_NUMBER):
-        raise ValueError(f"num_classes {shown(count)} must be a whole number from 0 to {LARGEST_NUMBER}")
+    if not is_whole(count, 0, LARGEST_COUNT):
+        raise ValueError(f"num_classes {shown(count)} must be a whole number from 0 to {LARGEST_COUNT}")
     return int(count)
 
 
@@ -145,7 +148,7 @@ def check_input_size(size: Any) -> None:
     if (
         not isinstance(size, Sequence)
         or len(size) != 3
-        or not all(is_whole(each, 1, LARGEST_NUMBER) for each in size)
+        or not all(is_whole(each, 1, LARGEST_COUNT) for each in size)
         or size[1] * size[2] > MOST_PIXELS
     ):
         raise ValueError(

@@ -12,13 +12,21 @@ from typing import Any
 import pcenet.data as data
 from pcenet.choices import Task
 from pcenet.models import SavableModel, load_model
+from pcenet.models.limits import MOST_PIXELS
 from pcenet.models.pretrained import bundled_folder, or_bundled
 from pcenet.training.config import EvalConfig
 from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.training.folder import RunFolder, write_json
 from pcenet.training.kinds import Kind, kind_of
+from pcenet.training.measures import image_size
 
 EVAL_BATCH_SIZE: dict[Task, int] = {"classify": 256, "segment": 8}
+
+
+def eval_batch_size(model: Any) -> int:
+    """Images of a step: as usual for the task, and fewer where they are large."""
+    height, width = image_size(model)
+    return max(1, min(EVAL_BATCH_SIZE[model.task], MOST_PIXELS // (height * width)))
 
 
 def check_classes(expected: Sequence[str], found: Sequence[str], expected_by: str, found_in: str) -> None:
@@ -54,7 +62,7 @@ def evaluate(config: EvalConfig) -> Any:
     trained = open_trained(config)
     model, kind, source, run = trained.model, trained.kind, trained.source, trained.run
     workers = resolve_workers(config.workers, device)
-    batch_size = config.batch_size or EVAL_BATCH_SIZE[model.task]
+    batch_size = config.batch_size or eval_batch_size(model)
     batches = kind.eval_loader(model, source, batch_size=batch_size, workers=workers)
     with data.naming_dead_workers():
         result = kind.evaluate(model, batches, source.classes, device=device, precision=precision)

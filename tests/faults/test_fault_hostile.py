@@ -29,6 +29,8 @@ from pcenet.data.files import FolderTree, ZipTree
 from pcenet.data.images import decode_image
 from pcenet.inference.inputs import find_inputs
 from pcenet.models import create_network, load_model
+from pcenet.training.config import TrainConfig
+from pcenet.training.network import build_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 ROOM = 400 * 2**20  # bytes of address space that a refusal may take
@@ -130,17 +132,17 @@ MODELS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "images of a billion px a side": (
         lambda folder, _: prepared(folder, input_size=[3, 10**9, 10**9]),
-        "input_size 1000000000 must be a number up to 1048576",
+        "input_size (3, 1000000000, 1000000000) must be three whole",
     ),
     "images of a text": (lambda folder, _: prepared(folder, input_size="32"), "input_size '32' must be three whole"),
     "a deviation of 0": (lambda folder, _: prepared(folder, std=[0, 0, 0]), "std (0, 0, 0) must be numbers above 0"),
     "patches of 5,000 x 5,000 px": (
         lambda folder, _: arguments(folder, patch_sizes=[None, 5000, 1]),
-        "have 5000 x 5000 pixels, more than 16777216",
+        "have 5000 x 5000 pixels, more than 1048576",
     ),
     "a capacity of 1e300": (
         lambda folder, _: arguments(folder, eval_capacity_factor=1e300),
-        "eval_capacity_factor 1e+300 must be a number up to 1048576",
+        "eval_capacity_factor 1e+300 must be a number up to 4294967296",
     ),
     "a capacity that is no number": (
         lambda folder, _: arguments(folder, eval_capacity_factor=float("nan")),
@@ -172,6 +174,7 @@ MODELS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         "label_names must be 2 names",
     ),
     "a billion classes": (lambda folder, _: config(folder, num_classes=10**9), "num_classes 1000000000 must be"),
+    "images of no channel": (lambda folder, _: arguments(folder, in_chans=0), "in_chans=0 must be a whole number"),
     "mask values that are texts": (
         lambda folder, _: config(folder, mask_values=["0", "1"], ignored_values=[]),
         "mask_values must be whole numbers from 0 to 65535, got ['0', '1']",
@@ -241,6 +244,31 @@ def test_what_timm_would_load_is_not_taken_from_a_file(folder: Path, tmp_path: P
     prepared(folder, **elsewhere)
     cfg = load_model(folder).pretrained_cfg
     assert not elsewhere.items() & {(key, value) for key, value in cfg.items() if isinstance(value, str | bool)}
+
+
+@pytest.mark.faults("model: images of another number of channels")
+def test_images_of_another_number_of_channels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = create_network("pce_nano", in_chans=4, num_classes=2, widths=[8, 8, 8], num_experts=2)
+    model.save_pretrained(tmp_path / "model")
+    two_colours().save(tmp_path / "a.png")
+    assert main(["predict", str(tmp_path / "model"), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "in_chans of the network is for 4 channels" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.faults("model: images of 30,000 x 30,000 px")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_size": "5000x5000"}, "three whole numbers, channels, height and width, of 16777216 pixels"),
+        ({"model_args": {"patch_sizes": [None, 5000, 1]}}, "have 5000 x 5000 pixels"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_trained(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(TrainConfig(model="pce_nano", **changes), 2)
 
 
 @pytest.mark.faults("model: a pickle for weights")
