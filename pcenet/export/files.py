@@ -21,7 +21,7 @@ from pcenet.models.limits import (
     LARGEST_COUNT,
     MOST_PIXELS,
     check_class_names,
-    check_input_size,
+    check_image_shape,
     check_num_classes,
     check_preprocessing,
     check_task,
@@ -152,7 +152,7 @@ def read_metadata(carried: Mapping[str, str], path: str | Path) -> dict[str, Any
         metadata = read_json(carried[METADATA])
         check_task(metadata["task"])
         check_class_names(metadata["class_names"], check_num_classes(metadata["num_classes"]))
-        check_input_size(metadata["input_size"])
+        check_image_shape(metadata["input_size"])
         architecture = metadata["preprocessing"]["architecture"]
         if not isinstance(architecture, str):
             raise ValueError(f"architecture {shown(architecture)} must be a text")

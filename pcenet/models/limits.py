@@ -132,7 +132,7 @@ def check_preprocessing(values: Any) -> dict[str, Any]:
         if key in values
     }
     if "input_size" in kept:
-        check_input_size(kept["input_size"])
+        check_image_shape(kept["input_size"])
     for name in ("mean", "std"):
         if name in kept:
             _check_per_channel(name, kept[name])
@@ -143,7 +143,7 @@ def check_preprocessing(values: Any) -> dict[str, Any]:
     return kept
 
 
-def check_input_size(size: Any) -> None:
+def check_image_shape(size: Any) -> None:
     """Channels, height and width of an image."""
     if (
         not isinstance(size, Sequence)

@@ -22,7 +22,7 @@ from pcenet.models import (
     task_of,
 )
 from pcenet.models.hub import check_patches, check_tensors, read_weights
-from pcenet.models.limits import check_input_size
+from pcenet.models.limits import check_image_shape
 from pcenet.models.pretrained import WEIGHTS
 from pcenet.training.config import TrainConfig
 from pcenet.training.evaluate import find_model
@@ -82,7 +82,7 @@ def build_model(config: TrainConfig, num_classes: int, start: bool = True) -> Sa
     """
     overlay = {} if config.size is None else {"input_size": (3, *config.size)}
     if overlay:
-        check_input_size(overlay["input_size"])  # as when it will be loaded
+        check_image_shape(overlay["input_size"])  # as when it will be loaded
     with naming_model_args(config.model_args):
         model = create_network(
             config.model_name,

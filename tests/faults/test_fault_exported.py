@@ -171,7 +171,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "fewer class names than classes": (changed(class_names=["a"]), "class_names must be 3 names"),
     "one name for two classes": (changed(class_names=["a", "b", "a"]), "'a' stands for the classes 0 and 2"),
     "a class name of 5 MB": (changed(class_names=["a", "b", "c" * 5_000_000]), "a text of 5000000 characters"),
-    "a billion classes": (changed(class_names=None, num_classes=10**9), "num_classes 1000000000 must be a number"),
+    "a billion classes": (
+        changed(class_names=None, num_classes=10**9),
+        "num_classes 1000000000 must be a whole number",
+    ),
     "no classes but a text": (changed(num_classes="3"), "num_classes '3' must be a whole number"),
     "another task": (changed(task="dream"), "task 'dream' is not one of classify, segment"),
     "a task that is a list": (changed(task=["classify"]), "task ['classify'] is not one of"),
@@ -218,7 +221,7 @@ GRAPHS: dict[str, tuple[Callable[[Path], Path], str]] = {
         "(1, 3), not the logits (1, 3, 8, 8)",
     ),
     "images of another size": (
-        lambda path: graph(path, changed(input_size=[3, 16, 16]) | prepared(input_size=[3, 16, 16])),
+        lambda path: graph(path, prepared(input_size=[3, 16, 16]) | {"input_size": [3, 16, 16]}),
         "it cannot be computed: [ONNXRuntimeError]",
     ),
 }

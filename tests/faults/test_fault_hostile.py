@@ -262,7 +262,7 @@ def test_images_of_another_number_of_channels_are_refused(tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input_size": "5000x5000"}, "three whole numbers, channels, height and width, of 16777216 pixels"),
+        ({"input_size": 5000}, "three whole numbers, channels, height and width, of 16777216 pixels"),
         ({"model_args": {"patch_sizes": [None, 5000, 1]}}, "have 5000 x 5000 pixels"),
     ],
 )
