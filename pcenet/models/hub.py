@@ -114,6 +114,8 @@ class SavableModel(nn.Module, ModelHubMixin):
         hint = or_bundled(name)
         try:
             return super().from_pretrained(bundled_folder(name) or name, **kwargs)
+        except RecursionError as error:  # the mixin reads the configuration, too
+            raise ValueError(f"{name}: {CONFIG} is nested too deeply") from error
         except OSError as error:
             if not hint:
                 raise

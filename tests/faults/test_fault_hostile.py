@@ -202,6 +202,14 @@ MODELS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda folder, _: config(folder, architecture="local-dir:/tmp"),
         "no configuration of a PCE network",
     ),
+    "a folder by way of timm as the network": (
+        lambda folder, _: config(folder, architecture="timm:local-dir:/tmp"),
+        "timm has no network 'local-dir:/tmp'",
+    ),
+    "a repository by way of timm as the network": (
+        lambda folder, _: config(folder, architecture="timm:hf-hub:a/b"),
+        "timm has no network 'hf-hub:a/b'",
+    ),
     "an argument that names a class": (
         lambda folder, sentinel: arguments(folder, act_layer={"class_path": "os.system", "init_args": str(sentinel)}),
         "no configuration of a PCE network",

@@ -202,6 +202,13 @@ def test_a_wrong_configuration_is_a_value_error(folder, change, message):
         load_model(folder)
 
 
+def test_a_configuration_that_is_nested_too_deeply_is_a_value_error(folder):
+    (folder / "config.json").write_text("[" * 10**5)
+    for load in (load_model, PCENet.from_pretrained):
+        with pytest.raises(ValueError, match="nested"):
+            load(folder)
+
+
 def test_an_override_that_the_weights_do_not_fit_is_named(folder):
     for load in (load_model, PCENet.from_pretrained):
         with pytest.raises(ValueError, match=r"head\.fc\.bias has shape \(3,\), expected \(5,\)"):
