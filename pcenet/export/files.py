@@ -102,7 +102,7 @@ class ExportedNet(nn.Module):
             raise ValueError(f"{self.path}: it cannot be computed: {error}") from error
         wanted = (len(x), self.num_classes, *(x.shape[2:] if self.task == "segment" else ()))
         found = tuple(outputs[0].shape)
-        if found != wanted or not outputs[0].is_floating_point():
+        if (self.num_classes and found != wanted) or not outputs[0].is_floating_point():
             raise ValueError(
                 f"{self.path}: it computes {outputs[0].dtype} {found}, not the logits {wanted}; export anew"
             )

@@ -101,12 +101,22 @@ def open_network(config: PredictConfig) -> SavableModel | ExportedNet:
             that the user has not said to trust.
     """
     if not is_exported(config.run):
-        return load_model(find_model(config.run)[0])
+        model = load_model(find_model(config.run)[0])
+        check_classifier(model, config.run)
+        return model
     if config.routing:
         raise ValueError(f"routing: {config.run} is an exported file; give the run that it was made from")
     if config.device == "cuda":
         raise ValueError(f"device 'cuda': {config.run} is an exported file, which is run on the processor here")
-    return ExportedNet(config.run, config.threads, trust_code=config.trust_code).eval()
+    exported = ExportedNet(config.run, config.threads, trust_code=config.trust_code).eval()
+    check_classifier(exported, config.run)
+    return exported
+
+
+def check_classifier(model: SavableModel | ExportedNet, name: str) -> None:
+    """Raise a ``ValueError`` where a network has no classes."""
+    if model.num_classes < 1:
+        raise ValueError(f"run: {name} has no classifier (num_classes is 0), so there is no class to predict")
 
 
 def make_predictor(network: Network, config: PredictConfig, folder: Path) -> Classifier | Segmenter:

@@ -171,6 +171,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "fewer class names than classes": (changed(class_names=["a"]), "class_names must be 3 names"),
     "one name for two classes": (changed(class_names=["a", "b", "a"]), "'a' stands for the classes 0 and 2"),
     "a class name of 5 MB": (changed(class_names=["a", "b", "c" * 5_000_000]), "a text of 5000000 characters"),
+    "no class at all": (changed(class_names=None, num_classes=0), "has no classifier (num_classes is 0)"),
     "a billion classes": (
         changed(class_names=None, num_classes=10**9),
         "num_classes 1000000000 must be a whole number",

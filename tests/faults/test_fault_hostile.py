@@ -255,14 +255,23 @@ def test_what_timm_would_load_is_not_taken_from_a_file(folder: Path, tmp_path: P
 
 
 @pytest.mark.faults("model: images of another number of channels")
-def test_images_of_another_number_of_channels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"in_chans": 4, "num_classes": 2}, "in_chans of the network is for 4 channels"),
+        ({"num_classes": 0}, "has no classifier (num_classes is 0)"),
+    ],
+)
+def test_networks_that_go_with_no_image_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: dict[str, Any], message: str
+) -> None:
     torch.manual_seed(0)
-    model = create_network("pce_nano", in_chans=4, num_classes=2, widths=[8, 8, 8], num_experts=2)
+    model = create_network("pce_nano", widths=[8, 8, 8], num_experts=2, **arguments)
     model.save_pretrained(tmp_path / "model")
     two_colours().save(tmp_path / "a.png")
     assert main(["predict", str(tmp_path / "model"), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "in_chans of the network is for 4 channels" in error
+    assert message in error
     assert error.count("\n") == 1
 
 
