@@ -464,7 +464,7 @@ CASES = [
     Case(
         "other classes",
         [*EVAL, "--data", "pics"],
-        ["classes of pics are not those of run/model", "only in run/model: dog; only in pics: emu"],
+        ["classes of pics are not those of run", "only in run: dog; only in pics: emu"],
         both(
             *(lambda split=split: Path(f"pics/{split}/dog").rename(f"pics/{split}/emu") for split in ("train", "val"))
         ),

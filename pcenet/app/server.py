@@ -10,24 +10,22 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pcenet.app.config import AppConfig
 from pcenet.app.guard import LOOPBACK, Guard, host_name
 from pcenet.app.session import Explorer, fitted
 from pcenet.data import DataError, ImageSource, Source
-from pcenet.models import load_model
+from pcenet.models import SavableModel, load_model
 from pcenet.models.pretrained import bundled_folder
 from pcenet.texts import say, shown
 from pcenet.training.config import EvalConfig
 from pcenet.training.device import resolve_device, resolve_precision, set_threads
-from pcenet.training.evaluate import find_model, masks_as_trained
+from pcenet.training.evaluate import check_against_network, find_model, open_data
 from pcenet.training.folder import RunFolder
-from pcenet.training.kinds import kind_of
 
 if TYPE_CHECKING:
     from pcenet.app.page import Page, Sample
@@ -52,36 +50,35 @@ def serve(config: AppConfig) -> None:
     model.grey_range = config.grey_range or model.grey_range
     classes = model.class_names or [str(number) for number in range(model.num_classes)]
     explorer = Explorer(model, classes, device=device, precision=resolve_precision(config.precision, device))
-    source = open_samples(replace(config, grey_range=model.grey_range), model.task, run)
+    source = open_samples(config, model, run)
     with listen(config.host, config.port) as listener, terminable(), private_files() as files:
         page = make_page(explorer, source, config)
         announce(config, listener.getsockname()[1])
         run_server(page, listener, files, config)
 
 
-def open_samples(config: AppConfig, task: Any, run: RunFolder | None) -> Source | None:
-    """The images to offer; None where the run's own cannot be opened and no others were given.
+def open_samples(config: AppConfig, model: SavableModel, run: RunFolder | None) -> Source | None:
+    """The images to offer; None where the run's own cannot be opened and no others were given. A warning says where
+    their classes are not the network's: it can be looked at on any images.
 
     Raises:
         ValueError: if those that were given cannot be opened.
     """
-    options = EvalConfig(
-        config.run,
-        split=config.split,
-        classes=config.classes,
-        ignore_index=config.ignore_index,
-        grey_range=config.grey_range,
-    )
+    options = EvalConfig(config.run, split=config.split, classes=config.classes, ignore_index=config.ignore_index)
     name = config.data or (run.read_config().data if run else None)
     if name is None:
         return None
     try:
-        source: Source = kind_of(task).open(masks_as_trained(options, run), name, config.split)
+        source: Source = open_data(options, name, model, run)
     except DataError as error:
         if config.data is not None:
             raise
         logger.warning("no samples are offered: %s", error)
         return None
+    try:
+        check_against_network(model, source, config.run)
+    except ValueError as error:
+        logger.warning("samples of other classes: %s", error)
     return source
 
 

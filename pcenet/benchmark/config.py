@@ -96,8 +96,8 @@ class BenchConfig:
     against: Annotated[
         str | None,
         Option(
-            "A Python file with make_layer(layer: PCELayer) -> Module, another implementation of a layer: measured "
-            "beside the layers with border zero."
+            "A Python file with make_layer(layer: PCELayer) -> Module, another implementation of a layer: it is run, "
+            "and measured beside the layers with border zero."
         ),
     ] = None
     rounds: Annotated[int, Option("Rounds of each comparison, after warming up.", at_least=3)] = 9

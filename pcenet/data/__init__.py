@@ -24,7 +24,7 @@ from pcenet.data.loaders import (
     build_segmentation_loader,
     naming_dead_workers,
 )
-from pcenet.data.masks import read_class_names
+from pcenet.data.masks import MaskClasses, read_class_names
 from pcenet.data.scenes import SceneSource
 from pcenet.data.segment_transforms import (
     JointTransform,
@@ -63,6 +63,7 @@ __all__ = [
     "ImageDataset",
     "ImageSource",
     "JointTransform",
+    "MaskClasses",
     "ObjectSource",
     "Sample",
     "SceneObject",

@@ -94,6 +94,16 @@ class ImageSource(Source):
 class SegmentationSource(Source):
     """Images with a mask each, which gives the class of every pixel."""
 
+    @property
+    def mask_values(self) -> Sequence[int]:
+        """The value of each class in the masks as they are stored, by class number."""
+        return range(len(self.classes))
+
+    @property
+    def ignored_values(self) -> Sequence[int]:
+        """The values of pixels that do not count, ascending."""
+        return (IGNORE,)
+
     @abstractmethod
     def sample(self, index: int) -> tuple[Image.Image, Image.Image]:
         """Image ``index`` (see ``image``) and its mask (see ``mask``)."""

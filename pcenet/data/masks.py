@@ -70,6 +70,16 @@ class PairSource(SegmentationSource):
         self._table = classes.table
         self._grey_range = grey_range
 
+    @property
+    def mask_values(self) -> Sequence[int]:
+        """The value of each class in the masks as they are stored, by class number."""
+        return self._mask_classes.values
+
+    @property
+    def ignored_values(self) -> Sequence[int]:
+        """The values of pixels that do not count, ascending."""
+        return sorted(self._mask_classes.ignored)
+
     def __len__(self) -> int:
         return len(self._pairs)
 
@@ -102,26 +112,37 @@ def open_pairs(
     classes: Sequence[str] | str | None,
     ignore_index: IgnoreIndex,
     grey_range: GreyRange | None = None,
+    known: MaskClasses | None = None,
 ) -> PairSource:
     """Open one split of a tree; arguments and errors as for ``pcenet.data.open_segmentation_source``."""
     where = str(tree.path)
     layout = read_pairs(tree.names(), where)
     pairs = layout.select(split, where)
-    source = PairSource(tree, split, pairs, mask_classes(tree, layout, classes, ignore_index), grey_range)
+    source = PairSource(tree, split, pairs, mask_classes(tree, layout, classes, ignore_index, known), grey_range)
     source.notes = layout.notes
     return source
 
 
 def mask_classes(
-    tree: FileTree, layout: PairLayout, classes: Sequence[str] | str | None, ignore_index: IgnoreIndex
+    tree: FileTree,
+    layout: PairLayout,
+    classes: Sequence[str] | str | None,
+    ignore_index: IgnoreIndex,
+    known: MaskClasses | None = None,
 ) -> MaskClasses:
-    """The classes of a set from the names that were given, from its own file, or from its masks.
+    """The classes of a set from the names that were given, from its own file, as they are known, or from its masks.
 
     Raises:
         DataError: ``ignore_index`` is no mask value, names are faulty, or there are fewer than two classes.
     """
     check_ignore_index(ignore_index)
     names = given_names(tree, layout, classes)
+    if known is not None:
+        names = names or dict(zip(known.values, known.names, strict=True))
+        if ignore_index is None:
+            # What does not count for the network may have the name of one of its classes here.
+            kept = {value: name for value, name in names.items() if value not in known.ignored or name in known.names}
+            return MaskClasses(tuple(kept.values()), tuple(kept), known.ignored - kept.keys())
     if names is None:
         names = named_by_value(values_of_training(tree, layout))
     return number_classes(names, ignore_index, str(tree.path))

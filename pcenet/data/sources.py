@@ -12,7 +12,7 @@ from pcenet.choices import GreyRange, IgnoreIndex, Split, Task, check_grey_range
 from pcenet.data.arrays import KNOWN_SOURCES
 from pcenet.data.base import DataError, ImageSource, SegmentationSource
 from pcenet.data.files import FileSource, FileTree, FolderTree, ZipTree
-from pcenet.data.masks import open_pairs
+from pcenet.data.masks import MaskClasses, open_pairs
 from pcenet.data.pairs import find_pairs
 from pcenet.data.scenes import NAME, SceneSource
 
@@ -66,6 +66,7 @@ def open_segmentation_source(
     classes: Sequence[str] | str | None = None,
     ignore_index: IgnoreIndex = None,
     grey_range: GreyRange | None = None,
+    known_classes: MaskClasses | None = None,
 ) -> SegmentationSource:
     """Open one split of a data set whose images have masks.
 
@@ -80,6 +81,8 @@ def open_segmentation_source(
         ignore_index: the mask value of the pixels that do not count, beside 255, which does not either. ``"none"``:
             every value counts, 255 too. The classes are numbered in the order of the values that count.
         grey_range: of a folder or archive, see ``pcenet.data.images.decode_image``.
+        known_classes: what a trained network knows of its masks. Its names count where neither ``classes`` nor the set
+            names the values, and its ignored values where ``ignore_index`` is None.
 
     Raises:
         DataError: (a ``ValueError``) the source or the split does not exist or is faulty, the classes are, or there are
@@ -98,7 +101,9 @@ def open_segmentation_source(
         return known
     _check_task(source, SOURCE_NAMES, "classify")
     tree = open_tree(source, SEGMENTATION_SOURCE_NAMES)
-    return open_pairs(tree, split, classes=classes, ignore_index=ignore_index, grey_range=grey_range)
+    return open_pairs(
+        tree, split, classes=classes, ignore_index=ignore_index, grey_range=grey_range, known=known_classes
+    )
 
 
 def task_for(source: str | Path) -> Task:

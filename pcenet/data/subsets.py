@@ -39,6 +39,16 @@ class SegmentationSubset(SegmentationSource):
         self.source = source
         self.indices = indices
 
+    @property
+    def mask_values(self) -> Sequence[int]:
+        """The source's."""
+        return self.source.mask_values
+
+    @property
+    def ignored_values(self) -> Sequence[int]:
+        """The source's."""
+        return self.source.ignored_values
+
     def __len__(self) -> int:
         return len(self.indices)
 

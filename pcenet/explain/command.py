@@ -35,7 +35,7 @@ from pcenet.nn import routers_of
 from pcenet.texts import say
 from pcenet.training.classify import eval_transform_of
 from pcenet.training.device import autocast, resolve_device, resolve_precision, resolve_workers, set_threads
-from pcenet.training.evaluate import EVAL_BATCH_SIZE, Trained, open_trained
+from pcenet.training.evaluate import Trained, eval_batch_size, open_trained
 from pcenet.training.folder import RunFolder
 from pcenet.training.measures import cost_of, image_size, preprocessing
 from pcenet.training.pictures import Row, layers_of, new_figure
@@ -150,7 +150,7 @@ class Work:
         loader: Iterable[Any] = trained.kind.eval_loader(
             trained.model,
             source,
-            batch_size=config.batch_size or EVAL_BATCH_SIZE[task],
+            batch_size=config.batch_size or eval_batch_size(trained.model),
             workers=resolve_workers(config.workers, self.device),
         )
         shown = track(loader, doing, transient=True, disable=not sys.stdout.isatty())

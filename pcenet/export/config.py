@@ -21,7 +21,10 @@ class ExportConfig:
     """
 
     run: RunOption
-    format: Annotated[Format, Option("onnx: for onnxruntime and others; pt2: a program of torch.export.")] = "onnx"
+    format: Annotated[
+        Format,
+        Option("onnx: for onnxruntime and others; pt2: a program of torch.export, to be run by those who trust you."),
+    ] = "onnx"
     out: Annotated[
         str | None, Option("The file, which must not exist; null: the network's name, here, with the format's ending.")
     ] = None

@@ -1,22 +1,40 @@
-"""Exported files: what they carry, and running them."""
+"""Exported files: what they carry, and running them.
+
+An ONNX file is a graph, which onnxruntime computes. A ``.pt2`` file is a program: torch.export reads pickles in it, and
+has no way to read it without running what a stranger put there. So it is only ever read on the user's word.
+"""
 
 from __future__ import annotations
 
 import importlib
-import json
+import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pcenet.choices import Task, check_grey_range
+from pcenet.choices import GreyRange, Task
+from pcenet.models.limits import (
+    LARGEST_COUNT,
+    MOST_PIXELS,
+    check_class_names,
+    check_image_shape,
+    check_num_classes,
+    check_preprocessing,
+    check_task,
+    excerpt,
+    is_whole,
+    read_json,
+)
 
 SUFFIXES = (".onnx", ".pt2")
 Runner = Callable[[Tensor], list[Tensor]]
 METADATA = "pcenet"  # the key of what a file carries
 EXTRA = "metadata.json"  # and the name that a program of torch.export has for it
+SILENT = 4  # of onnxruntime's levels
 
 
 def is_exported(path: str | Path) -> bool:
@@ -30,6 +48,8 @@ class ExportedNet(nn.Module):
     Args:
         path: a file that ``pcenet export`` wrote.
         threads: of onnxruntime; None: its own choice.
+        trust_code: whether to run a ``.pt2`` file, which is a program and can do whatever you can; an ONNX file needs
+            no trust.
 
     Attributes:
         metadata: what the file carries.
@@ -37,33 +57,28 @@ class ExportedNet(nn.Module):
         output_names: logits first.
 
     Raises:
-        ValueError: if the file is broken, or not one of ours.
+        ValueError: if the file is broken, or not one of ours, or a program that is not trusted.
         ModuleNotFoundError: for an ONNX file where onnxruntime is not installed.
     """
 
-    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+    def __init__(self, path: str | Path, threads: int | None = None, *, trust_code: bool = False) -> None:
         super().__init__()
-        self._run, carried = _open(Path(path), threads)
-        try:
-            self.metadata: dict[str, Any] = json.loads(carried[METADATA])
-            self.task: Task = self.metadata["task"]
-            self.class_names: list[str] | None = self.metadata["class_names"]
-            self.num_classes: int = self.metadata["num_classes"]
-            self.grey_range: list[int] | None = self.metadata.get("grey_range")  # which older files do not carry
-            check_grey_range(self.grey_range)
-            self.pretrained_cfg: dict[str, Any] = self.metadata["preprocessing"]
-            self.output_names: list[str] = self.metadata["outputs"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}: it does not carry what pcenet export writes into a file; export it anew"
-            ) from error
+        self._run, carried = _open(Path(path), threads, trust_code)
+        self.metadata = read_metadata(carried, path)
+        self.task: Task = self.metadata["task"]
+        self.class_names: list[str] | None = self.metadata["class_names"]
+        self.num_classes: int = self.metadata["num_classes"]
+        self.grey_range: GreyRange | None = self.metadata.get("grey_range")  # which older files do not carry
+        self.pretrained_cfg: dict[str, Any] = self.metadata["preprocessing"]
+        self.output_names: list[str] = self.metadata["outputs"]
         self.path = path
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Everything that the file computes of images ``[B, C, H, W]``, in the order of `output_names`.
 
         Raises:
-            ValueError: for images of a size that the file does not take.
+            ValueError: for images of a size that the file does not take, and where what it computes are not the logits
+                that it promises.
         """
         _, height, width = self.metadata["input_size"]
         multiple: int | None = self.metadata["size_multiple"]
@@ -77,27 +92,41 @@ class ExportedNet(nn.Module):
                 f"{self.path} takes images whose sides are multiples of {multiple} px, not {x.shape[2]} x {x.shape[3]}"
             )
         if self.metadata["fixed_batch"]:
-            each = [self._run(image[None]) for image in x]
+            each = [self._logits_first(image[None]) for image in x]
             return [torch.cat(parts) for parts in zip(*each, strict=True)]
-        return self._run(x)
+        return self._logits_first(x)
+
+    def _logits_first(self, x: Tensor) -> list[Tensor]:
+        try:
+            outputs = self._run(x)
+        except Exception as error:  # onnxruntime's own, of no common class, or whatever a program raises
+            raise ValueError(f"{self.path}: it cannot be computed: {error}") from error
+        wanted = (len(x), self.num_classes, *(x.shape[2:] if self.task == "segment" else ()))
+        found = tuple(outputs[0].shape)
+        if (self.num_classes and found != wanted) or not outputs[0].is_floating_point():
+            raise ValueError(
+                f"{self.path}: it computes {outputs[0].dtype} {found}, not the logits {wanted}; export anew"
+            )
+        return outputs
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` to logits."""
         return self.outputs(x)[0]
 
 
-def run_with(path: Path, constants: Mapping[str, Tensor]) -> Runner:
+def run_with(path: Path, constants: Mapping[str, Tensor], *, trust_code: bool = False) -> Runner:
     """What a file computes of images when some of its constants have other values.
 
     Args:
         path: the file.
         constants: the new values by name.
+        trust_code: see `ExportedNet`.
 
     Raises:
-        ValueError: if it has none of these constants.
+        ValueError: if it has none of these constants, or is a program that is not trusted.
     """
     if path.suffix != ".onnx":
-        return _run_program(_load_program(path)[0], constants)
+        return _run_program(_load_program(path, trust_code)[0], constants)
     onnx = require("onnx")
     model = onnx.load(str(path))
     found = [each for each in model.graph.initializer if each.name in constants]
@@ -108,17 +137,57 @@ def run_with(path: Path, constants: Mapping[str, Tensor]) -> Runner:
     return _run_session(_open_session(model.SerializeToString(), path, None))
 
 
-def _open(path: Path, threads: int | None) -> tuple[Runner, Mapping[str, str]]:
+def read_metadata(carried: Mapping[str, str], path: str | Path) -> dict[str, Any]:
+    """What ``pcenet export`` wrote into a file, all of its entries within bounds, see `pcenet.models.limits`.
+
+    Args:
+        carried: the file's texts by key.
+        path: the file, for the message.
+
+    Raises:
+        ValueError: for the first entry that is missing or breaks its rule.
+    """
+    if METADATA not in carried:
+        raise ValueError(f"{path}: it does not carry what pcenet export writes into a file; export it anew")
+    try:
+        metadata = read_json(carried[METADATA])
+        check_task(metadata["task"])
+        check_class_names(metadata["class_names"], check_num_classes(metadata["num_classes"]))
+        check_image_shape(metadata["input_size"])
+        architecture = metadata["preprocessing"]["architecture"]
+        if not isinstance(architecture, str):
+            raise ValueError(f"architecture {excerpt(architecture)} must be a text")
+        metadata["preprocessing"] = check_preprocessing(metadata["preprocessing"]) | {"architecture": architecture}
+        multiple, names = metadata["size_multiple"], metadata["outputs"]
+        if multiple is not None and not (is_whole(multiple, 1, LARGEST_COUNT) and multiple**2 <= MOST_PIXELS):
+            raise ValueError(f"size_multiple {excerpt(multiple)} must be a whole number, at least 1, or null")
+        if not isinstance(names, list) or names[:1] != ["logits"] or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"outputs {excerpt(names)} must be names, logits first")
+        check_grey_range(metadata.get("grey_range"))
+        if not isinstance(metadata["fixed_batch"], bool):
+            raise ValueError(f"fixed_batch {excerpt(metadata['fixed_batch'])} must be true or false")
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{path}: it does not carry what pcenet export writes into a file: {reason}; export it anew"
+        ) from error
+    return metadata
+
+
+def _open(path: Path, threads: int | None, trust_code: bool) -> tuple[Runner, Mapping[str, str]]:
     if path.suffix == ".onnx":
         session = _open_session(str(path), path, threads)
         return _run_session(session), session.get_modelmeta().custom_metadata_map
-    program, carried = _load_program(path)
+    program, carried = _load_program(path, trust_code)
     return _run_program(program, {}), {METADATA: carried}
 
 
 def _open_session(content: str | bytes, path: Path, threads: int | None) -> Any:
     ort = require("onnxruntime")
     options = ort.SessionOptions()
+    options.log_severity_level = SILENT  # what goes wrong is raised, too
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    _limit_memory()
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
@@ -127,11 +196,25 @@ def _open_session(content: str | bytes, path: Path, threads: int | None) -> Any:
         raise ValueError(f"{path}: onnxruntime cannot read it: {error}") from error
 
 
+@cache
+def _limit_memory() -> None:
+    """Let onnxruntime take half of the machine's memory at most: a small graph can ask for terabytes."""
+    ort = require("onnxruntime")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    kind = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(kind, ort.OrtArenaCfg({"max_mem": memory // 2}))
+
+
 def _run_session(session: Any) -> Runner:
     return lambda x: [torch.from_numpy(out) for out in session.run(None, {"images": x.contiguous().numpy()})]
 
 
-def _load_program(path: Path) -> tuple[torch.export.ExportedProgram, str]:
+def _load_program(path: Path, trust_code: bool) -> tuple[torch.export.ExportedProgram, str]:
+    if not trust_code:
+        raise ValueError(
+            f"{path} is a program, and reading it runs the code in it: give --trust-code (trust_code=True in Python) "
+            "where you know who made it, else ask for an ONNX file or the model folder"
+        )
     extra = {EXTRA: ""}
     try:
         return torch.export.load(str(path), extra_files=extra), extra[EXTRA]

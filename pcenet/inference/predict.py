@@ -24,7 +24,7 @@ from pcenet.models import SavableModel, load_model
 from pcenet.texts import one_line, say
 from pcenet.training.config import PredictConfig
 from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
-from pcenet.training.evaluate import EVAL_BATCH_SIZE, find_model
+from pcenet.training.evaluate import find_model
 from pcenet.training.tables import console
 from pcenet.writing import filling
 
@@ -76,7 +76,7 @@ def predict(config: PredictConfig) -> Predicted:
         batches = read_batches(
             files,
             predictor.transform,
-            batch_size=config.batch_size or EVAL_BATCH_SIZE[model.task],
+            batch_size=config.batch_size or eval_batch_size(model),
             workers=resolve_workers(config.workers, device),
         )
         with ResultFiles(place, about, predictor.columns) as results:
@@ -99,15 +99,26 @@ def open_network(config: PredictConfig) -> SavableModel | ExportedNet:
     """What predicts: a trained network, or a file that `pcenet export` wrote.
 
     Raises:
-        ValueError: if a file was asked for the routing, or to compute elsewhere than on the processor.
+        ValueError: if a file was asked for the routing, or to compute elsewhere than on the processor, or is a program
+            that the user has not said to trust.
     """
     if not is_exported(config.run):
-        return load_model(find_model(config.run)[0])
+        model = load_model(find_model(config.run)[0])
+        check_classifier(model, config.run)
+        return model
     if config.routing:
         raise ValueError(f"routing: {config.run} is an exported file; give the run that it was made from")
     if config.device == "cuda":
         raise ValueError(f"device 'cuda': {config.run} is an exported file, which is run on the processor here")
-    return ExportedNet(config.run, config.threads).eval()
+    exported = ExportedNet(config.run, config.threads, trust_code=config.trust_code).eval()
+    check_classifier(exported, config.run)
+    return exported
+
+
+def check_classifier(model: SavableModel | ExportedNet, name: str) -> None:
+    """Raise a ``ValueError`` where a network has no classes."""
+    if model.num_classes < 1:
+        raise ValueError(f"run: {name} has no classifier (num_classes is 0), so there is no class to predict")
 
 
 def make_predictor(network: Network, config: PredictConfig, folder: Path) -> Classifier | Segmenter:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pcenet.models.stages import Stage
 from pcenet.nn import PCELayer
-from pcenet.nn.checks import is_number
+from pcenet.nn.checks import check_at_least, is_number
 from pcenet.nn.experts import Norm, StackedNorm, double_conv
 
 # What a network sets itself for each of its layers; everything else of PCELayer is an option of the network. So is the
@@ -91,6 +91,7 @@ def resolve_layer_options(network: nn.Module, given: dict[str, Any], stages: Seq
 
 def make_stem(in_chans: int, stage: Stage) -> nn.Sequential:
     """3x3 convolutions, one for each halving of the image and at least one."""
+    check_at_least(1, in_chans=in_chans)
     halvings = stage.stride.bit_length() - 1
     steps = [2] * halvings or [1]
     widths = [in_chans] + [stage.width] * len(steps)

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import timm
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -18,11 +21,26 @@ from torch import Tensor, nn
 
 from pcenet.choices import GreyRange, Task, check_grey_range
 from pcenet.models.card import model_card
+from pcenet.models.limits import (
+    LARGEST_COUNT,
+    LARGEST_TEXT,
+    MOST_PATCH_PIXELS,
+    PREPROCESSING,
+    check_class_names,
+    check_mask_values,
+    check_num_classes,
+    check_values,
+    excerpt,
+    read_json,
+)
 from pcenet.models.pretrained import CONFIG, WEIGHTS, bundled_folder, or_bundled, preprocessing_of
+from pcenet.reading import check_regular
 from pcenet.writing import write_bytes, write_text
 
-LARGEST_CONFIG = 2**24  # bytes; the names of 21,000 classes take half a megabyte
-_PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
+# Where and how a network is made, and what is loaded into it, is for whoever makes it to say, not for a file.
+_NOT_IN_A_FILE = {*inspect.signature(timm.create_model).parameters, "device", "dtype"} - {"kwargs"}
+# What safetensors calls the types of numbers that a network of this package may be saved in.
+_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 
 
 class SavableModel(nn.Module, ModelHubMixin):
@@ -35,6 +53,8 @@ class SavableModel(nn.Module, ModelHubMixin):
         class_names: their names, once known.
         grey_range: of grey images of more than 8 bits, the values that were black and white in training; None: all
             that their files can hold. See ``pcenet.data.images.decode_image``.
+        mask_values: of a segmentation network, the value of each class in the masks that it was trained on, once known.
+        ignored_values: likewise, the values of pixels that do not count; there may be none.
         pretrained_cfg: timm's record of architecture and preprocessing.
         pruned: whether parts were cut off, so that the arguments no longer make this network.
     """
@@ -44,6 +64,8 @@ class SavableModel(nn.Module, ModelHubMixin):
     num_classes: int
     class_names: list[str] | None = None
     grey_range: GreyRange | None = None
+    mask_values: list[int] | None = None
+    ignored_values: list[int] | None = None
     pretrained_cfg: dict[str, Any]
     pruned: bool = False
 
@@ -53,13 +75,16 @@ class SavableModel(nn.Module, ModelHubMixin):
             "architecture": self.pretrained_cfg["architecture"],
             "task": self.task,
             "num_classes": self.num_classes,
-            "pretrained_cfg": {key: self.pretrained_cfg[key] for key in _PREPROCESSING if key in self.pretrained_cfg},
+            "pretrained_cfg": {key: self.pretrained_cfg[key] for key in PREPROCESSING if key in self.pretrained_cfg},
             "model_args": self.model_args,
         }
         if self.class_names is not None:
             config["label_names"] = list(self.class_names)
         if self.grey_range is not None:
             config["grey_range"] = list(self.grey_range)
+        if self.mask_values is not None:
+            config["mask_values"] = list(self.mask_values)
+            config["ignored_values"] = list(self.ignored_values or ())
         return config
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
@@ -96,6 +121,8 @@ class SavableModel(nn.Module, ModelHubMixin):
         hint = or_bundled(name)
         try:
             return super().from_pretrained(bundled_folder(name) or name, **kwargs)
+        except RecursionError as error:  # the mixin reads the configuration, too
+            raise ValueError(f"{name}: {CONFIG} is nested too deeply") from error
         except OSError as error:
             if not hint:
                 raise
@@ -173,9 +200,7 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
             raise ValueError(f"{folder} holds no {path.name}; give a folder written by save_pretrained{hint}")
     shapes = _shapes_of(weights_path)
     try:
-        if config_path.stat().st_size > LARGEST_CONFIG:
-            raise ValueError(f"it has more than {LARGEST_CONFIG} bytes")
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = read_config(config_path)
         arguments = {**config["model_args"], "num_classes": config["num_classes"], **overrides}
         if sum(arguments.get("depths") or ()) > len(shapes):  # each block has tensors; making blocks takes time
             raise ValueError(f"depths {arguments['depths']} make more blocks than there are tensors in {WEIGHTS}")
@@ -184,57 +209,94 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
             overlay = preprocessing_of(config)
             return create_network(config["architecture"], pretrained_cfg_overlay=overlay, **arguments)
 
-        with torch.device("meta"):  # nothing is allocated before it is known to fit
+        with torch.device("meta"), at_most_parameters(len(shapes)):  # nothing is allocated before it is known to fit
             skeleton = create()
+        check_patches(skeleton)
         misfit = f"{weights_path} does not fit {config_path.with_name(CONFIG)}"
-        check_tensors(shapes, skeleton, misfit, "save them together anew")
+        check_shapes(shapes, skeleton, misfit, "save them together anew")
         model = create()
     except MisfitError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{config_path} is no configuration of a PCE network: {reason}") from error
     model.load_state_dict(load_file(weights_path))
-    model.class_names = _label_names(config, model, config_path)
-    model.grey_range = _grey_range(config, config_path)
+    model.class_names, model.grey_range = config.get("label_names"), config.get("grey_range")
+    model.mask_values, model.ignored_values = config.get("mask_values"), config.get("ignored_values")
     return model.eval()
 
 
-def _label_names(config: dict[str, Any], model: SavableModel, path: Path) -> list[str] | None:
-    names: list[str] | None = config.get("label_names")
-    if names is None:
-        return None
-    if (
-        not isinstance(names, list)
-        or len(names) != model.num_classes
-        or not all(isinstance(name, str) for name in names)
-    ):
-        raise ValueError(f"{path}: label_names must be {model.num_classes} names, one per class, got {names}")
-    return names
+def read_config(path: Path) -> dict[str, Any]:
+    """The ``config.json`` of a model folder, all of its entries within bounds, see `pcenet.models.limits`.
+
+    Raises:
+        ValueError: for the first entry that breaks its rule, without naming the file.
+    """
+    if path.stat().st_size > LARGEST_TEXT:
+        raise ValueError(f"it has more than {LARGEST_TEXT} bytes")
+    config = read_json(path.read_bytes())
+    arguments = config["model_args"]
+    if not isinstance(config["architecture"], str) or not isinstance(arguments, dict):
+        raise ValueError("architecture must be a text and model_args a mapping")
+    if refused := sorted(_NOT_IN_A_FILE & arguments.keys()):
+        raise ValueError(f"model_args: {', '.join(refused)} cannot be chosen by a file; leave it out")
+    check_values(arguments, "model_args", LARGEST_COUNT)
+    preprocessing_of(config)
+    count = check_num_classes(config["num_classes"])
+    check_class_names(config.get("label_names"), count, "label_names")
+    check_mask_values(config.get("mask_values"), config.get("ignored_values"), count)
+    check_grey_range(config.get("grey_range"))
+    return config
 
 
-def _grey_range(config: dict[str, Any], path: Path) -> GreyRange | None:
-    values: GreyRange | None = config.get("grey_range")
+@contextmanager
+def at_most_parameters(tensors: int) -> Iterator[None]:
+    """Within it networks are made, and the making ends with a ``ValueError`` where it cannot come to a network with so
+    few tensors: whatever an argument is called that asks for a million blocks."""
+    left = 1000 + 4 * tensors  # parts are made and replaced, too
+
+    def count(_module: nn.Module, name: str, _parameter: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"model_args make a network of far more tensors than the {tensors} in {WEIGHTS}")
+
+    handle = nn.modules.module.register_module_parameter_registration_hook(count)
     try:
-        check_grey_range(values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return values
+        yield
+    finally:
+        handle.remove()
 
 
-def _shapes_of(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file as its header describes them, without their content."""
-    if path.exists() and not path.is_file():  # opening a pipe waits for what never comes
-        raise ValueError(f"{path} is no file")
+def check_patches(model: nn.Module) -> None:
+    """Raise a ``ValueError`` for patches so large that a map, padded to one of them, would fill the memory."""
+    for name, module in model.named_modules():
+        side = getattr(module, "patch_size", None)
+        if isinstance(side, int) and side**2 > MOST_PATCH_PIXELS:
+            raise ValueError(f"the patches of {name} have {side} x {side} pixels, more than {MOST_PATCH_PIXELS}")
+
+
+def _shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors, from its header alone.
+
+    Raises:
+        ValueError: if it is broken, or a tensor is of numbers that no network is made of.
+    """
+    if path.exists():  # opening a pipe waits for what never comes
+        check_regular(path)
     with path.open("rb"):  # safetensors reports a file that may not be read as one that does not exist
         pass
+    shapes = {}
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys()  # it is no mapping
-            shapes = {name: file.get_slice(name).get_shape() for name in names}
+            for name in file.keys():  # noqa: SIM118, it is no mapping
+                tensor = file.get_slice(name)
+                if tensor.get_dtype() not in _DTYPES:
+                    raise ValueError(f"{path}: tensor {excerpt(name)} is of type {tensor.get_dtype()}; save it as F32")
+                shapes[name] = tuple(tensor.get_shape())
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or a broken one: {error}") from error
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return shapes
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -265,6 +327,11 @@ def check_tensors(found: Mapping[str, Tensor], model: nn.Module, misfit: str, wa
         misfit: how the error begins, such as "FILE does not fit".
         way_out: how it ends: what the user can do.
     """
+    check_shapes({name: tuple(tensor.shape) for name, tensor in found.items()}, model, misfit, way_out)
+
+
+def check_shapes(found: Mapping[str, Sequence[int]], model: nn.Module, misfit: str, way_out: str) -> None:
+    """`check_tensors` of the tensors' shapes alone."""
     expected = model.state_dict()
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
@@ -273,6 +340,6 @@ def check_tensors(found: Mapping[str, Tensor], model: nn.Module, misfit: str, wa
             raise MisfitError(f"{misfit}: tensor {name} is missing; {way_out}")
         if name not in expected:
             raise MisfitError(f"{misfit}: tensor {name} is not part of the network; {way_out}")
-        shape, wanted = tuple(found[name].shape), tuple(expected[name].shape)
+        shape, wanted = tuple(found[name]), tuple(expected[name].shape)
         if shape != wanted:
             raise MisfitError(f"{misfit}: tensor {name} has shape {shape}, expected {wanted}; {way_out}")

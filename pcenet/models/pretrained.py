@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pcenet.models.limits import check_preprocessing
+
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
@@ -53,7 +55,7 @@ def list_bundled() -> str:
 
 
 def record_of(tag: str, folder: Path) -> dict[str, Any]:
-    """timm's record of a model folder: its weights, classes and preprocessing.
+    """timm's record of a model folder: its weights, classes and preprocessing; of masks, their values.
 
     Args:
         tag: timm's name of the weights.
@@ -61,8 +63,10 @@ def record_of(tag: str, folder: Path) -> dict[str, Any]:
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     names = config.get("label_names")
+    masks = {key: config[key] for key in ("mask_values", "ignored_values") if key in config}
     return {
         **preprocessing_of(config),
+        **masks,
         "tag": tag,
         "file": str(folder / WEIGHTS),
         "num_classes": config["num_classes"],
@@ -71,8 +75,9 @@ def record_of(tag: str, folder: Path) -> dict[str, Any]:
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The preprocessing that a ``config.json`` names, with tuples where JSON has lists."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()}
+    """The preprocessing that a ``config.json`` names, and nothing else of its ``pretrained_cfg``: what timm would load
+    from there (``url``, ``file``) is for its owner to say. See `check_preprocessing`."""
+    return check_preprocessing(config["pretrained_cfg"])
 
 
 def class_names_of(record: Mapping[str, Any], num_classes: int) -> list[str] | None:

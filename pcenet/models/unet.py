@@ -199,6 +199,8 @@ def _create(
         # timm's own rules on another number of classes and of channels.
         load_pretrained(model, record, num_classes=model.num_classes, in_chans=model.model_args["in_chans"])
         model.class_names = class_names_of(record, model.num_classes)
+        if model.class_names is not None:
+            model.mask_values, model.ignored_values = record.get("mask_values"), record.get("ignored_values")
     return model
 
 

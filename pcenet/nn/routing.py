@@ -114,8 +114,11 @@ def expert_load(choice: Tensor, num_experts: int, kept: Tensor | None = None) ->
 
 
 def expert_capacity(capacity_factor: float, num_patches: int, num_experts: int, top_k: int = 1) -> int:
-    """``ceil(capacity_factor * N * k / E)`` (design, section 1): the choices that one expert serves at most."""
-    return math.ceil(capacity_factor * num_patches * top_k / num_experts)
+    """``ceil(capacity_factor * N * k / E)`` (design, section 1): the choices that one expert serves at most.
+
+    A factor above E drops nothing more than E does, and counts as E: no number is too large.
+    """
+    return math.ceil(min(capacity_factor, num_experts) * num_patches * top_k / num_experts)
 
 
 def select_within_capacity(choice: Tensor, gate: Tensor, capacity: int, priority: Priority = "gate") -> Tensor:

@@ -35,7 +35,9 @@ class Classification(Kind):
 
     task = ClassificationTask
 
-    def open(self, config: TrainConfig | EvalConfig, name: str, split: data.Split) -> data.ImageSource:
+    def open(
+        self, config: TrainConfig | EvalConfig, name: str, split: data.Split, trained: SavableModel | None = None
+    ) -> data.ImageSource:
         """One split of a labelled data set."""
         return data.open_source(name, split, grey_range=config.grey_range)
 

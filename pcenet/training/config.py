@@ -555,6 +555,9 @@ class PredictConfig:
     routing: Annotated[
         bool, Option("Write the expert of each patch, per layer, to predictions.json as rows of columns.")
     ] = False
+    trust_code: Annotated[
+        bool, Option("Run FILE.pt2, which is a program and can do whatever you can: only from people you trust.")
+    ] = False
     batch_size: Annotated[int | None, Option("Images per step; null: 256, or 8 to segment.", at_least=1)] = None
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"

@@ -13,6 +13,7 @@ import pcenet.data as data
 from pcenet.choices import Task
 from pcenet.data.names import bare, nearly, one_form
 from pcenet.models import SavableModel, load_model
+from pcenet.models.limits import MOST_PIXELS
 from pcenet.models.pretrained import bundled_folder, or_bundled
 from pcenet.texts import say
 from pcenet.training.config import EvalConfig
@@ -20,6 +21,7 @@ from pcenet.training.device import resolve_device, resolve_precision, resolve_wo
 from pcenet.training.folder import RunFolder
 from pcenet.training.health import complaint
 from pcenet.training.kinds import Kind, kind_of
+from pcenet.training.measures import image_size
 from pcenet.training.records import read_record
 from pcenet.training.schemas import TEXT
 from pcenet.writing import write_json
@@ -27,6 +29,12 @@ from pcenet.writing import write_json
 log = logging.getLogger(__name__)
 
 EVAL_BATCH_SIZE: dict[Task, int] = {"classify": 256, "segment": 8}
+
+
+def eval_batch_size(model: Any) -> int:
+    """Images of a step: as usual for the task, and fewer where they are large."""
+    height, width = image_size(model)
+    return max(1, min(EVAL_BATCH_SIZE[model.task], MOST_PIXELS // (height * width)))
 
 
 def check_classes(expected: Sequence[str], found: Sequence[str], expected_by: str, found_in: str) -> None:
@@ -70,7 +78,7 @@ def evaluate(config: EvalConfig) -> Any:
     for note in source.notes:
         log.warning("%s: %s", trained.data, note.text)
     workers = resolve_workers(config.workers, device)
-    batch_size = config.batch_size or EVAL_BATCH_SIZE[model.task]
+    batch_size = config.batch_size or eval_batch_size(model)
     batches = kind.eval_loader(model, source, batch_size=batch_size, workers=workers)
     with data.naming_dead_workers():
         result = kind.evaluate(model, batches, source.classes, device=device, precision=precision)
@@ -123,18 +131,46 @@ def open_trained(config: EvalConfig) -> Trained:
         raise ValueError(f"{model_folder}: config.json names no classes (label_names)")
     model.grey_range = config.grey_range or model.grey_range
     kind = kind_of(model.task)
-    options = replace(masks_as_trained(config, run), grey_range=model.grey_range)
-    source = kind.open(options, name, config.split)
-    check_classes(model.class_names, source.classes, str(model_folder), source.name)
+    source = open_data(config, name, model, run)
+    check_against_network(model, source, config.run)
     return Trained(model, model_folder, run, kind, source, name)
 
 
-def masks_as_trained(config: EvalConfig, run: RunFolder | None) -> EvalConfig:
-    """The options with ``classes`` and ``ignore_index`` of the run where none are given."""
-    if run is None or config.classes is not None or config.ignore_index is not None:
-        return config
-    trained = run.read_config()
-    return replace(config, classes=trained.classes, ignore_index=trained.ignore_index)
+def open_data(config: EvalConfig, name: str, model: SavableModel, run: RunFolder | None) -> Any:
+    """One split of the data set ``name`` for a trained network.
+
+    Mask values have the names that ``config`` gives them, else those of the data's own file, else those that the
+    network knows. A network that was saved before networks knew takes the options of its run. Deep grey images have the
+    network's range.
+    """
+    config = replace(config, grey_range=model.grey_range)
+    given = config.classes is not None or config.ignore_index is not None
+    if model.task == "segment" and model.mask_values is None and run is not None and not given:
+        trained = run.read_config()
+        config = replace(config, classes=trained.classes, ignore_index=trained.ignore_index)
+    return kind_of(model.task).open(config, name, config.split, model)
+
+
+def check_against_network(model: SavableModel, source: Any, name: str) -> None:
+    """Raise a ``ValueError`` that names the difference unless a source has the classes that a network knows.
+
+    Args:
+        model: the network; one that knows no names takes any.
+        source: the images.
+        name: what the user called the network.
+    """
+    if model.class_names is None:
+        return
+    way_out = "name the class folders as the network does, or choose another network"
+    if model.task == "segment":
+        way_out = (
+            "give the network's names with --classes, in the order of these masks' values from 0 on, and with "
+            "--ignore-index the value that does not count"
+        )
+    try:
+        check_classes(model.class_names, source.classes, name, source.name)
+    except ValueError as error:
+        raise ValueError(f"{error}; {way_out}") from error
 
 
 def result_path(folder: Path, data_name: str, source: str, split: data.Split) -> Path:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from pcenet.choices import Split, Task
 from pcenet.models import SavableModel
+from pcenet.models.limits import check_class_names
 from pcenet.training.config import EvalConfig, Precision, TrainConfig
 from pcenet.training.task import TrainingTask
 
@@ -26,8 +27,15 @@ class Kind(ABC):
     task: ClassVar[type[TrainingTask]]
 
     @abstractmethod
-    def open(self, config: TrainConfig | EvalConfig, name: str, split: Split) -> Any:
-        """One split of the data set ``name``, with ``name``, ``classes`` and a length."""
+    def open(
+        self, config: TrainConfig | EvalConfig, name: str, split: Split, trained: SavableModel | None = None
+    ) -> Any:
+        """One split of the data set ``name``, with ``name``, ``classes`` and a length; what the data do not say of
+        their classes a trained network does."""
+
+    def name_classes(self, model: SavableModel, source: Any) -> None:
+        """Let a network know the classes of the data that it is trained on."""
+        model.class_names = check_class_names(list(source.classes), len(source.classes))
 
     @abstractmethod
     def train_loader(

@@ -77,8 +77,19 @@ def image_side(model: nn.Module) -> int:
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
-    """Input size, mean and standard deviation that a timm model's ``pretrained_cfg`` asks for."""
+    """Input size, mean and standard deviation that a timm model's ``pretrained_cfg`` asks for.
+
+    Raises:
+        ValueError: if it takes other images than those of three channels, which all images are read as.
+    """
     resolved: dict[str, Any] = timm.data.resolve_model_data_config(model)
+    found = {"in_chans": getattr(model, "model_args", {}).get("in_chans", 3)}
+    found |= {name: len(resolved[name]) for name in ("mean", "std")}
+    for name, channels in found.items():
+        if channels != 3 and (name == "in_chans" or channels != 1):
+            raise ValueError(
+                f"{name} of the network is for {channels} channels; images are read as RGB, which has three"
+            )
     return resolved
 
 

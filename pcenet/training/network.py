@@ -22,7 +22,8 @@ from pcenet.models import (
     split_name,
     task_of,
 )
-from pcenet.models.hub import check_tensors, read_weights
+from pcenet.models.hub import check_patches, check_tensors, read_weights
+from pcenet.models.limits import check_image_shape
 from pcenet.models.pretrained import WEIGHTS
 from pcenet.training.config import TrainConfig
 from pcenet.training.evaluate import find_model
@@ -84,6 +85,8 @@ def build_model(config: TrainConfig, num_classes: int, start: bool = True) -> Sa
         FileNotFoundError: if there are no weights where ``config.init`` points.
     """
     overlay = {} if config.size is None else {"input_size": (3, *config.size)}
+    if overlay:
+        check_image_shape(overlay["input_size"])  # as when it will be loaded
     with naming_model_args(config.model_args):
         model = create_network(
             config.model_name,
@@ -94,6 +97,7 @@ def build_model(config: TrainConfig, num_classes: int, start: bool = True) -> Sa
             pretrained_cfg_overlay=overlay,
             **config.model_args,
         )
+        check_patches(model)
     if config.init is not None and start:
         start_from(model, config.init)
     if config.upcycle:

@@ -32,7 +32,9 @@ class Segmentation(Kind):
 
     task = SegmentationTask
 
-    def open(self, config: TrainConfig | EvalConfig, name: str, split: data.Split) -> data.SegmentationSource:
+    def open(
+        self, config: TrainConfig | EvalConfig, name: str, split: data.Split, trained: SavableModel | None = None
+    ) -> data.SegmentationSource:
         """One split of a data set of images and masks."""
         return data.open_segmentation_source(
             name,
@@ -40,7 +42,13 @@ class Segmentation(Kind):
             classes=config.classes,
             ignore_index=config.ignore_index,
             grey_range=config.grey_range,
+            known_classes=known_masks(trained),
         )
+
+    def name_classes(self, model: SavableModel, source: data.SegmentationSource) -> None:
+        """Let a network know the classes of the data that it is trained on, and the values of their masks."""
+        super().name_classes(model, source)
+        model.mask_values, model.ignored_values = list(source.mask_values), list(source.ignored_values)
 
     def train_loader(
         self, model: SavableModel, source: Any, config: TrainConfig, *, workers: int, pin_memory: bool
@@ -142,6 +150,14 @@ class Segmentation(Kind):
     def show(self, result: PixelEvaluation, title: str) -> None:
         """Print an evaluation as tables."""
         show_pixels(result, title)
+
+
+def known_masks(trained: SavableModel | None) -> data.MaskClasses | None:
+    """What a trained network knows of its masks; None where it was saved before networks knew."""
+    if trained is None or trained.class_names is None or trained.mask_values is None:
+        return None
+    ignored = frozenset(trained.ignored_values or ())
+    return data.MaskClasses(tuple(trained.class_names), tuple(trained.mask_values), ignored)
 
 
 def pixel_counts(source: data.SegmentationSource) -> Tensor:

@@ -223,7 +223,9 @@ def test_other_kinds_of_file(exported, tmp_path, arguments, size):
     assert main(["export", str(folder / "model"), *arguments, "--out", str(path)]) == 0
     images = torch.randn(3, 3, *size)
     with torch.no_grad():
-        torch.testing.assert_close(ExportedNet(path)(images), model(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            ExportedNet(path, trust_code=path.suffix == ".pt2")(images), model(images), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.slow

@@ -38,6 +38,8 @@ from pcenet.data.images import decode_image
 from pcenet.inference.batches import read_batches
 from pcenet.inference.inputs import find_inputs
 from pcenet.models import create_network, load_model
+from pcenet.training.config import TrainConfig
+from pcenet.training.network import build_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 ROOM = 400 * 2**20  # bytes of address space that a refusal may take
@@ -82,6 +84,20 @@ def huge(table: dict[str, Any]) -> None:
     table["head.fc.weight"] = {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}
 
 
+def endless(table: dict[str, Any]) -> None:
+    table["head.fc.weight"] = {"dtype": "F32", "shape": [0, 2**62, 2**62, 2**62], "data_offsets": [0, 0]}
+
+
+def odd_numbers(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file(tensors | {"head.fc.bias": tensors["head.fc.bias"].to(torch.complex64)}, folder / WEIGHTS)
+
+
+def prepared(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / CONFIG).read_text())["pretrained_cfg"]
+    config(folder, pretrained_cfg=values | changes)
+
+
 def config(folder: Path, **changes: Any) -> None:
     values = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(values | changes))
@@ -117,8 +133,70 @@ MODELS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "a tensor of 4 TB": (lambda folder, _: header(folder, huge), "no safetensors file"),
     "tensors that overlap": (lambda folder, _: header(folder, overlap), "no safetensors file"),
+    "a tensor of no bytes and endless sides": (lambda folder, _: header(folder, endless), ""),
+    "tensors of complex numbers": (lambda folder, _: odd_numbers(folder), "tensor 'head.fc.bias' is of type C64"),
+    "images of 30,000 x 30,000 px": (
+        lambda folder, _: prepared(folder, input_size=[3, 30000, 30000]),
+        "input_size (3, 30000, 30000) must be three whole numbers, channels, height and width, of 16777216 pixels",
+    ),
+    "images of a billion px a side": (
+        lambda folder, _: prepared(folder, input_size=[3, 10**9, 10**9]),
+        "input_size (3, 1000000000, 1000000000) must be three whole",
+    ),
+    "images of a text": (lambda folder, _: prepared(folder, input_size="32"), "input_size '32' must be three whole"),
+    "a deviation of 0": (lambda folder, _: prepared(folder, std=[0, 0, 0]), "std (0, 0, 0) must be numbers above 0"),
+    "patches of 5,000 x 5,000 px": (
+        lambda folder, _: arguments(folder, patch_sizes=[None, 5000, 1]),
+        "have 5000 x 5000 pixels, more than 1048576",
+    ),
+    "a capacity of 1e300": (
+        lambda folder, _: arguments(folder, eval_capacity_factor=1e300),
+        "eval_capacity_factor 1e+300 must be a number up to 4294967296",
+    ),
+    "a capacity that is no number": (
+        lambda folder, _: arguments(folder, eval_capacity_factor=float("nan")),
+        "NaN is no number of JSON",
+    ),
+    "another device": (lambda folder, _: arguments(folder, device="meta"), "device cannot be chosen by a file"),
+    "another type of numbers": (lambda folder, _: arguments(folder, dtype="int8"), "dtype cannot be chosen by a file"),
+    "weights from elsewhere": (
+        lambda folder, sentinel: (
+            config(folder, architecture="timm:resnet18"),
+            arguments(folder, pretrained=True, checkpoint_path=str(sentinel)),
+        ),
+        "checkpoint_path, pretrained cannot be chosen by a file",
+    ),
+    "a million blocks of timm's": (
+        lambda folder, _: config(folder, architecture="timm:resnet18", model_args={"layers": [10**6] * 4}),
+        "make a network of far more tensors than the",
+    ),
+    "a class name of 5 MB": (
+        lambda folder, _: config(folder, label_names=["a", "b" * 5_000_000]),
+        "label_names has a text of 5000000 characters",
+    ),
+    "one name for two classes": (
+        lambda folder, _: config(folder, label_names=["a", "a"]),
+        "label_names: 'a' stands for the classes 0 and 1; give each its own",
+    ),
+    "a class name that is no text": (
+        lambda folder, _: config(folder, label_names=["a", None]),
+        "label_names must be 2 names",
+    ),
+    "a billion classes": (lambda folder, _: config(folder, num_classes=10**9), "num_classes 1000000000 must be"),
+    "images of no channel": (lambda folder, _: arguments(folder, in_chans=0), "in_chans=0 must be a whole number"),
+    "mask values that are texts": (
+        lambda folder, _: config(folder, mask_values=["0", "1"], ignored_values=[]),
+        "mask_values must be whole numbers from 0 to 65535, got ['0', '1']",
+    ),
+    "a mask value that counts and does not": (
+        lambda folder, _: config(folder, mask_values=[0, 1], ignored_values=[1]),
+        "no number may stand twice in mask_values and ignored_values",
+    ),
     "a missing tensor": (lambda folder, _: without(folder), "tensor head.fc.bias is missing"),
-    "a billion experts": (lambda folder, _: arguments(folder, num_experts=10**9), "expected (1000000000, "),
+    "a billion experts": (
+        lambda folder, _: arguments(folder, num_experts=10**9),
+        "num_experts 1000000000 must be a number up to",
+    ),
     "layers of 10 GB": (lambda folder, _: arguments(folder, widths=[8, 8, 30000]), "expected (2, 30000"),
     "a million blocks": (lambda folder, _: arguments(folder, depths=[10**6, 1, 1]), "make more blocks than there are"),
     "a class path as the network": (
@@ -132,6 +210,14 @@ MODELS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "a file of timm's as the network": (
         lambda folder, _: config(folder, architecture="local-dir:/tmp"),
         "no configuration of a PCE network",
+    ),
+    "a folder by way of timm as the network": (
+        lambda folder, _: config(folder, architecture="timm:local-dir:/tmp"),
+        "timm has no network 'local-dir:/tmp'",
+    ),
+    "a repository by way of timm as the network": (
+        lambda folder, _: config(folder, architecture="timm:hf-hub:a/b"),
+        "timm has no network 'hf-hub:a/b'",
     ),
     "an argument that names a class": (
         lambda folder, sentinel: arguments(folder, act_layer={"class_path": "os.system", "init_args": str(sentinel)}),
@@ -172,6 +258,48 @@ def test_a_model_from_a_stranger_is_refused(folder: Path, tmp_path: Path, attack
     assert in_a_process(load, log) == 2, log.read_text()
     assert message in log.read_text()
     assert not sentinel.exists()
+
+
+@pytest.mark.faults("model: weights from elsewhere")
+def test_what_timm_would_load_is_not_taken_from_a_file(folder: Path, tmp_path: Path) -> None:
+    elsewhere = {"url": "http://127.0.0.1:9/x", "file": str(tmp_path / "x"), "hf_hub_id": "a/b", "custom_load": True}
+    prepared(folder, **elsewhere)
+    cfg = load_model(folder).pretrained_cfg
+    assert not elsewhere.items() & {(key, value) for key, value in cfg.items() if isinstance(value, str | bool)}
+
+
+@pytest.mark.faults("model: images of another number of channels")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"in_chans": 4, "num_classes": 2}, "in_chans of the network is for 4 channels"),
+        ({"num_classes": 0}, "has no classifier (num_classes is 0)"),
+    ],
+)
+def test_networks_that_go_with_no_image_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: dict[str, Any], message: str
+) -> None:
+    torch.manual_seed(0)
+    model = create_network("pce_nano", widths=[8, 8, 8], num_experts=2, **arguments)
+    model.save_pretrained(tmp_path / "model")
+    two_colours().save(tmp_path / "a.png")
+    assert main(["predict", str(tmp_path / "model"), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.faults("model: images of 30,000 x 30,000 px")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_size": 5000}, "three whole numbers, channels, height and width, of 16777216 pixels"),
+        ({"model_args": {"patch_sizes": [None, 5000, 1]}}, "have 5000 x 5000 pixels"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_trained(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(TrainConfig(model="pce_nano", **changes), 2)
 
 
 @pytest.mark.faults("model: a pickle for weights")

@@ -190,7 +190,7 @@ def test_networks_that_could_not_be_loaded_are_not_saved(model, folder):
         ({"model_args": {"widths": "abc"}}, "is no configuration of a PCE network"),
         ({"model_args": {"patch_sizes": [2, 4, 1]}}, "patch must shrink strictly"),
         ({"model_args": 3}, "is no configuration of a PCE network"),
-        ({"pretrained_cfg": {"colour": 1}}, "is no configuration of a PCE network"),
+        ({"pretrained_cfg": {"mean": "grey"}}, "is no configuration of a PCE network"),
         ({"pretrained_cfg": None}, "is no configuration of a PCE network"),
         ({"num_classes": "many"}, "is no configuration of a PCE network"),
     ],
@@ -200,6 +200,13 @@ def test_a_wrong_configuration_is_a_value_error(folder, change, message):
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
         load_model(folder)
+
+
+def test_a_configuration_that_is_nested_too_deeply_is_a_value_error(folder):
+    (folder / "config.json").write_text("[" * 10**5)
+    for load in (load_model, PCENet.from_pretrained):
+        with pytest.raises(ValueError, match="nested"):
+            load(folder)
 
 
 def test_an_override_that_the_weights_do_not_fit_is_named(folder):

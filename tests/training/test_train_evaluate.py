@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pcenet.data import IMAGENET_STD, eval_transform, open_source
+from pcenet.models import create_network
 from pcenet.nn import PCELayer
 from pcenet.training.classify import eval_transform_of, evaluate_model, model_loader
-from pcenet.training.evaluate import check_classes, result_path
+from pcenet.training.evaluate import check_classes, eval_batch_size, result_path
 
 CPU = torch.device("cpu")
 
@@ -150,3 +151,13 @@ def test_another_preparation_is_refused(overlay: dict[str, Any], message: str) -
     model = timm.create_model("pce_nano", pretrained_cfg_overlay=overlay)
     with pytest.raises(ValueError, match=message):
         model_loader(model, open_source("digits", "val"), batch_size=8, workers=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "images"),
+    [("dense_nano", 32, 256), ("dense_nano", 512, 64), ("dense_nano", 4096, 1), ("dense_unet_nano", 1024, 8)],
+)
+def test_a_step_has_no_more_images_than_fit_the_budget(name: str, side: int, images: int) -> None:
+    """4096 x 4096 pixels, as one image of that size has, are 64 of 512 x 512 and 16 of 1024 x 1024."""
+    model = create_network(name, pretrained_cfg_overlay={"input_size": (3, side, side)})
+    assert eval_batch_size(model) == images
