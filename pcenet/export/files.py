@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcenet.choices import GreyRange, Task
+from pcenet.choices import GreyRange, Task, check_grey_range
 from pcenet.models.limits import (
     LARGEST_COUNT,
     MOST_PIXELS,

@@ -24,7 +24,7 @@ from pcenet.models import SavableModel, load_model
 from pcenet.texts import one_line, say
 from pcenet.training.config import PredictConfig
 from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
-from pcenet.training.evaluate import find_model
+from pcenet.training.evaluate import eval_batch_size, find_model
 from pcenet.training.tables import console
 from pcenet.writing import filling
 

@@ -60,11 +60,11 @@ def update_expert_bias(
         for batch in batches if routers else ():
             with record_routing(model) as records:
                 model(batch if isinstance(batch, Tensor) else batch[0])
-            for name, routings in records.items():
-                if (router := routers.get(name)) is None or router.expert_bias is None:
-                    continue
-                seen[name] += [routing.logits - router.expert_bias for routing in routings]
-                router.expert_bias.copy_(balancing_bias(torch.cat(seen[name]), router.top_k))
+            for name in routers.keys() & records.keys():
+                bias, top_k = routers[name].expert_bias, routers[name].top_k
+                assert bias is not None
+                seen[name] += [routing.logits - bias for routing in records[name]]
+                bias.copy_(balancing_bias(torch.cat(seen[name]), top_k))
     finally:
         for module, training in modes:
             module.training = training
