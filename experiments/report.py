@@ -4,8 +4,9 @@
 
 A line ``<!-- trials NAME -->`` becomes the table of ``results/trials/NAME.json``, ``<!-- comparison NAME -->`` the
 tables that `pcenet compare` made of the runs of ``NAME.yaml`` under ``results/NAME``, ``<!-- routers NAME -->`` the
-router health that `pcenet eval` left in ``results/evaluation/NAME.json``, and ``<!-- probes NAME -->`` the table of
-what ``probe_scenes.py`` left in ``results/NAME.json``, of one pair of runs.
+router health that `pcenet eval` left in ``results/evaluation/NAME.json``, ``<!-- biases NAME -->`` the table of what
+``evaluation_bias.py`` left in ``results/NAME.json``, and ``<!-- probes NAME -->`` the table of what
+``probe_scenes.py`` left there, of one pair of runs.
 """
 
 from __future__ import annotations
@@ -81,6 +82,21 @@ def routers_table(name: str) -> str:
     return markdown(["layer", "load of each expert", "entropy", "max/min load", "dead experts"], rows)
 
 
+def biases_table(name: str) -> str:
+    """A row per network and form of its biases at evaluation, as ``evaluation_bias.py`` measured them."""
+    from pcenet.training.health import ratio_in_words
+
+    rows = []
+    for found in json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8")):
+        score = next(name for name in SCORES if name in found["val"])
+        ratios = ", ".join(ratio_in_words(health) for health in found["router"].values())
+        form = "as saved" if found["centring"] is None else f"found anew, {found['centring']:g} of the image's mean"
+        rows.append(
+            [f"`{found['network']}`", form, ratios, f"{found['val'][score]:.2%}", f"{found['val']['loss']:.3f}"]
+        )
+    return markdown(["network", "biases", "max/min load of each layer", "score on val", "loss"], rows)
+
+
 def comparison_tables(name: str) -> str:
     """The tables of `pcenet compare`, from the ``comparison.json`` that it left."""
     from pcenet.compare.tables import sheets
@@ -124,6 +140,7 @@ TABLES = {
     "trials": trials_table,
     "comparison": comparison_tables,
     "routers": routers_table,
+    "biases": biases_table,
     "probes": probes_table,
 }
 
