@@ -245,6 +245,8 @@ def check_tensors(found: Mapping[str, Tensor], model: nn.Module, misfit: str, wa
     expected = model.state_dict()
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
+            if name.rpartition(".")[2] == "num_batches_tracked":
+                continue  # loading begins to count
             raise MisfitError(f"{misfit}: tensor {name} is missing; {way_out}")
         if name not in expected:
             raise MisfitError(f"{misfit}: tensor {name} is not part of the network; {way_out}")

@@ -22,13 +22,13 @@ def run_static(x: Tensor, routing: Routing, experts: ConvExperts, first: PlainKe
     size = (x.shape[2], x.shape[3])
     slots = _Slots(x, routing, first.side)
     hidden = slots.convolve(slots.take(x, first), first)
-    hidden = experts.activate(experts.norm1.forward_slots(hidden, slots.expert, slots.real))
+    hidden = experts.activate(experts.norm1(hidden, slots.expert, slots.real))
     if second.margin:
         hidden_map = merge_patches(slots.put(hidden), routing.grid, size)
         windows = slots.take(hidden_map, second)
     else:
         windows = hidden.permute(0, 2, 3, 1).flatten(1, 2)
-    out = experts.norm2.forward_slots(slots.convolve(windows, second), slots.expert, slots.real)
+    out = experts.norm2(slots.convolve(windows, second), slots.expert, slots.real)
     return merge_patches(slots.put_weighted(out), routing.grid, size)
 
 

@@ -12,6 +12,7 @@ from pcenet.export.convolving import TileConv
 from pcenet.export.evaluation import evaluation_form, fold_batch_norms
 from pcenet.models import create_network
 from pcenet.nn import PCEConv2d, PCELayer
+from pcenet.nn.conv import leaders_of
 from pcenet.upcycling import upcycle
 
 
@@ -79,7 +80,7 @@ def test_an_upcycled_network_is_the_same_and_followers_follow(same_shape):
         for module in model.modules():
             if isinstance(module, PCEConv2d):
                 module.kernels.difference.copy_(0.05 * torch.randn_like(module.kernels.difference))
-    assert any(module.followers for module in model.modules() if isinstance(module, PCEConv2d))
+    assert leaders_of(model)
     form = evaluation_form(model, images, same_shape=same_shape)
     with torch.no_grad():
         torch.testing.assert_close(form(images), model(images), rtol=1e-5, atol=1e-5)
