@@ -265,7 +265,8 @@ class Router(nn.Module):
             perceptron puts out whatever T is.
 
     Attributes:
-        expert_bias: ``[E]``, the running mean of the bias, a buffer; None without balancing.
+        expert_bias: ``[E]``, the running mean of the bias, a buffer; None without balancing. A training step leaves that
+            of a router whose parameters are all frozen.
         temperature: as above; a training loop may change it between forward passes.
         synchronised: whether the bias is that of the batches of all processes that train together; see
             `pcenet.nn.synchronise`.
@@ -367,15 +368,21 @@ class Router(nn.Module):
         if not self.training:
             return logits + self.expert_bias.to(logits.dtype)
         bias = balancing_bias(gather_rows(logits) if self.synchronised else logits.detach(), self.top_k)
-        check_follows(self.expert_bias, bias, "a router's expert_bias", "call eval() on the router, or on the network")
-        with torch.no_grad():
-            self.expert_bias.lerp_(bias.to(self.expert_bias.dtype), BIAS_MOMENTUM)
+        if self._follows_batch():
+            check_follows(self.expert_bias, bias, "a router's expert_bias", "call eval() on the network or its routers")
+            with torch.no_grad():
+                self.expert_bias.lerp_(bias.to(self.expert_bias.dtype), BIAS_MOMENTUM)
         # The task raises whatever was chosen. What it raises for all patches alike the bias would lower again, and both
         # would grow for ever: a batch's mean has no gradient.
         mean = logits.mean(dim=0)
         if self.synchronised:
             mean = sum_over_processes(mean) / process_count()
         return logits - (mean - mean.detach()) + bias
+
+    def _follows_batch(self) -> bool:
+        """Whether the running bias moves in training: not that of a frozen router in a step, whose weights stay, too. A
+        pass without gradients may renew it, as `torch.optim.swa_utils.update_bn` renews statistics."""
+        return not torch.is_grad_enabled() or any(parameter.requires_grad for parameter in self.parameters())
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of the module\'s settings."""

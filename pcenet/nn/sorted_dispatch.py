@@ -261,15 +261,17 @@ class _TakeTurns(torch.autograd.Function):
         out, ctx.graphs, saved = rows, [], _Saved()
         collected = saved.collect()
         for share, reads, parts in zip(turns.shares, job.reads, job.parts(tensors), strict=True):
+            leaves = [part.detach() for part in parts]
             if job.tracked:
-                leaves = [part.detach().requires_grad_(n) for part, n in zip(parts, needed, strict=True)]
+                for leaf, need in zip(leaves, needed, strict=True):
+                    leaf.requires_grad_(need)
                 with torch.enable_grad(), collected:
                     hidden = _ConvolveMap.apply(source.anchor, leaves[0], source, job.kernel, reads)
                     patches = job.body(hidden, share, *leaves[1:])
                 ctx.graphs.append((leaves, get_gradient_edge(patches)))
             else:
-                hidden = job.kernel.apply(source.take(reads), parts[0])
-                patches = job.body(hidden, share, *parts[1:])
+                hidden = job.kernel.apply(source.take(reads), leaves[0])
+                patches = job.body(hidden, share, *leaves[1:])
             if out is rows:
                 # Cells beyond the map are written behind its rows.
                 out = _blank(patches, (len(rows) + turns.padded_map, patches.shape[1]), turns.complete)
@@ -286,8 +288,10 @@ class _TakeTurns(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         with torch.no_grad():
             found = _TakeTurns._gradients(ctx, grad)
-        # Grad mode says that somebody may want gradients of these.
-        return tuple(_Last.apply(g) for g in found) if torch.is_grad_enabled() else found
+        if not torch.is_grad_enabled():
+            return found
+        # Somebody may want gradients of these.
+        return tuple(None if g is None else _Last.apply(g.requires_grad_()) for g in found)
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -324,11 +328,11 @@ class _Last(torch.autograd.Function):
     """The identity for a gradient of which there is none."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor | None) -> Tensor | None:
-        return None if grad is None else grad.detach()
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         raise RuntimeError("dispatch='sorted' has no gradients of gradients: give the PCE layers dispatch='static'")
 
 
