@@ -59,7 +59,7 @@ def double_conv(
 
 
 class _StackedConv(nn.Module):
-    """Convolutions whose weights have a leading axis E. What runs them calls the module, once in a pass, for the kernels.
+    """Convolutions whose weights have a leading axis E; whoever runs them calls the module once in a pass for kernels.
 
     `.to(memory_format=torch.channels_last)` is refused by a tensor of five axes; experts and output channels taken
     together are an ordinary convolution's weight, and every slice gets the format that it would have alone.
@@ -335,8 +335,8 @@ def make_norm(kind: Norm, num_experts: int, channels: int) -> StackedBatchNorm |
 
 
 def takes_turns(norm: nn.Module) -> bool:
-    """Whether a normalisation may be called expert by expert, with slices of parameters that are read before: not where
-    it needs all slots at once, nor where a call computes its parameters (pruning, hooks) or it is wrapped by another."""
+    """Whether a normalisation may be called expert by expert, with slices of parameters that are read before: not one
+    that needs all slots at once, whose parameters are computed (pruning, hooks) or that another module wraps."""
     return (
         isinstance(norm, StackedNorm)
         and {"weight", "bias"} <= norm._parameters.keys()
@@ -454,8 +454,8 @@ class ConvExperts(nn.Module):
             return old
         if isinstance(old, _StackedConv | StackedNorm):
             raise ValueError(
-                f"{name} is a {type(old).__name__} of {self.num_experts} experts, and no {type(new).__name__} can stand "
-                "for it: put one of its kind there, or a module that wraps it; to freeze it, call eval() and "
+                f"{name} is a {type(old).__name__} of {self.num_experts} experts, and no {type(new).__name__} can take "
+                "its place: put one of its kind there, or a module that wraps it; to freeze it, call eval() and "
                 "requires_grad_(False) on it"
             )
         return new
@@ -482,8 +482,8 @@ class ConvExperts(nn.Module):
         """Take the weights and statistics of a block laid out as `to_sequential` makes it into one expert.
 
         Raises:
-            ValueError: if there is no such expert, or a tensor of the block is missing or has another shape; for experts
-                that have been pruned or parametrised.
+            ValueError: if there is no such expert, or a tensor of the block is missing or has another shape; for
+                experts that have been pruned or parametrised.
         """
         self._check_expert(expert)
         ours, theirs = self._tensors_of(expert), block.state_dict()

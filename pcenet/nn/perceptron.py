@@ -31,8 +31,8 @@ class HiddenLayer(nn.Module):
         out_channels: width of the layer.
         patch_size: S.
         num_bands: K, bands of the position features.
-        gate_input: ``"pixels"``: the layer is applied to every enriched pixel and averaged over the patch's real pixels;
-            ``"flat"``: to the whole enriched patch, flattened.
+        gate_input: ``"pixels"``: the layer is applied to every enriched pixel and averaged over the patch's real
+            pixels; ``"flat"``: to the whole enriched patch, flattened.
 
     Attributes:
         weight: ``[hidden, C + 8K, k, k]``, k = 1 or, for a flat patch, S.
@@ -68,7 +68,9 @@ class HiddenLayer(nn.Module):
         compute = self._from_pixels if self.gate_input == "pixels" else self._from_flat
         return compute(x, content, position, bias, grid_of(x, self.patch_size))
 
-    def _from_pixels(self, x: Tensor, content_weight: Tensor, position_weight: Tensor, bias: Tensor, grid: Grid) -> Tensor:
+    def _from_pixels(
+        self, x: Tensor, content_weight: Tensor, position_weight: Tensor, bias: Tensor, grid: Grid
+    ) -> Tensor:
         height, width = x.shape[2:]
         # Position is a sum of a term of the row and one of the column, so a line of features per axis is enough.
         by_axis = position_weight[:, :, 0, 0].unflatten(1, (2, 2, 2 * self.num_bands))
@@ -86,7 +88,9 @@ class HiddenLayer(nn.Module):
         hidden: Tensor = _GeluPool.apply(pre_activation, self.patch_size)
         return hidden
 
-    def _from_flat(self, x: Tensor, content_weight: Tensor, position_weight: Tensor, bias: Tensor, grid: Grid) -> Tensor:
+    def _from_flat(
+        self, x: Tensor, content_weight: Tensor, position_weight: Tensor, bias: Tensor, grid: Grid
+    ) -> Tensor:
         hidden = _project_patches(x, content_weight, bias, self.patch_size)
         if self.num_bands:
             positions = position_map(

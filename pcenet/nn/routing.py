@@ -109,7 +109,7 @@ def expert_load(choice: Tensor, num_experts: int, kept: Tensor | None = None) ->
         kept: ``[N, k]`` bool; where given, only these choices are counted.
     """
     ones = torch.ones_like(choice) if kept is None else kept.to(choice.dtype)
-    return ones.new_zeros(num_experts).scatter_add_(0, choice.flatten(), ones.flatten())
+    return ones.new_zeros(num_experts).scatter_add(0, choice.flatten(), ones.flatten())
 
 
 def expert_capacity(capacity_factor: float, num_patches: int, num_experts: int, top_k: int = 1) -> int:
@@ -139,7 +139,7 @@ def select_within_capacity(choice: Tensor, gate: Tensor, capacity: int, priority
     sorted_choice = flat[order]
     first_of_expert = torch.searchsorted(sorted_choice, sorted_choice)
     rank = torch.arange(flat.numel(), device=flat.device) - first_of_expert
-    return torch.empty_like(flat, dtype=torch.bool).scatter_(0, order, rank < capacity).view_as(choice)
+    return torch.zeros_like(flat, dtype=torch.bool).scatter(0, order, rank < capacity).view_as(choice)
 
 
 def gate_weights(chosen_probs: Tensor, gate: Gate) -> Tensor:
@@ -265,8 +265,8 @@ class Router(nn.Module):
             perceptron puts out whatever T is.
 
     Attributes:
-        expert_bias: ``[E]``, the running mean of the bias, a buffer; None without balancing. A training step leaves that
-            of a router whose parameters are all frozen.
+        expert_bias: ``[E]``, the running mean of the bias, a buffer; None without balancing. A training step leaves
+            that of a router whose parameters are all frozen.
         temperature: as above; a training loop may change it between forward passes.
         synchronised: whether the bias is that of the batches of all processes that train together; see
             `pcenet.nn.synchronise`.
@@ -390,4 +390,3 @@ class Router(nn.Module):
             f"patch_size={self.patch_size}, num_experts={self.num_experts}, top_k={self.top_k}, "
             f"gate={self.gate!r}, gate_input={self.gate_input!r}"
         )
-

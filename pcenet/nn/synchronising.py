@@ -32,9 +32,7 @@ def synchronise(model: nn.Module, batch_norm: bool = False) -> nn.Module:
     if batch_norm:
         _check_ordinary(model)
     for module in model.modules():
-        if isinstance(module, Router):
-            module.synchronised = True
-        elif batch_norm and isinstance(module, StackedBatchNorm):
+        if isinstance(module, Router) or (batch_norm and isinstance(module, StackedBatchNorm)):
             module.synchronised = True
     return _convert(model) if batch_norm else model
 

@@ -33,7 +33,7 @@ def check_follows(buffer: Tensor, value: Tensor, name: str, way_out: str) -> Non
 
 
 def check_not_traced(x: object) -> None:
-    """Raise a ``ValueError`` for a pass that is recorded by `torch.jit.trace` or `torch.fx`: they would keep the shapes,
+    """Raise a ``ValueError`` for a pass that is recorded by `torch.jit.trace` or `torch.fx`: they would keep the sizes,
     or the routing, of the one input that they see."""
     if torch.compiler.is_compiling():
         return
@@ -44,6 +44,6 @@ def check_not_traced(x: object) -> None:
         )
     if isinstance(x, torch.fx.Proxy):
         raise ValueError(
-            "torch.fx cannot look into PCE layers, whose routing depends on the data: trace with PCELayer and PCEConv2d "
-            "as leaf modules, or take torch.export.export with dispatch='static'"
+            "torch.fx cannot look into PCE layers, whose routing depends on the data: trace with PCELayer and "
+            "PCEConv2d as leaf modules, or take torch.export.export with dispatch='static'"
         )
