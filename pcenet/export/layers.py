@@ -104,6 +104,8 @@ def _folded(weight: Tensor, norm: StackedBatchNorm | StackedGroupNorm, tile: int
     weight = weight.detach()
     if isinstance(norm, StackedGroupNorm):
         return TileConv(weight, weight.new_zeros(weight.shape[:2]), tile, norm)
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("batch normalisations without running statistics have no evaluation form: renew them first")
     scale = (norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()).detach()
     bias = norm.bias.detach().double() - norm.running_mean.double() * scale
     return TileConv((weight.double() * scale[:, :, None, None, None]).to(weight.dtype), bias.to(weight.dtype), tile)

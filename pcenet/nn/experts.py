@@ -337,11 +337,8 @@ def make_norm(kind: Norm, num_experts: int, channels: int) -> StackedBatchNorm |
 def takes_turns(norm: nn.Module) -> bool:
     """Whether a normalisation may be called expert by expert, with slices of parameters that are read before: not one
     that needs all slots at once, whose parameters are computed (pruning, hooks) or that another module wraps."""
-    return (
-        isinstance(norm, StackedNorm)
-        and {"weight", "bias"} <= norm._parameters.keys()
-        and not (isinstance(norm, StackedBatchNorm) and norm.synchronised)
-    )
+    stacked = isinstance(norm, StackedBatchNorm | StackedGroupNorm)
+    return stacked and {"weight", "bias"} <= norm._parameters.keys() and not getattr(norm, "synchronised", False)
 
 
 def _batch_moments(
@@ -470,9 +467,9 @@ class ConvExperts(nn.Module):
         )
         block.to(first.device, first.dtype).train(self.training)
         for place, norm in ((1, self.norm1), (5, self.norm2)):
-            block[place].eps = norm.eps
-            if isinstance(norm, StackedBatchNorm):
-                block[place].momentum = norm.momentum
+            for setting in ("eps", "momentum"):
+                if hasattr(norm, setting):
+                    setattr(block[place], setting, getattr(norm, setting))
         with torch.no_grad():
             for name, ours in self._tensors_of(expert).items():
                 block.get_submodule(name[0]).state_dict()[name[2:]].copy_(ours)

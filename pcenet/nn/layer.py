@@ -10,7 +10,8 @@ from pcenet.nn.checks import check_at_least, check_choice
 from pcenet.nn.dispatch import Border, Dispatch, check_border, run_experts
 from pcenet.nn.experts import ConvExperts, Norm
 from pcenet.nn.patches import PatchExtractor, check_map
-from pcenet.nn.routing import Balancing, Gate, GateInput, Priority, Router, Routing
+from pcenet.nn.perceptron import GateInput
+from pcenet.nn.routing import Balancing, Gate, Priority, Router, Routing
 
 
 class PCELayer(nn.Module):

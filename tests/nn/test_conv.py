@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from threading import Barrier, Thread
 from typing import Any
 
 import pytest
@@ -177,6 +178,43 @@ def test_a_copied_follower_follows_the_copied_leader() -> None:
     assert torch.equal(twin(x), block(x))
     assert twin.state_dict().keys() == block.state_dict().keys()
     assert not [name for name in block.state_dict() if name.startswith("1.router")]
+
+
+def test_copies_of_parts() -> None:
+    """A leader's copy leads nobody, and a follower's has nobody to follow."""
+    first = PCEConv2d(3, 3, patch_size=2)
+    second = PCEConv2d(3, 3, patch_size=2, router=first)
+    leader, follower = copy.deepcopy(first), copy.deepcopy(second)
+    assert leaders_of(nn.ModuleList([first, second, leader, follower])) == {second: first}
+    x = torch.randn(1, 3, 4, 4)
+    first(x)
+    leader(x)
+    with pytest.raises(ValueError, match="has not run before it in this pass"):
+        follower(x)
+    assert second(x).shape == x.shape
+
+
+def test_threads_that_share_a_network_have_routings_of_their_own() -> None:
+    """Both leaders run before either follower does."""
+    first = make_conv(patch_size=2).eval()
+    second = reference.randomise(PCEConv2d(5, 4, patch_size=2, num_experts=3, router=first).double(), seed=1).eval()
+    maps = [torch.randn(2, 2, 6, 6, dtype=torch.float64), torch.randn(2, 2, 4, 4, dtype=torch.float64)]
+    expected = [second(first(x).relu()) for x in maps]
+    both = Barrier(2)
+    found: dict[int, Tensor] = {}
+
+    def work(index: int) -> None:
+        hidden = first(maps[index]).relu()
+        both.wait()
+        found[index] = second(hidden)
+
+    threads = [Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(2):
+        torch.testing.assert_close(found[index], expected[index], rtol=1e-10, atol=1e-10)
 
 
 def test_auxiliary_loss_and_gate_train_the_router() -> None:
