@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pcenet.export.convolving import TileConv, Tiles, tile_of
 from pcenet.export.routing import Choice, FixedRouter
 from pcenet.nn import PCEConv2d, PCELayer
-from pcenet.nn.experts import StackedBatchNorm, StackedGroupNorm
+from pcenet.nn.experts import StackedBatchNorm, StackedGroupNorm, check_stored
 
 
 class FixedLayer(nn.Module):
@@ -102,6 +102,8 @@ class _Handed:
 def _folded(weight: Tensor, norm: StackedBatchNorm | StackedGroupNorm, tile: int) -> TileConv:
     """Convolutions ``[E, D, C, 3, 3]`` with the normalisation that follows, by its running statistics."""
     weight = weight.detach()
+    check_stored(norm, "weight")
+    check_stored(norm, "bias")
     if isinstance(norm, StackedGroupNorm):
         return TileConv(weight, weight.new_zeros(weight.shape[:2]), tile, norm)
     if norm.running_mean is None or norm.running_var is None:
