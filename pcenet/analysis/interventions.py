@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pcenet.nn import Router, Routing, expert_load, routers_of
+from pcenet.nn.experts import check_stored
 from pcenet.nn.patches import Grid, merge_patches, split_map
 
 Redirect = Callable[[str, Routing], Tensor]
@@ -128,7 +129,10 @@ def shuffled_positions(seed: int = 0) -> Change:
 @contextmanager
 def removed_positions(model: nn.Module) -> Iterator[None]:
     """Within it routers see no position: the weights of their position features are 0."""
-    weights = [router.hidden.weight[:, router.in_channels :] for _, router in routers_of(model)]
+    weights = []
+    for _, router in routers_of(model):
+        check_stored(router.hidden, "weight")
+        weights.append(router.hidden.weight[:, router.in_channels :])
     saved = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         for weight in weights:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcenet.export.routing import Choice
-from pcenet.nn.experts import NORM_EPS, StackedNorm
+from pcenet.nn.experts import StackedGroupNorm
 from pcenet.nn.kernels import winograd_matrices
 
 TILES = (4, 2, 1)
@@ -180,7 +180,7 @@ class TileConv(nn.Module):
         opaque: whether this is one operator, ``pcenet::convolve_tiles``, to an exporter that knows how to write it.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, tile: int, norm: StackedNorm | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, tile: int, norm: StackedGroupNorm | None = None) -> None:
         super().__init__()
         self.tile, self.opaque = tile, False
         self.transforms = nn.ParameterList()
@@ -276,9 +276,9 @@ def _(
 class FixedGroupNorm(nn.Module):
     """Group normalisation patch by patch, over the cells that lie on the map, with the experts' parameters."""
 
-    def __init__(self, norm: StackedNorm) -> None:
+    def __init__(self, norm: StackedGroupNorm) -> None:
         super().__init__()
-        self.groups = norm.groups
+        self.groups, self.eps = norm.num_groups, norm.eps
         self.weight = nn.Parameter(norm.weight.detach().clone(), requires_grad=False)
         self.bias = nn.Parameter(norm.bias.detach().clone(), requires_grad=False)
 
@@ -291,7 +291,7 @@ class FixedGroupNorm(nn.Module):
         count = real.sum((0, 2, 3, 4), keepdim=True) * grouped.shape[4]
         centred = grouped - (grouped * real).sum((0, 2, 4), keepdim=True) / count
         variance = (centred.square() * real).sum((0, 2, 4), keepdim=True) / count
-        normalised = (centred * torch.rsqrt(variance + NORM_EPS)).flatten(3)
+        normalised = (centred * torch.rsqrt(variance + self.eps)).flatten(3)
         owner = tiles.choice.owner
         weight, bias = (each.index_select(0, owner)[:, None] for each in (self.weight, self.bias))
         return torch.cat((out[:, :1], (normalised * weight + bias).flatten(1, 2)), dim=1).flatten(0, 1)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from pcenet.export.layers import FixedConv2d, FixedLayer
 from pcenet.models.blocks import ResidualBlock
 from pcenet.nn import PCEConv2d, PCELayer, record_routing
+from pcenet.nn.conv import leaders_of
 
 _NORMS = (torch.ops.aten.native_batch_norm.default, torch.ops.aten.cudnn_batch_norm.default)
 
@@ -41,9 +42,7 @@ def evaluation_form(model: nn.Module, example: Tensor | None = None, *, same_sha
         raise ValueError("same_shape=True needs an example, whose shape it is")
     form = copy.deepcopy(model).eval().requires_grad_(False)
     convolutions: dict[PCEConv2d, FixedConv2d] = {}
-    leaders = {
-        follower: layer for layer in form.modules() if isinstance(layer, PCEConv2d) for follower in layer.followers
-    }
+    leaders = leaders_of(form)
     patches: defaultdict[str, float] = defaultdict(lambda: math.inf)
     if same_shape and example is not None:
         patches |= _patches_by_expert(form, example)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pcenet.export.convolving import TileConv, Tiles, tile_of
 from pcenet.export.routing import Choice, FixedRouter
 from pcenet.nn import PCEConv2d, PCELayer
-from pcenet.nn.experts import NORM_EPS, StackedNorm
+from pcenet.nn.experts import StackedBatchNorm, StackedGroupNorm, check_stored
 
 
 class FixedLayer(nn.Module):
@@ -32,8 +32,8 @@ class FixedLayer(nn.Module):
         self.name, self.border, self.patch_size = name, layer.border, layer.extractor.patch_size
         self.tile = tile_of(self.patch_size, 3, patches)
         self.router = FixedRouter(layer.router)
-        self.conv1 = _folded(experts.conv1.weight, experts.norm1, self.tile)
-        self.conv2 = _folded(experts.conv2.weight, experts.norm2, self.tile)
+        self.conv1 = _folded(experts.conv1(), experts.norm1, self.tile)
+        self.conv2 = _folded(experts.conv2(), experts.norm2, self.tile)
         self.residual = residual or isinstance(layer.shortcut, nn.Identity)
         self.shortcut = None if isinstance(layer.shortcut, nn.Identity) else layer.shortcut
 
@@ -68,7 +68,7 @@ class FixedConv2d(nn.Module):
     def __init__(self, layer: PCEConv2d, name: str, patches: float, leader: FixedConv2d | None) -> None:
         super().__init__()
         self.name, self.patch_size, self.kernel_size = name, layer.patch_size, layer.kernel_size[0]
-        weight = layer.kernels.weight.detach()
+        weight = layer.kernels().detach()
         bias = weight.new_zeros(weight.shape[:2]) if layer.bias is None else layer.bias
         self.conv = TileConv(weight, bias, tile_of(self.patch_size, self.kernel_size, patches))
         self.router = None if layer.router is None else FixedRouter(layer.router)
@@ -99,11 +99,15 @@ class _Handed:
     choice: Choice | None = None
 
 
-def _folded(weight: Tensor, norm: StackedNorm, tile: int) -> TileConv:
+def _folded(weight: Tensor, norm: StackedBatchNorm | StackedGroupNorm, tile: int) -> TileConv:
     """Convolutions ``[E, D, C, 3, 3]`` with the normalisation that follows, by its running statistics."""
     weight = weight.detach()
-    if norm.kind == "group":
+    check_stored(norm, "weight")
+    check_stored(norm, "bias")
+    if isinstance(norm, StackedGroupNorm):
         return TileConv(weight, weight.new_zeros(weight.shape[:2]), tile, norm)
-    scale = (norm.weight.double() * (norm.running_var.double() + NORM_EPS).rsqrt()).detach()
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("batch normalisations without running statistics have no evaluation form: renew them first")
+    scale = (norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()).detach()
     bias = norm.bias.detach().double() - norm.running_mean.double() * scale
     return TileConv((weight.double() * scale[:, :, None, None, None]).to(weight.dtype), bias.to(weight.dtype), tile)

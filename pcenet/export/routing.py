@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcenet.nn import Grid, Router
+from pcenet.nn.experts import check_stored
 from pcenet.nn.fourier import fourier_features, position_map
 from pcenet.nn.patches import split_map
+from pcenet.nn.perceptron import HiddenLayer
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class FixedRouter(nn.Module):
         bias: ``[E]``, of the logits; whoever raises one expert's sends all patches to it.
 
     Raises:
-        ValueError: for a router that drops patches at evaluation.
+        ValueError: for a router that drops patches at evaluation, or whose layers were pruned, parametrised or wrapped.
     """
 
     def __init__(self, router: Router) -> None:
@@ -66,6 +68,15 @@ class FixedRouter(nn.Module):
                 f"eval_capacity_factor={router.eval_capacity_factor}: a network in evaluation form drops nothing; load "
                 "it with eval_capacity_factor=None"
             )
+        for name, kind in (("hidden", HiddenLayer), ("logits", nn.Linear)):
+            part = getattr(router, name)
+            if not isinstance(part, kind):
+                raise ValueError(
+                    f"a router's {name} layer is a {type(part).__name__}, whose weights an evaluation form cannot take "
+                    f"over: merge it into a {kind.__name__} first"
+                )
+            check_stored(part, "weight")
+            check_stored(part, "bias")
         self.patch_size, self.num_experts, self.top_k = router.patch_size, router.num_experts, router.top_k
         self.gate, self.gate_input, self.num_bands = router.gate, router.gate_input, router.num_bands
         self.temperature = router.temperature

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pcenet.models.stages import Stage
 from pcenet.nn import PCELayer
 from pcenet.nn.checks import check_at_least, is_number
-from pcenet.nn.experts import Norm, StackedNorm, double_conv
+from pcenet.nn.experts import Norm, StackedBatchNorm, StackedGroupNorm, double_conv
 
 # What a network sets itself for each of its layers; everything else of PCELayer is an option of the network. So is the
 # width inside an expert, which stages share as a ratio.
@@ -139,6 +139,6 @@ def stacked_norm_names(model: nn.Module) -> set[str]:
     return {
         f"{module_name}.{name}"
         for module_name, module in model.named_modules()
-        if isinstance(module, StackedNorm)
+        if isinstance(module, StackedBatchNorm | StackedGroupNorm)
         for name, _ in module.named_parameters()
     }

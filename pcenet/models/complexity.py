@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pcenet.nn import PCEConv2d, PCELayer, Router, Routing, routers_of
+from pcenet.nn.conv import leaders_of
 from pcenet.upcycling.survey import run
 
 
@@ -74,11 +75,15 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
 
     inactive = 0
     with ExitStack() as stack:
-        for module in model.modules():
+        counted_apart = {part for _, router in routers_of(model) for part in router.modules()}
+        for module in set(model.modules()) - counted_apart:
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 stack.callback(module.register_forward_hook(count_dense).remove)
+        leaders = leaders_of(model)
         for name, router in routers_of(model):
-            parts = _routed_by(model.get_submodule(name))
+            layer = model.get_submodule(name)
+            assert isinstance(layer, PCELayer | PCEConv2d)
+            parts = [layer, *(follower for follower, leader in leaders.items() if leader is layer)]
             weights = sum(_kernel_weights(part) for part in parts)
             stack.callback(router.register_forward_hook(counter_of(router, weights)).remove)
             stored = [p for part in parts for p in _expert_parameters(part)]
@@ -95,12 +100,6 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
         router_multiply_adds=counts["router"],
         routed_multiply_adds=counts["experts"],
     )
-
-
-def _routed_by(layer: nn.Module) -> tuple[PCELayer | PCEConv2d, ...]:
-    """The layers whose experts a layer's router chooses: itself, and those that follow it."""
-    assert isinstance(layer, PCELayer | PCEConv2d)
-    return (layer, *layer.followers) if isinstance(layer, PCEConv2d) else (layer,)
 
 
 def _expert_parameters(layer: PCELayer | PCEConv2d) -> list[nn.Parameter]:

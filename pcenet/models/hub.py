@@ -310,7 +310,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 # Buffers that a network saved before they existed lacks: their modules fill them in.
-FILLED_IN = ("centring",)
+FILLED_IN = ("centring", "num_batches_tracked")
 
 
 class MisfitError(ValueError):

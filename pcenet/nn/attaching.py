@@ -74,6 +74,8 @@ class _Carry(Function):
     """The identity in its first argument. In the backward pass the second, a scalar, gets the gradient 1, as if it had
     been added to whatever is differentiated."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(weight: Tensor, loss: Tensor) -> Tensor:
         return weight.view_as(weight)
@@ -85,6 +87,10 @@ class _Carry(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, grad.new_ones(())
+
+    @staticmethod
+    def jvp(ctx: Any, weight: Tensor, loss: Tensor) -> Tensor:
+        return weight.view_as(weight)
 
 
 def attach_aux_losses(

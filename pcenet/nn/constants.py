@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from pcenet.nn.transforms import transforming
+
 P = ParamSpec("P")
 R = TypeVar("R", bound=tuple[object, ...])
 
@@ -21,8 +23,8 @@ _LARGEST = 2**17  # numbers in a tensor that is kept: 1 MiB of int64, so that wh
 def constant(function: Callable[P, R]) -> Callable[P, R]:
     """Remember the results of a pure function of hashable arguments that returns a tuple with tensors in it.
 
-    Not what is large, and not while a compiler, an exporter or a fake mode traces: its tensors have no values. What
-    comes back is shared: nobody may write to it.
+    Not what is large, and not while a compiler, an exporter or a fake mode traces, whose tensors have no values, or a
+    transform is active, whose tensors end with it. What comes back is shared: nobody may write to it.
     """
 
     @lru_cache(maxsize=_KEPT)
@@ -35,7 +37,7 @@ def constant(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        if torch.compiler.is_compiling() or transforming() or _get_current_dispatch_mode() is not None:
             return function(*args, **kwargs)
         result = remembered(*args, **kwargs)  # type: ignore[arg-type] # a ParamSpec cannot say Hashable
         return function(*args, **kwargs) if result is None else result

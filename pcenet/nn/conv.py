@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any, Self, get_args
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from pcenet.nn.checks import check_at_least, check_choice, is_number
 from pcenet.nn.dispatch import Dispatch, run_convolution
 from pcenet.nn.experts import SharedConv2d, StackedConv2d
+from pcenet.nn.patches import check_map
 from pcenet.nn.routing import Router, Routing
 
 KERNEL_SIZES = (1, 3)
@@ -29,8 +31,8 @@ class PCEConv2d(nn.Module):
 
     A layer either has a router or follows another one. A follower uses the routing that its leader has just made, so
     that the patches of a residual block keep their expert through all of its convolutions; it must run after its
-    leader, on a map of the same size. (The leader hands the `Routing` over and the follower takes it: after a whole
-    forward pass nothing is kept, and one network must not be run by two threads at a time.)
+    leader, on a map of the same size. (The leader hands the `Routing` over and the follower takes it, in each thread
+    for itself: after a whole forward pass nothing is kept.)
 
     Args:
         in_channels: channels of the input map.
@@ -99,13 +101,10 @@ class PCEConv2d(nn.Module):
         self.dispatch: Dispatch = dispatch
         conv = SharedConv2d if shared_kernel else StackedConv2d
         self.kernels = conv(num_experts, in_channels, out_channels, size)
-        if bias:
-            bound = 1 / math.sqrt(in_channels * size**2)  # nn.Conv2d's
-            self.bias = nn.Parameter(torch.empty(num_experts, out_channels).uniform_(-bound, bound))
-        else:
-            self.bias = None
-        self._followers: list[PCEConv2d] = []
-        self._handed: Routing | None = None
+        self.bias = nn.Parameter(torch.empty(num_experts, out_channels)) if bias else None
+        self._reset_bias()
+        self._handed: _HandOver | None = None  # shared by a leader and those that follow it
+        self._place = 0
         if router is None:
             self.router = Router(in_channels, patch_size, num_experts, **(ROUTER_DEFAULTS | router_options))
         else:
@@ -126,16 +125,14 @@ class PCEConv2d(nn.Module):
                 raise ValueError(f"{name}={ours} must be the leader's, {theirs}: both use one routing")
         if other.router is None:
             raise ValueError("router must be a layer with a router of its own, not one that follows another")
-        other._followers.append(self)
+        if other._handed is None:
+            other._handed = _HandOver()
+        self._handed, self._place = other._handed, other._handed.followers
+        self._handed.followers += 1
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle takes: not a routing that was handed over and not taken, which has a graph."""
-        return self.__dict__ | {"_handed": None}
-
-    @property
-    def followers(self) -> tuple[PCEConv2d, ...]:
-        """The layers that use this one's routing."""
-        return tuple(self._followers)
+    def follows(self, other: PCEConv2d) -> bool:
+        """Whether this layer uses the routing of another one."""
+        return self.router is None and other.router is not None and self._handed is other._handed
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, in_channels, H, W]`` to ``[B, out_channels, H, W]``."""
@@ -143,17 +140,18 @@ class PCEConv2d(nn.Module):
 
     def forward_with_routing(self, x: Tensor) -> tuple[Tensor, Routing]:
         """The output and the `Routing` that led to it."""
-        if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape:
-            raise ValueError(
-                f"x of shape {tuple(x.shape)} must be a map [B, {self.in_channels}, H, W] with no empty axis"
-            )
-        routing = self._take_handed() if self.router is None else self.router(x)
-        for follower in self._followers:
-            follower._handed = routing
+        check_map(x, self.in_channels)
+        routing: Routing
+        if self.router is None:
+            routing = self._take_handed()
+        else:
+            routing = self.router(x)
+            if self._handed is not None:
+                self._handed.leave(routing)
         return self.forward_given_routing(x, routing), routing
 
     def _take_handed(self) -> Routing:
-        routing, self._handed = self._handed, None
+        routing = None if self._handed is None else self._handed.take(self._place)
         if routing is None:
             raise ValueError("this layer uses another one's routing, and that one has not run before it in this pass")
         return routing
@@ -165,8 +163,20 @@ class PCEConv2d(nn.Module):
             ValueError: for a routing of another map's grid.
         """
         return run_convolution(
-            x, routing, self.kernels.weight, self.bias, patch_size=self.patch_size, dispatch=self.dispatch
+            x, routing, self.kernels(), self.bias, patch_size=self.patch_size, dispatch=self.dispatch
         )
+
+    def reset_parameters(self) -> None:
+        """New weights, and a new router where it is this layer's own."""
+        self.kernels.reset_parameters()
+        self._reset_bias()
+        if self.router is not None:
+            self.router.reset_parameters()
+
+    def _reset_bias(self) -> None:
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_channels * self.kernel_size[0] ** 2)  # nn.Conv2d's
+            nn.init.uniform_(self.bias, -bound, bound)
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, *, perturbation: float = 0.0, **options: Any) -> Self:
@@ -207,7 +217,7 @@ class PCEConv2d(nn.Module):
         """
         if not 0 <= expert < self.num_experts:
             raise ValueError(f"expert={expert} must lie between 0 and {self.num_experts - 1}")
-        weight = self.kernels.weight[expert]
+        weight = self.kernels()[expert]
         conv = nn.Conv2d(
             self.in_channels,
             self.out_channels,
@@ -229,6 +239,31 @@ class PCEConv2d(nn.Module):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, bias={self.bias is not None}, "
             f"patch_size={self.patch_size}, num_experts={self.num_experts}, {role}dispatch={self.dispatch!r}"
         )
+
+
+class _HandOver:
+    """Where a leader leaves its routing, in each thread anew, for layers that each take it once.
+
+    Attributes:
+        followers: how many.
+    """
+
+    def __init__(self, followers: int = 0) -> None:
+        self.followers = followers
+        self._local = threading.local()
+
+    def leave(self, routing: Routing) -> None:
+        """For every follower; what was not taken before is forgotten."""
+        self._local.routings = dict.fromkeys(range(self.followers), routing)
+
+    def take(self, place: int) -> Routing | None:
+        """What was left for one of them; None where that was nothing."""
+        routings: dict[int, Routing] = getattr(self._local, "routings", {})
+        return routings.pop(place, None)
+
+    def __reduce__(self) -> tuple[type[_HandOver], tuple[int]]:
+        """What a copy or a pickle takes: not a routing that nobody has taken, which has a graph."""
+        return _HandOver, (self.followers,)
 
 
 def unfit(kernel_size: Any, stride: Any, padding: Any, dilation: Any, groups: Any, padding_mode: Any) -> str | None:
@@ -272,3 +307,9 @@ def why_not(conv: nn.Module) -> str | None:
     if any(hooks):
         return "it has hooks"
     return unfit(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+
+
+def leaders_of(model: nn.Module) -> dict[PCEConv2d, PCEConv2d]:
+    """The layers of a network that follow another one of it, and that one."""
+    layers = [module for module in model.modules() if isinstance(module, PCEConv2d)]
+    return {layer: leader for leader in layers for layer in layers if layer.follows(leader)}

@@ -13,12 +13,13 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from pcenet.nn.experts import ConvExperts
+from pcenet.nn.experts import ConvExperts, takes_turns
 from pcenet.nn.kernels import Kernel, make_kernel, make_plain_kernel
 from pcenet.nn.patches import check_grid
 from pcenet.nn.routing import Routing
 from pcenet.nn.sorted_dispatch import convolve_sorted, run_sorted
 from pcenet.nn.static_dispatch import convolve_static, run_static
+from pcenet.nn.transforms import transforming
 
 Border = Literal["zero", "halo", "exchange"]
 Dispatch = Literal["sorted", "static"]
@@ -37,7 +38,9 @@ def run_experts(
         patch_size: S.
         border: what a convolution sees beyond its patch's edge (design, section 2).
         dispatch: ``"sorted"`` (no padding; one synchronisation with the host) or ``"static"`` (no shape that depends on
-            the routing). Equal in outputs and gradients; gradients of gradients need ``"static"``.
+            the routing). Equal in outputs and gradients; gradients of gradients need ``"static"``. What cannot be
+            sorted takes the static way by itself: the meta device, transforms of `torch.func`, normalisations that
+            `takes_turns` says no to.
 
     Returns:
         The map ``[B, C_out, H, W]``, channels-last in memory, zero where a patch was dropped.
@@ -85,7 +88,7 @@ def check_border(border: Border, top_k: int) -> None:
 def _is_static(x: Tensor, dispatch: Dispatch) -> bool:
     # On the meta device there are no counts to sort by, only shapes. (`x.is_meta` is an operator to torch.compile, and
     # would be a graph of its own in every layer.)
-    return dispatch == "static" or x.device.type == "meta"
+    return dispatch == "static" or x.device.type == "meta" or transforming()
 
 
 def _run_static(x: Tensor, routing: Routing, experts: ConvExperts, patch_size: int, border: Border) -> Tensor:
@@ -99,6 +102,8 @@ def _run_static(x: Tensor, routing: Routing, experts: ConvExperts, patch_size: i
 # too: compiled, they would be a graph of their own for every layer.
 @torch.compiler.disable
 def _run_sorted(x: Tensor, routing: Routing, experts: ConvExperts, patch_size: int, border: Border) -> Tensor:
+    if not (takes_turns(experts.norm1) and takes_turns(experts.norm2)):
+        return _run_static(x, routing, experts, patch_size, border)
     check_border(border, routing.top_k)
     check_grid(x, patch_size, routing.grid)
     first, second = _make_kernels(make_kernel, experts, patch_size, border)
@@ -122,8 +127,8 @@ def _make_kernels(
     make: Callable[[Tensor, int, int], AnyKernel], experts: ConvExperts, patch_size: int, border: Border
 ) -> tuple[AnyKernel, AnyKernel]:
     """Both convolutions of the experts, each with the margin that the border gives it."""
-    first = make(_autocast(experts.conv1.weight), patch_size, int(border != "zero"))
-    return first, make(_autocast(experts.conv2.weight), patch_size, int(border == "exchange"))
+    first = make(_autocast(experts.conv1()), patch_size, int(border != "zero"))
+    return first, make(_autocast(experts.conv2()), patch_size, int(border == "exchange"))
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pcenet.nn.checks import check_at_least, check_choice, is_number
 from pcenet.nn.processes import sum_over_processes
+from pcenet.nn.transforms import check_follows
 
 Norm = Literal["batch", "group"]
 
@@ -57,8 +58,8 @@ def double_conv(
     )
 
 
-class _Stacked(nn.Module):
-    """Holds weights with a leading axis E.
+class _StackedConv(nn.Module):
+    """Convolutions whose weights have a leading axis E; whoever runs them calls the module once in a pass for kernels.
 
     `.to(memory_format=torch.channels_last)` is refused by a tensor of five axes; experts and output channels taken
     together are an ordinary convolution's weight, and every slice gets the format that it would have alone.
@@ -71,14 +72,22 @@ class _Stacked(nn.Module):
         return super()._apply(apply_to_slices, recurse)
 
 
-class StackedConv2d(_Stacked):
+class StackedConv2d(_StackedConv):
     """The weights of E convolutions without bias, ``[E, C_out, C_in, 3, 3]``, initialised like `torch.nn.Conv2d`."""
 
     def __init__(self, num_experts: int, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, out_channels, in_channels, kernel_size, kernel_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """New weights."""
         for expert_weight in self.weight.detach().unbind(0):
             _init_like_conv2d(expert_weight)
+
+    def forward(self) -> Tensor:
+        """The experts' kernels ``[E, C_out, C_in, 3, 3]``."""
+        return self.weight
 
     @torch.no_grad()
     def assign(self, expert: int, weight: Tensor) -> None:
@@ -86,7 +95,7 @@ class StackedConv2d(_Stacked):
         self.weight[expert].copy_(weight)
 
 
-class SharedConv2d(_Stacked):
+class SharedConv2d(_StackedConv):
     """As `StackedConv2d`, but the experts share a kernel: expert e has ``shared + difference[e]``.
 
     All patches train the shared kernel, whoever serves them: what is common to experts, of which each sees a part of
@@ -100,8 +109,17 @@ class SharedConv2d(_Stacked):
     def __init__(self, num_experts: int, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
         super().__init__()
         self.shared = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
+        self.difference = nn.Parameter(torch.empty(num_experts, *self.shared.shape))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A new shared kernel, and no differences."""
         _init_like_conv2d(self.shared.detach())
-        self.difference = nn.Parameter(torch.zeros(num_experts, *self.shared.shape))
+        nn.init.zeros_(self.difference)
+
+    def forward(self) -> Tensor:
+        """The experts' kernels ``[E, C_out, C_in, 3, 3]``."""
+        return self.shared + self.difference
 
     @property
     def weight(self) -> Tensor:
@@ -118,119 +136,224 @@ def _init_like_conv2d(weight: Tensor) -> None:
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
 
-class StackedNorm(nn.Module):
-    """E normalisations, batch or group, with parameters and statistics ``[E, C]``.
-
-    Batch statistics are those of the expert's own patches. An expert with fewer than 2 values per channel uses its
-    running statistics and leaves them (design, section 2, "Few patches").
-
-    Attributes:
-        synchronised: whether they are those of its patches in all processes that train together, which `forward_slots`
-            alone can give; see `pcenet.nn.synchronise`.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, num_experts: int, channels: int, kind: Norm) -> None:
-        super().__init__()
-        self.kind = kind
-        self.groups = group_count(channels)
-        self.synchronised = False
-        self.weight = nn.Parameter(torch.ones(num_experts, channels))
-        self.bias = nn.Parameter(torch.zeros(num_experts, channels))
-        if kind == "batch":
-            self.register_buffer("running_mean", torch.zeros(num_experts, channels))
-            self.register_buffer("running_var", torch.ones(num_experts, channels))
-
-    def forward_expert(self, x: Tensor, expert: int, weight: Tensor, bias: Tensor, real: Tensor | None) -> Tensor:
-        """Normalise one expert's own batch.
-
-        Args:
-            x: ``[n_e, C, S, S]``.
-            expert: e.
-            weight: ``[C]``, its slice of the parameter.
-            bias: ``[C]``, likewise.
-            real: ``[n_e, 1, S, S]`` bool, False for cells that are padding; None where every cell is real.
-        """
-        if real is not None:
-            first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-            return self._forward_real(x, first, real, weight[None], bias[None], slice(expert, expert + 1))
-        if self.kind == "group":
-            # not F.group_norm, which refuses an expert's single value per group
-            return torch.group_norm(x, self.groups, weight.to(x.dtype), bias.to(x.dtype), NORM_EPS)
-        return F.batch_norm(
-            x,
-            self.running_mean[expert],
-            self.running_var[expert],
-            weight,
-            bias,
-            training=self.training and x.numel() // x.shape[1] >= 2,
-            momentum=NORM_MOMENTUM,
-            eps=NORM_EPS,
+def check_stored(module: nn.Module, name: str) -> None:
+    """Raise a ``ValueError`` where a parameter of a module is computed from others, so that what is written to it would
+    be lost."""
+    if name not in module._parameters:
+        raise ValueError(
+            f"{name} of a {type(module).__name__} is computed (pruned, parametrised): make it permanent first, by "
+            "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
         )
 
-    def forward_slots(self, x: Tensor, expert: Tensor, real: Tensor) -> Tensor:
-        """Normalise slots of several experts at once, without a shape that depends on the routing.
+
+class StackedNorm:
+    """What both normalisations of experts, `StackedBatchNorm` and `StackedGroupNorm`, have in common.
+
+    They are called with patches of one expert, which then brings its slices of the parameters, or of all at once.
+
+    Attributes:
+        weight: ``[E, C]``.
+        bias: ``[E, C]``.
+        eps: added to variances.
+        kind: the name of the option that makes it.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    eps: float
+    kind: ClassVar[Norm]
+
+    def forward(
+        self, x: Tensor, expert: Tensor | int, real: Tensor | None, own: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Normalise patches.
 
         Args:
             x: ``[T, C, S, S]``.
-            expert: ``[T]`` int64, the expert of each slot.
-            real: ``[T, 1, S, S]`` bool, False for cells that are padding; they enter no statistics.
+            expert: ``[T]`` int64, the expert of each; or one expert, whose patches these are.
+            real: ``[T, 1, S, S]`` bool, False for cells that are padding, which enter no statistics; None, for one
+                expert, where every cell is real.
+            own: for one expert its slices ``[C]`` of weight and bias, which autograd then sees instead of the whole.
         """
-        return self._forward_real(x, expert, real, self.weight, self.bias, slice(None))
+        if not isinstance(expert, int):
+            assert real is not None
+            return self._normalise_slots(x, expert, real, self.weight, self.bias, slice(None))
+        weight, bias = (self.weight[expert], self.bias[expert]) if own is None else own
+        if real is None:
+            return self._normalise_whole(x, expert, weight, bias)
+        first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return self._normalise_slots(x, first, real, weight[None], bias[None], slice(expert, expert + 1))
 
-    def _forward_real(
+    def _normalise_whole(self, x: Tensor, expert: int, weight: Tensor, bias: Tensor) -> Tensor:
+        """One expert's patches without padding."""
+        raise NotImplementedError
+
+    def _normalise_slots(
         self, x: Tensor, expert: Tensor, real: Tensor, weight: Tensor, bias: Tensor, experts: slice
     ) -> Tensor:
-        """`forward_slots` for some of the experts, of which ``weight`` and ``bias`` are the parameters."""
+        """Patches of some of the experts, of which ``weight`` and ``bias`` are the parameters and by whose places among
+        them ``expert`` counts, without a shape that depends on the routing."""
         # Sums and counts over many cells: a network that is itself in bfloat16 would stop counting at 256.
         dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-        values, mask = x.to(dtype), real.to(dtype)
-        if self.kind == "group":
-            normalised = self._group_normalised(values, mask)
-        else:
-            mean, variance = self.running_mean[experts], self.running_var[experts]
-            if self.training:
-                mean, variance = _batch_moments(values, mask, expert, mean, variance, self.synchronised)
-            scale = torch.rsqrt(variance + NORM_EPS)
-            normalised = (values - _per_slot(mean, expert)) * _per_slot(scale, expert)
+        normalised = self._standardised(x.to(dtype), real.to(dtype), expert, weight, experts)
         return (normalised * _per_slot(weight, expert) + _per_slot(bias, expert)).to(x.dtype)
 
-    def _group_normalised(self, values: Tensor, mask: Tensor) -> Tensor:
-        grouped: Tensor = values.unflatten(1, (self.groups, -1))
-        weight = mask.unsqueeze(1)
-        count = (weight.sum((2, 3, 4), keepdim=True) * grouped.shape[2]).clamp(min=1)
-        centred = grouped - (grouped * weight).sum((2, 3, 4), keepdim=True) / count
-        variance = (centred.square() * weight).sum((2, 3, 4), keepdim=True) / count
-        return (centred * torch.rsqrt(variance + NORM_EPS)).flatten(1, 2)
+    def _standardised(self, values: Tensor, mask: Tensor, expert: Tensor, weight: Tensor, experts: slice) -> Tensor:
+        """To mean 0 and variance 1; ``mask`` is 1 for the cells that are real, else 0."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows of the module\'s settings."""
-        return f"num_experts={len(self.weight)}, channels={self.weight.shape[1]}, kind={self.kind!r}"
+        """What ``repr`` shows of the module's settings."""
+        return f"num_experts={len(self.weight)}, channels={self.weight.shape[1]}, eps={self.eps}"
+
+
+class StackedBatchNorm(StackedNorm, nn.BatchNorm2d):  # type: ignore[misc] # torch's forward knows no experts
+    """E batch normalisations with parameters and statistics ``[E, C]``.
+
+    To whatever freezes, resets, renews or averages batch normalisations it is one: ``training``,
+    ``track_running_stats``, ``momentum`` (None, the cumulative mean, too) and ``eps`` mean what they mean in
+    `torch.nn.BatchNorm2d`, expert by expert; ``num_batches_tracked`` is ``[E]``, the batches in which an expert had
+    patches. Batch statistics are those of the expert's own patches. An expert with fewer than 2 values per channel uses
+    its running statistics and leaves them (design, section 2, "Few patches"); where it has none, mean 0 and variance 1.
+
+    Attributes:
+        synchronised: whether batch statistics are those of the expert's patches in all processes that train together;
+            see `pcenet.nn.synchronise`.
+    """
+
+    kind = "batch"
+
+    def __init__(self, num_experts: int, channels: int) -> None:
+        nn.BatchNorm2d.__init__(self, channels, NORM_EPS, NORM_MOMENTUM)
+        self.synchronised = False
+        self.weight = nn.Parameter(torch.ones(num_experts, channels))
+        self.bias = nn.Parameter(torch.zeros(num_experts, channels))
+        self.running_mean = torch.zeros(num_experts, channels)
+        self.running_var = torch.ones(num_experts, channels)
+        self.num_batches_tracked = torch.zeros(num_experts, dtype=torch.int64)
+
+    @property
+    def _uses_batch(self) -> bool:
+        return self.training or self.running_mean is None
+
+    @property
+    def _follows_batch(self) -> bool:
+        return self.training and self.track_running_stats and self.running_mean is not None
+
+    def _running(self, experts: slice | int, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Running mean and variance of some of the experts, of which ``weight`` is the parameter."""
+        if self.running_mean is None or self.running_var is None:
+            return torch.zeros_like(weight), torch.ones_like(weight)
+        return self.running_mean[experts], self.running_var[experts]
+
+    def _normalise_whole(self, x: Tensor, expert: int, weight: Tensor, bias: Tensor) -> Tensor:
+        of_batch = self._uses_batch and x.numel() // x.shape[1] >= 2
+        if of_batch and not self._follows_batch:
+            return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+        mean, variance = self._running(expert, weight)
+        factor = 0.0 if self.momentum is None else self.momentum
+        if of_batch and self.num_batches_tracked is not None:
+            count = self.num_batches_tracked[expert].add_(1)
+            if self.momentum is None:
+                factor = 1 / int(count)
+        return F.batch_norm(x, mean, variance, weight, bias, training=of_batch, momentum=factor, eps=self.eps)
+
+    def _standardised(self, values: Tensor, mask: Tensor, expert: Tensor, weight: Tensor, experts: slice) -> Tensor:
+        mean, variance = self._running(experts, weight)
+        if self._uses_batch:
+            count, batch_mean, batch_variance = _batch_moments(values, mask, expert, len(weight), self.synchronised)
+            enough = count >= 2
+            if self._follows_batch:
+                self._follow(mean, variance, experts, count, batch_mean, batch_variance)
+            mean = torch.where(enough, batch_mean, mean)
+            variance = torch.where(enough, batch_variance, variance)
+        scale = torch.rsqrt(variance + self.eps)
+        return (values - _per_slot(mean, expert)) * _per_slot(scale, expert)
+
+    @torch.no_grad()
+    def _follow(
+        self,
+        running_mean: Tensor,
+        running_var: Tensor,
+        experts: slice,
+        count: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+    ) -> None:
+        """Move running statistics towards those of a batch, where it has 2 values of an expert or more."""
+        check_follows(
+            running_mean,
+            mean,
+            "running statistics",
+            "call eval() on the batch normalisations, or torch.func.replace_all_batch_norm_modules_ on the network",
+        )
+        enough = count >= 2
+        factor: float | Tensor = 0.0 if self.momentum is None else self.momentum
+        if self.num_batches_tracked is not None:
+            batches = self.num_batches_tracked[experts].add_(enough[:, 0])
+            if self.momentum is None:
+                factor = batches.clamp(min=1).to(running_mean.dtype).reciprocal()[:, None]
+        unbiased = variance * count / (count - 1).clamp(min=1)
+        for running, batch in ((running_mean, mean), (running_var, unbiased)):
+            running.copy_(torch.where(enough, running.lerp(batch.to(running.dtype), factor), running))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any) -> None:
+        # As torch's own, which would fill in a count of one expert: files of before it was counted have none.
+        counted, mean = f"{prefix}num_batches_tracked", state_dict.get(f"{prefix}running_mean")
+        old = local_metadata.get("version") in (None, 1)
+        if old and mean is not None and counted not in state_dict and self.num_batches_tracked is not None:
+            state_dict[counted] = torch.zeros_like(self.num_batches_tracked, device=mean.device)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+class StackedGroupNorm(StackedNorm, nn.GroupNorm):  # type: ignore[misc] # torch's forward knows no experts
+    """E group normalisations with parameters ``[E, C]``; each patch is normalised by itself."""
+
+    kind = "group"
+
+    def __init__(self, num_experts: int, channels: int) -> None:
+        nn.GroupNorm.__init__(self, group_count(channels), channels, NORM_EPS)
+        self.weight = nn.Parameter(torch.ones(num_experts, channels))
+        self.bias = nn.Parameter(torch.zeros(num_experts, channels))
+
+    def _normalise_whole(self, x: Tensor, expert: int, weight: Tensor, bias: Tensor) -> Tensor:
+        # not F.group_norm, which refuses an expert's single value per group
+        return torch.group_norm(x, self.num_groups, weight.to(x.dtype), bias.to(x.dtype), self.eps)
+
+    def _standardised(self, values: Tensor, mask: Tensor, expert: Tensor, weight: Tensor, experts: slice) -> Tensor:
+        grouped: Tensor = values.unflatten(1, (self.num_groups, -1))
+        cells = mask.unsqueeze(1)
+        count = (cells.sum((2, 3, 4), keepdim=True) * grouped.shape[2]).clamp(min=1)
+        centred = grouped - (grouped * cells).sum((2, 3, 4), keepdim=True) / count
+        variance = (centred.square() * cells).sum((2, 3, 4), keepdim=True) / count
+        return (centred * torch.rsqrt(variance + self.eps)).flatten(1, 2)
+
+
+def make_norm(kind: Norm, num_experts: int, channels: int) -> StackedBatchNorm | StackedGroupNorm:
+    """The normalisations of E experts."""
+    return (StackedBatchNorm if kind == "batch" else StackedGroupNorm)(num_experts, channels)
+
+
+def takes_turns(norm: nn.Module) -> bool:
+    """Whether a normalisation may be called expert by expert, with slices of parameters that are read before: not one
+    that needs all slots at once, whose parameters are computed (pruning, hooks) or that another module wraps."""
+    stacked = isinstance(norm, StackedBatchNorm | StackedGroupNorm)
+    return stacked and {"weight", "bias"} <= norm._parameters.keys() and not getattr(norm, "synchronised", False)
 
 
 def _batch_moments(
-    values: Tensor, mask: Tensor, expert: Tensor, running_mean: Tensor, running_var: Tensor, synchronised: bool
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance ``[E, C]`` of the cells that ``mask`` marks, of all processes where ``synchronised``; the
-    running ones ``[E, C]`` then follow. For an expert with fewer than 2 values they are the running ones, which stay.
-    """
+    values: Tensor, mask: Tensor, expert: Tensor, num_experts: int, synchronised: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and variance ``[E, C]`` of the cells that ``mask`` marks, of all processes where ``synchronised``."""
 
     def expert_sum(per_slot: Tensor) -> Tensor:
-        total = per_slot.new_zeros(len(running_mean), per_slot.shape[1]).index_add(0, expert, per_slot)
+        total = per_slot.new_zeros(num_experts, per_slot.shape[1]).index_add(0, expert, per_slot)
         return sum_over_processes(total) if synchronised else total
 
     count = expert_sum(mask.sum((2, 3)))
     mean = expert_sum((values * mask).sum((2, 3))) / count.clamp(min=1)
     centred = (values - _per_slot(mean, expert)) * mask
-    variance = expert_sum(centred.square().sum((2, 3))) / count.clamp(min=1)
-    enough = count >= 2
-    with torch.no_grad():
-        unbiased = variance * count / (count - 1).clamp(min=1)
-        for running, batch in ((running_mean, mean), (running_var, unbiased)):
-            running.copy_(torch.where(enough, running.lerp(batch.to(running.dtype), NORM_MOMENTUM), running))
-    return torch.where(enough, mean, running_mean), torch.where(enough, variance, running_var)
+    return count, mean, expert_sum(centred.square().sum((2, 3))) / count.clamp(min=1)
 
 
 def _per_slot(per_expert: Tensor, expert: Tensor) -> Tensor:
@@ -281,32 +404,72 @@ class ConvExperts(nn.Module):
             raise ValueError(f"dropout={dropout!r} must be a number in [0, 1)")
         check_choice("norm", norm, get_args(Norm))
         self.num_experts = num_experts
-        self.dropout = dropout
         conv = SharedConv2d if shared_kernel else StackedConv2d
         self.conv1 = conv(num_experts, in_channels, hidden_channels)
-        self.norm1 = StackedNorm(num_experts, hidden_channels, norm)
+        self.norm1 = make_norm(norm, num_experts, hidden_channels)
+        self.drop = nn.Dropout(dropout)
         self.conv2 = conv(num_experts, hidden_channels, out_channels)
-        self.norm2 = StackedNorm(num_experts, out_channels, norm)
+        self.norm2 = make_norm(norm, num_experts, out_channels)
+
+    @property
+    def dropout(self) -> float:
+        """Probability of dropping an activation."""
+        return self.drop.p
 
     def activate(self, x: Tensor) -> Tensor:
         """What lies between the first normalisation and the second convolution: GELU and dropout."""
-        return F.dropout(F.gelu(x), self.dropout, self.training)
+        dropped: Tensor = self.drop(F.gelu(x))
+        return dropped
 
     def keep_mask(self, x: Tensor) -> Tensor | None:
         """The factors that dropout multiplies activations like x by, 0 or ``1 / (1 - p)``; None where it does not."""
-        if not (self.training and self.dropout):
-            return None
-        return F.dropout(torch.ones_like(x), self.dropout)
+        return self.drop(torch.ones_like(x)) if self.drop.training and self.drop.p else None
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As torch's, by which tools exchange parts, see `_fitting`."""
+        super().add_module(name, module if module is None else self._fitting(name, module))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, self._fitting(name, value) if isinstance(value, nn.Module) else value)
+
+    def _fitting(self, name: str, new: nn.Module) -> nn.Module:
+        """What becomes of a part for which a tool has another one.
+
+        `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, and timm's, put a normalisation of one expert there: the part
+        stays, and its statistics are synchronised.
+        """
+        old = self.__dict__.get("_modules", {}).get(name)
+        if old is None or any(isinstance(part, _StackedConv | StackedNorm) for part in new.modules()):
+            return new
+        if isinstance(old, StackedBatchNorm) and isinstance(new, nn.SyncBatchNorm):
+            if new.process_group is not None and new.process_group is not torch.distributed.group.WORLD:
+                raise ValueError(
+                    f"process_group: the statistics of {name}, of {self.num_experts} experts, are synchronised by all "
+                    "processes or none; leave it out"
+                )
+            old.synchronised = True
+            return old
+        if isinstance(old, _StackedConv | StackedNorm):
+            raise ValueError(
+                f"{name} is a {type(old).__name__} of {self.num_experts} experts, and no {type(new).__name__} can take "
+                "its place: put one of its kind there, or a module that wraps it; to freeze it, call eval() and "
+                "requires_grad_(False) on it"
+            )
+        return new
 
     def to_sequential(self, expert: int) -> nn.Sequential:
         """A copy of one expert as ordinary modules, both convolutions with padding 1 whatever the layer's border is."""
         self._check_expert(expert)
-        _, hidden_channels, in_channels, _, _ = self.conv1.weight.shape
-        out_channels = self.conv2.weight.shape[1]
+        first, second = self.conv1(), self.conv2()
+        _, hidden_channels, in_channels, _, _ = first.shape
         block = double_conv(
-            in_channels, out_channels, hidden_channels=hidden_channels, dropout=self.dropout, norm=self.norm1.kind
+            in_channels, second.shape[1], hidden_channels=hidden_channels, dropout=self.dropout, norm=self.norm1.kind
         )
-        block.to(self.conv1.weight.device, self.conv1.weight.dtype).train(self.training)
+        block.to(first.device, first.dtype).train(self.training)
+        for place, norm in ((1, self.norm1), (5, self.norm2)):
+            for setting in ("eps", "momentum"):
+                if hasattr(norm, setting):
+                    setattr(block[place], setting, getattr(norm, setting))
         with torch.no_grad():
             for name, ours in self._tensors_of(expert).items():
                 block.get_submodule(name[0]).state_dict()[name[2:]].copy_(ours)
@@ -316,11 +479,11 @@ class ConvExperts(nn.Module):
         """Take the weights and statistics of a block laid out as `to_sequential` makes it into one expert.
 
         Raises:
-            ValueError: if there is no such expert, or a tensor of the block is missing or has another shape.
+            ValueError: if there is no such expert, or a tensor of the block is missing or has another shape; for
+                experts that have been pruned or parametrised.
         """
         self._check_expert(expert)
-        ours = self._tensors_of(expert)
-        theirs = {name: t for name, t in block.state_dict().items() if not name.endswith("num_batches_tracked")}
+        ours, theirs = self._tensors_of(expert), block.state_dict()
         if ours.keys() != theirs.keys():
             raise ValueError(
                 f"block does not fit expert {expert}: it has the tensors {sorted(theirs)} where {sorted(ours)} are "
@@ -332,18 +495,25 @@ class ConvExperts(nn.Module):
                     f"block does not fit expert {expert}: found a tensor of shape {tuple(theirs[name].shape)} where "
                     f"{tuple(tensor.shape)} is expected; build the block like to_sequential({expert})"
                 )
+        for conv in (self.conv1, self.conv2):
+            check_stored(conv, "difference" if isinstance(conv, SharedConv2d) else "weight")
+        for norm in (self.norm1, self.norm2):
+            check_stored(norm, "weight")
+            check_stored(norm, "bias")
+        self.conv1.assign(expert, theirs["0.weight"])
+        self.conv2.assign(expert, theirs["4.weight"])
         with torch.no_grad():
             for name, tensor in ours.items():
                 tensor.copy_(theirs[name])
-        self.conv1.assign(expert, theirs["0.weight"])
-        self.conv2.assign(expert, theirs["4.weight"])
 
     def _tensors_of(self, expert: int) -> dict[str, Tensor]:
         """Its weights, and views of its other tensors, under the names that they have in `to_sequential`."""
-        tensors = {"0.weight": self.conv1.weight[expert].detach().clone()}
-        tensors["4.weight"] = self.conv2.weight[expert].detach().clone()
+        tensors = {"0.weight": self.conv1()[expert].detach().clone(), "4.weight": self.conv2()[expert].detach().clone()}
         for index, norm in (("1", self.norm1), ("5", self.norm2)):
-            tensors |= {f"{index}.{name}": tensor[expert] for name, tensor in norm.state_dict().items()}
+            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                stacked = getattr(norm, name, None)
+                if stacked is not None:
+                    tensors[f"{index}.{name}"] = stacked[expert].detach()
         return tensors
 
     def _check_expert(self, expert: int) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from pcenet.nn.checks import check_at_least, check_choice
 from pcenet.nn.dispatch import Border, Dispatch, check_border, run_experts
 from pcenet.nn.experts import ConvExperts, Norm
-from pcenet.nn.patches import PatchExtractor
-from pcenet.nn.routing import Balancing, Gate, GateInput, Priority, Router, Routing
+from pcenet.nn.patches import PatchExtractor, check_map
+from pcenet.nn.perceptron import GateInput
+from pcenet.nn.routing import Balancing, Gate, Priority, Router, Routing
 
 
 class PCELayer(nn.Module):
@@ -122,10 +123,7 @@ class PCELayer(nn.Module):
 
     def forward_with_routing(self, x: Tensor) -> tuple[Tensor, Routing]:
         """The output and the `Routing` that led to it."""
-        if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape:
-            raise ValueError(
-                f"x of shape {tuple(x.shape)} must be a map [B, {self.in_channels}, H, W] with no empty axis"
-            )
+        check_map(x, self.in_channels)
         routing = self.router(x)
         return self.forward_given_routing(x, routing), routing
 

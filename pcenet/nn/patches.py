@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pcenet.nn.checks import check_at_least
 from pcenet.nn.fourier import position_map
+from pcenet.nn.transforms import check_not_traced
 
 
 class Grid(NamedTuple):
@@ -33,6 +34,13 @@ def grid_of(x: Tensor, patch_size: int) -> Grid:
     """The grid of patches that covers the map x ``[B, C, H, W]``; the last row and column may be partly padding."""
     batch, _, height, width = x.shape
     return Grid(batch, -(-height // patch_size), -(-width // patch_size))
+
+
+def check_map(x: Tensor, channels: int) -> None:
+    """Raise a ``ValueError`` unless x is a map ``[B, channels, H, W]`` that a layer can work on."""
+    check_not_traced(x)
+    if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
+        raise ValueError(f"x of shape {tuple(x.shape)} must be a map [B, {channels}, H, W] with no empty axis")
 
 
 def check_grid(x: Tensor, patch_size: int, grid: Grid) -> None:

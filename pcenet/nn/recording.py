@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
     Recorders may be nested and the network may be any that contains PCE layers; without one nothing is collected and
     nothing costs anything. The records keep the autograd graph alive for as long as they are held. What activation
     checkpointing computes again in the backward pass is not recorded again. (Its variant ``use_reentrant=True`` makes
-    the first pass without gradients, so that the records of it carry none.)
+    the first pass without gradients, so that the records of it carry none.) Recorded are the passes of this network, in
+    the thread that records: threads that share a network have records of their own, and a copy that is made within the
+    block is not recorded.
 
     Raises:
         ValueError: for a compiled network, whose graph calls no hooks that are added later; enter the recorder on the
@@ -43,13 +46,22 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
     records: dict[str, list[Routing]] = {}
     with ExitStack() as stack:
         for name, router in routers_of(model):
-
-            def collect(_module: nn.Module, _args: Any, routing: Routing, name: str = name) -> None:
-                if not _in_backward_pass():
-                    records.setdefault(name, []).append(routing)
-
-            stack.callback(router.register_forward_hook(collect).remove)
+            stack.callback(router.register_forward_hook(_Collector(name, records)).remove)
         yield records
+
+
+class _Collector:
+    """The hook on a router. A copy of it, in a copy of the network, collects nothing."""
+
+    def __init__(self, name: str = "", records: dict[str, list[Routing]] | None = None) -> None:
+        self.name, self.records, self.thread = name, records, get_ident()
+
+    def __call__(self, _router: nn.Module, _args: Any, routing: Routing) -> None:
+        if self.records is not None and get_ident() == self.thread and not _in_backward_pass():
+            self.records.setdefault(self.name, []).append(routing)
+
+    def __reduce__(self) -> tuple[type[_Collector], tuple[()]]:
+        return _Collector, ()
 
 
 def check_not_compiled(model: nn.Module, way_out: str) -> None:

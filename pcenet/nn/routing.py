@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcenet.nn.balancing import balancing_bias
 from pcenet.nn.checks import check_at_least, check_choice, is_number, is_whole
-from pcenet.nn.fourier import axis_features, position_map
-from pcenet.nn.patches import Grid, grid_of, split_map
+from pcenet.nn.patches import Grid, grid_of
+from pcenet.nn.perceptron import GateInput, HiddenLayer, LogitsLayer
 from pcenet.nn.processes import gather_rows, process_count, sum_over_processes
+from pcenet.nn.transforms import check_follows
 
 Priority = Literal["gate", "order"]
 Gate = Literal["prob", "straight_through"]
-GateInput = Literal["pixels", "flat"]
 Balancing = Literal["batch", "none"]
 BIAS_MOMENTUM = 0.1  # BatchNorm's
 
@@ -110,7 +109,7 @@ def expert_load(choice: Tensor, num_experts: int, kept: Tensor | None = None) ->
         kept: ``[N, k]`` bool; where given, only these choices are counted.
     """
     ones = torch.ones_like(choice) if kept is None else kept.to(choice.dtype)
-    return ones.new_zeros(num_experts).scatter_add_(0, choice.flatten(), ones.flatten())
+    return ones.new_zeros(num_experts).scatter_add(0, choice.flatten(), ones.flatten())
 
 
 def expert_capacity(capacity_factor: float, num_patches: int, num_experts: int, top_k: int = 1) -> int:
@@ -143,7 +142,7 @@ def select_within_capacity(choice: Tensor, gate: Tensor, capacity: int, priority
     sorted_choice = flat[order]
     first_of_expert = torch.searchsorted(sorted_choice, sorted_choice)
     rank = torch.arange(flat.numel(), device=flat.device) - first_of_expert
-    return torch.empty_like(flat, dtype=torch.bool).scatter_(0, order, rank < capacity).view_as(choice)
+    return torch.zeros_like(flat, dtype=torch.bool).scatter(0, order, rank < capacity).view_as(choice)
 
 
 def gate_weights(chosen_probs: Tensor, gate: Gate) -> Tensor:
@@ -245,9 +244,6 @@ class Router(nn.Module):
     of mantissa) would send patches to other experts from step to step. (``torch.set_float32_matmul_precision("high")``
     lowers it all the same: that setting is for every matrix product of the process.)
 
-    The enriched tensor is never built. W1 is split into its part for the content and its part for the position; the
-    latter gives the same hidden pre-activation for every image and is computed once per grid.
-
     Args:
         in_channels: C, channels of the map.
         patch_size: S.
@@ -260,7 +256,8 @@ class Router(nn.Module):
         priority: who is dropped first, see `select_within_capacity`.
         gate: see `gate_weights`.
         gate_input: ``"pixels"``: the perceptron's hidden layer is applied to every enriched pixel and averaged over the
-            patch's real pixels; ``"flat"``: to the whole enriched patch, flattened.
+            patch's real pixels; ``"flat"``: to the whole enriched patch, flattened; see
+            `pcenet.nn.perceptron.HiddenLayer`.
         num_bands: K, bands of the position features.
         balancing: ``"batch"`` adds a bias per expert to the logits. In training it is the one that spreads the batch
             evenly (see `balancing_bias`), at evaluation its running mean over the batches of training, as BatchNorm has
@@ -272,7 +269,8 @@ class Router(nn.Module):
             perceptron puts out whatever T is.
 
     Attributes:
-        expert_bias: ``[E]``, a buffer: the bias at evaluation, in training its running mean; None without balancing.
+        expert_bias: ``[E]``, a buffer: the bias at evaluation, in training its running mean; None without balancing. A
+            training step leaves that of a router whose parameters are all frozen.
         centring: a buffer, one number c from 0 to 1, used at evaluation only: c times the mean of an image's logits is
             taken off them before the bias is added. 0 until `pcenet.nn.update_expert_bias` sets it, which says why, and
             in networks that were saved without it; None without balancing.
@@ -336,10 +334,8 @@ class Router(nn.Module):
         self.temperature = temperature
         self.synchronised = False
         self.perturb: Callable[[Tensor], Tensor] | None = None
-        # One convolution over the enriched map: a perceptron on each pixel, or on each flattened patch.
-        kernel = patch_size if gate_input == "flat" else 1
-        self.hidden = nn.Conv2d(in_channels + 8 * num_bands, hidden, kernel, stride=kernel)
-        self.logits = nn.Linear(hidden, num_experts)
+        self.hidden = HiddenLayer(in_channels, hidden, patch_size, num_bands, gate_input)
+        self.logits = LogitsLayer(hidden, num_experts)
         self.register_buffer("expert_bias", torch.zeros(num_experts) if balancing == "batch" else None)
         self.register_buffer("centring", torch.zeros(()) if balancing == "batch" else None)
 
@@ -349,46 +345,20 @@ class Router(nn.Module):
             state_dict.setdefault(prefix + "centring", torch.zeros(()))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def reset_parameters(self) -> None:
+        """New weights, and no bias."""
+        self.hidden.reset_parameters()
+        self.logits.reset_parameters()
+        for buffer in self.buffers():
+            buffer.zero_()
+
     def compute_logits(self, x: Tensor) -> Tensor:
         """The logits ``[N, E]`` of a map ``[B, C, H, W]``, differentiable, in float32 at least."""
-        grid = grid_of(x, self.patch_size)
-        dtype = torch.promote_types(torch.promote_types(x.dtype, self.hidden.weight.dtype), torch.float32)
         device = x.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            weight = self.hidden.weight.to(dtype)
-            content_weight, position_weight = weight[:, : self.in_channels], weight[:, self.in_channels :]
-            pool = self._from_pixels if self.gate_input == "pixels" else self._from_flat
-            hidden = pool(x.to(dtype), content_weight, position_weight, grid)
-            return F.linear(hidden, self.logits.weight.to(dtype), self.logits.bias.to(dtype))
-
-    def _from_pixels(self, x: Tensor, content_weight: Tensor, position_weight: Tensor, grid: Grid) -> Tensor:
-        height, width = x.shape[2:]
-        # Position is a sum of a term of the row and one of the column, so a line of features per axis is enough.
-        by_axis = position_weight[:, :, 0, 0].unflatten(1, (2, 2, 2 * self.num_bands))
-        lines = []
-        for axis, (cells, size) in enumerate(((grid.rows, height), (grid.columns, width))):
-            absolute, relative = axis_features(cells, self.patch_size, self.num_bands, dtype=x.dtype, device=x.device)
-            features = torch.cat((absolute[:size], relative[:size]), dim=1)
-            lines.append(F.linear(features, by_axis[:, :, axis].flatten(1)))
-        row, column = lines
-        # Channels last, and so added: the gradient of the position is then a sum over images of contiguous maps.
-        content = _project_pixels(x, content_weight[:, :, 0, 0], self._bias(x)).permute(0, 2, 3, 1)
-        hidden: Tensor = _GeluPool.apply(content.add_(row[:, None] + column), self.patch_size)
-        return hidden
-
-    def _from_flat(self, x: Tensor, content_weight: Tensor, position_weight: Tensor, grid: Grid) -> Tensor:
-        hidden = _project_patches(x, content_weight, self._bias(x), self.patch_size)
-        if self.num_bands:
-            positions = position_map(
-                grid.rows, grid.columns, self.patch_size, self.num_bands, dtype=x.dtype, device=x.device
-            )
-            position = _project_patches(positions, position_weight, None, self.patch_size)
-            hidden = (hidden.unflatten(0, (grid.batch, -1)) + position).flatten(0, 1)
-        return F.gelu(hidden)
-
-    def _bias(self, x: Tensor) -> Tensor:
-        assert self.hidden.bias is not None
-        return self.hidden.bias.to(x.dtype)
+            hidden = self.hidden(x.to(torch.promote_types(x.dtype, torch.float32)))
+            logits: Tensor = self.logits(hidden)
+            return logits
 
     def forward(self, x: Tensor) -> Routing:
         """Route the patches of a map ``[B, C, H, W]``."""
@@ -417,8 +387,10 @@ class Router(nn.Module):
             level = self.centring.to(logits.dtype) * of_image.mean(1, keepdim=True)
             return (of_image - level).flatten(0, 1) + self.expert_bias.to(logits.dtype)
         bias = balancing_bias(gather_rows(logits) if self.synchronised else logits.detach(), self.top_k)
-        with torch.no_grad():
-            self.expert_bias.lerp_(bias.to(self.expert_bias.dtype), BIAS_MOMENTUM)
+        if self._follows_batch():
+            check_follows(self.expert_bias, bias, "a router's expert_bias", "call eval() on the network or its routers")
+            with torch.no_grad():
+                self.expert_bias.lerp_(bias.to(self.expert_bias.dtype), BIAS_MOMENTUM)
         # The task raises whatever was chosen. What it raises for all patches alike the bias would lower again, and both
         # would grow for ever: a batch's mean has no gradient.
         mean = logits.mean(dim=0)
@@ -426,53 +398,14 @@ class Router(nn.Module):
             mean = sum_over_processes(mean) / process_count()
         return logits - (mean - mean.detach()) + bias
 
+    def _follows_batch(self) -> bool:
+        """Whether the running bias moves in training: not that of a frozen router in a step, whose weights stay, too. A
+        pass without gradients may renew it, as `torch.optim.swa_utils.update_bn` renews statistics."""
+        return not torch.is_grad_enabled() or any(parameter.requires_grad for parameter in self.parameters())
+
     def extra_repr(self) -> str:
         """What ``repr`` shows of the module\'s settings."""
         return (
             f"patch_size={self.patch_size}, num_experts={self.num_experts}, top_k={self.top_k}, "
             f"gate={self.gate!r}, gate_input={self.gate_input!r}"
         )
-
-
-class _GeluPool(torch.autograd.Function):
-    """GELU, then the mean over each patch's pixels: ``[B, H, W, C]`` to ``[N, C]``. What lies between is not kept.
-
-    The gradient is written out for another reason, too: with ``ceil_mode`` inductor gets it wrong (docs/log.md).
-    """
-
-    @staticmethod
-    def forward(x: Tensor, patch_size: int) -> Tensor:
-        # With ceil_mode a window that leaves the map is averaged over the pixels it has: padding never counts.
-        pooled = F.avg_pool2d(F.gelu(x).permute(0, 3, 1, 2), patch_size, ceil_mode=True)
-        return pooled.permute(0, 2, 3, 1).flatten(0, 2)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.patch_size = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (x,), side = ctx.saved_tensors, ctx.patch_size
-        batch, height, width, channels = x.shape
-        rows, columns = (
-            (size - torch.arange(0, size, side, device=x.device)).clamp_(max=side) for size in (height, width)
-        )
-        share = grad.view(batch, len(rows), len(columns), channels) / (rows[:, None] * columns)[:, :, None]
-        spread = share[:, :, None, :, None].expand(-1, -1, side, -1, side, -1)
-        spread = spread.reshape(batch, len(rows) * side, len(columns) * side, channels)[:, :height, :width]
-        return torch.ops.aten.gelu_backward(spread, x), None
-
-
-def _project_pixels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``[B, C, H, W]`` to ``[B, hidden, H, W]``, each pixel by itself, in the full precision of its type."""
-    if x.device.type == "cpu":  # a 1x1 convolution takes half the time of a matrix product there
-        return F.conv2d(x, weight[:, :, None, None], bias)
-    # On recent GPUs torch runs float32 convolutions in TF32, 10 bits of mantissa; matrix products it does not.
-    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
-
-
-def _project_patches(x: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int) -> Tensor:
-    """``[B, C, H, W]`` to ``[N, hidden]``, each flattened patch by itself; weight ``[hidden, C, S, S]``."""
-    patches, _ = split_map(x, patch_size)
-    return F.linear(patches.permute(0, 2, 3, 1).flatten(1), weight.permute(0, 2, 3, 1).flatten(1), bias)

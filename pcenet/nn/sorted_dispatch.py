@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from pcenet.nn.experts import ConvExperts
@@ -30,13 +29,14 @@ def run_sorted(x: Tensor, routing: Routing, experts: ConvExperts, first: Kernel,
     norm1, norm2 = experts.norm1, experts.norm2
 
     def normalised(hidden: Tensor, share: _Share, weight: Tensor, bias: Tensor) -> Tensor:
-        return norm1.forward_expert(hidden, share.expert, weight, bias, share.real)
+        normal: Tensor = norm1(hidden, share.expert, share.real, (weight, bias))
+        return normal
 
     def activated(hidden: Tensor, share: _Share, weight: Tensor, bias: Tensor) -> Tensor:
         return experts.activate(normalised(hidden, share, weight, bias))
 
     def weighted(out: Tensor, share: _Share, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
-        return _times(norm2.forward_expert(out, share.expert, weight, bias, share.real), gate)
+        return _times(norm2(out, share.expert, share.real, (weight, bias)), gate)
 
     def block(
         hidden: Tensor, share: _Share, w1: Tensor, b1: Tensor, kernel: Tensor, w2: Tensor, b2: Tensor, gate: Tensor
@@ -261,15 +261,17 @@ class _TakeTurns(torch.autograd.Function):
         out, ctx.graphs, saved = rows, [], _Saved()
         collected = saved.collect()
         for share, reads, parts in zip(turns.shares, job.reads, job.parts(tensors), strict=True):
+            leaves = [part.detach() for part in parts]
             if job.tracked:
-                leaves = [part.detach().requires_grad_(n) for part, n in zip(parts, needed, strict=True)]
+                for leaf, need in zip(leaves, needed, strict=True):
+                    leaf.requires_grad_(need)
                 with torch.enable_grad(), collected:
                     hidden = _ConvolveMap.apply(source.anchor, leaves[0], source, job.kernel, reads)
                     patches = job.body(hidden, share, *leaves[1:])
                 ctx.graphs.append((leaves, get_gradient_edge(patches)))
             else:
-                hidden = job.kernel.apply(source.take(reads), parts[0])
-                patches = job.body(hidden, share, *parts[1:])
+                hidden = job.kernel.apply(source.take(reads), leaves[0])
+                patches = job.body(hidden, share, *leaves[1:])
             if out is rows:
                 # Cells beyond the map are written behind its rows.
                 out = _blank(patches, (len(rows) + turns.padded_map, patches.shape[1]), turns.complete)
@@ -283,8 +285,16 @@ class _TakeTurns(torch.autograd.Function):
         return out.resize_(len(rows), out.shape[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        with torch.no_grad():
+            found = _TakeTurns._gradients(ctx, grad)
+        if not torch.is_grad_enabled():
+            return found
+        # Somebody may want gradients of these.
+        return tuple(None if g is None else _Last.apply(g.requires_grad_()) for g in found)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         job, source, saved = ctx.job, ctx.source, ctx.saved
         rows, *kept = ctx.saved_tensors
         inputs = len(ctx.needs_input_grad) - 2
@@ -314,6 +324,18 @@ class _TakeTurns(torch.autograd.Function):
         return None, rows_grad, *(s if n else None for s, n in zip(sums, ctx.needs_input_grad[2:], strict=True))
 
 
+class _Last(torch.autograd.Function):
+    """The identity for a gradient of which there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError("dispatch='sorted' has no gradients of gradients: give the PCE layers dispatch='static'")
+
+
 class _ConvolveMap(torch.autograd.Function):
     """An expert's convolution of the windows that its patches read, ``[n_e, D, S, S]``.
 
@@ -328,7 +350,6 @@ class _ConvolveMap(torch.autograd.Function):
         return kernel.apply(source.take(reads), weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (weight,), source = ctx.saved_tensors, ctx.source
         needed = source.grad is not None
@@ -349,7 +370,6 @@ class _ActivateAndConvolve(torch.autograd.Function):
         return kernel.apply(_activated_windows(batch, mask), weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         batch, weight, mask = ctx.saved_tensors
         for_windows, for_weight = ctx.kernel.gradients(_activated_windows(batch, mask), weight, grad, True)

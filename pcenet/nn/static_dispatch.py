@@ -22,13 +22,13 @@ def run_static(x: Tensor, routing: Routing, experts: ConvExperts, first: PlainKe
     size = (x.shape[2], x.shape[3])
     slots = _Slots(x, routing, first.side)
     hidden = slots.convolve(slots.take(x, first), first)
-    hidden = experts.activate(experts.norm1.forward_slots(hidden, slots.expert, slots.real))
+    hidden = experts.activate(experts.norm1(hidden, slots.expert, slots.real))
     if second.margin:
         hidden_map = merge_patches(slots.put(hidden), routing.grid, size)
         windows = slots.take(hidden_map, second)
     else:
         windows = hidden.permute(0, 2, 3, 1).flatten(1, 2)
-    out = experts.norm2.forward_slots(slots.convolve(windows, second), slots.expert, slots.real)
+    out = experts.norm2(slots.convolve(windows, second), slots.expert, slots.real)
     return merge_patches(slots.put_weighted(out), routing.grid, size)
 
 
@@ -66,13 +66,13 @@ class _Slots:
         expert = routing.choice.flatten()[pair]
         rank = torch.arange(num_pairs, device=x.device)
         slot = torch.where(routing.kept.flatten()[pair], first_slot[expert] + rank - first_rank[expert], num_slots)
-        block_index = torch.arange(num_blocks, device=x.device)
-        self._expert_of_block = torch.searchsorted(last_block, block_index, right=True).clamp(max=num_experts - 1)
+        block_index = torch.arange(num_blocks, device=x.device)[:, None]
+        self._expert_of_block = (block_index >= last_block).sum(1).clamp(max=num_experts - 1)
         self.expert = self._expert_of_block.repeat_interleave(block, output_size=num_slots)
         # A dropped pair reads the row of zeros that lies behind the slots.
-        self._slot_of_pair = torch.empty_like(slot).scatter_(0, pair, slot).view_as(routing.choice)
+        self._slot_of_pair = slot.scatter(0, pair, slot).view_as(routing.choice)
         # Dropped pairs all write to one place beyond the end, which is cut off.
-        pair_of_slot = slot.new_full((num_slots + 1,), num_pairs).scatter_(0, slot, pair)[:num_slots]
+        pair_of_slot = slot.new_full((num_slots + 1,), num_pairs).scatter(0, slot, pair)[:num_slots]
         self._patch_of_slot = pair_of_slot // routing.top_k
         self.weight = F.pad(routing.choice_weight.flatten(), (0, 1))[pair_of_slot]
         cells = real_cells(x, patch_size)

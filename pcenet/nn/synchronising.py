@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from pcenet.nn.experts import StackedNorm
-from pcenet.nn.layer import PCELayer
+from pcenet.nn.experts import StackedBatchNorm
 from pcenet.nn.routing import Router
 
 ORDINARY = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -20,8 +19,9 @@ def synchronise(model: nn.Module, batch_norm: bool = False) -> nn.Module:
     Args:
         model: the network, changed in place.
         batch_norm: take the statistics of batch normalisation over all processes too, weighted by the values that each
-            has: those of the experts, whose layers then use ``dispatch="static"``, one exchange for all experts instead
-            of one for each; and those of ordinary layers, by `torch.nn.SyncBatchNorm`, which needs GPUs.
+            has: those of the experts, whose layers then work as with ``dispatch="static"``, one exchange for all
+            experts instead of one for each; and those of ordinary layers, by `torch.nn.SyncBatchNorm`, which needs
+            GPUs. (`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does the same, but for the routers.)
 
     Returns:
         The network; another module where it is itself an ordinary batch normalisation.
@@ -32,12 +32,8 @@ def synchronise(model: nn.Module, batch_norm: bool = False) -> nn.Module:
     if batch_norm:
         _check_ordinary(model)
     for module in model.modules():
-        if isinstance(module, Router):
+        if isinstance(module, Router) or (batch_norm and isinstance(module, StackedBatchNorm)):
             module.synchronised = True
-        elif batch_norm and isinstance(module, PCELayer) and module.experts.norm1.kind == "batch":
-            module.dispatch = "static"
-        elif batch_norm and isinstance(module, StackedNorm):
-            module.synchronised = module.kind == "batch"
     return _convert(model) if batch_norm else model
 
 
@@ -52,7 +48,7 @@ def _convert(module: nn.Module) -> nn.Module:
 
 def _check_ordinary(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, ORDINARY) and type(module) not in ORDINARY:
+        if isinstance(module, ORDINARY) and type(module) not in (*ORDINARY, StackedBatchNorm):
             raise ValueError(
                 f"batch_norm: {name or 'the network'} is a {type(module).__name__}, and torch.nn.SyncBatchNorm would"
                 " lose what it does beside normalising; convert it before, timm's by timm.layers.convert_sync_batchnorm"

@@ -33,7 +33,7 @@ class Windows(NamedTuple):
         """The rows that patches ``[n]`` read, ``[n, cells]``; for a patch of number N, which there is not, zeros."""
         image = patch // len(self.pixels)
         rows = self.pixels.index_select(0, patch - image * len(self.pixels))
-        return rows.add_((image * self.pixels_per_image)[:, None]).clamp_(max=self.beyond)
+        return rows.add_((image * self.pixels_per_image)[:, None]).clamp_max_(self.beyond)
 
 
 @constant

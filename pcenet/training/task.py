@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import lightning as L
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.classification import multiclass_accuracy
+from typing_extensions import override
 
 from pcenet.data import IGNORE
 from pcenet.nn import Routing, RoutingStatistics, aux_terms, record_routing
@@ -137,6 +138,7 @@ class TrainingTask(L.LightningModule, ABC):
         self.means = EpochMeans()
         self.routing: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
         self.val_routing: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
+        self.train()
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The batch that is trained on; a task may mix its images."""
@@ -149,6 +151,16 @@ class TrainingTask(L.LightningModule, ABC):
     @abstractmethod
     def right(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The share of the targets that the logits hit, a scalar."""
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """What is frozen whole stays in evaluation mode: its statistics are part of what it is."""
+        super().train(mode)
+        for module in self.model.modules():
+            requires_grad = [parameter.requires_grad for parameter in module.parameters()]
+            if requires_grad and not any(requires_grad):
+                module.eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, in float32 at least."""

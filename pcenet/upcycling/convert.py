@@ -78,9 +78,9 @@ def upcycle(
         gate: ``"straight_through"`` or ``"prob"``, under which the network does not start as what it was.
         perturbation: standard deviation of noise on each expert's kernel, by that of its values; 0: all start equal.
         freeze: ``"dense"`` trains routers and experts alone, ``"pretrained"`` of these only what is new: routers and
-            the experts' differences from the pretrained kernel, which needs ``shared_kernel``. Frozen batch
-            normalisation still follows its batches in training mode. Thaw a fresh classifier by
-            ``requires_grad_(True)``.
+            the experts' differences from the pretrained kernel, which needs ``shared_kernel``. In training mode frozen
+            batch normalisation still follows its batches, as everywhere in torch, until ``eval()`` is called on it
+            (``pcenet train`` does). Thaw a fresh classifier by ``requires_grad_(True)``.
         shared_kernel: store the pretrained kernel once, trained by all patches, and each expert as its difference from
             it, at first 0, to which weight decay draws it; False: E copies that have nothing in common.
         dispatch: see `pcenet.nn.PCELayer`.

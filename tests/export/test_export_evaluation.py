@@ -7,11 +7,13 @@ import timm
 import torch
 from exporting import trained_like
 from torch import nn
+from torch.nn.utils import prune
 
 from pcenet.export.convolving import TileConv
 from pcenet.export.evaluation import evaluation_form, fold_batch_norms
 from pcenet.models import create_network
 from pcenet.nn import PCEConv2d, PCELayer
+from pcenet.nn.conv import leaders_of
 from pcenet.upcycling import upcycle
 
 
@@ -79,7 +81,7 @@ def test_an_upcycled_network_is_the_same_and_followers_follow(same_shape):
         for module in model.modules():
             if isinstance(module, PCEConv2d):
                 module.kernels.difference.copy_(0.05 * torch.randn_like(module.kernels.difference))
-    assert any(module.followers for module in model.modules() if isinstance(module, PCEConv2d))
+    assert leaders_of(model)
     form = evaluation_form(model, images, same_shape=same_shape)
     with torch.no_grad():
         torch.testing.assert_close(form(images), model(images), rtol=1e-5, atol=1e-5)
@@ -154,3 +156,31 @@ def test_each_expert_multiplies_its_own_patches_alone(tiny, monkeypatch, same_sh
     first = (1, 8 * 16, 8 * 16 * 9) if same_shape else (4, 8, 8 * 36)
     called = [(tile, sum(counts), reads) for tile, counts, reads in rows[-4:]]
     assert called == [first, first, (1, 32, 32 * 9), (1, 32, 32 * 9)]
+
+
+def test_weights_that_are_computed_are_taken_as_they_are_used_or_refused():
+    model = trained_like(create_network("pce_nano", num_classes=3, widths=(8, 12, 16))).requires_grad_(False)
+    images = torch.randn(1, 3, 32, 32)
+    layer = next(module for module in model.modules() if isinstance(module, PCELayer))
+    prune.random_unstructured(layer.experts.conv1, "shared", 0.5)
+    layer.experts.conv1.shared_orig.mul_(2)  # as loading does: what was computed before is of yesterday
+    with torch.no_grad():
+        form = evaluation_form(model, images)
+        torch.testing.assert_close(form(images), model(images), rtol=1e-4, atol=1e-4)
+    prune.random_unstructured(layer.router.hidden, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"weight of a HiddenLayer is computed .*prune\.remove"):
+        evaluation_form(model, images)
+    prune.remove(layer.router.hidden, "weight")
+    layer.router.logits = nn.Sequential(layer.router.logits)
+    with pytest.raises(ValueError, match="a router's logits layer is a Sequential"):
+        evaluation_form(model, images)
+
+
+def test_eps_is_that_of_the_network():
+    model = trained_like(create_network("pce_nano", num_classes=3, widths=(8, 12, 16)))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.5
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(evaluation_form(model, images)(images), model(images), rtol=1e-4, atol=1e-4)

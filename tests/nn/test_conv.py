@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from threading import Barrier, Thread
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from pcenet.nn import Grid, PCEConv2d, Routing, aux_loss, record_routing
-from pcenet.nn.conv import why_not
+from pcenet.nn.conv import leaders_of, why_not
 
 DISPATCHES = ["sorted", "static"]
 
@@ -141,7 +142,8 @@ def test_a_follower_uses_the_routing_of_its_leader_and_keeps_nothing() -> None:
     first = make_conv(patch_size=2)
     second = reference.randomise(PCEConv2d(5, 4, patch_size=2, num_experts=3, router=first).double(), seed=1)
     assert second.router is None
-    assert first.followers == (second,)
+    assert second.follows(first)
+    assert not first.follows(second)
     block = nn.Sequential(first, nn.ReLU(), second)
     x = torch.randn(2, 2, 6, 6, dtype=torch.float64)
     with record_routing(block) as records:
@@ -150,7 +152,6 @@ def test_a_follower_uses_the_routing_of_its_leader_and_keeps_nothing() -> None:
     (routing,) = records["0"]
     expected = naive(second, naive(first, x, routing).relu(), routing)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10, check_stride=False)
-    assert second._handed is None
     with pytest.raises(ValueError, match="has not run before it in this pass"):
         second(torch.randn(2, 5, 6, 6, dtype=torch.float64))
     first(x[:, :, :4])
@@ -172,12 +173,48 @@ def test_a_copied_follower_follows_the_copied_leader() -> None:
     first = PCEConv2d(3, 3, patch_size=2)
     block = nn.Sequential(first, PCEConv2d(3, 3, patch_size=2, router=first))
     twin = copy.deepcopy(block)
-    assert twin[0].followers == (twin[1],)
-    assert block[0].followers == (block[1],)
+    assert leaders_of(nn.ModuleList([block, twin])) == {block[1]: block[0], twin[1]: twin[0]}
     x = torch.randn(1, 3, 4, 4)
     assert torch.equal(twin(x), block(x))
     assert twin.state_dict().keys() == block.state_dict().keys()
     assert not [name for name in block.state_dict() if name.startswith("1.router")]
+
+
+def test_copies_of_parts() -> None:
+    """A leader's copy leads nobody, and a follower's has nobody to follow."""
+    first = PCEConv2d(3, 3, patch_size=2)
+    second = PCEConv2d(3, 3, patch_size=2, router=first)
+    leader, follower = copy.deepcopy(first), copy.deepcopy(second)
+    assert leaders_of(nn.ModuleList([first, second, leader, follower])) == {second: first}
+    x = torch.randn(1, 3, 4, 4)
+    first(x)
+    leader(x)
+    with pytest.raises(ValueError, match="has not run before it in this pass"):
+        follower(x)
+    assert second(x).shape == x.shape
+
+
+def test_threads_that_share_a_network_have_routings_of_their_own() -> None:
+    """Both leaders run before either follower does."""
+    first = make_conv(patch_size=2).eval()
+    second = reference.randomise(PCEConv2d(5, 4, patch_size=2, num_experts=3, router=first).double(), seed=1).eval()
+    maps = [torch.randn(2, 2, 6, 6, dtype=torch.float64), torch.randn(2, 2, 4, 4, dtype=torch.float64)]
+    expected = [second(first(x).relu()) for x in maps]
+    both = Barrier(2)
+    found: dict[int, Tensor] = {}
+
+    def work(index: int) -> None:
+        hidden = first(maps[index]).relu()
+        both.wait()
+        found[index] = second(hidden)
+
+    threads = [Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(2):
+        torch.testing.assert_close(found[index], expected[index], rtol=1e-10, atol=1e-10)
 
 
 def test_auxiliary_loss_and_gate_train_the_router() -> None:
@@ -274,7 +311,7 @@ def test_a_follower_must_fit_its_leader() -> None:
         PCEConv2d(3, 3, patch_size=2, router=leader, gate="prob")
     with pytest.raises(ValueError, match="router must be the PCEConv2d to follow, not a Router"):
         PCEConv2d(3, 3, patch_size=2, router=leader.router)
-    assert leader.followers == ()
+    assert leaders_of(leader) == {}
     with pytest.raises(ValueError, match="not one that follows another"):
         PCEConv2d(3, 3, patch_size=2, router=PCEConv2d(3, 3, patch_size=2, router=leader))
     with pytest.raises(ValueError, match=r"x of shape \(1, 4, 8, 8\) must be a map \[B, 3, H, W\]"):

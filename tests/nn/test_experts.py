@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcenet.nn import ConvExperts, Grid, PatchExtractor, PCELayer, route
-from pcenet.nn.experts import StackedNorm, double_conv
+from pcenet.nn.experts import StackedBatchNorm, double_conv
 
 
 def random_experts(*args: int, **options: Any) -> ConvExperts:
@@ -37,14 +37,16 @@ def test_parameters_are_stacked_by_expert() -> None:
         "norm1.bias": (5, 6),
         "norm1.running_mean": (5, 6),
         "norm1.running_var": (5, 6),
+        "norm1.num_batches_tracked": (5,),
         "conv2.weight": (5, 8, 6, 3, 3),
         "norm2.weight": (5, 8),
         "norm2.bias": (5, 8),
         "norm2.running_mean": (5, 8),
         "norm2.running_var": (5, 8),
+        "norm2.num_batches_tracked": (5,),
     }
     without_statistics = ConvExperts(3, 8, 5, norm="group").state_dict()
-    assert not any("running" in name for name in without_statistics)
+    assert not any("running" in name or "tracked" in name for name in without_statistics)
     assert without_statistics["conv1.weight"].shape == (5, 8, 3, 3, 3), "hidden is out by default"
 
 
@@ -223,12 +225,12 @@ def test_a_dense_block_takes_the_same_norms() -> None:
 
 def test_statistics_of_a_network_in_bfloat16_are_of_full_precision() -> None:
     """16,384 ones and as many fives: in bfloat16 counting by 16 ends at 4,096. Mean 3, deviation 2."""
-    norm = StackedNorm(1, 1, "batch").bfloat16()
+    norm = StackedBatchNorm(1, 1).bfloat16()
     x = torch.cat([torch.ones(1024, 1, 4, 4), 5 * torch.ones(1024, 1, 4, 4)]).bfloat16()
     real = torch.ones(2048, 1, 4, 4, dtype=torch.bool)
     for out in (
-        norm.forward_slots(x, torch.zeros(2048, dtype=torch.int64), real),
-        norm.forward_expert(x, 0, norm.weight[0], norm.bias[0], real),
+        norm(x, torch.zeros(2048, dtype=torch.int64), real),
+        norm(x, 0, real),
     ):
         assert out.dtype == torch.bfloat16
         assert out.unique().tolist() == [-1, 1]

@@ -459,7 +459,9 @@ def test_parameter_names_are_a_contract() -> None:
         "shortcut.weight": (4, 3, 1, 1),
     }
     assert {name for name, _ in layer.named_buffers()} == {"router.expert_bias", "router.centring"} | {
-        f"experts.{norm}.running_{which}" for norm in ("norm1", "norm2") for which in ("mean", "var")
+        f"experts.{norm}.{which}"
+        for norm in ("norm1", "norm2")
+        for which in ("running_mean", "running_var", "num_batches_tracked")
     }
 
 

@@ -87,14 +87,19 @@ def start(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     found = {norm: half_of_the_training(rank, norm) for norm in NORMS}
+    found["converted"] = half_of_the_training(rank, "batch", convert=True)
     found["attached"] = half_of_the_training(rank, "group", attach=True)
     torch.save(found | {"sums": sums_and_rows(rank)}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def half_of_the_training(rank: int, norm: str, attach: bool = False) -> dict[str, Any]:
+def half_of_the_training(rank: int, norm: str, attach: bool = False, convert: bool = False) -> dict[str, Any]:
     x, counts = (part.chunk(2)[rank] for part in images())
-    network = synchronise(build(norm), batch_norm=norm == "batch")
+    network = build(norm)
+    if convert:
+        network = synchronise(nn.SyncBatchNorm.convert_sync_batchnorm(network))
+    else:
+        network = synchronise(network, batch_norm=norm == "batch")
     if attach:
         attach_aux_losses(network, balance=0.1, z=0.01)
     wrapped = DistributedDataParallel(network)
@@ -110,8 +115,9 @@ def sums_and_rows(rank: int) -> dict[str, Any]:
     return {"total": total.detach(), "gradient": x.grad, "rows": gather_rows(x[None]), "processes": process_count()}
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_two_processes_train_as_one(norm: str, halves: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(("norm", "found"), [("group", "group"), ("batch", "batch"), ("batch", "converted")])
+def test_two_processes_train_as_one(norm: str, found: str, halves: list[dict[str, Any]]) -> None:
+    """With statistics that `synchronise`, or torch's own conversion, makes those of both."""
     expected = train(build(norm), *images(), processes=1)
     assert {name for name, g in expected["gradients"].items() if g.abs().max() > 1e-6} >= {
         "0.router.hidden.weight",
@@ -120,9 +126,9 @@ def test_two_processes_train_as_one(norm: str, halves: list[dict[str, Any]]) -> 
     }
     for half in halves:
         for name, gradient in expected["gradients"].items():
-            assert (half[norm]["gradients"][name] - gradient).abs().max() < 1e-10, name
+            assert (half[found]["gradients"][name] - gradient).abs().max() < 1e-10, name
         for name, value in expected["state"].items():
-            assert (half[norm]["state"][name] - value).abs().max() < 1e-8, name
+            assert (half[found]["state"][name] - value).abs().max() < 1e-8, name
 
 
 def test_attached_losses_see_the_loads_of_all_processes(halves: list[dict[str, Any]]) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from threading import Barrier, Thread
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -157,3 +161,43 @@ def test_auxiliary_losses_of_a_checkpointed_layer_have_their_gradients() -> None
             (y.sum() + aux_loss(records, balance=1.0, z=1.0)).backward()
         found.append(model[0].router.hidden.weight.grad)
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_threads_that_share_a_network_record_their_own_passes() -> None:
+    layer = PCELayer(3, 4, patch_size=2).eval()
+    start = Barrier(3)
+    found: dict[int, list[Routing]] = {}
+
+    def work(index: int) -> None:
+        with record_routing(layer) as records:
+            start.wait()
+            for _ in range(3):
+                with torch.no_grad():
+                    layer(torch.randn(index + 1, 3, 4, 4))
+            start.wait()
+        found[index] = records[""]
+
+    threads = [Thread(target=work, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(3):
+        assert [routing.grid.batch for routing in found[index]] == [index + 1] * 3
+
+
+def test_a_copy_made_while_recording_is_not_recorded() -> None:
+    layer = PCELayer(3, 4, patch_size=2).eval()
+    x = torch.randn(1, 3, 4, 4)
+    with record_routing(layer) as records:
+        copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+        layer(x)
+        for twin in copies:
+            twin(x)
+    layer(x)
+    for twin in copies:
+        twin(x)
+        with record_routing(twin) as own:
+            twin(x)
+        assert len(own[""]) == 1
+    assert len(records[""]) == 1

@@ -6,15 +6,17 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 import pcenet  # noqa: F401
-from pcenet.nn import PCELayer
+from pcenet.nn import PCELayer, aux_loss, record_routing
 from pcenet.nn.experts import StackedNorm
 from pcenet.training.callbacks import Averaging, update_average
 from pcenet.training.config import TrainConfig
 from pcenet.training.nonfinite import FiniteSteps
 from pcenet.training.task import ClassificationTask, parameter_groups, step_seed
+from pcenet.upcycling import upcycle
 
 
 @pytest.mark.parametrize("name", ["pce_nano", "dense_nano"])
@@ -141,3 +143,25 @@ def test_step_seeds_differ_between_steps_and_seeds_and_repeat() -> None:
     seeds = [step_seed(seed, step) for seed in range(3) for step in range(50)]
     assert len({seed % 2**32 for seed in seeds}) == 150  # torch's CPU generator uses 32 bits
     assert step_seed(1, 7) == seeds[57]
+
+
+@pytest.mark.parametrize("freeze", ["pretrained", "dense", None])
+def test_what_is_frozen_stays_what_it_was(freeze: str | None) -> None:
+    """Weights, and the statistics of batch normalisations, which training mode would move."""
+    resnet = ResNet(BasicBlock, layers=(1, 1, 1, 1), channels=(8, 8, 12, 12), stem_width=8, num_classes=3)
+    model = upcycle(resnet, layers=1.0, num_experts=2, patch_size=2, example=torch.randn(1, 3, 32, 32), freeze=freeze)
+    task = ClassificationTask(model, TrainConfig(), steps_per_epoch=1)
+    task.eval()
+    task.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    with record_routing(model) as records:
+        loss = task.task_loss(task(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 0])) + aux_loss(records)
+    loss.backward()
+    optimizer.step()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    may_move = {"pretrained": ("router", "difference"), "dense": ("router", "kernels"), None: ("",)}[freeze]
+    assert moved
+    assert all(any(part in name for part in may_move) for name in moved)
+    assert any("expert_bias" in name for name in moved)
+    assert any("running_mean" in name for name in moved) == (freeze is None)

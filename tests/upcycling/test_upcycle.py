@@ -345,7 +345,7 @@ def test_the_record_makes_the_network_again() -> None:
     again = rebuild(timm.create_model("resnet18", num_classes=10, channels=NARROW), Upcycling.from_dict(saved)).eval()
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(EXAMPLE), model(EXAMPLE))
-    assert again.layer4[1].conv1.followers == (again.layer4[1].conv2,)
+    assert again.layer4[1].conv2.follows(again.layer4[1].conv1)
     with pytest.raises(ValueError, match="the network has no layer layer9"):
         rebuild(resnet18(), Upcycling.from_dict({**saved, "converted": [{**saved["converted"][0], "name": "layer9"}]}))
     with pytest.raises(ValueError, match="layer layer3 is a Sequential, not a convolution"):
