@@ -403,13 +403,13 @@ CASES = [
     Case(
         "checkpoint of another shape",
         RESUME,
-        [CHECKPOINT, "tensor head.fc.weight has shape (2, 9), expected (2, 8)", "without --resume"],
+        [CHECKPOINT, "tensor head.fc.weight has shape (2, 9), expected (2, 8)", "start afresh in another folder"],
         change_checkpoint(lambda content: widen(content["state_dict"])),
     ),
     Case(
         "checkpoint that lacks a tensor",
         RESUME,
-        [CHECKPOINT, "tensor head.fc.bias is missing", "without --resume"],
+        [CHECKPOINT, "tensor head.fc.bias is missing", "start afresh in another folder"],
         change_checkpoint(lambda content: content["state_dict"].pop("model.head.fc.bias")),
     ),
     # Models.
@@ -574,7 +574,7 @@ def test_files_that_may_not_be_read_or_written(here: Path, unprivileged: list[st
         ("folder", 2, ["the folder 'val' cannot be read", denied]),
         ("weights", 2, ["other/model/model.safetensors", denied, "allow it to be read"]),
         ("options", 2, ["other/config.yaml", denied, "allow it to be read"]),
-        ("checkpoint", 2, [state, denied, "allow it to be read"]),
+        ("checkpoint", 2, ["other/checkpoints/step-00000001", "state.ckpt cannot be read", denied]),
         ("results", 2, ["new", denied, "choose another path"]),
         ("input", 1, ["none of 1 files could be predicted"]),
     ):

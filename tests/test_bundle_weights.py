@@ -49,7 +49,7 @@ def finished(tmp_path: Path) -> Callable[..., RunFolder]:
         }  # fmt: skip
         data = str(tmp_path / "pets.zip")
         run.create(
-            TrainConfig(model=network, data=data, out=str(run.path), epochs=7, lr=0.0123, **options), environment
+            TrainConfig(model=network, data=data, out=str(run.path), epochs=7, lr=0.0123, **options), environment, None
         )
         model = create_network(network, num_classes=3, **arguments)
         model.class_names = class_names

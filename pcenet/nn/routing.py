@@ -25,6 +25,7 @@ Priority = Literal["gate", "order"]
 Gate = Literal["prob", "straight_through"]
 Balancing = Literal["batch", "none"]
 BIAS_MOMENTUM = 0.1  # BatchNorm's
+LARGEST_FACTOR = 2**32  # of a capacity, which is still an integer of 64 bits then
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,11 +114,8 @@ def expert_load(choice: Tensor, num_experts: int, kept: Tensor | None = None) ->
 
 
 def expert_capacity(capacity_factor: float, num_patches: int, num_experts: int, top_k: int = 1) -> int:
-    """``ceil(capacity_factor * N * k / E)`` (design, section 1): the choices that one expert serves at most.
-
-    A factor above E drops nothing more than E does, and counts as E: no number is too large.
-    """
-    return math.ceil(min(capacity_factor, num_experts) * num_patches * top_k / num_experts)
+    """``ceil(capacity_factor * N * k / E)`` (design, section 1): the choices that one expert serves at most."""
+    return math.ceil(capacity_factor * num_patches * top_k / num_experts)
 
 
 def select_within_capacity(choice: Tensor, gate: Tensor, capacity: int, priority: Priority = "gate") -> Tensor:
@@ -232,8 +230,10 @@ def check_selection(
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be a positive number")
     for name, factor in capacity_factors.items():
-        if factor is not None and not (is_number(factor) and factor > 0 and math.isfinite(factor)):
-            raise ValueError(f"{name}={factor!r} must be a positive number, or None to drop nothing")
+        if factor is not None and not (is_number(factor) and 0 < factor <= LARGEST_FACTOR):
+            raise ValueError(
+                f"{name}={factor!r} must be a positive number up to {LARGEST_FACTOR}, or None to drop nothing"
+            )
 
 
 class Router(nn.Module):

@@ -267,7 +267,9 @@ class _TakeTurns(torch.autograd.Function):
                     leaf.requires_grad_(need)
                 with torch.enable_grad(), collected:
                     hidden = _ConvolveMap.apply(source.anchor, leaves[0], source, job.kernel, reads)
-                    patches = job.body(hidden, share, *leaves[1:])
+                    # Views: of what modules get, their hooks (those of torch's FlopCounterMode) ask whether a backward
+                    # pass will reach it, which autograd does not answer for leaves.
+                    patches = job.body(hidden, share, *(leaf.view_as(leaf) for leaf in leaves[1:]))
                 ctx.graphs.append((leaves, get_gradient_edge(patches)))
             else:
                 hidden = job.kernel.apply(source.take(reads), leaves[0])

@@ -45,21 +45,24 @@ def test_a_sample_that_cannot_be_read_is_left_out(tmp_path, encode, caplog):
     assert "val/a/0.png" in caplog.text
 
 
+NETWORK: Any = SimpleNamespace(task="classify", class_names=None, mask_values=None, grey_range=None)
+
+
 def test_data_that_were_given_must_be_there(tmp_path):
     config = AppConfig("run", data=str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="does not exist"):
-        open_samples(config, "classify", None)
+        open_samples(config, NETWORK, None)
 
 
 def test_data_of_the_run_need_not_be_there(tmp_path, pictures, caplog):
     trained = SimpleNamespace(data=str(tmp_path / "nowhere"), classes=None, ignore_index=None)
     run: Any = SimpleNamespace(read_config=lambda: trained)
     with caplog.at_level(logging.WARNING, "pcenet"):
-        assert open_samples(AppConfig("run"), "classify", run) is None
+        assert open_samples(AppConfig("run"), NETWORK, run) is None
     assert "no samples are offered: data source" in caplog.text
     trained.data = str(pictures)
-    assert len(open_samples(AppConfig("run", split="train"), "classify", run)) == 24
-    assert open_samples(AppConfig("run"), "classify", None) is None
+    assert len(open_samples(AppConfig("run", split="train"), NETWORK, run)) == 24
+    assert open_samples(AppConfig("run"), NETWORK, None) is None
 
 
 def test_without_gradio(explorer, monkeypatch):

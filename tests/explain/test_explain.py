@@ -155,8 +155,8 @@ def test_of_a_run_with_its_history(pictures: Path, tmp_path: Path, monkeypatch: 
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_names_that_are_no_unicode(awkward: Path, tmp_path: Path) -> None:
-    """A folder whose name is in another encoding: exact in the numbers, on the page the byte is written out."""
+def test_names_that_are_no_unicode(awkward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder whose name is in another encoding is refused as in training, whatever the network's classes are."""
     classes = sorted(folder.name for folder in (awkward / "data" / "val").iterdir())
     odd = os.fsdecode(b"_plain\xff")
     shutil.copytree(awkward / "data", tmp_path / "data")
@@ -165,11 +165,9 @@ def test_names_that_are_no_unicode(awkward: Path, tmp_path: Path) -> None:
     model = load_model(awkward / "routed")
     model.class_names = [*classes[:2], odd]
     model.save_pretrained(tmp_path / "model")
-    out = tmp_path / "out"
-    options = ["--data", str(tmp_path / "data"), "--shown", "3", "--intervention-images", "0", "--out", str(out)]
-    assert main(["explain", str(tmp_path / "model"), *options, "--device", "cpu", "--workers", "0"]) == 0
-    assert numbers(out)["classes"] == [*classes[:2], odd]
-    assert "It is _plain\\udcff." in (out / "explain.html").read_text()
+    error = refusal(capsys, str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"))
+    assert "the name 'train/_plain\\udcff' is no valid Unicode" in error
+    assert not (tmp_path / "out").exists()
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -301,6 +301,6 @@ def test_data_that_have_changed_are_refused(
         image.rename(image.with_name("9.png"))
         message = "train has as many images, but not the same file names or labels"
     open_source = data.open_source
-    monkeypatch.setattr(data, "open_source", lambda path, split: open_source(other, split))
+    monkeypatch.setattr(data, "open_source", lambda path, split, **_: open_source(other, split))
     with pytest.raises(ValueError, match=f"the data of .*step-00000006 have changed: .*: {message}; put them back"):
         train(start(resume="auto"))

@@ -135,7 +135,7 @@ def hostile(root: Path) -> None:
                 noise(len(CLASSES) * index + number).save(folder / f"{index}{COMMANDS}.png", "PNG")
     for name in ("a", f"b{COMMANDS}"):
         (root / "bad" / name).mkdir(parents=True)
-        (root / "bad" / name / f"x{COMMANDS}.txt").write_text("")
+        (root / "bad" / name / f"x{COMMANDS}.heic").write_text("")
         noise(0).save(root / "bad" / name / f"{COMMANDS}.png", "PNG")
     (root / f"list{COMMANDS}.yaml").write_text("- 1\n")
     broken = root / f"net{COMMANDS}"

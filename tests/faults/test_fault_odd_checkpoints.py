@@ -18,7 +18,8 @@ from pcenet.training.config import TrainConfig
 from pcenet.training.device import resolve_device
 from pcenet.training.folder import RunFolder
 from pcenet.training.run import Run, prepare, resolve, train
-from pcenet.training.sealing import discard, fault_of, remove
+from pcenet.training.sealing import fault_of
+from pcenet.writing import discard, remove
 
 Change = Callable[[Path], object]
 TENSOR, PARAMETER = "model.stem.0.0.weight", 0

@@ -235,7 +235,7 @@ def test_a_checkpoint_of_other_data_is_refused(
     for split in ("train", "val"):  # the same path, but as many other classes
         (other / split / "red").rename(other / split / "mauve")
     open_source = data.open_source
-    monkeypatch.setattr(data, "open_source", lambda path, split: open_source(other, split))
+    monkeypatch.setattr(data, "open_source", lambda path, split, **_: open_source(other, split))
     with pytest.raises(ValueError, match=r"step-00000003: only in .*step-00000003: red; only in .*: mauve"):
         train(start("new", resume=str(interrupted.steps[-1])))
     assert not config.folder.exists()

@@ -89,7 +89,7 @@ def test_a_saved_range_that_is_none(here: Path, tmp_path: Path) -> None:
     assert load_model("model").grey_range == [0, 1023]
     values = json.loads(Path("model/config.json").read_text())
     Path("model/config.json").write_text(json.dumps(values | {"grey_range": [0, "x"]}))
-    with pytest.raises(ValueError, match=r"config\.json: grey_range must be two whole numbers"):
+    with pytest.raises(ValueError, match=r"config\.json .*grey_range must be two whole numbers"):
         load_model("model")
 
 
