@@ -133,8 +133,8 @@ def _balance(router: Router, logits: Tensor) -> None:
         moved -= 0.3 / (1 + step / 10) * (load / fair - 1).clamp(-1, 1)
     weight.mul_(scale[:, None])
     bias.copy_((bias - shift) * scale + moved)
-    if router.expert_bias is not None:
-        router.expert_bias.zero_()
+    for buffer in router.buffers():  # the biases of its own balancing
+        buffer.zero_()
 
 
 def autocast(x: Tensor, precision: str) -> AbstractContextManager[Any]:

@@ -15,7 +15,7 @@ from pcenet.nn import Routing, record_routing, routers_of
 
 TOLERANCE = 1e-4  # of logits, by their largest magnitude where that is above 1
 SMALL_MARGIN = 1e-4  # of a patch's best logit over the next: rounding may send it to another expert
-MOST_SMALL = 1e-3  # share of the patches that may have such a margin
+MOST_SMALL = 1e-2  # share of the patches that may have such a margin: of a network that was trained a little some have
 BOOST = 100.0  # what is added to one expert's logit to leave the others empty
 SHOWN = 20
 
@@ -139,7 +139,9 @@ def sent_to_one(model: nn.Module, expert: int) -> nn.Module:
     forced = copy.deepcopy(model)
     with torch.no_grad():
         for _, router in routers_of(forced):
-            router.logits.bias[expert] += BOOST
+            # Not a part of what is centred, where there is such a bias.
+            bias = router.logits.bias if router.expert_bias is None else router.expert_bias
+            bias[expert] += BOOST
     return forced
 
 

@@ -426,7 +426,7 @@ class ConvExperts(nn.Module):
         return self.drop(torch.ones_like(x)) if self.drop.training and self.drop.p else None
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As torch's, by which tools exchange parts, see `_fitting`."""
+        """As torch's, by which tools exchange parts, see ``_fitting``."""
         super().add_module(name, module if module is None else self._fitting(name, module))
 
     def __setattr__(self, name: str, value: Any) -> None:

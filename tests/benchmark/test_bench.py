@@ -177,6 +177,7 @@ def test_layers_beside_dense_block_and_rival(tmp_path: Path, capsys: pytest.Capt
     assert "2x8x8x4, forward, experts 2, zero" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_measure_of_a_network(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     measures = ["forward", "step", "latency", "memory"]

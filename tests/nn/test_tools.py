@@ -581,12 +581,25 @@ def test_backward_hooks_see_gradients(kind: str) -> None:
 
 
 @NETWORKS
-def test_counting_flops(kind: str) -> None:
-    model = make(kind).eval()
-    for grad in (False, True):
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(grad):
-            model(batch(1))
-        assert counter.get_total_flops() > 0
+@pytest.mark.parametrize("training", [False, True])
+def test_counting_flops(kind: str, training: bool) -> None:
+    """The counter follows modules through both passes, by hooks on what they are given."""
+    counts = []
+    for backward in (False, True):
+        model = make(kind).train(training)
+        x = batch(1).requires_grad_()
+        torch.manual_seed(3)
+        with FlopCounterMode(display=False) as counter:
+            out = model(x).square().mean()
+            if backward:
+                out.backward()
+        counts.append(counter.get_total_flops())
+    assert 0 < counts[0] < counts[1]
+    plain = make(kind).train(training)
+    expected = batch(1).requires_grad_()
+    torch.manual_seed(3)
+    plain(expected).square().mean().backward()
+    same(x.grad, expected.grad)
 
 
 # Adapting and exchanging

@@ -214,7 +214,7 @@ def test_the_batch_size_found_is_the_largest_that_fits(start: Start, monkeypatch
     assert find_batch_size(prepared(config)) == 8  # 16 of the 24 images do not
 
 
-@pytest.mark.parametrize("batch_size", [4, 128])
+@pytest.mark.parametrize("batch_size", [4, pytest.param(128, marks=pytest.mark.slow)])
 def test_no_batch_is_larger_than_the_images(start: Start, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
     monkeypatch.setattr("pcenet.training.classify.ClassificationTask", Quadratic)
     monkeypatch.setattr(Quadratic, "training_step", lambda self, *_: self.model.weight.square().sum())

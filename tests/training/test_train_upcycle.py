@@ -29,6 +29,7 @@ def upcycled(dense: Path, pictures: Path, out: Path, *more: str) -> list[str]:
     return ["train", *NETWORK, *start, "--data", str(pictures), "--out", str(out), "--epochs", "1", *MACHINE, *more]
 
 
+@pytest.mark.slow
 def test_a_run_from_a_dense_one_to_its_explanation(dense, pictures, tmp_path, capsys):
     out = tmp_path / "run"
     # So small a step that the weights are still those of the beginning, to six digits.
