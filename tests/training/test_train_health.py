@@ -125,8 +125,8 @@ def test_routings_are_counted_by_layer() -> None:
 
 
 def collapse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks whose routers prefer expert 0 by far, and whose bias at evaluation does not learn of it: batches of training
-    are even, at evaluation all patches go to one expert."""
+    """Networks whose routers prefer expert 0 by far, and whose bias at evaluation does not learn of it: batches of
+    training are even, at evaluation all patches go to one expert."""
     build = running.build_model
 
     def one_sided(*arguments: Any, **options: Any) -> Any:
