@@ -588,6 +588,7 @@ def test_files_that_may_not_be_read_or_written(here: Path, unprivileged: list[st
     assert {name: after.get(name) for name in before} == before
 
 
+@pytest.mark.slow
 def test_the_program_itself(here: Path) -> None:
     write(WEIGHTS, "weights, honestly")()
     done = subprocess.run([sys.executable, "-m", "pcenet", *PREDICT], capture_output=True, text=True, check=False)

@@ -64,7 +64,10 @@ def test_the_package_loads_nothing():
         pytest.param("import pcenet\nfrom timm.models import create_model\nimport timm", marks=pytest.mark.slow),
         pytest.param("import pcenet.nn, timm", marks=pytest.mark.slow),
         # Looking for timm without importing it must not use the registration up.
-        "import pcenet, importlib.util\nassert importlib.util.find_spec('timm').loader.get_source('timm')\nimport timm",
+        pytest.param(
+            "import pcenet, importlib.util as u\nassert u.find_spec('timm').loader.get_source('timm')\nimport timm",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_networks_are_registered_whichever_comes_first(code):
@@ -72,6 +75,7 @@ def test_networks_are_registered_whichever_comes_first(code):
     assert not HEAVY & loaded
 
 
+@pytest.mark.slow
 def test_the_hook_leaves_when_it_has_fired():
     loaded_by(
         "import sys, pcenet, timm\n"

@@ -40,6 +40,7 @@ def street(tmp_path: Path) -> Path:
     return tmp_path / "street"
 
 
+@pytest.mark.slow
 def test_the_real_command_line_names_a_fault_and_exits_with_1(pets: Path) -> None:
     (pets / "val/dog/2.png").write_bytes(b"<html>")
     run = [sys.executable, "-m", "pcenet", "check-data", str(pets), "--json", str(pets.parent / "r.json")]

@@ -81,6 +81,7 @@ def test_the_graph_does_the_work_of_one_expert_for_each_patch(exported):
     assert counts[0].total == stem + down + winograd + router + products + router_of_pixels + classifier
 
 
+@pytest.mark.slow
 def test_the_file_for_one_image_multiplies_few_patches_pixel_by_pixel(exported, tmp_path):
     from pcenet.export.counting import count_multiply_adds
 

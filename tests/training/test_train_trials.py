@@ -207,6 +207,7 @@ def test_a_loss_that_is_no_number_gives_no_rate(start: Start, monkeypatch: pytes
         find_lr(prepared(config))
 
 
+@pytest.mark.slow
 def test_the_batch_size_found_is_the_largest_that_fits(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pcenet.training.classify.ClassificationTask", Quadratic)
     config = start()
