@@ -285,6 +285,8 @@ def check_config_files(words: Sequence[str]) -> None:
             raise ValueError(f"--config: {path} is empty; write options into it, such as epochs: 10")
         if not isinstance(values, dict):
             raise ValueError(f"--config: {path} must hold options by their names, such as epochs: 10")
+        if any(str(name).replace("-", "_") == "trust_code" for name in values):
+            raise ValueError(f"--config: {path} cannot say whom you trust; give --trust-code on the command line")
 
 
 def config_parser(command: str, entries: dict[str, Entry]) -> ArgumentParser:

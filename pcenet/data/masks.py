@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -44,9 +44,10 @@ class MaskClasses:
         unknown = [value for value in values if value not in self.values and value not in self.ignored]
         if not unknown:
             return None
+        left_out = f"{listed(sorted(self.ignored))} do(es) not count" if self.ignored else "every value counts"
         return (
             f"the mask has the value(s) {listed(unknown)}, which are of no class: the classes are the values"
-            f" {listed(self.values)}, and {listed(sorted(self.ignored)) or 'no value'} do(es) not count. Correct the"
+            f" {listed(self.values)}, and {left_out}. Correct the"
             f" mask, name the class (names stand for the values 0, 1, ...; without names each value of the masks for"
             f" training is a class), or choose ignore_index."
         )
@@ -145,7 +146,10 @@ def mask_classes(
             return MaskClasses(tuple(kept.values()), tuple(kept), known.ignored - kept.keys())
     if names is None:
         names = named_by_value(values_of_training(tree, layout))
-    return number_classes(names, ignore_index, str(tree.path))
+    found = number_classes(names, ignore_index, str(tree.path))
+    if known is not None and isinstance(ignore_index, int):
+        return replace(found, ignored=found.ignored | (known.ignored - set(found.values)))
+    return found
 
 
 def check_ignore_index(ignore_index: IgnoreIndex) -> None:

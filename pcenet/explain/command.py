@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -40,6 +39,7 @@ from pcenet.training.folder import RunFolder
 from pcenet.training.measures import cost_of, image_size, preprocessing
 from pcenet.training.pictures import Row, layers_of, new_figure
 from pcenet.training.pixels import upsample
+from pcenet.training.records import read_rows
 from pcenet.training.tables import console
 from pcenet.writing import filling, write_json, write_text
 
@@ -269,8 +269,7 @@ def history_of(run: RunFolder | None) -> list[Row] | None:
     """The figures of each epoch, where there are some that tell of the routers."""
     if run is None or not (path := run.logs / "metrics.csv").is_file():
         return None
-    with path.open(encoding="utf-8", newline="") as file:
-        rows: list[Row] = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    rows: list[Row] = [{name: value for name, value in row.items() if value is not None} for row in read_rows(path)]
     return rows if rows and layers_of(rows) else None
 
 

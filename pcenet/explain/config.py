@@ -68,7 +68,9 @@ class ExplainConfig:
     seed: Annotated[
         int, Option("Decides which images are drawn, random experts and positions.", at_least=0, below=2**32)
     ] = 0
-    batch_size: Annotated[int | None, Option("Images per step; null: 256, or 8 to segment.", at_least=1)] = None
+    batch_size: Annotated[
+        int | None, Option("Images per step; null: 256, or 8 to segment, fewer where they are large.", at_least=1)
+    ] = None
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"
     workers: WorkersOption = None

@@ -387,15 +387,18 @@ class Router(nn.Module):
             level = self.centring.to(logits.dtype) * of_image.mean(1, keepdim=True)
             return (of_image - level).flatten(0, 1) + self.expert_bias.to(logits.dtype)
         bias = balancing_bias(gather_rows(logits) if self.synchronised else logits.detach(), self.top_k)
-        if self._follows_batch():
-            check_follows(self.expert_bias, bias, "a router's expert_bias", "call eval() on the network or its routers")
-            with torch.no_grad():
-                self.expert_bias.lerp_(bias.to(self.expert_bias.dtype), BIAS_MOMENTUM)
-        # The task raises whatever was chosen. What it raises for all patches alike the bias would lower again, and both
-        # would grow for ever: a batch's mean has no gradient.
         mean = logits.mean(dim=0)
         if self.synchronised:
             mean = sum_over_processes(mean) / process_count()
+        if self._follows_batch():
+            # At evaluation it is added to centred logits, whose mean is lower by what is taken off.
+            followed = bias + self.centring.to(bias.dtype) * mean.detach()
+            way_out = "call eval() on the network or its routers"
+            check_follows(self.expert_bias, followed, "a router's expert_bias", way_out)
+            with torch.no_grad():
+                self.expert_bias.lerp_(followed.to(self.expert_bias.dtype), BIAS_MOMENTUM)
+        # The task raises whatever was chosen. What it raises for all patches alike the bias would lower again, and both
+        # would grow for ever: a batch's mean has no gradient.
         return logits - (mean - mean.detach()) + bias
 
     def _follows_batch(self) -> bool:

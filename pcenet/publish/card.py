@@ -116,7 +116,11 @@ def routing_section(metrics: Values, evaluations: Sequence[Values], picture: boo
     if not training:
         return ""
     columns = {} if health is None else {f"{plain(data_of(metrics))}, val": health}
-    columns |= {f"{plain(each['data'])}, {each['split']}": each["router"] for each in evaluations}
+    columns |= {
+        f"{plain(each['data'])}, {each['split']}": each["router"]
+        for each in evaluations
+        if each["router"].keys() >= training.keys()
+    }
     rows = [
         f"| `{layer}` | " + " | ".join(", ".join(map(rounded, router[layer]["load"])) for router in columns.values())
         for layer in training

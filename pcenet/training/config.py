@@ -78,8 +78,8 @@ ClassesOption = Annotated[
 IgnoreIndexOption = Annotated[
     int | str | None,
     Option(
-        "Segmentation: the mask value of pixels that do not count, beside 255, which does not either; none: every "
-        "value counts, 255 too. null: 255 alone does not.",
+        "Segmentation: one more mask value that does not count (255 never does); none: every value counts, 255 too. "
+        "null: what a trained network knows, else only 255.",
         at_least=0,
         texts=(NOTHING_IGNORED,),
     ),
@@ -88,8 +88,13 @@ GreyRangeOption = Annotated[
     list[int] | None,
     Option(
         "Grey images of more than 8 bits: the values that are black and white, such as '[0, 4095]' for 12 bits in "
-        "files of 16. A network keeps them. null: those of the network, if it has some, else all that files can hold."
+        "files of 16. A network keeps them. null: those that a trained network "
+        "keeps, else all that files can hold; train --init does not take them over."
     ),
+]
+StepOption = Annotated[
+    int | None,
+    Option("Images per step; null: 256, or 8 to segment, fewer where they are large.", at_least=1),
 ]
 RunOption = Annotated[
     str,
@@ -499,7 +504,9 @@ class EvalConfig:
     out: Annotated[
         str | None, Option("Folder for eval-DATA-SPLIT.json; null: the run folder, else the current one.")
     ] = None
-    batch_size: Annotated[int | None, Option("Images per step; null: 256, or 8 to segment.", at_least=1)] = None
+    batch_size: Annotated[
+        int | None, Option("Images per step; null: 256, or 8 to segment, fewer where they are large.", at_least=1)
+    ] = None
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"
     workers: WorkersOption = None
@@ -558,7 +565,9 @@ class PredictConfig:
     trust_code: Annotated[
         bool, Option("Run FILE.pt2, which is a program and can do whatever you can: only from people you trust.")
     ] = False
-    batch_size: Annotated[int | None, Option("Images per step; null: 256, or 8 to segment.", at_least=1)] = None
+    batch_size: Annotated[
+        int | None, Option("Images per step; null: 256, or 8 to segment, fewer where they are large.", at_least=1)
+    ] = None
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"
     workers: WorkersOption = None

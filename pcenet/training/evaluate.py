@@ -75,8 +75,6 @@ def evaluate(config: EvalConfig) -> Any:
     precision = resolve_precision(config.precision, device)
     trained = open_trained(config)
     model, kind, source, run = trained.model, trained.kind, trained.source, trained.run
-    for note in source.notes:
-        log.warning("%s: %s", trained.data, note.text)
     workers = resolve_workers(config.workers, device)
     batch_size = config.batch_size or eval_batch_size(model)
     batches = kind.eval_loader(model, source, batch_size=batch_size, workers=workers)
@@ -148,7 +146,10 @@ def open_data(config: EvalConfig, name: str, model: SavableModel, run: RunFolder
     if model.task == "segment" and model.mask_values is None and run is not None and not given:
         trained = run.read_config()
         config = replace(config, classes=trained.classes, ignore_index=trained.ignore_index)
-    return kind_of(model.task).open(config, name, config.split, model)
+    source = kind_of(model.task).open(config, name, config.split, model)
+    for note in source.notes:
+        log.warning("%s: %s", name, note.text)
+    return source
 
 
 def check_against_network(model: SavableModel, source: Any, name: str) -> None:

@@ -88,7 +88,7 @@ def recorded_health(metrics: Mapping[str, Any]) -> tuple[dict[str, Health] | Non
     Args:
         metrics: the content of ``metrics.json``.
     """
-    if EVALUATED in metrics:
+    if EVALUATED in metrics and TRAINED in metrics:
         return metrics[EVALUATED], metrics[TRAINED]
     before: Mapping[str, Any] = metrics.get("router") or {}
     return None if before else {}, {name: {"drop_rate": layer["drop_rate"]} for name, layer in before.items()}
@@ -116,7 +116,8 @@ def complaint(routers: Mapping[str, Health]) -> str | None:
     parts = []
     if dead:
         cases = "; ".join(f"{name or 'the model'}: {experts_in_words(numbers)}" for name, numbers in dead.items())
-        parts.append(f"{sum(map(len, dead.values()))} of {experts} experts get no patch at all ({cases})")
+        count = sum(map(len, dead.values()))
+        parts.append(f"{count} of {experts} experts {'gets' if count == 1 else 'get'} no patch at all ({cases})")
     if uneven:
         cases = "; ".join(f"{name or 'the model'}: {ratio:.1f}" for name, ratio in uneven)
         parts.append(f"the busiest expert has more than {UNEVEN:g} times the load of the idlest ({cases})")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pcenet.choices import Split, Task
+from pcenet.choices import GreyRange, Split, Task
 from pcenet.models import SavableModel
 from pcenet.models.limits import check_class_names
 from pcenet.training.config import EvalConfig, Precision, TrainConfig
@@ -33,9 +33,10 @@ class Kind(ABC):
         """One split of the data set ``name``, with ``name``, ``classes`` and a length; what the data do not say of
         their classes a trained network does."""
 
-    def name_classes(self, model: SavableModel, source: Any) -> None:
-        """Let a network know the classes of the data that it is trained on."""
+    def tell_of_data(self, model: SavableModel, source: Any, grey_range: GreyRange | None) -> None:
+        """Let a network know the data that it is trained on: classes, and how deep grey images are read."""
         model.class_names = check_class_names(list(source.classes), len(source.classes))
+        model.grey_range = grey_range
 
     @abstractmethod
     def train_loader(

@@ -18,7 +18,9 @@ ENVIRONMENT: Schema = {
     "threads": COUNT,
     "versions": Each(TEXT),
 }
-ROUTER = Maybe(Each({"load": [NUMBER], "entropy": NUMBER, "max_min": or_none(NUMBER), "drop_rate": NUMBER}))
+# Of versions that counted in training, whose ``dead`` was a list.
+BEFORE: dict[str, Any] = {"load": [NUMBER], "entropy": NUMBER, "max_min": or_none(NUMBER), "drop_rate": NUMBER}
+HEALTH = {**BEFORE, "dead": COUNT, "dead_experts": [COUNT]}
 
 
 def metrics_of(score: str) -> dict[str, Any]:
@@ -32,15 +34,15 @@ def metrics_of(score: str) -> dict[str, Any]:
         "best": {"epoch": COUNT, score: NUMBER},
         "epoch_seconds": NUMBER,
         "complexity": dict.fromkeys(("parameters", "active_parameters", "multiply_adds"), NUMBER),
-        EVALUATED: ROUTER,
-        TRAINED: Maybe(Each(Each(NUMBER))),
-        "router": ROUTER,  # of versions that counted in training
+        EVALUATED: Maybe(Each(HEALTH)),
+        TRAINED: Maybe(Each({"drop_rate": NUMBER})),
+        "router": Maybe(Each(BEFORE)),
     }
 
 
 def evaluation_of(score: str) -> Schema:
     """What a file of ``pcenet eval`` has to hold, of a network with this figure of merit."""
-    return {"source": TEXT, "data": TEXT, "split": TEXT, "images": COUNT, score: NUMBER, "router": ROUTER}
+    return {"source": TEXT, "data": TEXT, "split": TEXT, "images": COUNT, score: NUMBER, "router": Each(BEFORE)}
 
 
 def read_record(path: Path, schema: Schema = ANYTHING) -> Any:

@@ -207,8 +207,7 @@ def prepare(
     model = build_model(config, len(classes), start=not checkpoints)
     with naming_model_args(config.model_args):
         cost = cost_of(model)
-    kind.name_classes(model, sources["train"])
-    model.grey_range = config.grey_range
+    kind.tell_of_data(model, sources["train"], config.grey_range)
     ranks = ranks_of_environment()
     workers = resolve_workers(config.workers, device, ranks.local_count)
     assert config.batch_size is not None
@@ -453,7 +452,7 @@ def finish(run: Run, fitted: Fitted) -> None:
     model = run.model
     if config.strategy == "fsdp":  # each process has parts of that one
         model = build_model(config, len(source.classes))
-        run.kind.name_classes(model, source)
+        run.kind.tell_of_data(model, source, config.grey_range)
     decide(lambda: keep_averaged(model, run.folder))
     share(list(model.state_dict().values()))
     result = run.kind.evaluate(model, run.loaders["val"], source.classes, device=run.device, precision=config.precision)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import pcenet.data as data
+from pcenet.choices import GreyRange
 from pcenet.models import SavableModel
 from pcenet.nn import RoutingStatistics, record_routing
 from pcenet.nn.processes import sum_over_processes
@@ -45,9 +46,9 @@ class Segmentation(Kind):
             known_classes=known_masks(trained),
         )
 
-    def name_classes(self, model: SavableModel, source: data.SegmentationSource) -> None:
-        """Let a network know the classes of the data that it is trained on, and the values of their masks."""
-        super().name_classes(model, source)
+    def tell_of_data(self, model: SavableModel, source: data.SegmentationSource, grey_range: GreyRange | None) -> None:
+        """Let a network know the data that it is trained on, the values of their masks among it."""
+        super().tell_of_data(model, source, grey_range)
         model.mask_values, model.ignored_values = list(source.mask_values), list(source.ignored_values)
 
     def train_loader(

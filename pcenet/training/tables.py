@@ -65,7 +65,7 @@ def router_table(routers: Mapping[str, Health]) -> Table:
 def training_table(routers: Mapping[str, Mapping[str, float]]) -> Table:
     """What the last epoch of training tells of the routing, a row per layer."""
     title = "routing in training, where a bias evens out the loads of each batch"
-    spread = "largest less smallest"
+    spread = "max - min"
     table = Table("layer", "dropped", f"bias, {spread}", f"a patch's logits, {spread}", title=title)
     for name, figures in routers.items():
         spreads = (figures.get(key) for key in ("bias_spread", "logit_spread"))

@@ -154,7 +154,7 @@ def test_the_tables(kept: CompareConfig) -> None:
 
 def test_a_run_whose_routers_are_not_healthy_is_named(kept: CompareConfig, caplog: pytest.LogCaptureFixture) -> None:
     words = (
-        "pce_tiny-0: routers at evaluation: 1 of 4 experts get no patch at all (a: expert 1), and the busiest expert"
+        "pce_tiny-0: routers at evaluation: 1 of 4 experts gets no patch at all (a: expert 1), and the busiest expert"
     )
     write_report(kept, "dense_nano")
     (line,) = [line for line in (kept.folder / "comparison.md").read_text().splitlines() if "**Warning:**" in line]

@@ -38,6 +38,7 @@ REFUSED = {
     "a large file": ("# " + "x" * 2**18, "bytes, more than 262144"),
     "bytes that are no text": (b"\xff\xfe\xfa", "is no text in UTF-8"),
     "a tag of Python's": ("data: !!python/name:os.system", "could not determine a constructor"),
+    "a word of trust": ("trust_code: true", "cannot say whom you trust; give --trust-code on the command line"),
     "an ESC in a key": ('"\\e[31mx": 3', "unknown option"),
 }
 

@@ -110,6 +110,23 @@ def test_networks_that_have_nothing_to_find_are_left_as_they_are() -> None:
         assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
+@pytest.mark.parametrize("further", ["training", "update_bn"])
+def test_loads_stay_even_where_training_goes_on(further: str) -> None:
+    """The running mean goes on where the bias that was found left it: both are of centred logits."""
+    layer, images = lopsided_layer(), photographs(64)
+    update_expert_bias([images], layer)
+    if further == "training":
+        layer.train()
+        for _ in range(60):
+            layer(images)
+        layer.eval()
+    else:
+        torch.optim.swa_utils.update_bn([images] * 60, layer)
+        layer.eval()
+    load = loads(layer, images)
+    assert min(load) > 0.8 * sum(load) / 3, load
+
+
 def test_networks_saved_before_keep_their_outputs() -> None:
     layer = lopsided_layer()
     saved = {name: tensor.clone() for name, tensor in layer.state_dict().items() if name != "router.centring"}
