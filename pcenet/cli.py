@@ -67,6 +67,7 @@ C = TypeVar(
 
 TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "scipy", "tensorboard", "torchmetrics", "yaml")
 TRACEBACK = "PCENET_TRACEBACK"
+MOST_KEYS = 500  # of a configuration; jsonargparse looks at unknown ones slowly
 YAML = "pcenet"  # jsonargparse's name for our way of reading and writing it
 KINDS = {
     "int | list": "a whole number, or a list of them such as [0, 1]",
@@ -285,6 +286,8 @@ def check_config_files(words: Sequence[str]) -> None:
             raise ValueError(f"--config: {path} is empty; write options into it, such as epochs: 10")
         if not isinstance(values, dict):
             raise ValueError(f"--config: {path} must hold options by their names, such as epochs: 10")
+        if len(values) > MOST_KEYS:
+            raise ValueError(f"--config: {path} has {len(values)} keys, more than there are options")
         if any(str(name).replace("-", "_") == "trust_code" for name in values):
             raise ValueError(f"--config: {path} cannot say whom you trust; give --trust-code on the command line")
 

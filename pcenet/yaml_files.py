@@ -15,7 +15,7 @@ MOST = 100_000  # values, those that aliases repeat counted each time
 DEEPEST = 100  # lists and mappings within each other
 
 MERGE = "tag:yaml.org,2002:merge"
-INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
+INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]{0,30}|0x[0-9a-fA-F_]{1,30})$")  # longer ones are texts, and no option's
 FLOAT = re.compile(
     r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$"
     r"|\.(?:nan|NaN|NAN)$"

@@ -17,6 +17,7 @@ from PIL import Image
 from pcenet.choices import GreyRange
 
 LEAST_USED = 1 / 8  # of the range: the share from an image's lowest to its highest value below which it is refused
+OUTLIERS = 1 / 1000  # of an image's values at either end, which do not count for that share: dead pixels, "no data"
 MOST_ABOVE = 1 / 2  # of an image's values that may lie above a range that was given
 
 
@@ -99,12 +100,16 @@ def _fault_of_file(grey: Grey) -> str | None:
     least, most, extent = int(grey.values.min()), int(grey.values.max()), grey.most - grey.least
     if least < grey.least or most > grey.most:
         return f"its grey values, {least} to {most}, go beyond {grey.least} to {grey.most}. {way_out(least, most)}"
+    which = "its grey values"
+    if most - least >= LEAST_USED * extent:
+        least, most = (int(value) for value in np.quantile(grey.values, (OUTLIERS, 1 - OUTLIERS)))
+        which = "all but a few of its grey values"
     used = (most - least) / extent
     if least == most or used >= LEAST_USED:  # an image of one value has nothing to lose
         return None
     looks = "nearly black" if most - grey.least < LEAST_USED * extent else "nearly all one grey"
     return (
-        f"its grey values, {least} to {most}, use {used:.1%} of the range {grey.least} to {grey.most}: it would be"
+        f"{which}, {least} to {most}, use {used:.1%} of the range {grey.least} to {grey.most}: it would be"
         f" {looks}. {way_out(least, most)}"
     )
 

@@ -12,8 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pcenet.choices import GreyRange
 from pcenet.data.base import DataError
-from pcenet.data.grey import LEAST_USED, Grey, GreyRangeError, grey_of, is_deep, packing, to_8_bits
-from pcenet.data.limits import shape_fault
+from pcenet.data.grey import LEAST_USED, OUTLIERS, Grey, GreyRangeError, grey_of, is_deep, packing, to_8_bits
+from pcenet.data.limits import scans_fault, shape_fault
 
 T = TypeVar("T")
 # What a file that ends in one of `pcenet.data.layout.IMAGE_SUFFIXES` may be. For others Pillow may run other programs.
@@ -107,7 +107,7 @@ def _decode(
         image = Image.open(io.BytesIO(data), formats=formats)
         if limit is not None and image.width * image.height > limit:
             raise Image.DecompressionBombError  # up to twice its own limit Pillow only warns
-        if fault := shape_fault(*image.size):
+        if fault := shape_fault(*image.size) or scans_fault(data):
             raise _RefusedError(fault)
         return convert(image)
     except (_RefusedError, GreyRangeError) as error:
@@ -182,7 +182,7 @@ def _upright(image: Image.Image) -> Image.Image | Grey:
         raise ValueError("its pixels are floating-point numbers; store it with 8 or 16 bits per channel")
     if is_deep(image.mode):
         return grey_of(image, *packed)
-    if deep_colours and (brightest := int(np.asarray(image)[..., :3].max())) < LEAST_USED * 255:
+    if deep_colours and (brightest := int(np.quantile(np.asarray(image)[..., :3], 1 - OUTLIERS))) < LEAST_USED * 255:
         raise _RefusedError(
             f"its colours have 16 bits, and use {(brightest + 1) / 256:.1%} of their range: it would be nearly black."
             " Save it with 8 bits per channel."

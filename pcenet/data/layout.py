@@ -326,15 +326,15 @@ def _same_looks(root: Parts, names: Iterable[str]) -> list[Fault]:
 
 
 def _check_for_splits(paths: list[Parts], top: Parts, faults: list[Fault]) -> None:
-    """Folders that hold the same folders, and no images of their own, may be splits instead of classes."""
+    """Folders that hold the same folders, or nearly, and no images of their own, may be splits instead of classes."""
     depth = len(top)
     images = [path for path in paths if is_image(path) and len(path) > depth + 1]
     folders = sorted({path[: depth + 1] for path in images})
     if not 1 < len(folders) <= _MOST_SPLITS or any(len(path) == depth + 2 for path in images):
         return
     below = _folders_below(images, folders)
-    same = sorted(below[folders[0]])
-    if len(same) > 1 and all(names == set(same) for names in below.values()):
+    same = sorted(set.intersection(*below.values()))
+    if len(same) > 1 and 2 * len(same) >= len(set.union(*below.values())):
         shown = ", ".join(f"'{name}'" for name in same[:_SHOWN]) + (", ..." if len(same) > _SHOWN else "")
         text = (
             f"the folders {_names(folders)} hold the same folders, {shown}. If these are the classes, call the folders"

@@ -11,6 +11,16 @@ LARGEST_FILE = 2**28  # bytes, in an archive after unpacking; no image need be l
 LONGEST_SIDE = 32  # times the shorter
 
 
+MOST_SCANS = 100  # of a progressive JPEG, which is decoded anew for each; usual are ten
+
+
+def scans_fault(data: bytes) -> str | None:
+    """What is wrong with the number of scans of a JPEG file's content, if anything."""
+    if not data.startswith(b"\xff\xd8") or data.count(b"\xff\xda") <= MOST_SCANS:
+        return None
+    return f"the image is a JPEG of more than {MOST_SCANS} scans. Save it anew."
+
+
 def file_fault(size: int) -> str | None:
     """What is wrong with a file of ``size`` bytes, if anything."""
     if size <= LARGEST_FILE:

@@ -117,7 +117,8 @@ def open_pairs(
 ) -> PairSource:
     """Open one split of a tree; arguments and errors as for ``pcenet.data.open_segmentation_source``."""
     where = str(tree.path)
-    layout = read_pairs(tree.names(), where)
+    # A trained network knows the classes: only what is measured need have masks.
+    layout = read_pairs(tree.names(), where, None if known is None else split)
     pairs = layout.select(split, where)
     source = PairSource(tree, split, pairs, mask_classes(tree, layout, classes, ignore_index, known), grey_range)
     source.notes = layout.notes

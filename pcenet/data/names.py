@@ -6,6 +6,7 @@ characters (NFD), Windows and Linux as one, and both look alike.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 
@@ -18,7 +19,8 @@ SYSTEM_NAMES = frozenset(
         "desktop.ini",
         "ehthumbs.db",
         "ehthumbs_vista.db",
-        "found.000",
+        "recycled",
+        "recycler",
         "system volume information",
         "thumbs.db",
         # macOS
@@ -46,9 +48,14 @@ SYSTEM_NAMES = frozenset(
 )
 
 
+_FOUND = re.compile(r"found\.\d{3}")  # Windows's, after it has checked a disk
+
+
 def is_visible(parts: Iterable[str]) -> bool:
     """Whether none of a path's parts is hidden or left by a system (`SYSTEM_NAMES`)."""
-    return not any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in parts)
+    return not any(
+        part.startswith(".") or part.lower() in SYSTEM_NAMES or _FOUND.fullmatch(part.lower()) for part in parts
+    )
 
 
 def one_form(name: str) -> str:

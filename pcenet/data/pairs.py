@@ -77,29 +77,32 @@ class PairLayout:
         return select_split(self.splits, split, out_of_train, where=where, content="the folders images and masks")
 
 
-def read_pairs(names: Iterable[str], where: str) -> PairLayout:
+def read_pairs(names: Iterable[str], where: str, only: Split | None = None) -> PairLayout:
     """Find images, masks and splits in the names of a tree.
 
     Args:
         names: paths from the root of the tree, separated by "/"; those of folders end in "/".
         where: what to call the tree in an error.
+        only: where there is a folder for this split, no other split is looked at, faults included.
 
     Raises:
         DataError: there are no folders ``images`` and ``masks``, one of them is missing, empty or holds images in a
             format that is not read; an image has no mask or a mask no image; an image lies outside.
     """
-    layout, faults = find_pairs(names)
+    layout, faults = find_pairs(names, only)
     if faults:
         raise DataError(f"{where}: {faults[0].text}")
     return layout
 
 
-def find_pairs(names: Iterable[str]) -> tuple[PairLayout, list[Fault]]:
+def find_pairs(names: Iterable[str], only: Split | None = None) -> tuple[PairLayout, list[Fault]]:
     """What ``read_pairs`` makes of a tree, as far as it can be understood, and everything that it would refuse."""
     faults: list[Fault] = []
     paths = data_paths(names, faults)
     top = _single_top(paths)
     roots = _roots(paths, top, faults)
+    if only in roots:
+        roots = {only: roots[only]}
     strays: list[str] = []
     splits = {split: _pairs(paths, root, faults, strays) for split, root in roots.items()}
     split_folders = {split: root for split, root in roots.items() if root != top}

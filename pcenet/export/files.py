@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from pcenet.choices import GreyRange, Task, check_grey_range
 from pcenet.models.limits import (
-    LARGEST_COUNT,
-    MOST_PIXELS,
+    LARGEST_SIDE,
     check_class_names,
     check_image_shape,
     check_num_classes,
@@ -159,8 +158,10 @@ def read_metadata(carried: Mapping[str, str], path: str | Path) -> dict[str, Any
             raise ValueError(f"architecture {excerpt(architecture)} must be a text")
         metadata["preprocessing"] = check_preprocessing(metadata["preprocessing"]) | {"architecture": architecture}
         multiple, names = metadata["size_multiple"], metadata["outputs"]
-        if multiple is not None and not (is_whole(multiple, 1, LARGEST_COUNT) and multiple**2 <= MOST_PIXELS):
-            raise ValueError(f"size_multiple {excerpt(multiple)} must be a whole number, at least 1, or null")
+        if multiple is not None and not is_whole(multiple, 1, LARGEST_SIDE):
+            raise ValueError(
+                f"size_multiple {excerpt(multiple)} must be a whole number from 1 to {LARGEST_SIDE}, or null"
+            )
         if not isinstance(names, list) or names[:1] != ["logits"] or not all(isinstance(name, str) for name in names):
             raise ValueError(f"outputs {excerpt(names)} must be names, logits first")
         check_grey_range(metadata.get("grey_range"))

@@ -16,7 +16,7 @@ LARGEST_TEXT = 2**24  # bytes; the names of 21,000 classes take half a megabyte
 LARGEST_NUMBER = 2**32  # of any kind
 LARGEST_COUNT = 2**20  # of classes, channels, experts, blocks, pixels of a side ...
 DEEPEST = 20  # lists and mappings inside each other; ours have 5
-MOST_PIXELS = 2**24  # of an image that a network is made for, and of a batch of several: 4096 x 4096
+LARGEST_SIDE = 2**11  # pixels of an image that a network is made for
 MOST_PATCH_PIXELS = 2**20  # 1024 x 1024; a map is padded to whole patches
 LONGEST_NAME = 1000  # characters
 LARGEST_MASK_VALUE = 2**16 - 1
@@ -148,12 +148,12 @@ def check_image_shape(size: Any) -> None:
     if (
         not isinstance(size, Sequence)
         or len(size) != 3
-        or not all(is_whole(each, 1, LARGEST_COUNT) for each in size)
-        or size[1] * size[2] > MOST_PIXELS
+        or not is_whole(size[0], 1, LARGEST_COUNT)
+        or not all(is_whole(side, 1, LARGEST_SIDE) for side in size[1:])
     ):
         raise ValueError(
-            f"input_size {excerpt(size)} must be three whole numbers, channels, height and width, of {MOST_PIXELS} "
-            "pixels at most"
+            f"input_size {excerpt(size)} must be three whole numbers, channels, height and width, the latter of "
+            f"{LARGEST_SIDE} pixels at most"
         )
 
 

@@ -307,7 +307,13 @@ _SPEC = {"border": "zero", "gate": "prob", "top_k": 1, "balancing": "none", "sha
 
 
 def _create(variant: str, pretrained: bool, arguments: dict[str, Any], given: dict[str, Any]) -> PCENet:
-    levels = len(arguments["strides"])
+    levels = len(given.get("strides", arguments["strides"]))
+    wanted = given.get("out_indices")
+    if isinstance(wanted, Sequence) and wanted and max(wanted) >= levels:
+        raise ValueError(
+            f"out_indices={tuple(wanted)}: {variant} has {levels} levels of features, 0 to {levels - 1}; with "
+            f"segmentation-models-pytorch give encoder_depth={levels}"
+        )
     model = build_model_with_cfg(
         PCENet,
         variant,

@@ -39,7 +39,7 @@ def run_experts(
         border: what a convolution sees beyond its patch's edge (design, section 2).
         dispatch: ``"sorted"`` (no padding; one synchronisation with the host) or ``"static"`` (no shape that depends on
             the routing). Equal in outputs and gradients; gradients of gradients need ``"static"``. What cannot be
-            sorted takes the static way by itself: the meta device, transforms of `torch.func`, normalisations that
+            sorted takes the static way by itself: the meta device, transforms of `torch.func`, experts that
             `takes_turns` says no to.
 
     Returns:
@@ -102,7 +102,7 @@ def _run_static(x: Tensor, routing: Routing, experts: ConvExperts, patch_size: i
 # too: compiled, they would be a graph of their own for every layer.
 @torch.compiler.disable
 def _run_sorted(x: Tensor, routing: Routing, experts: ConvExperts, patch_size: int, border: Border) -> Tensor:
-    if not (takes_turns(experts.norm1) and takes_turns(experts.norm2)):
+    if not takes_turns(experts):
         return _run_static(x, routing, experts, patch_size, border)
     check_border(border, routing.top_k)
     check_grid(x, patch_size, routing.grid)

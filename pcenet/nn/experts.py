@@ -334,7 +334,15 @@ def make_norm(kind: Norm, num_experts: int, channels: int) -> StackedBatchNorm |
     return (StackedBatchNorm if kind == "batch" else StackedGroupNorm)(num_experts, channels)
 
 
-def takes_turns(norm: nn.Module) -> bool:
+def takes_turns(experts: ConvExperts) -> bool:
+    """Whether experts may run one by one: not where somebody looks at their dropout or has exchanged it, which then
+    makes a mask and sees no activations."""
+    drop = experts.drop
+    plain = type(drop) is nn.Dropout and not drop._forward_hooks and not drop._forward_pre_hooks
+    return plain and _takes_turns(experts.norm1) and _takes_turns(experts.norm2)
+
+
+def _takes_turns(norm: nn.Module) -> bool:
     """Whether a normalisation may be called expert by expert, with slices of parameters that are read before: not one
     that needs all slots at once, whose parameters are computed (pruning, hooks) or that another module wraps."""
     stacked = isinstance(norm, StackedBatchNorm | StackedGroupNorm)

@@ -16,8 +16,8 @@ def transforming() -> bool:
 
 
 def check_follows(buffer: Tensor, value: Tensor, name: str, way_out: str) -> None:
-    """Raise a ``ValueError`` where a buffer would have to follow several values at once, one for each of the batches
-    that `torch.func.vmap` makes of one.
+    """Raise a ``ValueError`` where a buffer would have to follow a value that exists within a transform of `torch.func`
+    only: one for each of the batches that ``vmap`` makes of one, or one that ``grad`` or ``jvp`` keeps track of.
 
     Args:
         buffer: what would be written to.
@@ -27,9 +27,9 @@ def check_follows(buffer: Tensor, value: Tensor, name: str, way_out: str) -> Non
     """
     if not transforming():
         return
-    batched = torch._C._functorch.is_batchedtensor
-    if batched(value) and not batched(buffer):
-        raise ValueError(f"{name} cannot follow the batches of torch.func.vmap, of which there are many: {way_out}")
+    inside = torch._C._functorch.is_functorch_wrapped_tensor
+    if inside(value) and not inside(buffer):
+        raise ValueError(f"{name} cannot follow batches within a transform of torch.func: {way_out}")
 
 
 def check_not_traced(x: object) -> None:

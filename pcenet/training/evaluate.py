@@ -13,7 +13,6 @@ import pcenet.data as data
 from pcenet.choices import Task
 from pcenet.data.names import bare, nearly, one_form
 from pcenet.models import SavableModel, load_model
-from pcenet.models.limits import MOST_PIXELS
 from pcenet.models.pretrained import bundled_folder, or_bundled
 from pcenet.texts import say
 from pcenet.training.config import EvalConfig
@@ -29,12 +28,13 @@ from pcenet.writing import write_json
 log = logging.getLogger(__name__)
 
 EVAL_BATCH_SIZE: dict[Task, int] = {"classify": 256, "segment": 8}
+STEP_PIXELS = 2**24  # of all images of a step, unless the user says how many it has
 
 
 def eval_batch_size(model: Any) -> int:
     """Images of a step: as usual for the task, and fewer where they are large."""
     height, width = image_size(model)
-    return max(1, min(EVAL_BATCH_SIZE[model.task], MOST_PIXELS // (height * width)))
+    return max(1, min(EVAL_BATCH_SIZE[model.task], STEP_PIXELS // (height * width)))
 
 
 def check_classes(expected: Sequence[str], found: Sequence[str], expected_by: str, found_in: str) -> None:

@@ -193,7 +193,12 @@ class RunFolder:
             environment: versions and hardware.
             checkpoint: the one that the run goes on from; those of this folder that are newer are broken, and removed.
         """
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        # First: where the disk is full, nothing lies in the folder, and the same command may begin there again.
+        write_text(self.config, write_yaml(asdict(config) | {"resume": None}))
+        write_json(self.environment, environment)
+        self.logs.mkdir(exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
         for leftover in self.checkpoints.glob(f"*{TEMPORARY}"):
             log.warning("%s is what a write left that did not finish; it is removed", leftover)
             remove(leftover)
@@ -201,6 +206,3 @@ class RunFolder:
             if path == checkpoint:
                 break
             discard(path)
-        self.logs.mkdir(exist_ok=True)
-        write_text(self.config, write_yaml(asdict(config) | {"resume": None}))
-        write_json(self.environment, environment)

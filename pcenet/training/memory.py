@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 
 # Of RuntimeErrors, which torch and its libraries raise on processors and GPUs.
-PHRASES = ("can't allocate memory", "out of memory", "bad_alloc", "bad allocation", "ALLOC_FAILED")
+PHRASES = (
+    *("can't allocate memory", "out of memory", "bad_alloc", "bad allocation", "ALLOC_FAILED"),
+    "could not create a primitive",  # oneDNN's, for which no option is to blame either way
+)
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

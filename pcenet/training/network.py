@@ -27,6 +27,7 @@ from pcenet.models.limits import check_image_shape
 from pcenet.models.pretrained import WEIGHTS
 from pcenet.training.config import TrainConfig
 from pcenet.training.evaluate import find_model
+from pcenet.training.memory import ran_out_of_memory
 
 DECIDED_ELSEWHERE = {
     "num_classes": "the data decide it",
@@ -67,7 +68,7 @@ def naming_model_args(values: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        if not values:
+        if not values or ran_out_of_memory(error):
             raise
         raise ValueError(f"model_args {values} make no network: {error}") from error
 

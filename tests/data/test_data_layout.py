@@ -207,6 +207,10 @@ def test_what_may_look_like_splits_and_is_none(names: list[str]) -> None:
             ["the folders 'A', 'B' hold the same folders, 'cat', 'dog'", "train, val and test", "folder 'train'"],
         ),
         (
+            [*(f"train2017/{name}" for name in flat(cat=3, dog=3, frog=3)), "val2017/cat/9.jpg", "val2017/dog/9.jpg"],
+            ["the folders 'train2017', 'val2017' hold the same folders, 'cat', 'dog'"],
+        ),
+        (
             [f"set/fold{number}/{name}" for number in range(5) for name in flat(cat=3, dog=3)],
             ["'fold0', 'fold1', 'fold2', 'fold3', 'fold4' hold the same folders, 'cat', 'dog'"],
         ),

@@ -8,7 +8,19 @@ from pcenet.data.names import bare, difference, is_visible, look, nearly, one_fo
 from pcenet.reading import is_text
 
 LITTER = [
-    *("@eaDir", "#recycle", "#snapshot", "@tmp", "@Recycle", "@Recently-Snapshot", ".@__thumb", "~snapshot"),
+    *(
+        "found.000",
+        "FOUND.017",
+        "RECYCLER",
+        "@eaDir",
+        "#recycle",
+        "#snapshot",
+        "@tmp",
+        "@Recycle",
+        "@Recently-Snapshot",
+        ".@__thumb",
+        "~snapshot",
+    ),
     *("$RECYCLE.BIN", "System Volume Information", "FOUND.000", "Thumbs.db", "thumbs.db", "ehthumbs.db", "Desktop.ini"),
     *("__MACOSX", ".AppleDouble", ".DS_Store", "._1.jpg", ".Spotlight-V100", ".Trashes", "Icon\r", "Temporary Items"),
     *("lost+found", ".Trash-1000", ".directory", ".nfs0001", ".ipynb_checkpoints", ".git"),

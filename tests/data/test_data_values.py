@@ -146,6 +146,14 @@ def test_values_beyond_16_bits_and_below_0() -> None:
     assert shown(signed, [-1000, 3095]).tolist() == [[0, 128, 255, 255]]
 
 
+def test_a_few_bright_values_do_not_hide_that_the_others_are_dark() -> None:
+    """Dead pixels, or "no data": 12-bit values with one of 65535 among 1,920."""
+    values = (np.arange(1920, dtype=np.uint16) * 2).reshape(40, 48)
+    values[0, 0] = 65535
+    with pytest.raises(DataError, match=r"all but a few of its grey values, .*--grey-range '\[0, 4095\]'"):
+        decode_image(png(values, 16, GREY), "dark.png")
+
+
 def test_an_image_of_one_value_has_nothing_to_lose() -> None:
     assert shown(png(np.full((2, 2), 3), 16, GREY)).max() == 0
 

@@ -137,11 +137,15 @@ MODELS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "tensors of complex numbers": (lambda folder, _: odd_numbers(folder), "tensor 'head.fc.bias' is of type C64"),
     "images of 30,000 x 30,000 px": (
         lambda folder, _: prepared(folder, input_size=[3, 30000, 30000]),
-        "input_size (3, 30000, 30000) must be three whole numbers, channels, height and width, of 16777216 pixels",
+        "input_size (3, 30000, 30000) must be three whole numbers, channels, height and width, the latter of 2048",
     ),
     "images of a billion px a side": (
         lambda folder, _: prepared(folder, input_size=[3, 10**9, 10**9]),
         "input_size (3, 1000000000, 1000000000) must be three whole",
+    ),
+    "images of 1 x 20,000 px": (
+        lambda folder, _: prepared(folder, input_size=[3, 1, 20000]),
+        "input_size (3, 1, 20000) must be three whole",
     ),
     "images of a text": (lambda folder, _: prepared(folder, input_size="32"), "input_size '32' must be three whole"),
     "a deviation of 0": (lambda folder, _: prepared(folder, std=[0, 0, 0]), "std (0, 0, 0) must be numbers above 0"),
@@ -293,7 +297,7 @@ def test_networks_that_go_with_no_image_are_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input_size": 5000}, "three whole numbers, channels, height and width, of 16777216 pixels"),
+        ({"input_size": 5000}, "three whole numbers, channels, height and width, the latter of 2048 pixels"),
         ({"model_args": {"patch_sizes": [None, 5000, 1]}}, "have 5000 x 5000 pixels"),
     ],
 )
@@ -450,6 +454,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "a decompression bomb": (bomb(), "more than PIL.Image.MAX_IMAGE_PIXELS"),
     "PostScript": (postscript(Path("sentinel")), "it is text"),
     "long and narrow": (narrow_png(60_000), "its longer side may be 32 times the shorter one at most"),
+    "a JPEG of many scans": (encoded(two_colours(), "JPEG") + b"\xff\xda" * 101, "a JPEG of more than 100 scans"),
     "a band that is not used": (tiff(bytes(16), (2, 2), [8] * 4, 2), "it has 4 bands, of which 3 are used"),
     "12 bits in a file of 16": (png(np.arange(256).reshape(16, 16), 16, GREY), "nearly black"),
     "a format that is not listed": (encoded(two_colours(), "ICO"), "it is in no known format; BMP, GIF, JPEG"),

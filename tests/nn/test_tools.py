@@ -857,6 +857,34 @@ def test_transforms_in_training_need_networks_without_running_statistics(kind: s
     same(actual, torch.stack([model(pair).square().sum() for pair in pairs]).detach())
 
 
+@pytest.mark.parametrize("layer", [PCELayer, PCEConv2d])
+def test_gradients_of_torch_func_in_training_say_what_to_do(layer: type[nn.Module]) -> None:
+    model, x = layer(3, 8, patch_size=4).train(), torch.randn(2, 3, 16, 16)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).square().mean()
+
+    parameters = dict(model.named_parameters())
+    with pytest.raises(ValueError, match=r"expert_bias cannot follow batches within a transform of torch\.func: call"):
+        torch.func.grad(loss)(parameters)
+    for module in model.modules():
+        if isinstance(module, Router | nn.BatchNorm2d):
+            module.eval()
+    assert torch.func.grad(loss)(parameters).keys() == parameters.keys()
+
+
+@pytest.mark.parametrize("exchange", [False, True])
+def test_dropout_sees_activations_where_somebody_looks(exchange: bool) -> None:
+    model, x = PCELayer(3, 8, patch_size=4).eval(), torch.randn(2, 3, 16, 16)
+    expected, seen = model(x), []
+    if exchange:
+        model.experts.drop = nn.Identity()
+    model.experts.drop.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    torch.testing.assert_close(model(x), expected)
+    assert seen[0].shape[1] == 8
+    assert seen[0].min() < 0 < seen[0].max()  # of GELU, not ones
+
+
 @NETWORKS
 def test_nothing_of_a_transform_outlives_it(kind: str) -> None:
     model, parameters, call = functions(kind)

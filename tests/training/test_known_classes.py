@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,13 @@ def test_what_the_user_says_goes_first_and_is_compared(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         open_trained(EvalConfig(network, data=str(street), **options))
+
+
+def test_only_what_is_measured_needs_masks(network: str, tmp_path: Path) -> None:
+    put(tmp_path / "street", "val")
+    put(tmp_path / "street", "train")
+    shutil.rmtree(tmp_path / "street" / "train" / "masks")
+    assert measured(network, tmp_path / "street") == pytest.approx(SHARES)
 
 
 def test_another_value_that_does_not_count_goes_with_the_names_of_the_network(network: str, tmp_path: Path) -> None:
