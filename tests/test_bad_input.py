@@ -540,6 +540,7 @@ def unprivileged() -> list[str]:
     return WITHOUT_PRIVILEGES
 
 
+@pytest.mark.slow
 def test_files_that_may_not_be_read_or_written(here: Path, unprivileged: list[str]) -> None:
     shutil.copytree("run", "other")
     shutil.copytree("pics", "locked")

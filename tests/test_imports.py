@@ -85,6 +85,7 @@ def test_the_hook_leaves_when_it_has_fired():
     )
 
 
+@pytest.mark.slow
 def test_timm_can_be_imported_where_the_networks_cannot():
     loaded_by(
         "import sys, warnings\nsys.modules['safetensors.torch'] = None\nimport pcenet\n"

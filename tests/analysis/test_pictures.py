@@ -57,6 +57,7 @@ def test_errors(routing, monkeypatch):
         routing_picture(torch.zeros(2, 3, 4, 8), {"a": [routing]})
 
 
+@pytest.mark.slow
 def test_importing_it_does_not_load_matplotlib():
     code = "import sys, pcenet.analysis; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -191,6 +191,7 @@ def test_every_measure_of_a_network(tmp_path: Path) -> None:
     assert memory["ratio"] == pytest.approx(memory["mb"] / memory["base_mb"], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_the_table_has_every_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With tiny shapes in place of its own."""
     monkeypatch.setattr(run, "TABLE_SHAPES", (Shape(1, 8, 8, 4),))

@@ -107,6 +107,7 @@ def test_saved_defaults_survive_a_change_of_defaults(folder):
     assert arguments["patch_sizes"] == [None, 4, 1]
 
 
+@pytest.mark.slow
 def test_loading_needs_no_training_code(folder):
     code = (
         f"import sys, pcenet; m = pcenet.load_model({str(folder)!r}); "

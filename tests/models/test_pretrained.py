@@ -321,6 +321,7 @@ def test_models_shows_the_tags(bundle: Bundle, capsys: pytest.CaptureFixture[str
 # As a user finds it.
 
 
+@pytest.mark.slow
 def test_an_installed_package_loads_them_without_a_network(bundle: Bundle, tmp_path: Path) -> None:
     trained = bundle("cifar10/pce_nano", CLASSES)
     package = tmp_path / "site" / "pcenet"

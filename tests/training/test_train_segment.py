@@ -49,6 +49,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_generated_scenes_are_trained_on_by_name(tmp_path: Path) -> None:
     options = ["--input-size", "32x32", "--batch-size", "4", "--max-images", "8", "--epochs", "1", "--threads", "1"]
     run = ["--out", str(tmp_path / "run"), "--model-args", '{"widths": [8, 8, 8], "num_experts": 2}', "--workers", "0"]
