@@ -1,7 +1,7 @@
 """Loads and scores of a trained network at evaluation, under other forms of the routers' biases.
 
     python experiments/evaluation_bias.py cifar10/pce_nano --data cifar10.zip --threads 1
-    python experiments/evaluation_bias.py camvid/pce_unet_nano --data camvid.zip --ignore-index 11 --threads 1
+    python experiments/evaluation_bias.py camvid/pce_unet_nano --data camvid.zip --threads 1
 
 The first row is the network as it was saved, with the running mean of training's biases if it was trained before
 `pcenet.nn.update_expert_bias` existed, as the bundled networks were. The others are what that function makes of it from
@@ -23,8 +23,9 @@ from pcenet.benchmark.run import machine
 from pcenet.nn import update_expert_bias
 from pcenet.training.config import EvalConfig
 from pcenet.training.device import set_threads
-from pcenet.training.evaluate import EVAL_BATCH_SIZE, find_model, open_trained
-from pcenet.training.folder import write_json
+from pcenet.training.evaluate import EVAL_BATCH_SIZE, open_trained
+from pcenet.training.run import bias_count
+from pcenet.writing import write_json
 
 RESULT = Path(__file__).parent / "results" / "evaluation-bias.json"
 
@@ -34,32 +35,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--ignore-index", type=int)
     parser.add_argument("--centring", type=float, nargs="+", default=[0.0, 0.3, 0.6, 0.8, 1.0])
     parser.add_argument("--images", type=int, help="of training, for the biases; default: as many as training takes")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
     set_threads(options.threads)
     known = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else []
-    rows = measure(options.network, options.data, options.ignore_index, options.centring, options.images)
+    rows = measure(options.network, options.data, options.centring, options.images)
     write_json(RESULT, [row for row in known if row["network"] != options.network] + rows)
 
 
-def measure(
-    network: str, source: str, ignore_index: int | None, centrings: list[float], images: int | None
-) -> list[dict[str, Any]]:
+def measure(network: str, source: str, centrings: list[float], images: int | None) -> list[dict[str, Any]]:
     """A row for the network as it is and for each centring."""
-
-    def opened(split: data.Split, classes: list[str] | None = None) -> Any:
-        config = EvalConfig(run=network, data=source, split=split, classes=classes, ignore_index=ignore_index)
-        return open_trained(config)
-
-    classes = json.loads((find_model(network)[0] / "config.json").read_text(encoding="utf-8"))["label_names"]
-    val = opened("val", None if ignore_index is None else classes)
-    train = opened("train", None if ignore_index is None else classes).source
-    count = images or min(1024, max(128, len(train) // 8))
+    val, train = (open_trained(EvalConfig(run=network, data=source, split=split)) for split in ("val", "train"))
+    count = images or bias_count(len(train.source))
     size = EVAL_BATCH_SIZE[val.model.task]
-    some = val.kind.eval_loader(val.model, data.first_images(train, count), batch_size=size, workers=0)
+    some = val.kind.eval_loader(val.model, data.first_images(train.source, count), batch_size=size, workers=0)
     whole = list(val.kind.eval_loader(val.model, val.source, batch_size=size, workers=0))
     rows = []
     for centring in [None, *centrings]:

@@ -200,7 +200,7 @@ def _check_bands(image: Image.Image) -> None:
     """Refuse a TIFF with a band that would be dropped, or mixed into the colours although it may be no transparency."""
     if image.format != "TIFF":
         return
-    tags = image.tag_v2  # type: ignore[attr-defined]
+    tags = image.tag_v2  # type: ignore[attr-defined] # of TIFF images only
     used = USED_BANDS.get(image.mode, 1)
     bands = tags.get(SAMPLES, used)
     if bands <= used:

@@ -83,7 +83,7 @@ def read_pairs(names: Iterable[str], where: str, only: Split | None = None) -> P
     Args:
         names: paths from the root of the tree, separated by "/"; those of folders end in "/".
         where: what to call the tree in an error.
-        only: where there is a folder for this split, no other split is looked at, faults included.
+        only: where there is a folder for this split, the faults of other splits are passed over.
 
     Raises:
         DataError: there are no folders ``images`` and ``masks``, one of them is missing, empty or holds images in a
@@ -101,10 +101,12 @@ def find_pairs(names: Iterable[str], only: Split | None = None) -> tuple[PairLay
     paths = data_paths(names, faults)
     top = _single_top(paths)
     roots = _roots(paths, top, faults)
-    if only in roots:
-        roots = {only: roots[only]}
     strays: list[str] = []
-    splits = {split: _pairs(paths, root, faults, strays) for split, root in roots.items()}
+    passed_over: list[Fault] = []
+    splits = {
+        split: _pairs(paths, root, faults if only not in roots or split == only else passed_over, strays)
+        for split, root in roots.items()
+    }
     split_folders = {split: root for split, root in roots.items() if root != top}
     notes = (*split_notes(split_folders), *left_out(strays, "folders of images and masks"))
     named = [path for path in ((CLASSES_FILE,), (*top, CLASSES_FILE)) if path in paths]

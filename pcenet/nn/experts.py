@@ -186,7 +186,7 @@ class StackedNorm:
 
     def _normalise_whole(self, x: Tensor, expert: int, weight: Tensor, bias: Tensor) -> Tensor:
         """One expert's patches without padding."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of normalisation has its own
 
     def _normalise_slots(
         self, x: Tensor, expert: Tensor, real: Tensor, weight: Tensor, bias: Tensor, experts: slice
@@ -200,7 +200,7 @@ class StackedNorm:
 
     def _standardised(self, values: Tensor, mask: Tensor, expert: Tensor, weight: Tensor, experts: slice) -> Tensor:
         """To mean 0 and variance 1; ``mask`` is 1 for the cells that are real, else 0."""
-        raise NotImplementedError
+        raise NotImplementedError  # likewise
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of the module's settings."""

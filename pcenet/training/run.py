@@ -360,12 +360,16 @@ def fit(run: Run, stop: Stop) -> Fitted:
         return Fitted(history, stopped_by(trainer, schedules.total_steps))
 
 
+def bias_count(images: int) -> int:
+    """How many of the training images the routers' biases are found from: an eighth, but from 128 to 1,024."""
+    return min(1024, max(128, images // 8))
+
+
 def bias_images(run: Run) -> Iterator[torch.Tensor]:
-    """Batches of the training images from which the routers' biases are found: an eighth of them, as far as that is
-    between 128 and 1,024."""
+    """Batches of the training images from which the routers' biases are found, prepared as for evaluation."""
     config, source = run.config, run.sources["train"]
     assert config.batch_size is not None
-    some = data.first_images(source, min(1024, max(128, len(source) // 8)), config.seed)
+    some = data.first_images(source, bias_count(len(source)), config.seed)
     return run.kind.images_of(run.kind.eval_loader(run.model, some, batch_size=config.batch_size, workers=0))
 
 

@@ -88,13 +88,13 @@ def test_so_many_bytes_may_be_on_their_way(tmp_path):
     scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": headers}
 
     async def visit() -> None:
-        waiting = [asyncio.create_task(guard(scope, None, note)) for _ in range(FULL + 1)]  # type: ignore[arg-type]
+        waiting = [asyncio.create_task(guard(scope, None, note)) for _ in range(FULL + 1)]  # type: ignore[arg-type] # nothing is received
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert statuses == [503]
         arrived.set()
         await asyncio.gather(*waiting)
-        await guard(scope, None, note)  # type: ignore[arg-type]
+        await guard(scope, None, note)  # type: ignore[arg-type] # nothing is received
 
     asyncio.run(visit())
     assert statuses == [503, *[200] * (FULL + 1)]

@@ -142,4 +142,4 @@ def test_networks_saved_before_keep_their_outputs() -> None:
 @pytest.mark.parametrize("centring", [-0.1, 1.5, "half", float("nan")])
 def test_a_centring_that_is_none(centring: object) -> None:
     with pytest.raises(ValueError, match=r"centring=.* must be a number from 0 to 1"):
-        update_expert_bias([photographs()], lopsided_layer(), centring=centring)  # type: ignore[arg-type]
+        update_expert_bias([photographs()], lopsided_layer(), centring=centring)  # type: ignore[arg-type] # what is refused

@@ -129,6 +129,16 @@ def test_what_the_user_says_goes_first_and_is_compared(
         open_trained(EvalConfig(network, data=str(street), **options))
 
 
+def test_a_split_is_measured_whole(network: str, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        put(tmp_path / "street", split)
+    for number in range(1, 8):
+        for kind in ("images", "masks"):
+            folder = tmp_path / "street" / "train" / kind
+            shutil.copy(folder / "0.png", folder / f"{number}.png")
+    assert len(open_trained(EvalConfig(network, data=str(tmp_path / "street"), split="train")).source) == 8
+
+
 def test_only_what_is_measured_needs_masks(network: str, tmp_path: Path) -> None:
     put(tmp_path / "street", "val")
     put(tmp_path / "street", "train")
