@@ -1,8 +1,9 @@
 """What the operators mean, and which backend computes them.
 
-A map ``x_BCHW`` is cut into patches of S x S pixels, numbered row by row within an image, image by image; the last row and
-column of patches may stick out of the map. ``expert_N`` says whose each patch is, -1 for nobody's. Every operator takes
-and gives maps, whose shapes do not depend on who is whose; sorting patches by expert is a private matter of a backend.
+A map ``[B, C, H, W]`` is cut into patches of S x S pixels, numbered row by row within an image, image by image; the
+last row and column of patches may stick out of the map. ``expert`` ``[N]`` says whose each patch is, -1 for nobody's.
+Every operator takes and gives maps, whose shapes do not depend on who is whose; sorting patches by expert is a private
+matter of a backend.
 
 Axes: B images, C channels in, D channels out, H x W the map, N patches, E experts, S patch side, K kernel side. With k
 experts per patch there are k*B images, one map for each choice: ``x.repeat(k, 1, 1, 1)`` and experts ``[k * N]``.
@@ -213,8 +214,8 @@ def _total_moments(
 
 
 def patch_perceptron(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor, patch_size: int) -> Tensor:
-    """The first layer of a perceptron on every pixel, averaged over the real pixels of each patch: ``mean(gelu(weight x +
-    rows + columns))``.
+    """The first layer of a perceptron on every pixel, averaged over the real pixels of each patch: ``mean(gelu(weight x
+    + rows + columns))``.
 
     Args:
         x: ``[B, C, H, W]``.

@@ -1,7 +1,7 @@
 """The operators in plain PyTorch: right on every device and in every type, twice differentiable, exportable.
 
-No shape depends on the routing. Each expert's patches fill whole blocks of b slots, ``ceil(N/b) + E`` blocks in all, and
-every block is convolved with its expert's kernel. Axes as in `pcenet.ops.functional`; G blocks, T = G*b slots.
+No shape depends on the routing. Each expert's patches fill whole blocks of b slots, ``ceil(N/b) + E`` blocks in all,
+and every block is convolved with its expert's kernel. Axes as in `pcenet.ops.functional`; G blocks, T = G*b slots.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def _taps(side: int, kernel: int, neighbours: bool, device: torch.device) -> Ten
 
 
 def _gather(x: Tensor, patch: Tensor, side: int, cells: Tensor, margin: int) -> Tensor:
-    """Pixels of patches, ``[T, cells, C]``: those of the patches with a margin around them that ``cells`` ``[cells, 2]``
-    names, zeros for -1 and beyond the map."""
-    batch, _, height, width = x.shape
+    """Pixels of patches, ``[T, cells, C]``: those of the patches with a margin around them that ``cells``
+    ``[cells, 2]`` names, zeros for -1 and beyond the map."""
+    _, _, height, width = x.shape
     rows, columns = grid_of(x, side)
     # One more row at the top: a cell of -1 reads the first pixel, which is zero.
     padded = F.pad(x, (margin, margin + columns * side - width, margin + 1, margin + rows * side - height))
