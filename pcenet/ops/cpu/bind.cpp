@@ -1,0 +1,564 @@
+// The operators: what comes from Python is checked, patches are sorted by expert, tasks are shared out between torch's
+// threads. Plain x86-64: nothing here may need an instruction set.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace pcenet {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+const Kernels *kernels = nullptr;  // chosen when the library is loaded
+
+// Blocks of lines whose sums are added in order: how many does not depend on the threads, so sums do not either.
+constexpr int64_t BLOCKS = 32;
+
+// A thread's memory, kept: taking it from the system anew would cost page faults in every call.
+float *scratch(size_t size) {
+  struct Free {
+    void operator()(float *p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local size_t room = 0;
+  if (room < size) {
+    memory.reset();
+    room = (size + 1023) / 1024 * 1024;
+    memory.reset(static_cast<float *>(std::aligned_alloc(64, room * sizeof(float))));
+    if (!memory) {
+      room = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return memory.get();
+}
+
+// Runs tasks 0 to count, each by whichever thread is free.
+template <class Task>
+void in_parallel(int64_t count, const Task &task) {
+  int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; i++) task(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; begin++)
+      for (int64_t i; (i = next.fetch_add(1)) < count;) task(i);
+  });
+}
+
+// ---- What comes from Python -----------------------------------------------------------------------------------------
+
+// A tensor's numbers as floats, contiguous: itself, or a copy of one in bfloat16.
+class Floats {
+ public:
+  Floats(const Tensor &tensor, const char *name) : tensor_(tensor) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), name, " must be contiguous and on the CPU");
+    if (tensor.scalar_type() == ScalarType::Float) {
+      data_ = static_cast<const float *>(tensor.const_data_ptr());
+      return;
+    }
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16, name, " must be float32 or bfloat16");
+    int64_t count = tensor.numel();
+    copy_ = torch::stable::new_empty(tensor, tensor.sizes(), ScalarType::Float);
+    auto from = static_cast<const uint16_t *>(tensor.const_data_ptr());
+    auto to = static_cast<uint32_t *>(copy_->mutable_data_ptr());
+    torch::stable::parallel_for(0, count, 1 << 16, [&](int64_t i, int64_t end) {
+      for (; i < end; i++) to[i] = uint32_t(from[i]) << 16;
+    });
+    data_ = static_cast<const float *>(copy_->const_data_ptr());
+  }
+  const float *data() const { return data_; }
+
+ private:
+  Tensor tensor_;
+  Maybe copy_;
+  const float *data_;
+};
+
+class MaybeFloats {
+ public:
+  MaybeFloats(const Maybe &tensor, const char *name) {
+    if (tensor) floats_.emplace(*tensor, name);
+  }
+  const float *data() const { return floats_ ? floats_->data() : nullptr; }
+
+ private:
+  std::optional<Floats> floats_;
+};
+
+Tensor empty_floats(const Tensor &like, std::vector<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+Tensor zero_floats(const Tensor &like, std::vector<int64_t> sizes) {
+  return torch::stable::new_zeros(like, sizes, ScalarType::Float);
+}
+
+float *floats_of(const Tensor &tensor) { return static_cast<float *>(tensor.mutable_data_ptr()); }
+
+// The tensor, or its numbers in bfloat16, rounded to nearest even.
+Tensor as_type(const Tensor &tensor, ScalarType type) {
+  if (type == ScalarType::Float) return tensor;
+  Tensor out = torch::stable::new_empty(tensor, tensor.sizes(), type);
+  auto from = static_cast<const uint32_t *>(tensor.const_data_ptr());
+  auto to = static_cast<uint16_t *>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, tensor.numel(), 1 << 16, [&](int64_t i, int64_t end) {
+    for (; i < end; i++) {
+      uint32_t bits = from[i], rounded = bits + 0x7fff + (bits >> 16 & 1);
+      bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+      to[i] = is_nan ? uint16_t(bits >> 16 | 64) : uint16_t(rounded >> 16);
+    }
+  });
+  return out;
+}
+
+Grid grid_of(const Tensor &pixels, int64_t side) {
+  STD_TORCH_CHECK(pixels.dim() == 4 && side > 0, "a map must be [B, H, W, C], and patch_size positive");
+  Grid grid = {pixels.size(0), pixels.size(1), pixels.size(2), int(side), 0, 0};
+  STD_TORCH_CHECK(grid.batch * grid.height * grid.width < INT32_MAX, "a map has too many pixels");
+  grid.rows = int((grid.height + side - 1) / side);
+  grid.columns = int((grid.width + side - 1) / side);
+  return grid;
+}
+
+int64_t patches_of(const Grid &grid) { return grid.batch * grid.rows * grid.columns; }
+
+const int64_t *experts_of(const Tensor &expert, const Grid &grid, int64_t num_experts) {
+  STD_TORCH_CHECK(expert.scalar_type() == ScalarType::Long && expert.is_contiguous() && expert.is_cpu(),
+                  "expert must be a contiguous int64 tensor on the CPU");
+  STD_TORCH_CHECK(expert.numel() == patches_of(grid), "expert has ", expert.numel(), " entries for ",
+                  patches_of(grid), " patches");
+  auto experts = static_cast<const int64_t *>(expert.const_data_ptr());
+  for (int64_t i = 0; i < expert.numel(); i++)
+    STD_TORCH_CHECK(experts[i] >= -1 && experts[i] < num_experts, "expert must lie between -1 and ", num_experts - 1,
+                    ", found ", experts[i]);
+  return experts;
+}
+
+// Patches sorted by expert; those of expert e are order[begin[e]] to order[begin[e + 1]]. Nobody's are left out.
+struct Sorted {
+  std::vector<int32_t> order;
+  std::vector<int64_t> begin;
+
+  Sorted(const int64_t *expert, int64_t patches, int64_t experts) : order(patches), begin(experts + 1) {
+    for (int64_t i = 0; i < patches; i++)
+      if (expert[i] >= 0) begin[expert[i] + 1]++;
+    for (int64_t e = 0; e < experts; e++) begin[e + 1] += begin[e];
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    for (int64_t i = 0; i < patches; i++)
+      if (expert[i] >= 0) order[next[expert[i]]++] = int32_t(i);
+  }
+  bool complete() const { return begin.back() == int64_t(order.size()); }
+};
+
+// A weight [E, D, C, K, K], float32, in any layout whose taps lie in equal steps.
+struct Weight {
+  const float *data;
+  int64_t experts, out, in;
+  int kernel;
+  int64_t expert_stride, out_stride, in_stride, tap_stride;
+
+  explicit Weight(const Tensor &w) {
+    STD_TORCH_CHECK(w.dim() == 5 && w.is_cpu() && w.scalar_type() == ScalarType::Float,
+                    "weight must be float32 [E, D, C, K, K] on the CPU");
+    kernel = int(w.size(3));
+    STD_TORCH_CHECK((kernel == 1 || kernel == 3) && w.size(4) == kernel, "the kernel must be 1x1 or 3x3");
+    STD_TORCH_CHECK(kernel == 1 || w.stride(3) == 3 * w.stride(4), "the taps of weight must lie in equal steps");
+    data = static_cast<const float *>(w.const_data_ptr());
+    experts = w.size(0), out = w.size(1), in = w.size(2);
+    expert_stride = w.stride(0), out_stride = w.stride(1), in_stride = w.stride(2), tap_stride = w.stride(4);
+  }
+};
+
+// ---- Operators ------------------------------------------------------------------------------------------------------
+
+struct Task {
+  int expert;
+  int64_t first, last;
+  int panel, panel_end;
+};
+
+// An expert's patches in pieces, of which all experts together have a few per thread.
+std::vector<Task> share_out(const Sorted &sorted, const Convolution &job) {
+  constexpr int64_t least_pixels = 96;
+  int64_t total = std::max<int64_t>(1, sorted.begin.back()), pixels = int64_t(job.grid.side) * job.grid.side;
+  int64_t wanted = 4 * torch::stable::get_num_threads(), panels = kernels->panels(job.out_channels);
+  std::vector<Task> tasks;
+  for (size_t e = 0; e + 1 < sorted.begin.size(); e++) {
+    int64_t first = sorted.begin[e], load = sorted.begin[e + 1] - first;
+    if (!load) continue;
+    int64_t pieces = std::clamp<int64_t>((load * wanted + total - 1) / total, 1,
+                                         std::max<int64_t>(1, load * pixels / least_pixels));
+    for (int64_t i = 0; i < pieces; i++)
+      tasks.push_back({int(e), first + load * i / pieces, first + load * (i + 1) / pieces, 0, int(panels)});
+  }
+  return tasks;
+}
+
+void run(const Convolution &job, const std::vector<Task> &tasks) {
+  int64_t size = kernels->convolve_scratch(job);
+  std::atomic<size_t> next{0};
+  int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks.size());
+  auto work = [&] {
+    Task before = {-1, 0, 0, 0, 0};
+    for (size_t i; (i = next.fetch_add(1)) < tasks.size();) {
+      const Task &t = tasks[i];
+      bool packed = t.expert == before.expert && t.panel == before.panel && t.panel_end == before.panel_end;
+      kernels->convolve(job, t.expert, t.first, t.last, t.panel, t.panel_end, packed, scratch(size));
+      before = t;
+    }
+  };
+  if (threads <= 1) return work();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(); });
+}
+
+Convolution convolution(const Grid &grid, Direction direction, bool neighbours, const Weight &w) {
+  bool forward = direction == Direction::forward;
+  Convolution job = {};
+  job.grid = grid, job.direction = direction, job.neighbours = neighbours, job.kernel = w.kernel;
+  job.in_channels = int(forward ? w.in : w.out), job.out_channels = int(forward ? w.out : w.in);
+  job.weight = w.data, job.expert_stride = w.expert_stride, job.tap_stride = w.tap_stride;
+  job.out_stride = forward ? w.out_stride : w.in_stride, job.in_stride = forward ? w.in_stride : w.out_stride;
+  return job;
+}
+
+// What nobody computes: the shortcut, or zeros.
+void fill(float *out, const float *residual, int64_t count) {
+  if (residual) std::memcpy(out, residual, count * sizeof(float));
+  else std::memset(out, 0, count * sizeof(float));
+}
+
+Tensor patch_conv2d(const Tensor &pixels, const Tensor &weight, const Tensor &expert, int64_t patch_size,
+                    bool neighbours, const Maybe &scale, const Maybe &shift, bool gelu, const Maybe &gate,
+                    const Maybe &residual) {
+  Floats in(pixels, "x");
+  Weight w(weight);
+  Grid grid = grid_of(pixels, patch_size);
+  STD_TORCH_CHECK(pixels.size(3) == w.in, "x has ", pixels.size(3), " channels, weight ", w.in);
+  MaybeFloats scales(scale, "scale"), shifts(shift, "shift"), gates(gate, "gate"), added(residual, "residual");
+  Sorted sorted(experts_of(expert, grid, w.experts), patches_of(grid), w.experts);
+  Tensor out = empty_floats(pixels, {grid.batch, grid.height, grid.width, w.out});
+  Convolution job = convolution(grid, Direction::forward, neighbours, w);
+  job.in = in.data(), job.out = floats_of(out), job.order = sorted.order.data();
+  job.epilogue = {scales.data(), shifts.data(), gelu, gates.data(), added.data()};
+  if (!sorted.complete()) fill(job.out, added.data(), out.numel());
+  run(job, share_out(sorted, job));
+  return as_type(out, pixels.scalar_type());
+}
+
+// With neighbours the gradients of neighbouring patches add up: a task has whole images, in which it does one patch after
+// the other. How images are divided does not depend on the threads, so neither does the order of the sums.
+void add_up(Convolution &job, const Sorted &sorted) {
+  const Grid &grid = job.grid;
+  int64_t experts = sorted.begin.size() - 1, panels = kernels->panels(job.out_channels);
+  int64_t all_pixels = grid.batch * grid.height * grid.width;
+  int64_t blocks = std::clamp<int64_t>(all_pixels / (experts * 128), 1, std::min<int64_t>(16, grid.batch));
+  int64_t groups = std::clamp<int64_t>((8 + blocks - 1) / blocks, 1, panels);
+  int64_t size = kernels->convolve_scratch(job), per_image = int64_t(grid.rows) * grid.columns;
+  int64_t panel_channels = 0;
+  for (int64_t c = 1; !panel_channels; c++)
+    if (kernels->panels(int(c) + 1) > 1) panel_channels = c;
+  in_parallel(blocks * groups, [&](int64_t task) {
+    int64_t block = task / groups, group = task % groups;
+    int64_t image = grid.batch * block / blocks, image_end = grid.batch * (block + 1) / blocks;
+    int panel = int(panels * group / groups), panel_end = int(panels * (group + 1) / groups);
+    int64_t channel = panel * panel_channels;
+    int64_t count = std::min<int64_t>(job.out_channels, panel_end * panel_channels) - channel;
+    for (int64_t p = image * grid.height * grid.width; p < image_end * grid.height * grid.width; p++)
+      std::memset(job.out + p * job.out_channels + channel, 0, count * sizeof(float));
+    float *own = scratch(size);
+    for (int64_t e = 0; e < experts; e++) {
+      auto begin = sorted.order.begin() + sorted.begin[e], end = sorted.order.begin() + sorted.begin[e + 1];
+      auto first = std::lower_bound(begin, end, int32_t(image * per_image));
+      auto last = std::lower_bound(first, end, int32_t(image_end * per_image));
+      if (first == last) continue;
+      kernels->convolve(job, int(e), first - sorted.order.begin(), last - sorted.order.begin(), panel, panel_end, false,
+                        own);
+    }
+  });
+}
+
+Tensor patch_conv2d_input_grad(const Tensor &grad, const Tensor &weight, const Tensor &expert, int64_t patch_size,
+                               bool neighbours) {
+  Floats in(grad, "grad");
+  Weight w(weight);
+  Grid grid = grid_of(grad, patch_size);
+  STD_TORCH_CHECK(grad.size(3) == w.out, "grad has ", grad.size(3), " channels, weight ", w.out);
+  Sorted sorted(experts_of(expert, grid, w.experts), patches_of(grid), w.experts);
+  Tensor out = empty_floats(grad, {grid.batch, grid.height, grid.width, w.in});
+  Convolution job = convolution(grid, Direction::input_grad, neighbours && w.kernel > 1, w);
+  job.in = in.data(), job.out = floats_of(out), job.order = sorted.order.data();
+  if (job.neighbours) {
+    add_up(job, sorted);
+  } else {
+    if (!sorted.complete()) fill(job.out, nullptr, out.numel());
+    run(job, share_out(sorted, job));
+  }
+  return as_type(out, grad.scalar_type());
+}
+
+// [E, D, K, K, C]
+Tensor patch_conv2d_weight_grad(const Tensor &grad, const Tensor &pixels, const Tensor &expert, int64_t patch_size,
+                                bool neighbours, int64_t num_experts, int64_t kernel) {
+  Floats of_out(grad, "grad"), in(pixels, "x");
+  Grid grid = grid_of(pixels, patch_size);
+  Sorted sorted(experts_of(expert, grid, num_experts), patches_of(grid), num_experts);
+  int64_t outs = grad.size(3), ins = pixels.size(3), row = kernel * kernel * ins;
+  Tensor out = zero_floats(grad, {num_experts, outs, kernel, kernel, ins});
+  WeightGrad job = {grid, neighbours, int(kernel), int(ins), int(outs), in.data(), of_out.data(), sorted.order.data()};
+
+  // Large kernels are cut by output channels, the patches of small ones into pieces whose sums are added in order.
+  constexpr int64_t wanted = 16, large = 1 << 17, at_once = 48;
+  struct Piece {
+    int64_t expert, first, last, out, out_end, slot;
+  };
+  std::vector<Piece> pieces;
+  int64_t total = std::max<int64_t>(1, sorted.begin.back()), slots = 0;
+  for (int64_t e = 0; e < num_experts; e++) {
+    int64_t first = sorted.begin[e], load = sorted.begin[e + 1] - first;
+    if (!load) continue;
+    if (outs * row > large) {
+      for (int64_t o = 0; o < outs; o += at_once)
+        pieces.push_back({e, first, first + load, o, std::min(outs, o + at_once), -1});
+      continue;
+    }
+    int64_t count = std::clamp<int64_t>((load * wanted + total / 2) / total, 1, load);
+    for (int64_t i = 0; i < count; i++)
+      pieces.push_back({e, first + load * i / count, first + load * (i + 1) / count, 0, outs, i ? slots++ : -1});
+  }
+  Tensor extra = zero_floats(grad, {slots, outs * row});
+  int64_t size = kernels->weight_grad_scratch(job);
+  float *to = floats_of(out), *beside = floats_of(extra);
+  in_parallel(pieces.size(), [&](int64_t i) {
+    const Piece &p = pieces[i];
+    float *own = p.slot < 0 ? to + (p.expert * outs + p.out) * row : beside + p.slot * outs * row;
+    kernels->weight_grad(job, p.first, p.last, int(p.out), int(p.out_end), own, scratch(size));
+  });
+  in_parallel(outs, [&](int64_t o) {
+    for (const Piece &p : pieces)
+      if (p.slot >= 0)
+        for (int64_t i = o * row; i < (o + 1) * row; i++) to[p.expert * outs * row + i] += beside[p.slot * outs * row + i];
+  });
+  return out;
+}
+
+// ---- Maps -----------------------------------------------------------------------------------------------------------
+
+// Lines of patches in blocks: block(number, line, line_end).
+template <class Block>
+void in_blocks(int64_t lines, const Block &block) {
+  int64_t blocks = std::min(BLOCKS, lines);
+  in_parallel(blocks, [&](int64_t b) { block(b, lines * b / blocks, lines * (b + 1) / blocks); });
+}
+
+// What blocks of lines have added up, added in order.
+std::vector<double> total_of(const Tensor &sums, int64_t size) {
+  std::vector<double> total(size);
+  auto from = static_cast<const float *>(sums.const_data_ptr());
+  for (int64_t b = 0; b < sums.size(0); b++)
+    for (int64_t i = 0; i < size; i++) total[i] += from[b * size + i];
+  return total;
+}
+
+Tensor patch_affine(const Tensor &pixels, const Maybe &scale, const Maybe &shift, const Tensor &expert,
+                    int64_t patch_size, bool gelu, const Maybe &gate, const Maybe &residual) {
+  Floats x(pixels, "x");
+  Grid grid = grid_of(pixels, patch_size);
+  MaybeFloats scales(scale, "scale"), shifts(shift, "shift"), gates(gate, "gate"), added(residual, "residual");
+  int64_t experts = scale ? scale->size(0) : shift ? shift->size(0) : INT32_MAX;
+  Affine job = {grid, int(pixels.size(3)), x.data(), experts_of(expert, grid, experts),
+                {scales.data(), shifts.data(), gelu, gates.data(), added.data()}};
+  Tensor out = empty_floats(pixels, {grid.batch, grid.height, grid.width, pixels.size(3)});
+  float *to = floats_of(out);
+  in_blocks(grid.batch * grid.rows, [&](int64_t, int64_t line, int64_t end) { kernels->affine(job, line, end, to); });
+  return as_type(out, pixels.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor> expert_moments(const Tensor &pixels, const Tensor &expert, int64_t patch_size,
+                                                  int64_t num_experts) {
+  Floats x(pixels, "x");
+  Grid grid = grid_of(pixels, patch_size);
+  int64_t channels = pixels.size(3), size = num_experts * 2 * channels;
+  const int64_t *experts = experts_of(expert, grid, num_experts);
+  // Sums are of differences from an expert's first pixel: those of the values themselves would cancel.
+  std::vector<float> centre(num_experts * channels);
+  std::vector<int64_t> count(num_experts);
+  for (int64_t patch = 0; patch < patches_of(grid); patch++) {
+    int64_t e = experts[patch], line = patch / grid.columns;
+    if (e < 0) continue;
+    int64_t top = line % grid.rows * grid.side, left = patch % grid.columns * grid.side;
+    if (!count[e]) {
+      int64_t pixel = (line / grid.rows * grid.height + top) * grid.width + left;
+      std::copy_n(x.data() + pixel * channels, channels, centre.begin() + e * channels);
+    }
+    count[e] += std::min<int64_t>(grid.side, grid.height - top) * std::min<int64_t>(grid.side, grid.width - left);
+  }
+  Affine job = {grid, int(channels), x.data(), experts, {}};
+  int64_t lines = grid.batch * grid.rows;
+  Tensor sums = zero_floats(pixels, {std::min(BLOCKS, lines), size});
+  float *to = floats_of(sums);
+  in_blocks(lines, [&](int64_t b, int64_t line, int64_t end) {
+    kernels->moments(job, centre.data(), line, end, to + b * size);
+  });
+  std::vector<double> total = total_of(sums, size);
+  Tensor counts = empty_floats(pixels, {num_experts}), mean = zero_floats(pixels, {num_experts, channels});
+  Tensor variance = zero_floats(pixels, {num_experts, channels});
+  for (int64_t e = 0; e < num_experts; e++) {
+    floats_of(counts)[e] = float(count[e]);
+    if (!count[e]) continue;
+    for (int64_t c = 0; c < channels; c++) {
+      double middle = total[2 * e * channels + c] / count[e], square = total[(2 * e + 1) * channels + c] / count[e];
+      floats_of(mean)[e * channels + c] = float(centre[e * channels + c] + middle);
+      floats_of(variance)[e * channels + c] = float(std::max(0.0, square - middle * middle));
+    }
+  }
+  return {counts, mean, variance};
+}
+
+// Of g, the gradient before the affine map, the sums of g and of g * (x - centre) [E, C]; and the gate's gradient [N].
+std::tuple<Tensor, Tensor, Tensor> patch_affine_sums(const Tensor &grad, const Tensor &pixels, const Maybe &scale,
+                                                     const Maybe &shift, const Tensor &expert, int64_t patch_size,
+                                                     int64_t num_experts, bool gelu, const Maybe &gate,
+                                                     const Maybe &centre) {
+  Floats x(pixels, "x"), g(grad, "grad");
+  Grid grid = grid_of(pixels, patch_size);
+  MaybeFloats scales(scale, "scale"), shifts(shift, "shift"), gates(gate, "gate"), centres(centre, "centre");
+  int64_t channels = pixels.size(3), size = num_experts * 2 * channels, lines = grid.batch * grid.rows;
+  Affine job = {grid, int(channels), x.data(), experts_of(expert, grid, num_experts),
+                {scales.data(), shifts.data(), gelu, gates.data(), nullptr}};
+  Tensor sums = zero_floats(pixels, {std::min(BLOCKS, lines), size}), grad_gate = zero_floats(pixels, {patches_of(grid)});
+  float *to = floats_of(sums), *of_gate = floats_of(grad_gate);
+  in_blocks(lines, [&](int64_t b, int64_t line, int64_t end) {
+    kernels->affine_sums(job, g.data(), centres.data(), line, end, to + b * size, of_gate);
+  });
+  std::vector<double> total = total_of(sums, size);
+  Tensor plain = empty_floats(pixels, {num_experts, channels}), centred = empty_floats(pixels, {num_experts, channels});
+  for (int64_t e = 0; e < num_experts; e++)
+    for (int64_t c = 0; c < channels; c++) {
+      floats_of(plain)[e * channels + c] = float(total[2 * e * channels + c]);
+      floats_of(centred)[e * channels + c] = float(total[(2 * e + 1) * channels + c]);
+    }
+  return {plain, centred, grad_gate};
+}
+
+Tensor patch_affine_input_grad(const Tensor &grad, const Tensor &pixels, const Maybe &scale, const Maybe &shift,
+                               const Tensor &expert, int64_t patch_size, bool gelu, const Maybe &gate,
+                               const Maybe &slope, const Maybe &offset) {
+  Floats x(pixels, "x"), g(grad, "grad");
+  Grid grid = grid_of(pixels, patch_size);
+  MaybeFloats scales(scale, "scale"), shifts(shift, "shift"), gates(gate, "gate"), slopes(slope, "slope"),
+      offsets(offset, "offset");
+  int64_t experts = scale ? scale->size(0) : shift ? shift->size(0) : slope ? slope->size(0) : INT32_MAX;
+  Affine job = {grid, int(pixels.size(3)), x.data(), experts_of(expert, grid, experts),
+                {scales.data(), shifts.data(), gelu, gates.data(), nullptr}};
+  Tensor out = empty_floats(pixels, {grid.batch, grid.height, grid.width, pixels.size(3)});
+  float *to = floats_of(out);
+  in_blocks(grid.batch * grid.rows, [&](int64_t, int64_t line, int64_t end) {
+    kernels->affine_grad(job, g.data(), slopes.data(), offsets.data(), line, end, to);
+  });
+  return as_type(out, pixels.scalar_type());
+}
+
+// ---- The router -----------------------------------------------------------------------------------------------------
+
+Tensor patch_perceptron(const Tensor &pixels, const Tensor &weight, const Tensor &rows, const Tensor &columns,
+                        int64_t patch_size) {
+  Floats x(pixels, "x"), w(weight, "weight"), of_rows(rows, "rows"), of_columns(columns, "columns");
+  Grid grid = grid_of(pixels, patch_size);
+  Perceptron job = {grid, int(weight.size(1)), int(weight.size(0)), x.data(), w.data(), of_rows.data(),
+                    of_columns.data()};
+  Tensor out = empty_floats(pixels, {patches_of(grid), job.hidden});
+  int64_t size = kernels->perceptron_scratch(job);
+  float *to = floats_of(out);
+  in_blocks(grid.batch * grid.rows, [&](int64_t, int64_t line, int64_t end) {
+    kernels->perceptron(job, line, end, to, scratch(size));
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> patch_perceptron_backward(const Tensor &grad, const Tensor &pixels,
+                                                                     const Tensor &weight, const Tensor &rows,
+                                                                     const Tensor &columns, int64_t patch_size,
+                                                                     bool needs_x) {
+  Floats g(grad, "grad"), x(pixels, "x"), w(weight, "weight"), of_rows(rows, "rows"), of_columns(columns, "columns");
+  Grid grid = grid_of(pixels, patch_size);
+  Perceptron job = {grid, int(weight.size(1)), int(weight.size(0)), x.data(), w.data(), of_rows.data(),
+                    of_columns.data()};
+  int64_t lines = grid.batch * grid.rows, hidden = job.hidden;
+  int64_t of_weight = hidden * job.channels, in_rows = grid.height * hidden, in_columns = grid.width * hidden;
+  int64_t size = of_weight + in_rows + in_columns;
+  Tensor sums = zero_floats(pixels, {std::min(BLOCKS, lines), size});
+  Tensor grad_x = needs_x ? empty_floats(pixels, {grid.batch, grid.height, grid.width, job.channels})
+                          : empty_floats(pixels, {0});
+  float *to = floats_of(sums), *for_x = needs_x ? floats_of(grad_x) : nullptr;
+  int64_t own = kernels->perceptron_scratch(job);
+  in_blocks(lines, [&](int64_t b, int64_t line, int64_t end) {
+    float *block = to + b * size;
+    kernels->perceptron_grad(job, g.data(), line, end, for_x, block, block + of_weight, block + of_weight + in_rows,
+                             scratch(own));
+  });
+  std::vector<double> total = total_of(sums, size);
+  Tensor grad_weight = empty_floats(pixels, {hidden, job.channels}), grad_rows = empty_floats(pixels, {grid.height, hidden});
+  Tensor grad_columns = empty_floats(pixels, {grid.width, hidden});
+  std::copy_n(total.begin(), of_weight, floats_of(grad_weight));
+  std::copy_n(total.begin() + of_weight, in_rows, floats_of(grad_rows));
+  std::copy_n(total.begin() + of_weight + in_rows, in_columns, floats_of(grad_columns));
+  return {grad_x, grad_weight, grad_rows, grad_columns};
+}
+
+const Kernels *best() {
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2_kernels;
+  return nullptr;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(pcenet, m) {
+  m.def("patch_conv2d(Tensor x, Tensor weight, Tensor expert, int patch_size, bool neighbours, Tensor? scale, "
+        "Tensor? shift, bool gelu, Tensor? gate, Tensor? residual) -> Tensor");
+  m.def("patch_conv2d_input_grad(Tensor grad, Tensor weight, Tensor expert, int patch_size, bool neighbours) -> Tensor");
+  m.def("patch_conv2d_weight_grad(Tensor grad, Tensor x, Tensor expert, int patch_size, bool neighbours, "
+        "int num_experts, int kernel_size) -> Tensor");
+  m.def("patch_affine(Tensor x, Tensor? scale, Tensor? shift, Tensor expert, int patch_size, bool gelu, Tensor? gate, "
+        "Tensor? residual) -> Tensor");
+  m.def("expert_moments(Tensor x, Tensor expert, int patch_size, int num_experts) -> (Tensor, Tensor, Tensor)");
+  m.def("patch_affine_sums(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, Tensor expert, int patch_size, "
+        "int num_experts, bool gelu, Tensor? gate, Tensor? centre) -> (Tensor, Tensor, Tensor)");
+  m.def("patch_affine_input_grad(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, Tensor expert, int patch_size, "
+        "bool gelu, Tensor? gate, Tensor? slope, Tensor? offset) -> Tensor");
+  m.def("patch_perceptron(Tensor x, Tensor weight, Tensor rows, Tensor columns, int patch_size) -> Tensor");
+  m.def("patch_perceptron_backward(Tensor grad, Tensor x, Tensor weight, Tensor rows, Tensor columns, int patch_size, "
+        "bool needs_x) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pcenet, CPU, m) {
+  kernels = best();
+  m.impl("patch_conv2d", TORCH_BOX(&patch_conv2d));
+  m.impl("patch_conv2d_input_grad", TORCH_BOX(&patch_conv2d_input_grad));
+  m.impl("patch_conv2d_weight_grad", TORCH_BOX(&patch_conv2d_weight_grad));
+  m.impl("patch_affine", TORCH_BOX(&patch_affine));
+  m.impl("expert_moments", TORCH_BOX(&expert_moments));
+  m.impl("patch_affine_sums", TORCH_BOX(&patch_affine_sums));
+  m.impl("patch_affine_input_grad", TORCH_BOX(&patch_affine_input_grad));
+  m.impl("patch_perceptron", TORCH_BOX(&patch_perceptron));
+  m.impl("patch_perceptron_backward", TORCH_BOX(&patch_perceptron_backward));
+}
+
+}  // namespace pcenet

@@ -1,0 +1,97 @@
+// What the units of this library share: plain structures and one table of functions per instruction set. Nothing here is
+// inline code or a template: such code of a unit compiled for AVX-512 might be linked into one that runs without it.
+#pragma once
+
+#include <cstdint>
+
+namespace pcenet {
+
+// A map of pixels [batch, height, width, channels], and the patches that cover it: rows x columns of them per image.
+struct Grid {
+  int64_t batch, height, width;
+  int side, rows, columns;
+};
+
+// What follows a convolution, in registers: residual + gate * act(scale * y + shift). A null pointer leaves its part out.
+struct Epilogue {
+  const float *scale, *shift;  // [E, D]
+  bool gelu;
+  const float *gate;      // [N]
+  const float *residual;  // as the map that is written
+};
+
+enum class Direction { forward, input_grad };
+
+// A convolution: `in` has `in_channels`, `out` has `out_channels`, the kernel's weight for (expert, out, in, tap) lies at
+// weight[expert * expert_stride + out * out_stride + in * in_stride + tap * tap_stride].
+struct Convolution {
+  Grid grid;
+  Direction direction;
+  bool neighbours;
+  int kernel, in_channels, out_channels;
+  const float *in, *weight;
+  int64_t expert_stride, out_stride, in_stride, tap_stride;
+  float *out;
+  Epilogue epilogue;
+  const int32_t *order;  // patches, sorted by expert
+};
+
+// Gradient for the weights of one expert: grad_weight[out][tap][in], contiguous.
+struct WeightGrad {
+  Grid grid;
+  bool neighbours;
+  int kernel, in_channels, out_channels;
+  const float *in, *grad;
+  const int32_t *order;
+};
+
+// Normalisation, activation, gate and shortcut of a map: residual + gate * act(scale[e] * x + shift[e]).
+struct Affine {
+  Grid grid;
+  int channels;
+  const float *x;
+  const int64_t *expert;  // [N], -1 for nobody's
+  Epilogue epilogue;
+};
+
+// The router's first layer: mean over a patch of gelu(weight x + rows + columns).
+struct Perceptron {
+  Grid grid;
+  int channels, hidden;
+  const float *x, *weight, *rows, *columns;
+};
+
+struct Kernels {
+  const char *name;
+  // Scratch, in floats, that a thread needs for the tasks of a kind.
+  int64_t (*convolve_scratch)(const Convolution &);
+  // The patches order[first..last) of one expert; only an input gradient with neighbours adds to what is there. `channel`
+  // to `channel_end` are the panels of output channels that are computed. `packed` says that scratch holds this
+  // expert's kernel already.
+  void (*convolve)(const Convolution &, int expert, int64_t first, int64_t last, int panel, int panel_end, bool packed,
+                   float *scratch);
+  int (*panels)(int channels);
+  int64_t (*weight_grad_scratch)(const WeightGrad &);
+  // Output channels [out, out_end) of the patches order[first..last), added to grad_weight [out..., taps, in].
+  void (*weight_grad)(const WeightGrad &, int64_t first, int64_t last, int out, int out_end, float *grad_weight,
+                      float *scratch);
+  // Lines of patches [line, line_end) of a map, numbered through all images.
+  void (*affine)(const Affine &, int64_t line, int64_t line_end, float *out);
+  // Sums of x - centre and of its square, [E, 2, C], added.
+  void (*moments)(const Affine &, const float *centre, int64_t line, int64_t line_end, float *sums);
+  // Of g = gate * act' * grad the sums of g and of g * (x - centre), [E, 2, C], added, and the gate's gradient.
+  void (*affine_sums)(const Affine &, const float *grad, const float *centre, int64_t line, int64_t line_end,
+                      float *sums, float *grad_gate);
+  // scale * g + slope * x + offset.
+  void (*affine_grad)(const Affine &, const float *grad, const float *slope, const float *offset, int64_t line,
+                      int64_t line_end, float *out);
+  int64_t (*perceptron_scratch)(const Perceptron &);
+  void (*perceptron)(const Perceptron &, int64_t line, int64_t line_end, float *out, float *scratch);
+  // Adds to grad_weight [hidden, channels], grad_rows and grad_columns; grad_x may be null.
+  void (*perceptron_grad)(const Perceptron &, const float *grad, int64_t line, int64_t line_end, float *grad_x,
+                          float *grad_weight, float *grad_rows, float *grad_columns, float *scratch);
+};
+
+extern const Kernels avx2_kernels, avx512_kernels;
+
+}  // namespace pcenet

@@ -1,0 +1,841 @@
+// The kernels, compiled once per instruction set: a unit defines VECTOR (floats in a register), TILE (pixels of a tile) and
+// NAME, and includes this file. Everything has internal linkage but the table at the end.
+//
+// A convolution runs in tiles of TILE pixels by PANEL output channels, whose sums stay in registers. The pixels of a tile
+// have the same taps that read something, so that nothing is multiplied by what lies beyond a patch or the map. The map
+// is regular: a tap is an offset that all pixels share, and neither gathers nor windows are needed.
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace pcenet {
+namespace {
+
+typedef float Vector __attribute__((vector_size(4 * VECTOR)));
+typedef float Unaligned __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * VECTOR)));
+
+constexpr int WIDTH = 2;  // vectors of a panel
+constexpr int PANEL = WIDTH * VECTOR;
+constexpr int CHUNK = 384;  // pixels whose tiles are listed at a time
+constexpr int MOST_TAPS = 9;
+
+inline Vector load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
+inline void store(float *p, Vector v) { *reinterpret_cast<Unaligned *>(p) = v; }
+inline Vector all(float value) { return Vector{} + value; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
+
+// A vector of the first `count` numbers, zeros behind.
+inline Vector load_some(const float *p, int count) {
+  if (count >= VECTOR) return load(p);
+  float buffer[VECTOR] = {};
+  for (int i = 0; i < count; i++) buffer[i] = p[i];
+  return load(buffer);
+}
+
+inline void store_some(float *p, Vector v, int count) {
+  if (count >= VECTOR) return store(p, v);
+  float buffer[VECTOR];
+  store(buffer, v);
+  for (int i = 0; i < count; i++) p[i] = buffer[i];
+}
+
+// exp(-x) for x >= 0: by 2**n times a polynomial of what is left, as in the Cephes library's expf.
+inline Vector exp_of_minus(Vector x) {
+  x = x > 87.0f ? all(87.0f) : x;
+  Integers n = __builtin_convertvector(x * 1.44269504f + 0.5f, Integers);
+  Vector whole = __builtin_convertvector(n, Vector);
+  Vector r = whole * 0.693359375f - x;
+  r = r - whole * 2.12194440e-4f;
+  Vector p = all(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  Integers scale = (127 - n) << 23;
+  Vector power;
+  std::memcpy(&power, &scale, sizeof power);
+  return p * power;
+}
+
+// For the normal distribution: its density without the factor, and the chance of less than -|x|, to 1e-7 (Abramowitz and
+// Stegun, 7.1.26).
+struct Normal {
+  Vector density, tail;
+};
+
+inline Vector absolute(Vector x) { return x < 0.0f ? -x : x; }
+
+inline Normal normal(Vector x) {
+  Vector e = exp_of_minus(0.5f * x * x);
+  Vector t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * absolute(x));
+  Vector p = all(0.5f * 1.061405429f);
+  p = p * t - 0.5f * 1.453152027f;
+  p = p * t + 0.5f * 1.421413741f;
+  p = p * t - 0.5f * 0.284496736f;
+  p = p * t + 0.5f * 0.254829592f;
+  return {e, p * t * e};
+}
+
+inline Vector gelu(Vector x) {
+  Vector tail = normal(x).tail;
+  return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+// GELU and its derivative.
+struct Gelu {
+  Vector value, slope;
+};
+
+inline Gelu gelu_and_slope(Vector x) {
+  Normal n = normal(x);
+  Vector below = x < 0.0f ? n.tail : 1.0f - n.tail;
+  return {x * below, below + x * n.density * 0.39894228f};
+}
+
+// ---- Convolutions ---------------------------------------------------------------------------------------------------
+
+struct Pixel {
+  int32_t index, patch, kind;  // place in the map, patch, and which taps read something
+};
+
+// The pixels of a chunk, sorted by kind.
+struct Chunk {
+  Pixel found[CHUNK], sorted[CHUNK];
+  int start[65];
+  int count;
+};
+
+// A patch's place, and how much of it lies on the map.
+struct Place {
+  int64_t image, top, left;
+  int height, width;
+};
+
+inline Place place_of(const Grid &grid, int64_t patch) {
+  int64_t in_image = patch % (int64_t(grid.rows) * grid.columns);
+  Place place;
+  place.image = patch / (int64_t(grid.rows) * grid.columns);
+  place.top = in_image / grid.columns * grid.side;
+  place.left = in_image % grid.columns * grid.side;
+  place.height = least(grid.side, grid.height - place.top);
+  place.width = least(grid.side, grid.width - place.left);
+  return place;
+}
+
+// Which of an axis's taps read something for the output cell at `cell` of a patch that begins at `start`, as bits.
+inline int taps_of(const Convolution &job, int64_t start, int own, int64_t size, int cell) {
+  int bits = 0, half = job.kernel / 2;
+  for (int tap = 0; tap < job.kernel; tap++) {
+    int read = job.direction == Direction::forward ? cell + tap - half : cell - tap + half;
+    bool whole_map = job.neighbours && job.direction == Direction::forward;
+    bool reads = whole_map ? start + read >= 0 && start + read < size : read >= 0 && read < own;
+    bits |= int(reads) << tap;
+  }
+  return bits;
+}
+
+// A walk over the lines of cells that patches write.
+struct Walk {
+  int64_t position, last;
+  int line;
+  bool started;
+};
+
+void sort_by_kind(Chunk &chunk) {
+  int counts[65] = {};
+  for (int i = 0; i < chunk.count; i++) counts[chunk.found[i].kind + 1]++;
+  for (int kind = 0; kind < 64; kind++) counts[kind + 1] += counts[kind];
+  std::memcpy(chunk.start, counts, sizeof counts);
+  for (int i = 0; i < chunk.count; i++) chunk.sorted[counts[chunk.found[i].kind]++] = chunk.found[i];
+}
+
+// List the next cells of the walk, whole lines of patches, or parts of lines that are longer than a chunk.
+bool next_chunk(const Convolution &job, Walk &walk, int &column, Chunk &chunk) {
+  const Grid &grid = job.grid;
+  int ring = job.direction == Direction::input_grad && job.neighbours ? job.kernel / 2 : 0;
+  chunk.count = 0;
+  while (walk.position < walk.last) {
+    int64_t patch = job.order[walk.position];
+    Place place = place_of(grid, patch);
+    int top = -least(ring, place.top), left = -least(ring, place.left);
+    int bottom = least(place.height + ring, grid.height - place.top);
+    int right = least(place.width + ring, grid.width - place.left);
+    if (!walk.started) walk.line = top, column = left, walk.started = true;
+    for (; walk.line < bottom; walk.line++) {
+      int rows = taps_of(job, place.top, place.height, grid.height, walk.line);
+      int64_t line = (place.image * grid.height + place.top + walk.line) * grid.width + place.left;
+      for (; column < right; column++) {
+        if (chunk.count == CHUNK) return sort_by_kind(chunk), true;
+        int columns = taps_of(job, place.left, place.width, grid.width, column);
+        chunk.found[chunk.count++] = {int32_t(line + column), int32_t(patch), rows << 3 | columns};
+      }
+      column = left;
+    }
+    walk.position++, walk.started = false;
+  }
+  sort_by_kind(chunk);
+  return chunk.count > 0;
+}
+
+struct Taps {
+  int count, tap[MOST_TAPS];
+  int64_t offset[MOST_TAPS];  // in floats of the map that is read
+};
+
+Taps list_taps(const Convolution &job, int kind) {
+  Taps taps;
+  taps.count = 0;
+  int half = job.kernel / 2, sign = job.direction == Direction::forward ? 1 : -1;
+  for (int row = 0; row < job.kernel; row++)
+    for (int column = 0; column < job.kernel; column++)
+      if ((kind >> 3 >> row & 1) && (kind >> column & 1)) {
+        taps.tap[taps.count] = row * job.kernel + column;
+        taps.offset[taps.count++] = sign * ((row - half) * job.grid.width + column - half) * job.in_channels;
+      }
+  return taps;
+}
+
+// 8 x 8 numbers transposed: from rows of a stride to rows of another.
+typedef float Eight __attribute__((vector_size(32)));
+typedef float UnalignedEight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t EightIntegers __attribute__((vector_size(32)));
+
+inline void transpose_eight(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
+  Eight r[8], s[8];
+  for (int i = 0; i < 8; i++) r[i] = *reinterpret_cast<const UnalignedEight *>(from + i * from_stride);
+  for (int i = 0; i < 4; i++) {
+    s[2 * i] = __builtin_shuffle(r[2 * i], r[2 * i + 1], EightIntegers{0, 8, 1, 9, 4, 12, 5, 13});
+    s[2 * i + 1] = __builtin_shuffle(r[2 * i], r[2 * i + 1], EightIntegers{2, 10, 3, 11, 6, 14, 7, 15});
+  }
+  for (int i = 0; i < 2; i++) {
+    Eight *q = s + 4 * i, *t = r + 4 * i;
+    t[0] = __builtin_shuffle(q[0], q[2], EightIntegers{0, 1, 8, 9, 4, 5, 12, 13});
+    t[1] = __builtin_shuffle(q[0], q[2], EightIntegers{2, 3, 10, 11, 6, 7, 14, 15});
+    t[2] = __builtin_shuffle(q[1], q[3], EightIntegers{0, 1, 8, 9, 4, 5, 12, 13});
+    t[3] = __builtin_shuffle(q[1], q[3], EightIntegers{2, 3, 10, 11, 6, 7, 14, 15});
+  }
+  for (int i = 0; i < 4; i++) {
+    *reinterpret_cast<UnalignedEight *>(to + i * to_stride) =
+        __builtin_shuffle(r[i], r[i + 4], EightIntegers{0, 1, 2, 3, 8, 9, 10, 11});
+    *reinterpret_cast<UnalignedEight *>(to + (i + 4) * to_stride) =
+        __builtin_shuffle(r[i], r[i + 4], EightIntegers{4, 5, 6, 7, 12, 13, 14, 15});
+  }
+}
+
+// Numbers (o, i) at from[o * out_stride + i * in_stride] as [i][PANEL], for `count` values of o, zeros behind.
+void pack_panel(const float *from, int64_t out_stride, int64_t in_stride, int count, int in_channels, float *to) {
+  int i = 0;
+  if (in_stride == 1 && count == PANEL)
+    for (; i + 8 <= in_channels; i += 8)
+      for (int o = 0; o < PANEL; o += 8)
+        transpose_eight(from + o * out_stride + i, out_stride, to + int64_t(i) * PANEL + o, PANEL);
+  for (; i < in_channels; i++)
+    for (int o = 0; o < PANEL; o++)
+      to[int64_t(i) * PANEL + o] = o < count ? from[o * out_stride + i * in_stride] : 0;
+}
+
+// An expert's kernel as [panel][tap][in][PANEL].
+void pack_kernel(const Convolution &job, int expert, int panel, int panel_end, float *packed) {
+  int taps = job.kernel * job.kernel;
+  int64_t size = int64_t(taps) * job.in_channels * PANEL;
+  for (int p = panel; p < panel_end; p++)
+    for (int tap = 0; tap < taps; tap++) {
+      const float *from = job.weight + expert * job.expert_stride + p * PANEL * job.out_stride + tap * job.tap_stride;
+      int count = least(PANEL, job.out_channels - p * PANEL);
+      float *to = packed + (p - panel) * size + int64_t(tap) * job.in_channels * PANEL;
+      pack_panel(from, job.out_stride, job.in_stride, count, job.in_channels, to);
+    }
+}
+
+// Sums of ROWS rows by a panel: sum over i of row[r][i] * packed[i].
+template <int ROWS>
+inline void multiply(const float *const *row, int64_t offset, const float *packed, int count, Vector (*sums)[WIDTH]) {
+  const float *own[ROWS];
+  for (int r = 0; r < ROWS; r++) own[r] = row[r] + offset;
+  for (int i = 0; i < count; i++, packed += PANEL) {
+    Vector weights[WIDTH];
+    for (int v = 0; v < WIDTH; v++) weights[v] = load(packed + v * VECTOR);
+    for (int r = 0; r < ROWS; r++) {
+      Vector value = all(own[r][i]);
+      for (int v = 0; v < WIDTH; v++) sums[r][v] += value * weights[v];
+    }
+  }
+}
+
+inline void finish(const Convolution &job, const Vector *sums, const Pixel &pixel, int expert, int channel, int count) {
+  const Epilogue &epilogue = job.epilogue;
+  int64_t place = int64_t(pixel.index) * job.out_channels + channel;
+  bool adds = job.direction == Direction::input_grad && job.neighbours;
+  for (int v = 0; v < WIDTH && v * VECTOR < count; v++) {
+    int own = count - v * VECTOR, at = v * VECTOR;
+    int64_t of_expert = int64_t(expert) * job.out_channels + channel + at;
+    Vector y = sums[v];
+    if (epilogue.scale) y *= load_some(epilogue.scale + of_expert, own);
+    if (epilogue.shift) y += load_some(epilogue.shift + of_expert, own);
+    if (epilogue.gelu) y = gelu(y);
+    if (epilogue.gate) y *= all(epilogue.gate[pixel.patch]);
+    if (epilogue.residual) y += load_some(epilogue.residual + place + at, own);
+    if (adds) y += load_some(job.out + place + at, own);
+    store_some(job.out + place + at, y, own);
+  }
+}
+
+template <int ROWS>
+void convolve_tile(const Convolution &job, const Pixel *pixels, const Taps &taps, const float *packed, int expert,
+                   int channel, int count) {
+  const float *row[ROWS];
+  for (int r = 0; r < ROWS; r++) row[r] = job.in + int64_t(pixels[r].index) * job.in_channels;
+  Vector sums[ROWS][WIDTH] = {};
+  for (int t = 0; t < taps.count; t++) {
+    const float *own = packed + int64_t(taps.tap[t]) * job.in_channels * PANEL;
+    multiply<ROWS>(row, taps.offset[t], own, job.in_channels, sums);
+  }
+  for (int r = 0; r < ROWS; r++) finish(job, sums[r], pixels[r], expert, channel, count);
+}
+
+// The tiles of what is left of a kind's pixels, fewer than TILE.
+template <int ROWS>
+void convolve_rest(const Convolution &job, const Pixel *pixels, int left, const Taps &taps, const float *packed,
+                   int expert, int channel, int count) {
+  if constexpr (ROWS > 0) {
+    if (left == ROWS) return convolve_tile<ROWS>(job, pixels, taps, packed, expert, channel, count);
+    convolve_rest<ROWS - 1>(job, pixels, left, taps, packed, expert, channel, count);
+  }
+}
+
+int panels(int channels) { return (channels + PANEL - 1) / PANEL; }
+
+int64_t convolve_scratch(const Convolution &job) {
+  int64_t packed = int64_t(panels(job.out_channels)) * job.kernel * job.kernel * job.in_channels * PANEL;
+  return packed + sizeof(Chunk) / sizeof(float) + 16;
+}
+
+void convolve(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end, bool packed,
+              float *scratch) {
+  Chunk &chunk = *reinterpret_cast<Chunk *>(scratch);
+  float *kernel = scratch + round_up(sizeof(Chunk) / sizeof(float), 16);
+  if (!packed) pack_kernel(job, expert, panel, panel_end, kernel);
+  int64_t size = int64_t(job.kernel) * job.kernel * job.in_channels * PANEL;
+  Walk walk = {first, last, 0, false};
+  int column = 0;
+  while (next_chunk(job, walk, column, chunk))
+    for (int kind = 0; kind < 64; kind++) {
+      int start = chunk.start[kind], end = chunk.start[kind + 1];
+      if (start == end) continue;
+      Taps taps = list_taps(job, kind);
+      for (int p = panel; p < panel_end; p++) {
+        const float *own = kernel + (p - panel) * size;
+        int channel = p * PANEL, count = least(PANEL, job.out_channels - channel), i = start;
+        for (; i + TILE <= end; i += TILE)
+          convolve_tile<TILE>(job, chunk.sorted + i, taps, own, expert, channel, count);
+        convolve_rest<TILE - 1>(job, chunk.sorted + i, end - i, taps, own, expert, channel, count);
+      }
+    }
+}
+
+// ---- Gradient for the weights ---------------------------------------------------------------------------------------
+
+constexpr int PAIRS = 256;  // pixels of a chunk, at most
+
+struct Pair {
+  int32_t grad, in;  // offsets in floats into what was packed
+};
+
+// A chunk of pixels packed for the products: the gradients pixel by pixel, what is read panel by panel.
+struct Packed {
+  int64_t grad_stride, cells;
+  float *grad, *in;
+  Pair *pairs;
+};
+
+// Rows of cells are padded, so that equal channels of several cells do not fall on the same lines of the cache.
+int64_t row_stride(int channels) { return round_up(channels, 16) + 16; }
+
+int64_t strip_cells(const WeightGrad &job, int lines) {
+  int ring = job.kernel / 2 * 2;
+  return int64_t(lines + ring) * (job.grid.side + ring);
+}
+
+// Lines of a patch that are packed at a time, and how many such strips make a chunk.
+int strip_lines(const WeightGrad &job) { return most(1, least(job.grid.side, PAIRS / job.grid.side)); }
+int strips(const WeightGrad &job) { return most(1, PAIRS / (strip_lines(job) * job.grid.side)); }
+
+int64_t weight_grad_scratch(const WeightGrad &job) {
+  int64_t pixels = int64_t(strips(job)) * strip_lines(job) * job.grid.side;
+  int64_t cells = int64_t(strips(job)) * strip_cells(job, strip_lines(job));
+  return pixels * row_stride(job.out_channels) + cells * panels(job.in_channels) * PANEL +
+         MOST_TAPS * pixels * sizeof(Pair) / sizeof(float) + 64;
+}
+
+// Channels [channel, channel_end) of a pixel into rows of `cells` numbers a panel.
+inline void pack_pixel(const float *from, int channels, int64_t cell, int64_t cells, float *to) {
+  for (int c = 0; c < channels; c += PANEL)
+    for (int v = 0; v < PANEL; v += VECTOR)
+      store(to + (int64_t(c) * cells + cell * PANEL) + v, load_some(from + c + v, most(0, channels - c - v)));
+}
+
+// Pack lines [line, line_end) of a patch as strip number `strip`, and list which pixel and cell each tap brings together.
+void pack_strip(const WeightGrad &job, int64_t patch, int line, int line_end, int strip, int out, int out_end,
+                Packed &packed, int *counts, int64_t room) {
+  const Grid &grid = job.grid;
+  Place place = place_of(grid, patch);
+  int half = job.kernel / 2, margin = half;
+  int line_cells = grid.side + 2 * margin;
+  int64_t first_cell = strip * strip_cells(job, strip_lines(job));
+  int64_t first_pixel = int64_t(strip) * strip_lines(job) * grid.side;
+  auto on_map = [&](int y, int x) {
+    bool own = y >= 0 && y < place.height && x >= 0 && x < place.width;
+    return job.neighbours ? place.top + y >= 0 && place.top + y < grid.height && place.left + x >= 0 &&
+                                place.left + x < grid.width
+                          : own;
+  };
+  auto index = [&](int y, int x) {
+    return (place.image * grid.height + place.top + y) * grid.width + place.left + x;
+  };
+  for (int y = line - margin; y < line_end + margin; y++)
+    for (int x = -margin; x < grid.side + margin; x++)
+      if (on_map(y, x)) {
+        int64_t cell = first_cell + int64_t(y - line + margin) * line_cells + x + margin;
+        pack_pixel(job.in + index(y, x) * job.in_channels, job.in_channels, cell, packed.cells, packed.in);
+      }
+  for (int y = line; y < least(line_end, place.height); y++)
+    for (int x = 0; x < place.width; x++) {
+      int64_t pixel = first_pixel + int64_t(y - line) * grid.side + x;
+      std::memcpy(packed.grad + pixel * packed.grad_stride, job.grad + index(y, x) * job.out_channels + out,
+                  (out_end - out) * sizeof(float));
+      for (int tap = 0; tap < job.kernel * job.kernel; tap++) {
+        int ty = y + tap / job.kernel - half, tx = x + tap % job.kernel - half;
+        if (!on_map(ty, tx)) continue;
+        int64_t cell = first_cell + int64_t(ty - line + margin) * line_cells + tx + margin;
+        packed.pairs[tap * room + counts[tap]++] = {int32_t(pixel * packed.grad_stride), int32_t(cell * PANEL)};
+      }
+    }
+}
+
+// grad_weight[r][...] of ROWS output channels by a panel of input channels, over pairs.
+template <int ROWS>
+inline void multiply_pairs(const float *grad, const float *in, const Pair *pairs, int count, float *to,
+                           int64_t to_stride, int channels) {
+  Vector sums[ROWS][WIDTH] = {};
+  for (int i = 0; i < count; i++) {
+    const float *g = grad + pairs[i].grad, *x = in + pairs[i].in;
+    Vector values[WIDTH];
+    for (int v = 0; v < WIDTH; v++) values[v] = load(x + v * VECTOR);
+    for (int r = 0; r < ROWS; r++) {
+      Vector own = all(g[r]);
+      for (int v = 0; v < WIDTH; v++) sums[r][v] += own * values[v];
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < WIDTH && v * VECTOR < channels; v++) {
+      float *own = to + r * to_stride + v * VECTOR;
+      store_some(own, load_some(own, channels - v * VECTOR) + sums[r][v], channels - v * VECTOR);
+    }
+}
+
+template <int ROWS>
+void multiply_rest(int left, const float *grad, const float *in, const Pair *pairs, int count, float *to,
+                   int64_t to_stride, int channels) {
+  if constexpr (ROWS > 0) {
+    if (left == ROWS) return multiply_pairs<ROWS>(grad, in, pairs, count, to, to_stride, channels);
+    multiply_rest<ROWS - 1>(left, grad, in, pairs, count, to, to_stride, channels);
+  }
+}
+
+void multiply_chunk(const WeightGrad &job, const Packed &packed, const int *counts, int64_t room, int outs,
+                    float *grad_weight) {
+  int taps = job.kernel * job.kernel;
+  int64_t stride = int64_t(taps) * job.in_channels;
+  for (int tap = 0; tap < taps; tap++)
+    for (int p = 0; p < panels(job.in_channels); p++) {
+      const float *in = packed.in + int64_t(p) * PANEL * packed.cells;
+      const Pair *pairs = packed.pairs + tap * room;
+      float *to = grad_weight + int64_t(tap) * job.in_channels + p * PANEL;
+      int channels = least(PANEL, job.in_channels - p * PANEL), r = 0;
+      for (; r + TILE <= outs; r += TILE)
+        multiply_pairs<TILE>(packed.grad + r, in, pairs, counts[tap], to + r * stride, stride, channels);
+      multiply_rest<TILE - 1>(outs - r, packed.grad + r, in, pairs, counts[tap], to + r * stride, stride, channels);
+    }
+}
+
+void weight_grad(const WeightGrad &job, int64_t first, int64_t last, int out, int out_end, float *grad_weight,
+                 float *scratch) {
+  int lines = strip_lines(job), at_once = strips(job);
+  int64_t room = int64_t(at_once) * lines * job.grid.side;
+  Packed packed;
+  packed.grad_stride = row_stride(out_end - out);
+  packed.cells = at_once * strip_cells(job, lines);
+  packed.in = scratch;
+  packed.grad = packed.in + packed.cells * panels(job.in_channels) * PANEL;
+  packed.pairs = reinterpret_cast<Pair *>(packed.grad + room * packed.grad_stride);
+  int counts[MOST_TAPS] = {}, strip = 0;
+  auto flush = [&] {
+    multiply_chunk(job, packed, counts, room, out_end - out, grad_weight);
+    std::memset(counts, 0, sizeof counts);
+    strip = 0;
+  };
+  for (int64_t position = first; position < last; position++) {
+    int64_t patch = job.order[position];
+    int height = place_of(job.grid, patch).height;
+    for (int line = 0; line < height; line += lines) {
+      pack_strip(job, patch, line, line + lines, strip, out, out_end, packed, counts, room);
+      if (++strip == at_once) flush();
+    }
+  }
+  if (strip) flush();
+}
+
+// ---- Maps: affine, moments, and their gradients ---------------------------------------------------------------------
+
+// Calls what(expert, patch, pixel, count): a run of pixels of one patch that lie side by side.
+template <class What>
+inline void for_runs(const Affine &job, int64_t line, int64_t line_end, const What &what) {
+  const Grid &grid = job.grid;
+  for (; line < line_end; line++) {
+    int64_t image = line / grid.rows, top = line % grid.rows * grid.side;
+    int64_t bottom = least(top + grid.side, grid.height);
+    for (int64_t y = top; y < bottom; y++)
+      for (int column = 0; column < grid.columns; column++) {
+        int64_t patch = line * grid.columns + column, left = int64_t(column) * grid.side;
+        int count = least(grid.side, grid.width - left);
+        what(job.expert[patch], patch, (image * grid.height + y) * grid.width + left, count);
+      }
+  }
+}
+
+// A panel's worth of what an expert has, or a constant.
+struct Own {
+  const float *table;
+  Vector otherwise;
+  inline Vector operator()(int64_t expert, int channels, int channel) const {
+    return table ? load_some(table + expert * channels + channel, channels - channel) : otherwise;
+  }
+};
+
+inline float gate_of(const Affine &job, int64_t patch) { return job.epilogue.gate ? job.epilogue.gate[patch] : 1.0f; }
+
+template <bool GELU>
+void affine_lines(const Affine &job, int64_t line, int64_t line_end, float *out) {
+  Own scale = {job.epilogue.scale, all(1)}, shift = {job.epilogue.shift, all(0)};
+  int channels = job.channels;
+  const float *residual = job.epilogue.residual;
+  for_runs(job, line, line_end, [&](int64_t expert, int64_t patch, int64_t pixel, int count) {
+    float *to = out + pixel * channels;
+    const float *from = job.x + pixel * channels, *added = residual ? residual + pixel * channels : nullptr;
+    if (expert < 0) {
+      if (added) std::memcpy(to, added, sizeof(float) * count * channels);
+      else std::memset(to, 0, sizeof(float) * count * channels);
+      return;
+    }
+    Vector gate = all(gate_of(job, patch));
+    for (int c = 0; c < channels; c += VECTOR) {
+      Vector factor = scale(expert, channels, c), term = shift(expert, channels, c);
+      int own = channels - c;
+      for (int64_t i = c; i < int64_t(count) * channels; i += channels) {
+        Vector y = load_some(from + i, own) * factor + term;
+        if (GELU) y = gelu(y);
+        y *= gate;
+        if (added) y += load_some(added + i, own);
+        store_some(to + i, y, own);
+      }
+    }
+  });
+}
+
+void affine(const Affine &job, int64_t line, int64_t line_end, float *out) {
+  (job.epilogue.gelu ? affine_lines<true> : affine_lines<false>)(job, line, line_end, out);
+}
+
+inline void add_to(float *p, Vector v, int count) { store_some(p, load_some(p, count) + v, count); }
+
+void moments(const Affine &job, const float *centre, int64_t line, int64_t line_end, float *sums) {
+  int channels = job.channels;
+  for_runs(job, line, line_end, [&](int64_t expert, int64_t, int64_t pixel, int count) {
+    if (expert < 0) return;
+    for (int c = 0; c < channels; c += VECTOR) {
+      int own = channels - c;
+      Vector middle = load_some(centre + expert * channels + c, own), plain = {}, squares = {};
+      for (int i = 0; i < count; i++) {
+        Vector d = load_some(job.x + (pixel + i) * channels + c, own) - middle;
+        plain += d;
+        squares += d * d;
+      }
+      add_to(sums + 2 * expert * channels + c, plain, own);
+      add_to(sums + (2 * expert + 1) * channels + c, squares, own);
+    }
+  });
+}
+
+inline float sum_of(Vector v) {
+  float total = 0;
+  for (int i = 0; i < VECTOR; i++) total += v[i];
+  return total;
+}
+
+template <bool GELU>
+void affine_sums_lines(const Affine &job, const float *grad, const float *centre, int64_t line, int64_t line_end,
+                       float *sums, float *grad_gate) {
+  Own scale = {job.epilogue.scale, all(1)}, shift = {job.epilogue.shift, all(0)}, middle = {centre, all(0)};
+  int channels = job.channels;
+  for_runs(job, line, line_end, [&](int64_t expert, int64_t patch, int64_t pixel, int count) {
+    if (expert < 0) return;
+    Vector gate = all(gate_of(job, patch)), for_gate = {};
+    for (int c = 0; c < channels; c += VECTOR) {
+      int own = channels - c;
+      Vector factor = scale(expert, channels, c), term = shift(expert, channels, c), mid = middle(expert, channels, c);
+      Vector plain = {}, centred = {};
+      for (int i = 0; i < count; i++) {
+        Vector x = load_some(job.x + (pixel + i) * channels + c, own), y = x * factor + term;
+        Vector g = load_some(grad + (pixel + i) * channels + c, own);
+        if (GELU) {
+          Gelu act = gelu_and_slope(y);
+          for_gate += g * act.value;
+          g *= act.slope;
+        } else {
+          for_gate += g * y;
+        }
+        plain += g;
+        centred += g * (x - mid);
+      }
+      add_to(sums + 2 * expert * channels + c, plain * gate, own);
+      add_to(sums + (2 * expert + 1) * channels + c, centred * gate, own);
+    }
+    grad_gate[patch] += sum_of(for_gate);
+  });
+}
+
+void affine_sums(const Affine &job, const float *grad, const float *centre, int64_t line, int64_t line_end, float *sums,
+                 float *grad_gate) {
+  auto run = job.epilogue.gelu ? affine_sums_lines<true> : affine_sums_lines<false>;
+  run(job, grad, centre, line, line_end, sums, grad_gate);
+}
+
+template <bool GELU>
+void affine_grad_lines(const Affine &job, const float *grad, const float *slope, const float *offset, int64_t line,
+                       int64_t line_end, float *out) {
+  Own scale = {job.epilogue.scale, all(1)}, shift = {job.epilogue.shift, all(0)}, by_x = {slope, all(0)},
+      alone = {offset, all(0)};
+  int channels = job.channels;
+  for_runs(job, line, line_end, [&](int64_t expert, int64_t patch, int64_t pixel, int count) {
+    if (expert < 0) {
+      std::memset(out + pixel * channels, 0, sizeof(float) * count * channels);
+      return;
+    }
+    Vector gate = all(gate_of(job, patch));
+    for (int c = 0; c < channels; c += VECTOR) {
+      int own = channels - c;
+      Vector factor = scale(expert, channels, c), term = shift(expert, channels, c);
+      Vector of_x = by_x(expert, channels, c), rest = alone(expert, channels, c), of_g = factor * gate;
+      for (int i = 0; i < count; i++) {
+        int64_t at = (pixel + i) * channels + c;
+        Vector x = load_some(job.x + at, own), g = load_some(grad + at, own);
+        if (GELU) {
+          Gelu act = gelu_and_slope(x * factor + term);
+          g *= act.slope;
+        }
+        store_some(out + at, g * of_g + (x * of_x + rest), own);
+      }
+    }
+  });
+}
+
+void affine_grad(const Affine &job, const float *grad, const float *slope, const float *offset, int64_t line,
+                 int64_t line_end, float *out) {
+  auto run = job.epilogue.gelu ? affine_grad_lines<true> : affine_grad_lines<false>;
+  run(job, grad, slope, offset, line, line_end, out);
+}
+
+// ---- The router's first layer ---------------------------------------------------------------------------------------
+
+// The weights for both directions as panels, hidden values of a chunk of pixels and their gradients.
+struct Layer {
+  float *forward, *backward, *grads, *patch_sums;
+};
+
+constexpr int STRETCH = 96;  // pixels whose gradients are kept for the products
+
+int64_t perceptron_scratch(const Perceptron &job) {
+  int64_t hidden = panels(job.hidden) * PANEL, channels = panels(job.channels) * PANEL;
+  return hidden * job.channels + channels * job.hidden + STRETCH * row_stride(hidden) + job.grid.columns * hidden + 64;
+}
+
+Layer lay_out(const Perceptron &job, float *scratch) {
+  int64_t hidden = panels(job.hidden) * PANEL, channels = panels(job.channels) * PANEL;
+  Layer layer;
+  layer.forward = scratch;
+  layer.backward = layer.forward + hidden * job.channels;
+  layer.grads = layer.backward + channels * job.hidden;
+  layer.patch_sums = layer.grads + STRETCH * row_stride(hidden);
+  return layer;
+}
+
+void pack_layer(const float *weight, int64_t out_stride, int64_t in_stride, int outs, int ins, float *to) {
+  for (int p = 0; p < panels(outs); p++)
+    pack_panel(weight + p * PANEL * out_stride, out_stride, in_stride, least(PANEL, outs - p * PANEL), ins,
+               to + int64_t(p) * ins * PANEL);
+}
+
+// What comes before the activation, of ROWS pixels side by side.
+template <int ROWS>
+inline void before_activation(const Perceptron &job, const float *packed, int64_t y, int64_t x, int64_t pixel, int p,
+                              Vector (*sums)[WIDTH]) {
+  const float *row[ROWS];
+  for (int r = 0; r < ROWS; r++) {
+    row[r] = job.x + (pixel + r) * job.channels;
+    for (int v = 0; v < WIDTH; v++) {
+      int at = p * PANEL + v * VECTOR, own = most(0, job.hidden - at);
+      sums[r][v] = load_some(job.rows + y * job.hidden + at, own) +
+                   load_some(job.columns + (x + r) * job.hidden + at, own);
+    }
+  }
+  multiply<ROWS>(row, 0, packed + int64_t(p) * job.channels * PANEL, job.channels, sums);
+}
+
+template <int ROWS>
+void add_activations(const Perceptron &job, const Layer &layer, int64_t y, int64_t x, int64_t pixel) {
+  for (int p = 0; p < panels(job.hidden); p++) {
+    Vector sums[ROWS][WIDTH];
+    before_activation<ROWS>(job, layer.forward, y, x, pixel, p, sums);
+    for (int r = 0; r < ROWS; r++) {
+      float *to = layer.patch_sums + (x + r) / job.grid.side * panels(job.hidden) * PANEL + p * PANEL;
+      for (int v = 0; v < WIDTH; v++) store(to + v * VECTOR, load(to + v * VECTOR) + gelu(sums[r][v]));
+    }
+  }
+}
+
+void perceptron(const Perceptron &job, int64_t line, int64_t line_end, float *out, float *scratch) {
+  const Grid &grid = job.grid;
+  Layer layer = lay_out(job, scratch);
+  pack_layer(job.weight, job.channels, 1, job.hidden, job.channels, layer.forward);
+  int64_t padded = panels(job.hidden) * PANEL;
+  for (; line < line_end; line++) {
+    std::memset(layer.patch_sums, 0, sizeof(float) * grid.columns * padded);
+    int64_t image = line / grid.rows, top = line % grid.rows * grid.side;
+    int64_t bottom = least(top + grid.side, grid.height);
+    for (int64_t y = top; y < bottom; y++) {
+      int64_t first = (image * grid.height + y) * grid.width, x = 0;
+      for (; x + TILE <= grid.width; x += TILE) add_activations<TILE>(job, layer, y, x, first + x);
+      for (; x < grid.width; x++) add_activations<1>(job, layer, y, x, first + x);
+    }
+    for (int column = 0; column < grid.columns; column++) {
+      int64_t width = least(grid.side, grid.width - int64_t(column) * grid.side);
+      float share = 1.0f / (width * (bottom - top));
+      float *to = out + (line * grid.columns + column) * job.hidden;
+      for (int h = 0; h < job.hidden; h++) to[h] = layer.patch_sums[column * padded + h] * share;
+    }
+  }
+}
+
+// Gradients before the activation of ROWS pixels, into rows of layer.grads.
+template <int ROWS>
+void grads_before(const Perceptron &job, const Layer &layer, const float *grad, int64_t line, float share_of_line,
+                  int64_t y, int64_t x, int64_t pixel, float *to, float *grad_row, float *grad_columns) {
+  const Grid &grid = job.grid;
+  int64_t stride = row_stride(panels(job.hidden) * PANEL);
+  for (int p = 0; p < panels(job.hidden); p++) {
+    Vector sums[ROWS][WIDTH];
+    before_activation<ROWS>(job, layer.forward, y, x, pixel, p, sums);
+    for (int r = 0; r < ROWS; r++) {
+      int64_t column = (x + r) / grid.side, width = least(grid.side, grid.width - column * grid.side);
+      const float *from = grad + (line * grid.columns + column) * job.hidden;
+      for (int v = 0; v < WIDTH; v++) {
+        int at = p * PANEL + v * VECTOR, own = most(0, job.hidden - at);
+        Gelu act = gelu_and_slope(sums[r][v]);
+        Vector g = load_some(from + at, own) * act.slope * (share_of_line / width);
+        store(to + r * stride + at, g);
+        if (own == 0) continue;
+        add_to(grad_row + at, g, own);
+        add_to(grad_columns + (x + r) * job.hidden + at, g, own);
+      }
+    }
+  }
+}
+
+template <int ROWS>
+void grads_of_pixels(const Perceptron &job, const Layer &layer, const float *grads, int64_t pixel, float *grad_x) {
+  int64_t stride = row_stride(panels(job.hidden) * PANEL);
+  const float *row[ROWS];
+  for (int r = 0; r < ROWS; r++) row[r] = grads + r * stride;
+  for (int p = 0; p < panels(job.channels); p++) {
+    Vector sums[ROWS][WIDTH] = {};
+    multiply<ROWS>(row, 0, layer.backward + int64_t(p) * job.hidden * PANEL, job.hidden, sums);
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < WIDTH; v++) {
+        int at = p * PANEL + v * VECTOR;
+        if (at < job.channels) store_some(grad_x + (pixel + r) * job.channels + at, sums[r][v], job.channels - at);
+      }
+  }
+}
+
+// grad_weight += grads' x, over `count` pixels side by side.
+template <int ROWS>
+void grads_of_weight(const Perceptron &job, const float *grads, int64_t pixel, int count, float *grad_weight) {
+  int64_t stride = row_stride(panels(job.hidden) * PANEL);
+  for (int c = 0; c < job.channels; c += PANEL) {
+    Vector sums[ROWS][WIDTH] = {};
+    for (int i = 0; i < count; i++) {
+      const float *x = job.x + (pixel + i) * job.channels + c;
+      Vector values[WIDTH];
+      for (int v = 0; v < WIDTH; v++)
+        values[v] = load_some(x + v * VECTOR, most(0, job.channels - c - v * VECTOR));
+      for (int r = 0; r < ROWS; r++) {
+        Vector own = all(grads[i * stride + r]);
+        for (int v = 0; v < WIDTH; v++) sums[r][v] += own * values[v];
+      }
+    }
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < WIDTH && c + v * VECTOR < job.channels; v++)
+        add_to(grad_weight + int64_t(r) * job.channels + c + v * VECTOR, sums[r][v], job.channels - c - v * VECTOR);
+  }
+}
+
+void perceptron_grad(const Perceptron &job, const float *grad, int64_t line, int64_t line_end, float *grad_x,
+                     float *grad_weight, float *grad_rows, float *grad_columns, float *scratch) {
+  const Grid &grid = job.grid;
+  Layer layer = lay_out(job, scratch);
+  int64_t stride = row_stride(panels(job.hidden) * PANEL);
+  pack_layer(job.weight, job.channels, 1, job.hidden, job.channels, layer.forward);
+  if (grad_x) pack_layer(job.weight, 1, job.channels, job.channels, job.hidden, layer.backward);
+  for (; line < line_end; line++) {
+    int64_t image = line / grid.rows, top = line % grid.rows * grid.side;
+    int64_t bottom = least(top + grid.side, grid.height);
+    float share = 1.0f / (bottom - top);
+    for (int64_t y = top; y < bottom; y++)
+      for (int64_t start = 0; start < grid.width; start += STRETCH) {
+        int count = least(STRETCH, grid.width - start), i = 0;
+        int64_t first = (image * grid.height + y) * grid.width + start;
+        float *row = grad_rows + y * job.hidden;
+        for (; i + TILE <= count; i += TILE)
+          grads_before<TILE>(job, layer, grad, line, share, y, start + i, first + i, layer.grads + i * stride, row,
+                             grad_columns);
+        for (; i < count; i++)
+          grads_before<1>(job, layer, grad, line, share, y, start + i, first + i, layer.grads + i * stride, row,
+                          grad_columns);
+        int h = 0;
+        for (; h + TILE <= job.hidden; h += TILE)
+          grads_of_weight<TILE>(job, layer.grads + h, first, count, grad_weight + int64_t(h) * job.channels);
+        for (; h < job.hidden; h++)
+          grads_of_weight<1>(job, layer.grads + h, first, count, grad_weight + int64_t(h) * job.channels);
+        if (!grad_x) continue;
+        for (i = 0; i + TILE <= count; i += TILE)
+          grads_of_pixels<TILE>(job, layer, layer.grads + i * stride, first + i, grad_x);
+        for (; i < count; i++) grads_of_pixels<1>(job, layer, layer.grads + i * stride, first + i, grad_x);
+      }
+  }
+}
+
+}  // namespace
+
+extern const Kernels TABLE;
+const Kernels TABLE = {
+    NAME,    convolve_scratch, convolve,    panels,      weight_grad_scratch, weight_grad,     affine,
+    moments, affine_sums,      affine_grad, perceptron_scratch,  perceptron,  perceptron_grad,
+};
+
+}  // namespace pcenet
