@@ -154,7 +154,7 @@ def build(sources: Path = SOURCES, *, again: bool = False) -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise BuildError(
-            f"no C++ compiler was found ($CXX, {', '.join(COMPILERS)}); with one, kernels are compiled at the next start"
+            f"kernels need a C++ compiler, and none was found ($CXX, {', '.join(COMPILERS)})"
         )
     failure = folder / f"failed-{_identity(compiler)}.log"
     from filelock import FileLock  # a wheel is built where torch and its dependencies may be missing
