@@ -9,13 +9,16 @@ from pcenet.ops.functional import (
     patch_conv2d_affine,
     patch_perceptron,
 )
+from pcenet.ops.library import backend, why_reference
 
 __all__ = [
     "Normed",
+    "backend",
     "expert_moments",
     "expert_norm",
     "patch_affine",
     "patch_conv2d",
     "patch_conv2d_affine",
     "patch_perceptron",
+    "why_reference",
 ]

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from pcenet.ops import library, reference
 
+OPS = torch.ops.pcenet
+
 
 def patch_conv2d(x: Tensor, weight: Tensor, expert: Tensor, patch_size: int, neighbours: bool = True) -> Tensor:
     """Convolve every pixel with the kernel of its patch's expert.
@@ -40,7 +42,7 @@ def patch_conv2d(x: Tensor, weight: Tensor, expert: Tensor, patch_size: int, nei
     x, weight = _autocast(x), _autocast(weight)
     if not _compiled(x, weight):
         return reference.patch_conv2d(x, weight, expert, patch_size, neighbours)
-    out: Tensor = _PatchConv2d.apply(_channels_last(x), weight, expert, patch_size, neighbours)
+    out: Tensor = _PatchConv2d.apply(x, weight, expert, patch_size, neighbours)
     return out
 
 
@@ -62,12 +64,9 @@ def patch_conv2d_affine(
     if not _compiled(x, weight):
         out = reference.patch_conv2d(x, weight, expert, patch_size, neighbours)
         return reference.patch_affine(out, scale, shift, expert, patch_size, gelu, gate, residual)
-    if residual is not None:
-        residual = _channels_last(residual)
-    out = torch.ops.pcenet.patch_conv2d(
-        _channels_last(x), weight, expert, patch_size, neighbours, scale, shift, gelu, gate, residual
-    )
-    return out
+    added = None if residual is None else _pixels(residual)
+    parameters = (_floats(scale), _floats(shift), gelu, _floats(gate), added)
+    return _map(OPS.patch_conv2d(_pixels(x), _kernel(weight), expert, patch_size, neighbours, *parameters))
 
 
 def patch_affine(
@@ -96,7 +95,7 @@ def patch_affine(
     """
     if not _compiled(x):
         return reference.patch_affine(x, scale, shift, expert, patch_size, gelu, gate, residual)
-    out: Tensor = _PatchAffine.apply(_channels_last(x), scale, shift, expert, patch_size, gelu, gate, residual)
+    out: Tensor = _PatchAffine.apply(x, scale, shift, expert, patch_size, gelu, gate, residual)
     return out
 
 
@@ -108,9 +107,7 @@ def expert_moments(x: Tensor, expert: Tensor, patch_size: int, num_experts: int)
     """
     if not _compiled(x):
         return reference.expert_moments(x, expert, patch_size, num_experts)
-    moments: tuple[Tensor, Tensor, Tensor] = torch.ops.pcenet.expert_moments(
-        _channels_last(x).detach(), expert, patch_size, num_experts
-    )
+    moments: tuple[Tensor, Tensor, Tensor] = OPS.expert_moments(_pixels(x.detach()), expert, patch_size, num_experts)
     return moments
 
 
@@ -159,7 +156,7 @@ def expert_norm(
     inputs = (x, weight, bias, expert, gate, residual, running_mean.clone(), running_var.clone())
     if not _compiled(x) or weight.dtype == torch.float64:
         return _reference_norm(*inputs, *settings)
-    return Normed(*_ExpertNorm.apply(_channels_last(x), *inputs[1:], *settings))
+    return Normed(*_ExpertNorm.apply(*inputs, *settings))
 
 
 def _reference_norm(
@@ -229,12 +226,28 @@ def patch_perceptron(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor, p
     """
     if not _compiled(x, weight) or x.dtype != torch.float32:
         return reference.patch_perceptron(x, weight, rows, columns, patch_size)
-    out: Tensor = _PatchPerceptron.apply(_channels_last(x), weight, rows, columns, patch_size)
+    out: Tensor = _PatchPerceptron.apply(x, weight, rows, columns, patch_size)
     return out
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+def _pixels(x: Tensor) -> Tensor:
+    """A map as the compiled operators take it, ``[B, H, W, C]``: of one that is channels-last, a view."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _map(pixels: Tensor) -> Tensor:
+    return pixels.permute(0, 3, 1, 2)
+
+
+def _kernel(weight: Tensor) -> Tensor:
+    """A weight as the compiled operators take it, float32 with taps in equal steps, in whatever layout."""
+    rows, columns = weight.stride()[3:]
+    evenly = weight.shape[3] == 1 or rows == weight.shape[4] * columns
+    return (weight if evenly else weight.contiguous()).float()
+
+
+def _floats(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -246,7 +259,7 @@ def _autocast(x: Tensor) -> Tensor:
 
 def _compiled(*tensors: Tensor) -> bool:
     """Whether the compiled library computes an operator on these tensors."""
-    return all(library.takes(tensor) for tensor in tensors) and not _transforming()
+    return library.takes(*tensors) and not _transforming()
 
 
 def _transforming() -> bool:
@@ -284,21 +297,21 @@ class _PatchConv2d(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, expert: Tensor, patch_size: int, neighbours: bool) -> Tensor:
         ctx.save_for_backward(x, weight, expert)
         ctx.patch_size, ctx.neighbours = patch_size, neighbours
-        return torch.ops.pcenet.patch_conv2d(x, weight, expert, patch_size, neighbours, None, None, False, None, None)
+        nothing = (None, None, False, None, None)
+        return _map(OPS.patch_conv2d(_pixels(x), _kernel(weight), expert, patch_size, neighbours, *nothing))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, expert = ctx.saved_tensors
         if _differentiable():
             return _again(reference.patch_conv2d, ctx, grad, (x, weight, expert, ctx.patch_size, ctx.neighbours))
-        grad = _channels_last(grad)
+        grads, settings = _pixels(grad), (expert, ctx.patch_size, ctx.neighbours)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.pcenet.patch_conv2d_input_grad(grad, weight, expert, ctx.patch_size, ctx.neighbours)
+            grad_x = _map(OPS.patch_conv2d_input_grad(grads, _kernel(weight), *settings))
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.ops.pcenet.patch_conv2d_weight_grad(
-                grad, x, expert, ctx.patch_size, ctx.neighbours, weight.shape[0], weight.shape[3]
-            )
+            taps_last = OPS.patch_conv2d_weight_grad(grads, _pixels(x), *settings, weight.shape[0], weight.shape[3])
+            grad_weight = taps_last.permute(0, 1, 4, 2, 3).to(weight.dtype)
         return grad_x, grad_weight, None, None, None
 
 
@@ -319,7 +332,9 @@ class _PatchAffine(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scale, shift, expert, gate, residual)
         ctx.patch_size, ctx.gelu = patch_size, gelu
-        return torch.ops.pcenet.patch_affine(x, scale, shift, expert, patch_size, gelu, gate, residual)
+        added = None if residual is None else _pixels(residual)
+        parameters = (_floats(scale), _floats(shift), expert, patch_size, gelu, _floats(gate), added)
+        return _map(OPS.patch_affine(_pixels(x), *parameters))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -327,18 +342,19 @@ class _PatchAffine(torch.autograd.Function):
         if _differentiable():
             inputs = (x, scale, shift, expert, ctx.patch_size, ctx.gelu, gate, residual)
             return _again(reference.patch_affine, ctx, grad, inputs)
-        grad = _channels_last(grad)
+        grads, pixels, of_gate = _pixels(grad), _pixels(x), _floats(gate)
         need_x, need_scale, need_shift, *_, need_gate, need_residual = ctx.needs_input_grad
         grad_x = grad_scale = grad_shift = grad_gate = None
-        common = (scale, shift, expert, ctx.patch_size)
+        affine = (_floats(scale), _floats(shift))
         if need_scale or need_shift or need_gate:
             num_experts = len(scale) if scale is not None else len(shift) if shift is not None else 1
             own = expert if scale is not None or shift is not None else expert.clamp(max=0)
-            grad_shift, grad_scale, grad_gate = torch.ops.pcenet.patch_affine_sums(
-                grad, x, scale, shift, own, ctx.patch_size, num_experts, ctx.gelu, gate, None
+            grad_shift, grad_scale, grad_gate = OPS.patch_affine_sums(
+                grads, pixels, *affine, own, ctx.patch_size, num_experts, ctx.gelu, of_gate, None
             )
         if need_x:
-            grad_x = torch.ops.pcenet.patch_affine_input_grad(grad, x, *common, ctx.gelu, gate, None, None)
+            settings = (expert, ctx.patch_size, ctx.gelu, of_gate, None, None)
+            grad_x = _map(OPS.patch_affine_input_grad(grads, pixels, *affine, *settings))
         return (
             grad_x,
             grad_scale.to(scale.dtype) if need_scale else None,
@@ -370,12 +386,15 @@ class _ExpertNorm(torch.autograd.Function):
         eps: float,
         total: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Tensor, ...]:
-        moments = torch.ops.pcenet.expert_moments(x, expert, patch_size, len(weight))
+        pixels = _pixels(x)
+        moments = OPS.expert_moments(pixels, expert, patch_size, len(weight))
         rstd, mean, share, moments = _standardising(moments, running_mean, running_var, eps, total)
         ctx.save_for_backward(x, weight, bias, expert, gate, residual, running_mean, running_var, rstd, mean, share)
         ctx.settings = (patch_size, gelu, eps, total)
         scale = weight * rstd
-        out = torch.ops.pcenet.patch_affine(x, scale, bias - mean * scale, expert, patch_size, gelu, gate, residual)
+        added = None if residual is None else _pixels(residual)
+        parameters = (_floats(scale), _floats(bias - mean * scale), expert, patch_size, gelu, _floats(gate), added)
+        out = _map(OPS.patch_affine(pixels, *parameters))
         ctx.mark_non_differentiable(*moments)
         return out, *moments
 
@@ -390,21 +409,20 @@ class _ExpertNorm(torch.autograd.Function):
             return _again(norm, ctx, grad, (*inputs, *ctx.settings))
         x, weight, bias, expert, gate, residual, _, _ = inputs
         size, gelu, _, total = ctx.settings
-        grad = _channels_last(grad)
+        grads, pixels, of_gate = _pixels(grad), _pixels(x), _floats(gate)
         scale = weight * rstd
-        shift = bias - mean * scale
+        affine = (scale.float(), (bias - mean * scale).float())
         # Of g, the gradient before the affine map, the sum over each expert's pixels, and that of g * (x - mean).
-        plain, centred, grad_gate = torch.ops.pcenet.patch_affine_sums(
-            grad, x, scale, shift, expert, size, len(weight), gelu, gate, mean
+        plain, centred, grad_gate = OPS.patch_affine_sums(
+            grads, pixels, *affine, expert, size, len(weight), gelu, of_gate, mean
         )
         grad_x = None
         if ctx.needs_input_grad[0]:
             of_all = (plain, centred) if total is None else (total(plain), total(centred))
             slope = -scale * rstd.square() * of_all[1] * share
             offset = -scale * of_all[0] * share - slope * mean
-            grad_x = torch.ops.pcenet.patch_affine_input_grad(
-                grad, x, scale, shift, expert, size, gelu, gate, slope, offset
-            )
+            settings = (expert, size, gelu, of_gate, slope.float(), offset.float())
+            grad_x = _map(OPS.patch_affine_input_grad(grads, pixels, *affine, *settings))
         return (
             grad_x,
             (centred * rstd).to(weight.dtype),
@@ -423,7 +441,7 @@ class _PatchPerceptron(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor, patch_size: int) -> Tensor:
         ctx.save_for_backward(x, weight, rows, columns)
         ctx.patch_size = patch_size
-        return torch.ops.pcenet.patch_perceptron(x, weight, rows, columns, patch_size)
+        return OPS.patch_perceptron(_pixels(x), weight.contiguous(), rows, columns, patch_size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -431,5 +449,8 @@ class _PatchPerceptron(torch.autograd.Function):
         if _differentiable():
             return _again(reference.patch_perceptron, ctx, grad, inputs)
         needs_x = ctx.needs_input_grad[0]
-        grad_x, *others = torch.ops.pcenet.patch_perceptron_backward(grad.contiguous(), *inputs, needs_x)
-        return (grad_x if needs_x else None, *others, None)
+        x, weight, rows, columns, patch_size = inputs
+        grad_x, *others = OPS.patch_perceptron_backward(
+            grad.contiguous(), _pixels(x), weight.contiguous(), rows, columns, patch_size, needs_x
+        )
+        return (_map(grad_x) if needs_x else None, *others, None)

@@ -23,7 +23,27 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
-const Kernels *kernels = nullptr;  // chosen when the library is loaded
+struct InstructionSet {
+  const Kernels *kernels;
+  bool (*runs)();
+};
+
+// The best first. __builtin_cpu_supports asks both the processor and the system, which has to save wide registers.
+const InstructionSet SETS[] = {
+#if defined(__x86_64__)
+    {&avx512_kernels,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("fma");
+     }},
+    {&avx2_kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#elif defined(__aarch64__)
+    {&neon_kernels, [] { return true; }},  // part of every such processor
+#endif
+};
+
+const Kernels *kernels = nullptr;  // of the set that was chosen
 
 // Blocks of lines whose sums are added in order: how many does not depend on the threads, so sums do not either.
 constexpr int64_t BLOCKS = 32;
@@ -522,12 +542,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_perceptron_backward(const Tenso
   return {grad_x, grad_weight, grad_rows, grad_columns};
 }
 
-const Kernels *best() {
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2_kernels;
-  return nullptr;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(pcenet, m) {
@@ -549,7 +563,6 @@ STABLE_TORCH_LIBRARY(pcenet, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pcenet, CPU, m) {
-  kernels = best();
   m.impl("patch_conv2d", TORCH_BOX(&patch_conv2d));
   m.impl("patch_conv2d_input_grad", TORCH_BOX(&patch_conv2d_input_grad));
   m.impl("patch_conv2d_weight_grad", TORCH_BOX(&patch_conv2d_weight_grad));
@@ -562,3 +575,23 @@ STABLE_TORCH_LIBRARY_IMPL(pcenet, CPU, m) {
 }
 
 }  // namespace pcenet
+
+extern "C" {
+
+// The compiled instruction sets by number, the best first; null behind the last.
+__attribute__((visibility("default"))) const char *pcenet_set(int number) {
+  constexpr int count = sizeof(pcenet::SETS) / sizeof(pcenet::SETS[0]);
+  return number >= 0 && number < count ? pcenet::SETS[number].kernels->name : nullptr;
+}
+
+__attribute__((visibility("default"))) int pcenet_runs(int number) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
+  return pcenet::SETS[number].runs() ? 1 : 0;
+}
+
+__attribute__((visibility("default"))) void pcenet_choose(int number) {
+  pcenet::kernels = pcenet::SETS[number].kernels;
+}
+}

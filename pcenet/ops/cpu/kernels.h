@@ -92,6 +92,6 @@ struct Kernels {
                           float *grad_weight, float *grad_rows, float *grad_columns, float *scratch);
 };
 
-extern const Kernels avx2_kernels, avx512_kernels;
+extern const Kernels avx2_kernels, avx512_kernels, neon_kernels;
 
 }  // namespace pcenet
