@@ -240,7 +240,7 @@ void run(const Convolution &job, const std::vector<Task> &tasks) {
     for (size_t i; (i = next.fetch_add(1)) < tasks.size();) {
       const Task &t = tasks[i];
       bool packed = t.expert == before.expert && t.panel == before.panel && t.panel_end == before.panel_end;
-      kernels->convolve(job, t.expert, t.first, t.last, t.panel, t.panel_end, packed, scratch(size));
+      kernels->convolve(job, t.expert, t.first, t.last, t.panel, t.panel_end, false, packed, scratch(size));
       before = t;
     }
   };
@@ -282,34 +282,26 @@ Tensor patch_conv2d(const Tensor &pixels, const Tensor &weight, const Tensor &ex
   return as_type(out, pixels.scalar_type());
 }
 
-// With neighbours the gradients of neighbouring patches add up: a task has whole images, in which it does one patch after
-// the other. How images are divided does not depend on the threads, so neither does the order of the sums.
-void add_up(Convolution &job, const Sorted &sorted) {
+// With neighbours a patch's gradients reach beyond it: what falls on others is added after all have written their own. A
+// task has whole images, in which it does one patch after the other; how images are divided does not depend on the
+// threads, so neither does the order of the sums.
+void add_rings(const Convolution &job, const Sorted &sorted) {
   const Grid &grid = job.grid;
   int64_t experts = sorted.begin.size() - 1, panels = kernels->panels(job.out_channels);
   int64_t all_pixels = grid.batch * grid.height * grid.width;
-  int64_t blocks = std::clamp<int64_t>(all_pixels / (experts * 128), 1, std::min<int64_t>(16, grid.batch));
+  int64_t blocks = std::clamp<int64_t>(all_pixels / (experts * 256), 1, std::min<int64_t>(16, grid.batch));
   int64_t groups = std::clamp<int64_t>((8 + blocks - 1) / blocks, 1, panels);
   int64_t size = kernels->convolve_scratch(job), per_image = int64_t(grid.rows) * grid.columns;
-  int64_t panel_channels = 0;
-  for (int64_t c = 1; !panel_channels; c++)
-    if (kernels->panels(int(c) + 1) > 1) panel_channels = c;
   in_parallel(blocks * groups, [&](int64_t task) {
     int64_t block = task / groups, group = task % groups;
     int64_t image = grid.batch * block / blocks, image_end = grid.batch * (block + 1) / blocks;
-    int panel = int(panels * group / groups), panel_end = int(panels * (group + 1) / groups);
-    int64_t channel = panel * panel_channels;
-    int64_t count = std::min<int64_t>(job.out_channels, panel_end * panel_channels) - channel;
-    for (int64_t p = image * grid.height * grid.width; p < image_end * grid.height * grid.width; p++)
-      std::memset(job.out + p * job.out_channels + channel, 0, count * sizeof(float));
-    float *own = scratch(size);
     for (int64_t e = 0; e < experts; e++) {
-      auto begin = sorted.order.begin() + sorted.begin[e], end = sorted.order.begin() + sorted.begin[e + 1];
-      auto first = std::lower_bound(begin, end, int32_t(image * per_image));
+      auto start = sorted.order.begin(), end = start + sorted.begin[e + 1];
+      auto first = std::lower_bound(start + sorted.begin[e], end, int32_t(image * per_image));
       auto last = std::lower_bound(first, end, int32_t(image_end * per_image));
-      if (first == last) continue;
-      kernels->convolve(job, int(e), first - sorted.order.begin(), last - sorted.order.begin(), panel, panel_end, false,
-                        own);
+      if (first != last)
+        kernels->convolve(job, int(e), first - start, last - start, int(panels * group / groups),
+                          int(panels * (group + 1) / groups), true, false, scratch(size));
     }
   });
 }
@@ -324,12 +316,9 @@ Tensor patch_conv2d_input_grad(const Tensor &grad, const Tensor &weight, const T
   Tensor out = empty_floats(grad, {grid.batch, grid.height, grid.width, w.in});
   Convolution job = convolution(grid, Direction::input_grad, neighbours && w.kernel > 1, w);
   job.in = in.data(), job.out = floats_of(out), job.order = sorted.order.data();
-  if (job.neighbours) {
-    add_up(job, sorted);
-  } else {
-    if (!sorted.complete()) fill(job.out, nullptr, out.numel());
-    run(job, share_out(sorted, job));
-  }
+  if (!sorted.complete()) fill(job.out, nullptr, out.numel());
+  run(job, share_out(sorted, job));
+  if (job.neighbours) add_rings(job, sorted);
   return as_type(out, grad.scalar_type());
 }
 
@@ -340,11 +329,12 @@ Tensor patch_conv2d_weight_grad(const Tensor &grad, const Tensor &pixels, const 
   Grid grid = grid_of(pixels, patch_size);
   Sorted sorted(experts_of(expert, grid, num_experts), patches_of(grid), num_experts);
   int64_t outs = grad.size(3), ins = pixels.size(3), row = kernel * kernel * ins;
-  Tensor out = zero_floats(grad, {num_experts, outs, kernel, kernel, ins});
+  Tensor out = empty_floats(grad, {num_experts, outs, kernel, kernel, ins});
+  float *to = floats_of(out);
   WeightGrad job = {grid, neighbours, int(kernel), int(ins), int(outs), in.data(), of_out.data(), sorted.order.data()};
 
   // Large kernels are cut by output channels, the patches of small ones into pieces whose sums are added in order.
-  constexpr int64_t wanted = 16, large = 1 << 17, at_once = 48;
+  constexpr int64_t wanted = 16, large = 1 << 17, at_once = 96;
   struct Piece {
     int64_t expert, first, last, out, out_end, slot;
   };
@@ -352,7 +342,10 @@ Tensor patch_conv2d_weight_grad(const Tensor &grad, const Tensor &pixels, const 
   int64_t total = std::max<int64_t>(1, sorted.begin.back()), slots = 0;
   for (int64_t e = 0; e < num_experts; e++) {
     int64_t first = sorted.begin[e], load = sorted.begin[e + 1] - first;
-    if (!load) continue;
+    if (!load) {
+      fill(to + e * outs * row, nullptr, outs * row);
+      continue;
+    }
     if (outs * row > large) {
       for (int64_t o = 0; o < outs; o += at_once)
         pieces.push_back({e, first, first + load, o, std::min(outs, o + at_once), -1});
@@ -362,9 +355,9 @@ Tensor patch_conv2d_weight_grad(const Tensor &grad, const Tensor &pixels, const 
     for (int64_t i = 0; i < count; i++)
       pieces.push_back({e, first + load * i / count, first + load * (i + 1) / count, 0, outs, i ? slots++ : -1});
   }
-  Tensor extra = zero_floats(grad, {slots, outs * row});
+  Tensor extra = empty_floats(grad, {slots, outs * row});
   int64_t size = kernels->weight_grad_scratch(job);
-  float *to = floats_of(out), *beside = floats_of(extra);
+  float *beside = floats_of(extra);
   in_parallel(pieces.size(), [&](int64_t i) {
     const Piece &p = pieces[i];
     float *own = p.slot < 0 ? to + (p.expert * outs + p.out) * row : beside + p.slot * outs * row;

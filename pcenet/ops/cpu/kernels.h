@@ -65,14 +65,14 @@ struct Kernels {
   const char *name;
   // Scratch, in floats, that a thread needs for the tasks of a kind.
   int64_t (*convolve_scratch)(const Convolution &);
-  // The patches order[first..last) of one expert; only an input gradient with neighbours adds to what is there. `channel`
-  // to `channel_end` are the panels of output channels that are computed. `packed` says that scratch holds this
-  // expert's kernel already.
-  void (*convolve)(const Convolution &, int expert, int64_t first, int64_t last, int panel, int panel_end, bool packed,
-                   float *scratch);
+  // For the patches order[first..last) of one expert the panels [panel, panel_end) of output channels: the cells of the
+  // patches are written; or, for an input gradient with neighbours, the ring around each is added to what is there.
+  // `packed` says that scratch holds this expert's kernel already.
+  void (*convolve)(const Convolution &, int expert, int64_t first, int64_t last, int panel, int panel_end, bool ring,
+                   bool packed, float *scratch);
   int (*panels)(int channels);
   int64_t (*weight_grad_scratch)(const WeightGrad &);
-  // Output channels [out, out_end) of the patches order[first..last), added to grad_weight [out..., taps, in].
+  // Output channels [out, out_end) of the patches order[first..last), at least one, into grad_weight [out..., taps, in].
   void (*weight_grad)(const WeightGrad &, int64_t first, int64_t last, int out, int out_end, float *grad_weight,
                       float *scratch);
   // Lines of patches [line, line_end) of a map, numbered through all images.

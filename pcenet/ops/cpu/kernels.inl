@@ -18,12 +18,12 @@ typedef int32_t Integers __attribute__((vector_size(4 * VECTOR)));
 
 constexpr int WIDTH = 2;  // vectors of a panel
 constexpr int PANEL = WIDTH * VECTOR;
-constexpr int CHUNK = 384;  // pixels whose tiles are listed at a time
+constexpr int CHUNK = 512;  // pixels whose tiles are listed at a time
 constexpr int MOST_TAPS = 9;
 
 inline Vector load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
 inline void store(float *p, Vector v) { *reinterpret_cast<Unaligned *>(p) = v; }
-inline Vector all(float value) { return Vector{} + value; }
+inline Vector all(float value) { return value - Vector{}; }  // a broadcast alone: what is less 0 stays as it is
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
@@ -31,6 +31,7 @@ inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 // A vector of the first `count` numbers, zeros behind.
 inline Vector load_some(const float *p, int count) {
   if (count >= VECTOR) return load(p);
+  if (count <= 0) return Vector{};
   float buffer[VECTOR] = {};
   for (int i = 0; i < count; i++) buffer[i] = p[i];
   return load(buffer);
@@ -128,23 +129,26 @@ inline Place place_of(const Grid &grid, int64_t patch) {
   return place;
 }
 
-// Which of an axis's taps read something for the output cell at `cell` of a patch that begins at `start`, as bits.
-inline int taps_of(const Convolution &job, int64_t start, int own, int64_t size, int cell) {
-  int bits = 0, half = job.kernel / 2;
-  for (int tap = 0; tap < job.kernel; tap++) {
-    int read = job.direction == Direction::forward ? cell + tap - half : cell - tap + half;
-    bool whole_map = job.neighbours && job.direction == Direction::forward;
-    bool reads = whole_map ? start + read >= 0 && start + read < size : read >= 0 && read < own;
-    bits |= int(reads) << tap;
-  }
-  return bits;
+// Which of an axis's taps read something, as bits: for the cell at `cell`, those of cell - 1, cell and cell + 1 (or of
+// cell alone) that lie in [low, high).
+inline int taps_of(int kernel, int64_t cell, int64_t low, int64_t high) {
+  auto reads = [=](int64_t at) { return int(at >= low && at < high); };
+  return kernel == 1 ? reads(cell) : reads(cell - 1) | reads(cell) << 1 | reads(cell + 1) << 2;
 }
 
-// A walk over the lines of cells that patches write.
+// A walk over the cells that patches write: those of the patch, or of the ring around it.
 struct Walk {
+  const Convolution &job;
   int64_t position, last;
-  int line;
+  bool ring;
+  int64_t line, column;
   bool started;
+
+  // List the next cells.
+  bool next(Chunk &chunk);
+
+ private:
+  bool list_line(const Place &place, int64_t patch, int64_t left, int64_t right, int64_t skip, Chunk &chunk);
 };
 
 void sort_by_kind(Chunk &chunk) {
@@ -155,49 +159,68 @@ void sort_by_kind(Chunk &chunk) {
   for (int i = 0; i < chunk.count; i++) chunk.sorted[counts[chunk.found[i].kind]++] = chunk.found[i];
 }
 
-// List the next cells of the walk, whole lines of patches, or parts of lines that are longer than a chunk.
-bool next_chunk(const Convolution &job, Walk &walk, int &column, Chunk &chunk) {
+// The cells of a line, but for those from `column` 0 to `skip`; false where the chunk is full before its end.
+bool Walk::list_line(const Place &place, int64_t patch, int64_t left, int64_t right, int64_t skip, Chunk &chunk) {
   const Grid &grid = job.grid;
-  int ring = job.direction == Direction::input_grad && job.neighbours ? job.kernel / 2 : 0;
+  bool all_of_map = job.neighbours && job.direction == Direction::forward;
+  int rows = all_of_map ? taps_of(job.kernel, place.top + line, 0, grid.height)
+                        : taps_of(job.kernel, line, 0, place.height);
+  int64_t low = all_of_map ? -place.left : 0, high = all_of_map ? grid.width - place.left : place.width;
+  int64_t start = (place.image * grid.height + place.top + line) * grid.width + place.left;
+  for (; column < right; column++) {
+    if (column >= 0 && column < skip) column = skip;
+    if (column >= right) break;
+    if (chunk.count == CHUNK) return false;
+    int columns = taps_of(job.kernel, column, low, high);
+    chunk.found[chunk.count++] = {int32_t(start + column), int32_t(patch), rows << 3 | columns};
+  }
+  column = left;
+  return true;
+}
+
+bool Walk::next(Chunk &chunk) {
+  const Grid &grid = job.grid;
+  int64_t around = ring ? job.kernel / 2 : 0;
+  bool full = false;
   chunk.count = 0;
-  while (walk.position < walk.last) {
-    int64_t patch = job.order[walk.position];
+  for (; position < last && !full; position += !full, started = full) {
+    int64_t patch = job.order[position];
     Place place = place_of(grid, patch);
-    int top = -least(ring, place.top), left = -least(ring, place.left);
-    int bottom = least(place.height + ring, grid.height - place.top);
-    int right = least(place.width + ring, grid.width - place.left);
-    if (!walk.started) walk.line = top, column = left, walk.started = true;
-    for (; walk.line < bottom; walk.line++) {
-      int rows = taps_of(job, place.top, place.height, grid.height, walk.line);
-      int64_t line = (place.image * grid.height + place.top + walk.line) * grid.width + place.left;
-      for (; column < right; column++) {
-        if (chunk.count == CHUNK) return sort_by_kind(chunk), true;
-        int columns = taps_of(job, place.left, place.width, grid.width, column);
-        chunk.found[chunk.count++] = {int32_t(line + column), int32_t(patch), rows << 3 | columns};
-      }
-      column = left;
+    int64_t top = -least(around, place.top), left = -least(around, place.left);
+    int64_t bottom = least(place.height + around, grid.height - place.top);
+    int64_t right = least(place.width + around, grid.width - place.left);
+    if (!started) line = top, column = left;
+    for (; line < bottom; line++) {
+      bool beside = ring && line >= 0 && line < place.height;
+      full = !list_line(place, patch, left, right, beside ? place.width : 0, chunk);
+      if (full) break;
     }
-    walk.position++, walk.started = false;
   }
   sort_by_kind(chunk);
   return chunk.count > 0;
 }
 
+// Taps side by side read numbers side by side: together they are one product.
+struct Run {
+  int tap, count;  // in floats
+  int64_t offset;  // in floats of the map that is read
+};
+
 struct Taps {
-  int count, tap[MOST_TAPS];
-  int64_t offset[MOST_TAPS];  // in floats of the map that is read
+  int count;
+  Run run[3];
 };
 
 Taps list_taps(const Convolution &job, int kind) {
   Taps taps;
   taps.count = 0;
-  int half = job.kernel / 2, sign = job.direction == Direction::forward ? 1 : -1;
+  int half = job.kernel / 2, columns = kind & 7;
+  if (!columns) return taps;
+  int first = __builtin_ctz(columns), number = __builtin_popcount(columns);  // those between are set
   for (int row = 0; row < job.kernel; row++)
-    for (int column = 0; column < job.kernel; column++)
-      if ((kind >> 3 >> row & 1) && (kind >> column & 1)) {
-        taps.tap[taps.count] = row * job.kernel + column;
-        taps.offset[taps.count++] = sign * ((row - half) * job.grid.width + column - half) * job.in_channels;
-      }
+    if (kind >> 3 >> row & 1)
+      taps.run[taps.count++] = {row * job.kernel + first, number * job.in_channels,
+                                ((row - half) * job.grid.width + first - half) * job.in_channels};
   return taps;
 }
 
@@ -235,18 +258,22 @@ void pack_panel(const float *from, int64_t out_stride, int64_t in_stride, int co
     for (; i + 8 <= in_channels; i += 8)
       for (int o = 0; o < PANEL; o += 8)
         transpose_eight(from + o * out_stride + i, out_stride, to + int64_t(i) * PANEL + o, PANEL);
+  if (out_stride == 1 && count == PANEL)
+    for (; i < in_channels; i++)
+      for (int v = 0; v < PANEL; v += VECTOR) store(to + int64_t(i) * PANEL + v, load(from + i * in_stride + v));
   for (; i < in_channels; i++)
     for (int o = 0; o < PANEL; o++)
       to[int64_t(i) * PANEL + o] = o < count ? from[o * out_stride + i * in_stride] : 0;
 }
 
-// An expert's kernel as [panel][tap][in][PANEL].
+// An expert's kernel as [panel][tap][in][PANEL], taps in the order in which they read: an input gradient's is turned round.
 void pack_kernel(const Convolution &job, int expert, int panel, int panel_end, float *packed) {
   int taps = job.kernel * job.kernel;
   int64_t size = int64_t(taps) * job.in_channels * PANEL;
   for (int p = panel; p < panel_end; p++)
     for (int tap = 0; tap < taps; tap++) {
-      const float *from = job.weight + expert * job.expert_stride + p * PANEL * job.out_stride + tap * job.tap_stride;
+      int own = job.direction == Direction::forward ? tap : taps - 1 - tap;
+      const float *from = job.weight + expert * job.expert_stride + p * PANEL * job.out_stride + own * job.tap_stride;
       int count = least(PANEL, job.out_channels - p * PANEL);
       float *to = packed + (p - panel) * size + int64_t(tap) * job.in_channels * PANEL;
       pack_panel(from, job.out_stride, job.in_stride, count, job.in_channels, to);
@@ -268,10 +295,10 @@ inline void multiply(const float *const *row, int64_t offset, const float *packe
   }
 }
 
-inline void finish(const Convolution &job, const Vector *sums, const Pixel &pixel, int expert, int channel, int count) {
+inline void finish(const Convolution &job, bool adds, const Vector *sums, const Pixel &pixel, int expert, int channel,
+                   int count) {
   const Epilogue &epilogue = job.epilogue;
   int64_t place = int64_t(pixel.index) * job.out_channels + channel;
-  bool adds = job.direction == Direction::input_grad && job.neighbours;
   for (int v = 0; v < WIDTH && v * VECTOR < count; v++) {
     int own = count - v * VECTOR, at = v * VECTOR;
     int64_t of_expert = int64_t(expert) * job.out_channels + channel + at;
@@ -286,26 +313,61 @@ inline void finish(const Convolution &job, const Vector *sums, const Pixel &pixe
   }
 }
 
+// What all tiles of a kind and panel have in common.
+struct Tiles {
+  const Convolution &job;
+  bool adds, plain;  // plain: a whole panel, and nothing follows the convolution
+  Taps taps;
+  const float *packed;
+  int expert, channel, count;
+};
+
 template <int ROWS>
-void convolve_tile(const Convolution &job, const Pixel *pixels, const Taps &taps, const float *packed, int expert,
-                   int channel, int count) {
+void convolve_tile(const Tiles &tiles, const Pixel *pixels) {
+  const Convolution &job = tiles.job;
   const float *row[ROWS];
   for (int r = 0; r < ROWS; r++) row[r] = job.in + int64_t(pixels[r].index) * job.in_channels;
   Vector sums[ROWS][WIDTH] = {};
-  for (int t = 0; t < taps.count; t++) {
-    const float *own = packed + int64_t(taps.tap[t]) * job.in_channels * PANEL;
-    multiply<ROWS>(row, taps.offset[t], own, job.in_channels, sums);
+  for (int t = 0; t < tiles.taps.count; t++) {
+    const Run &run = tiles.taps.run[t];
+    multiply<ROWS>(row, run.offset, tiles.packed + int64_t(run.tap) * job.in_channels * PANEL, run.count, sums);
   }
-  for (int r = 0; r < ROWS; r++) finish(job, sums[r], pixels[r], expert, channel, count);
+  if (tiles.plain) {
+    for (int r = 0; r < ROWS; r++) {
+      float *to = job.out + int64_t(pixels[r].index) * job.out_channels + tiles.channel;
+      for (int v = 0; v < WIDTH; v++)
+        store(to + v * VECTOR, tiles.adds ? load(to + v * VECTOR) + sums[r][v] : sums[r][v]);
+    }
+    return;
+  }
+  for (int r = 0; r < ROWS; r++)
+    finish(job, tiles.adds, sums[r], pixels[r], tiles.expert, tiles.channel, tiles.count);
 }
 
-// The tiles of what is left of a kind's pixels, fewer than TILE.
+// The tile of what is left of a kind's pixels, fewer than TILE.
 template <int ROWS>
-void convolve_rest(const Convolution &job, const Pixel *pixels, int left, const Taps &taps, const float *packed,
-                   int expert, int channel, int count) {
+void convolve_rest(const Tiles &tiles, const Pixel *pixels, int left) {
   if constexpr (ROWS > 0) {
-    if (left == ROWS) return convolve_tile<ROWS>(job, pixels, taps, packed, expert, channel, count);
-    convolve_rest<ROWS - 1>(job, pixels, left, taps, packed, expert, channel, count);
+    if (left == ROWS) return convolve_tile<ROWS>(tiles, pixels);
+    convolve_rest<ROWS - 1>(tiles, pixels, left);
+  }
+}
+
+void convolve_chunk(const Convolution &job, bool adds, const Chunk &chunk, int expert, int panel, int panel_end,
+                    const float *kernel) {
+  int64_t size = int64_t(job.kernel) * job.kernel * job.in_channels * PANEL;
+  const Epilogue &after = job.epilogue;
+  bool nothing = !after.scale && !after.shift && !after.gelu && !after.gate && !after.residual;
+  for (int kind = 0; kind < 64; kind++) {
+    int start = chunk.start[kind], end = chunk.start[kind + 1];
+    if (start == end) continue;
+    Taps taps = list_taps(job, kind);
+    for (int p = panel; p < panel_end; p++) {
+      int channel = p * PANEL, count = least(PANEL, job.out_channels - channel), i = start;
+      Tiles tiles = {job, adds, nothing && count == PANEL, taps, kernel + (p - panel) * size, expert, channel, count};
+      for (; i + TILE <= end; i += TILE) convolve_tile<TILE>(tiles, chunk.sorted + i);
+      convolve_rest<TILE - 1>(tiles, chunk.sorted + i, end - i);
+    }
   }
 }
 
@@ -316,27 +378,13 @@ int64_t convolve_scratch(const Convolution &job) {
   return packed + sizeof(Chunk) / sizeof(float) + 16;
 }
 
-void convolve(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end, bool packed,
-              float *scratch) {
+void convolve(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end, bool ring,
+              bool packed, float *scratch) {
   Chunk &chunk = *reinterpret_cast<Chunk *>(scratch);
   float *kernel = scratch + round_up(sizeof(Chunk) / sizeof(float), 16);
   if (!packed) pack_kernel(job, expert, panel, panel_end, kernel);
-  int64_t size = int64_t(job.kernel) * job.kernel * job.in_channels * PANEL;
-  Walk walk = {first, last, 0, false};
-  int column = 0;
-  while (next_chunk(job, walk, column, chunk))
-    for (int kind = 0; kind < 64; kind++) {
-      int start = chunk.start[kind], end = chunk.start[kind + 1];
-      if (start == end) continue;
-      Taps taps = list_taps(job, kind);
-      for (int p = panel; p < panel_end; p++) {
-        const float *own = kernel + (p - panel) * size;
-        int channel = p * PANEL, count = least(PANEL, job.out_channels - channel), i = start;
-        for (; i + TILE <= end; i += TILE)
-          convolve_tile<TILE>(job, chunk.sorted + i, taps, own, expert, channel, count);
-        convolve_rest<TILE - 1>(job, chunk.sorted + i, end - i, taps, own, expert, channel, count);
-      }
-    }
+  Walk walk = {job, first, last, ring, 0, 0, false};
+  while (walk.next(chunk)) convolve_chunk(job, ring, chunk, expert, panel, panel_end, kernel);
 }
 
 // ---- Gradient for the weights ---------------------------------------------------------------------------------------
@@ -344,87 +392,52 @@ void convolve(const Convolution &job, int expert, int64_t first, int64_t last, i
 constexpr int PAIRS = 256;  // pixels of a chunk, at most
 
 struct Pair {
-  int32_t grad, in;  // offsets in floats into what was packed
+  int64_t grad, in;  // offsets in floats
 };
 
-// A chunk of pixels packed for the products: the gradients pixel by pixel, what is read panel by panel.
-struct Packed {
-  int64_t grad_stride, cells;
-  float *grad, *in;
+// A chunk: the gradients of its pixels, packed, and for each tap which of them meet which pixels of the map.
+struct Pairs {
+  int64_t stride, room;
+  float *lines, *grads;
   Pair *pairs;
+  int pixels, counts[MOST_TAPS];
+  bool first;  // of its expert: its sums are written, not added
 };
 
-// Rows of cells are padded, so that equal channels of several cells do not fall on the same lines of the cache.
-int64_t row_stride(int channels) { return round_up(channels, 16) + 16; }
-
-int64_t strip_cells(const WeightGrad &job, int lines) {
-  int ring = job.kernel / 2 * 2;
-  return int64_t(lines + ring) * (job.grid.side + ring);
-}
-
-// Lines of a patch that are packed at a time, and how many such strips make a chunk.
-int strip_lines(const WeightGrad &job) { return most(1, least(job.grid.side, PAIRS / job.grid.side)); }
-int strips(const WeightGrad &job) { return most(1, PAIRS / (strip_lines(job) * job.grid.side)); }
+// Rows of pixels are an odd number of cache lines, so that equal channels of several pixels do not share a place in it.
+int64_t row_stride(int channels) { return ((channels + 15) / 16 | 1) * 16; }
 
 int64_t weight_grad_scratch(const WeightGrad &job) {
-  int64_t pixels = int64_t(strips(job)) * strip_lines(job) * job.grid.side;
-  int64_t cells = int64_t(strips(job)) * strip_cells(job, strip_lines(job));
-  return pixels * row_stride(job.out_channels) + cells * panels(job.in_channels) * PANEL +
-         MOST_TAPS * pixels * sizeof(Pair) / sizeof(float) + 64;
+  return PAIRS * (PANEL + row_stride(job.out_channels)) + MOST_TAPS * PAIRS * sizeof(Pair) / sizeof(float) + 64;
 }
 
-// Channels [channel, channel_end) of a pixel into rows of `cells` numbers a panel.
-inline void pack_pixel(const float *from, int channels, int64_t cell, int64_t cells, float *to) {
-  for (int c = 0; c < channels; c += PANEL)
-    for (int v = 0; v < PANEL; v += VECTOR)
-      store(to + (int64_t(c) * cells + cell * PANEL) + v, load_some(from + c + v, most(0, channels - c - v)));
-}
-
-// Pack lines [line, line_end) of a patch as strip number `strip`, and list which pixel and cell each tap brings together.
-void pack_strip(const WeightGrad &job, int64_t patch, int line, int line_end, int strip, int out, int out_end,
-                Packed &packed, int *counts, int64_t room) {
+// Add pixel (y, x) of a patch.
+void add_pixel(const WeightGrad &job, const Place &place, int64_t y, int64_t x, int out, int out_end, Pairs &chunk) {
   const Grid &grid = job.grid;
-  Place place = place_of(grid, patch);
-  int half = job.kernel / 2, margin = half;
-  int line_cells = grid.side + 2 * margin;
-  int64_t first_cell = strip * strip_cells(job, strip_lines(job));
-  int64_t first_pixel = int64_t(strip) * strip_lines(job) * grid.side;
-  auto on_map = [&](int y, int x) {
-    bool own = y >= 0 && y < place.height && x >= 0 && x < place.width;
-    return job.neighbours ? place.top + y >= 0 && place.top + y < grid.height && place.left + x >= 0 &&
-                                place.left + x < grid.width
-                          : own;
-  };
-  auto index = [&](int y, int x) {
-    return (place.image * grid.height + place.top + y) * grid.width + place.left + x;
-  };
-  for (int y = line - margin; y < line_end + margin; y++)
-    for (int x = -margin; x < grid.side + margin; x++)
-      if (on_map(y, x)) {
-        int64_t cell = first_cell + int64_t(y - line + margin) * line_cells + x + margin;
-        pack_pixel(job.in + index(y, x) * job.in_channels, job.in_channels, cell, packed.cells, packed.in);
-      }
-  for (int y = line; y < least(line_end, place.height); y++)
-    for (int x = 0; x < place.width; x++) {
-      int64_t pixel = first_pixel + int64_t(y - line) * grid.side + x;
-      std::memcpy(packed.grad + pixel * packed.grad_stride, job.grad + index(y, x) * job.out_channels + out,
-                  (out_end - out) * sizeof(float));
-      for (int tap = 0; tap < job.kernel * job.kernel; tap++) {
-        int ty = y + tap / job.kernel - half, tx = x + tap % job.kernel - half;
-        if (!on_map(ty, tx)) continue;
-        int64_t cell = first_cell + int64_t(ty - line + margin) * line_cells + tx + margin;
-        packed.pairs[tap * room + counts[tap]++] = {int32_t(pixel * packed.grad_stride), int32_t(cell * PANEL)};
-      }
+  int half = job.kernel / 2;
+  int64_t pixel = (place.image * grid.height + place.top + y) * grid.width + place.left + x;
+  int rows = job.neighbours ? taps_of(job.kernel, place.top + y, 0, grid.height)
+                            : taps_of(job.kernel, y, 0, place.height);
+  int columns = job.neighbours ? taps_of(job.kernel, place.left + x, 0, grid.width)
+                               : taps_of(job.kernel, x, 0, place.width);
+  int64_t own = chunk.pixels++ * chunk.stride;
+  std::memcpy(chunk.grads + own, job.grad + pixel * job.out_channels + out, (out_end - out) * sizeof(float));
+  for (int row = 0, tap = 0; row < job.kernel; row++)
+    for (int column = 0; column < job.kernel; column++, tap++) {
+      if (!(rows >> row & columns >> column & 1)) continue;
+      int64_t read = pixel + (row - half) * grid.width + column - half;
+      chunk.pairs[tap * chunk.room + chunk.counts[tap]++] = {own, read * job.in_channels};
     }
 }
 
-// grad_weight[r][...] of ROWS output channels by a panel of input channels, over pairs.
+// grad_weight[r][...] of ROWS output channels by a panel of input channels, over the pairs of a tap.
 template <int ROWS>
-inline void multiply_pairs(const float *grad, const float *in, const Pair *pairs, int count, float *to,
-                           int64_t to_stride, int channels) {
+inline void multiply_pairs(const Pairs &chunk, int tap, int out, float *to, int64_t to_stride, int channels) {
+  const Pair *pairs = chunk.pairs + tap * chunk.room;
+  const float *grads = chunk.grads + out, *x = chunk.lines;
   Vector sums[ROWS][WIDTH] = {};
-  for (int i = 0; i < count; i++) {
-    const float *g = grad + pairs[i].grad, *x = in + pairs[i].in;
+  for (int i = 0, count = chunk.counts[tap]; i < count; i++, x += PANEL) {
+    const float *g = grads + pairs[i].grad;
     Vector values[WIDTH];
     for (int v = 0; v < WIDTH; v++) values[v] = load(x + v * VECTOR);
     for (int r = 0; r < ROWS; r++) {
@@ -435,60 +448,59 @@ inline void multiply_pairs(const float *grad, const float *in, const Pair *pairs
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < WIDTH && v * VECTOR < channels; v++) {
       float *own = to + r * to_stride + v * VECTOR;
-      store_some(own, load_some(own, channels - v * VECTOR) + sums[r][v], channels - v * VECTOR);
+      Vector before = chunk.first ? Vector{} : load_some(own, channels - v * VECTOR);
+      store_some(own, before + sums[r][v], channels - v * VECTOR);
     }
 }
 
 template <int ROWS>
-void multiply_rest(int left, const float *grad, const float *in, const Pair *pairs, int count, float *to,
-                   int64_t to_stride, int channels) {
+void multiply_rest(const Pairs &chunk, int tap, int out, int left, float *to, int64_t to_stride, int channels) {
   if constexpr (ROWS > 0) {
-    if (left == ROWS) return multiply_pairs<ROWS>(grad, in, pairs, count, to, to_stride, channels);
-    multiply_rest<ROWS - 1>(left, grad, in, pairs, count, to, to_stride, channels);
+    if (left == ROWS) return multiply_pairs<ROWS>(chunk, tap, out, to, to_stride, channels);
+    multiply_rest<ROWS - 1>(chunk, tap, out, left, to, to_stride, channels);
   }
 }
 
-void multiply_chunk(const WeightGrad &job, const Packed &packed, const int *counts, int64_t room, int outs,
-                    float *grad_weight) {
+// A panel of what a tap's pairs read, side by side: all output channels multiply it.
+void pack_lines(const Pairs &chunk, int tap, const float *in, int channels) {
+  const Pair *pairs = chunk.pairs + tap * chunk.room;
+  for (int i = 0; i < chunk.counts[tap]; i++)
+    for (int v = 0; v < PANEL; v += VECTOR)
+      store(chunk.lines + int64_t(i) * PANEL + v, load_some(in + pairs[i].in + v, channels - v));
+}
+
+void multiply_chunk(const WeightGrad &job, Pairs &chunk, int outs, float *grad_weight) {
   int taps = job.kernel * job.kernel;
   int64_t stride = int64_t(taps) * job.in_channels;
   for (int tap = 0; tap < taps; tap++)
-    for (int p = 0; p < panels(job.in_channels); p++) {
-      const float *in = packed.in + int64_t(p) * PANEL * packed.cells;
-      const Pair *pairs = packed.pairs + tap * room;
-      float *to = grad_weight + int64_t(tap) * job.in_channels + p * PANEL;
-      int channels = least(PANEL, job.in_channels - p * PANEL), r = 0;
-      for (; r + TILE <= outs; r += TILE)
-        multiply_pairs<TILE>(packed.grad + r, in, pairs, counts[tap], to + r * stride, stride, channels);
-      multiply_rest<TILE - 1>(outs - r, packed.grad + r, in, pairs, counts[tap], to + r * stride, stride, channels);
+    for (int c = 0; c < job.in_channels; c += PANEL) {
+      int channels = least(PANEL, job.in_channels - c), r = 0;
+      float *to = grad_weight + int64_t(tap) * job.in_channels + c;
+      pack_lines(chunk, tap, job.in + c, channels);
+      for (; r + TILE <= outs; r += TILE) multiply_pairs<TILE>(chunk, tap, r, to + r * stride, stride, channels);
+      multiply_rest<TILE - 1>(chunk, tap, r, outs - r, to + r * stride, stride, channels);
     }
+  chunk.pixels = 0, chunk.first = false;
+  std::memset(chunk.counts, 0, sizeof chunk.counts);
 }
 
 void weight_grad(const WeightGrad &job, int64_t first, int64_t last, int out, int out_end, float *grad_weight,
                  float *scratch) {
-  int lines = strip_lines(job), at_once = strips(job);
-  int64_t room = int64_t(at_once) * lines * job.grid.side;
-  Packed packed;
-  packed.grad_stride = row_stride(out_end - out);
-  packed.cells = at_once * strip_cells(job, lines);
-  packed.in = scratch;
-  packed.grad = packed.in + packed.cells * panels(job.in_channels) * PANEL;
-  packed.pairs = reinterpret_cast<Pair *>(packed.grad + room * packed.grad_stride);
-  int counts[MOST_TAPS] = {}, strip = 0;
-  auto flush = [&] {
-    multiply_chunk(job, packed, counts, room, out_end - out, grad_weight);
-    std::memset(counts, 0, sizeof counts);
-    strip = 0;
-  };
+  Pairs chunk = {};
+  chunk.stride = row_stride(out_end - out);
+  chunk.room = PAIRS, chunk.first = true;
+  chunk.lines = scratch;
+  chunk.grads = chunk.lines + PAIRS * PANEL;
+  chunk.pairs = reinterpret_cast<Pair *>(chunk.grads + PAIRS * chunk.stride);
   for (int64_t position = first; position < last; position++) {
-    int64_t patch = job.order[position];
-    int height = place_of(job.grid, patch).height;
-    for (int line = 0; line < height; line += lines) {
-      pack_strip(job, patch, line, line + lines, strip, out, out_end, packed, counts, room);
-      if (++strip == at_once) flush();
-    }
+    Place place = place_of(job.grid, job.order[position]);
+    for (int y = 0; y < place.height; y++)
+      for (int x = 0; x < place.width; x++) {
+        add_pixel(job, place, y, x, out, out_end, chunk);
+        if (chunk.pixels == PAIRS) multiply_chunk(job, chunk, out_end - out, grad_weight);
+      }
   }
-  if (strip) flush();
+  if (chunk.pixels) multiply_chunk(job, chunk, out_end - out, grad_weight);
 }
 
 // ---- Maps: affine, moments, and their gradients ---------------------------------------------------------------------
