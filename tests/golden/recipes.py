@@ -1,9 +1,10 @@
-"""What is recorded of the package's behaviour, and what is kept of it; `record.py` writes it, `test_golden.py` compares.
+"""What is recorded of the package's behaviour: `record.py` writes it down, `test_golden.py` compares.
 
 All numbers are exact fractions that every machine draws alike, weights and buffers by their own names: neither the
-order in which a network makes its parts nor how it initialises them matters. Everything runs in float64, where
-implementations that sum in another order differ by some 1e-14, on inputs that the patches of every map divide (but for
-``odd``, where zeros beyond the map are already the rule), at routings that no rounding can change.
+order in which a network makes its parts nor how it initialises them matters. Everything runs in float64, where two
+implementations that sum in another order were seen to differ by up to 1e-12, at routings that no rounding can change.
+The patches of every map divide it: what a padded patch reads beyond the map is not recorded under ``border="zero"`` and
+``"halo"``, only under ``"exchange"`` and of `PCEConv2d`, where it is zeros.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ Recipe = Callable[[], Recorded]
 
 def values(name: str, *shape: int) -> Tensor:
     """Numbers in [-1, 1) that float32 holds exactly, drawn by a name; NumPy promises this generator for ever."""
-    numbers = np.random.RandomState(zlib.crc32(name.encode())).randint(-(2**23), 2**23, shape)
+    numbers = np.random.RandomState(zlib.crc32(name.encode())).randint(-(2**23), 2**23, shape, np.int64)
     return torch.from_numpy(np.asarray(numbers / 2**23))
 
 
@@ -71,28 +72,26 @@ def images(name: str, *shape: int) -> Tensor:
 @torch.no_grad()
 def fill(model: nn.Module) -> nn.Module:
     """Give every parameter and buffer numbers drawn by its name, of a size that keeps signals near 1."""
-    for name, tensor in model.state_dict().items():
-        last, drawn = name.rpartition(".")[2], values(name, *tensor.shape)
+    state = model.state_dict()
+    for name, tensor in state.items():
+        module, _, last = name.rpartition(".")
+        drawn, of_router = values(name, *tensor.shape), ".router." in f".{name}"
         if last == "num_batches_tracked":
             tensor.fill_(3)
         elif last == "centring":
             tensor.fill_(0.25)
-        elif last == "running_var" or (last == "weight" and tensor.ndim < 3 and _is_norm(model, name)):
+        elif last == "running_var" or (last == "weight" and f"{module}.running_var" in state):
             tensor.copy_(1 + 0.5 * drawn)
         elif tensor.ndim < 2 or last in ("running_mean", "bias"):
-            tensor.copy_((0.1 if ".router." in f".{name}" else 0.3) * drawn)
+            tensor.copy_((0.1 if of_router else 0.3) * drawn)
         else:
             if name.endswith("router.logits.weight"):  # what all patches have in common decides nothing
                 drawn = drawn - drawn.mean(1, keepdim=True)
             # Stacked kernels have the experts in front; those of a router are larger, so that patches differ to it.
             fan_in = math.prod(tensor.shape[-3:] if tensor.ndim > 3 else tensor.shape[1:])
-            gain = 3.0 if ".router." in f".{name}" else 0.5 if last == "difference" else 1.0
+            gain = 3.0 if of_router else 0.5 if last == "difference" else 1.0
             tensor.copy_(gain * math.sqrt(3 / fan_in) * drawn)
     return model
-
-
-def _is_norm(model: nn.Module, name: str) -> bool:
-    return hasattr(model.get_submodule(name.rpartition(".")[0]), "running_var")
 
 
 # What is observed
@@ -238,6 +237,18 @@ for _border in ("zero", "halo", "exchange"):
             "dropping at evaluation": {"eval_capacity_factor": 0.5},
         }.items()
     }
+LAYERS |= {
+    f"convolution: {name}": partial(convolution, **options)
+    for name, options in {
+        "no bias": {"bias": False},
+        "one expert": {"num_experts": 1},
+        "more experts than patches": {"num_experts": 20},
+        "patches of one pixel": {"patch_size": 1, "size": (1, 6, 3, 4)},
+        "patches of two pixels": {"patch_size": 2},
+        "one patch": {"patch_size": 8, "size": (1, 6, 8, 8)},
+        "dropping at evaluation": {"eval_capacity_factor": 0.5},
+    }.items()
+}
 
 
 # Networks that somebody trained

@@ -1,7 +1,7 @@
 """Behaviour as it was recorded: the keys and configurations of the networks to the letter, what they compute to 1e-10.
 
-These are frozen values, not derived ones: what is right stands in the other tests. They show that a change of how things
-are computed changes nothing that is computed. `record.py` says how to record a deliberate change.
+These are frozen values, not derived ones: what is right stands in the other tests. They show that a change of how
+things are computed changes nothing that is computed. `record.py` says how to record a deliberate change.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden.recipes import HERE, PARTS, SAVED, digests, differences, losses, pretrained, saved
+from golden.recipes import HERE, PARTS, SAVED, differences, digests, losses, pretrained, saved
 
 # Half a second or more. The rest has every kind of layer and of network.
 SLOW = {f"pce_{size}" for size in ("small", "small_spec", "tiny_spec", "tiny_s2", "unet_tiny")}
@@ -22,14 +22,14 @@ SLOW |= {"dense_small", "dense_tiny_s2", "dense_unet_tiny", "torchvision resnet1
 # first, how experts are normalised. A configuration may name them or not.
 GONE = {"dispatch", "priority", "norm"}
 PLAIN = ("tensors", "config", "converted")  # groups that must be equal
-# Rounding to float32, relative to the largest number of an output. One convolution sums up to K = 9 * 96 products, which
+# Rounding to float32, relative to the largest number of an output. One convolution sums up to K = 9 * 96 products and
 # rounds by sqrt(K) * 6e-8 = 2e-6 of its result. A dozen in a row, each normalised, come to sqrt(12) as much, 7e-6, and
 # may grow a little; seen are up to 1.3e-6. No routing changes: margins are larger.
 FLOAT32 = 2e-5
-# Of the training: a step's loss is rounded by up to 1e-7 (seen: 1e-8 to 9e-8 in the first one). All weights shifted by a
-# part e (1e-9 to 1e-5, float64) shift the losses by 1.1 e in the first ten steps and by 5 e in fifty, and no patch
-# changes its expert. Were all roundings to add up: 10 * 1e-7 * 1.1 and 50 * 1e-7 * 5. Seen, over thread counts, oneDNN on
-# and off and two implementations of the layers: 2e-7 and 1.5e-6.
+# Of the training: a step's loss is rounded by up to 1e-7 (seen: 1e-8 to 9e-8 in the first one). All weights shifted by
+# a part e (3e-7 to 1e-5, in float64) shift the losses by up to 1.1 e in the first ten steps and by 5 e in fifty, and no
+# patch changes its expert. Were all roundings to add up: 10 * 1e-7 * 1.1 and 50 * 1e-7 * 5. Seen with oneDNN on and off
+# and with two implementations of the layers: 2e-7 and 1.5e-6.
 FLOAT32_FIRST_TEN, FLOAT32_FIFTY = 2e-6, 3e-5
 
 
