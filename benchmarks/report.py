@@ -17,7 +17,7 @@ from pcenet.benchmark.targets import in_digits
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
-MARKED = re.compile(r"(<!-- bench: (\w+) -->\n).*?(?=<!-- bench: end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- bench: (?!end)(\w+) -->\n).*?(?=<!-- bench: end -->)", re.DOTALL)
 # Titles of the summary's columns, and which lines they are made of.
 SUMMARY = {
     "layer, forward": r"layer, forward, (zero|halo|exchange)",
@@ -36,7 +36,8 @@ def main() -> None:
 
 def filled(text: str) -> str:
     """A page with its tables made anew."""
-    results = [json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "benchmarks/results").glob("table-*.json"))]
+    files = sorted((ROOT / "benchmarks" / "results").glob("table-*.json"))
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     return MARKED.sub(lambda found: found[1] + PARTS[found[2]](results), text)
 
 
