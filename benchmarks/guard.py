@@ -66,9 +66,7 @@ def ratio(case: Case) -> float:
     return compare(seconds["layer"], seconds["dense"])["ratio"]
 
 
-def behind(
-    cases: Iterable[Case], recorded: Mapping[str, float], measure: Callable[[Case], float] = ratio
-) -> dict[str, float]:
+def behind(cases: Iterable[Case], recorded: Mapping[str, float]) -> dict[str, float]:
     """The ratios of the cases that are too slow, twice in a row; every measurement is printed."""
     found: dict[str, float] = {}
     for case in cases:
@@ -77,9 +75,9 @@ def behind(
             print(f"NOT CHECKED, no ratio is recorded: {name}")
             continue
         limit = TOO_SLOW * recorded[name]
-        ratios = [measure(case)]
+        ratios = [ratio(case)]
         if ratios[0] > limit:
-            ratios.append(measure(case))
+            ratios.append(ratio(case))
         print(f"{name}: {', then '.join(f'{value:.2f}' for value in ratios)}; recorded {recorded[name]:.2f}")
         if min(ratios) > limit:
             found[name] = min(ratios)

@@ -100,7 +100,7 @@ PARTS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {"summary": summar
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
     lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
+    return "".join("".join(f"| {cell} " if cell else "| " for cell in line) + "|\n" for line in lines)
 
 
 if __name__ == "__main__":
