@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -262,29 +263,18 @@ class Bench:
     def table(self) -> None:
         """Every line of the table of targets; those of bfloat16 where the processor has it."""
         for precision in ("fp32", "bf16") if resolve_precision("auto", self.device) == "bf16" else ("fp32",):
-            for shape in TABLE_SHAPES:
-                for experts in TABLE_EXPERTS:
+            for shapes, borders, line in (
+                (TABLE_SHAPES, BORDERS, layer_line),
+                (SMALL_PATCHES, SMALL_BORDERS, small_patches_line),
+            ):
+                for shape, experts in itertools.product(shapes, TABLE_EXPERTS):
                     self.layers(
                         shape,
                         experts,
-                        borders=BORDERS,
+                        borders=borders,
                         precision=precision,
                         measures=LAYER_MEASURES,
-                        line=lambda measure, border, precision=precision: (
-                            f"layer, {STEP_NAMES[measure]}, {'bfloat16' if precision == 'bf16' else border}"
-                        ),
-                    )
-            for shape in SMALL_PATCHES:
-                for experts in TABLE_EXPERTS:
-                    self.layers(
-                        shape,
-                        experts,
-                        borders=SMALL_BORDERS,
-                        precision=precision,
-                        measures=LAYER_MEASURES,
-                        line=lambda measure, _border, precision=precision: in_precision(
-                            f"patches of 2x2 and 1x1, {STEP_NAMES[measure]}", precision
-                        ),
+                        line=partial(line, precision),
                     )
             for shape in TABLE_SHAPES:
                 self.growth(shape, *GROWTH, precision, in_precision("from 4 to 64 experts", precision))
@@ -365,6 +355,16 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if config.plot:
         plot(run.records, config.plot)
     return report
+
+
+def layer_line(precision: str, measure: str, border: str) -> str:
+    """The line of a layer of the table: one for each border, one for all of them in bfloat16."""
+    return f"layer, {STEP_NAMES[measure]}, {'bfloat16' if precision == 'bf16' else border}"
+
+
+def small_patches_line(precision: str, measure: str, _border: str) -> str:
+    """The line of a layer with small patches: one for all borders."""
+    return in_precision(f"patches of 2x2 and 1x1, {STEP_NAMES[measure]}", precision)
 
 
 def prepared(module: nn.Module, compiled: bool) -> nn.Module:
