@@ -208,7 +208,6 @@ class Bench:
         twin = twin_of(name)
         if twin is None:
             raise ValueError(f"models={name!r} has no dense twin to be measured beside; `pcenet models` lists those")
-        segments = task_of(name) == "segment"
         # Nothing is dropped, so that both do the same work.
         ours = create_network(name, num_classes=CLASSES, capacity_factor=None)
         dense = create_network(twin, num_classes=CLASSES)
@@ -226,39 +225,39 @@ class Bench:
             "beside": "dense",
         }
 
-        def add(measure: str, size: int, figures: Mapping[str, float]) -> None:
-            """Keep figures; memory is that of networks that are not compiled."""
-            about = {"compiled": compiled and measure != "memory", "batch": size, "measure": measure}
-            self.add({**common, **about, "line": (lines or {}).get(measure)}, figures)
-
         for measure in measures:
-            if measure == "memory":
-                ours_peak, dense_peak = (
-                    peak_memory(network, partial(model_step_call(network, batches, precision, segments=segments), 0))
-                    for network in networks.values()
-                )
-                figures = {"mb": ours_peak / 1e6, "base_mb": dense_peak / 1e6, "ratio": ours_peak / dense_peak}
-                add(measure, batch, figures)
-                continue
             size = 1 if measure == "latency" else batch
-            images = [batch[:size] for batch in batches]
-            with fresh_compiler() if compiled else nullcontext():
-                calls: dict[str, Call] = {}
-                for key, network in networks.items():
-                    module = prepared(network, compiled)
-                    if measure == "step":
-                        calls[key] = model_step_call(module, images, precision, segments=segments)
-                    else:
-                        calls[key] = forward_call(module, images, precision)
-                if compiled:
-                    first = {key: seconds for key, (seconds,) in first_calls(calls).items()}
-                    figures = {"s": first["ours"], "base_s": first["dense"], "ratio": first["ours"] / first["dense"]}
-                    add(f"compile {measure}", size, figures)
-                # A single image takes so little time that many rounds are cheap.
-                seconds = interleaved(calls, rounds=(5 if measure == "latency" else 1) * self.config.rounds)
-            figures = compare(seconds["ours"], seconds["dense"])
-            figures["images_per_s"] = 1e3 * size / figures["ms"]
-            add(measure, size, figures)
+            images = [one[:size] for one in batches]
+            make: Callable[[nn.Module], Call] = (
+                partial(model_step_call, batches=images, precision=precision, segments=task_of(name) == "segment")
+                if measure in ("step", "memory")
+                else partial(forward_call, batches=images, precision=precision)
+            )
+            # Memory is that of networks that are not compiled.
+            under_compile = compiled and measure != "memory"
+            for measured, figures in self.model_figures(networks, make, measure, under_compile):
+                if "ms" in figures:
+                    figures["images_per_s"] = 1e3 * size / figures["ms"]
+                about = {"compiled": under_compile, "batch": size, "measure": measured}
+                self.add({**common, **about, "line": (lines or {}).get(measured)}, figures)
+
+    def model_figures(
+        self, networks: Mapping[str, nn.Module], make: Callable[[nn.Module], Call], measure: str, compiled: bool
+    ) -> Iterator[tuple[str, dict[str, float]]]:
+        """What was measured, and its figures: of ``"ours"`` relative to ``"dense"``."""
+        if measure == "memory":
+            ours, dense = (peak_memory(networks[key], partial(make(networks[key]), 0)) for key in ("ours", "dense"))
+            yield measure, {"mb": ours / 1e6, "base_mb": dense / 1e6, "ratio": ours / dense}
+            return
+        with fresh_compiler() if compiled else nullcontext():
+            calls = {key: make(prepared(network, compiled)) for key, network in networks.items()}
+            if compiled:
+                first = {key: seconds for key, (seconds,) in first_calls(calls).items()}
+                figures = {"s": first["ours"], "base_s": first["dense"], "ratio": first["ours"] / first["dense"]}
+                yield f"compile {measure}", figures
+            # A single image takes so little time that many rounds are cheap.
+            seconds = interleaved(calls, rounds=(5 if measure == "latency" else 1) * self.config.rounds)
+        yield measure, compare(seconds["ours"], seconds["dense"])
 
     def table(self) -> None:
         """Every line of the table of targets; those of bfloat16 where the processor has it."""
