@@ -8,16 +8,17 @@ CIFAR10 ?= cifar10.zip
 CAMVID ?= camvid.zip
 COMPARE = $(BIN)/pcenet compare --config experiments/$(1).yaml --data $(2) --out experiments/results/$(1)
 
-.PHONY: help demo bench experiments docs test test-faults examples audit lint dist clean
+.PHONY: help demo bench experiments docs test test-faults test-speed examples audit lint dist clean
 
 help:
 	@echo "make demo   train pce_nano and its dense twin on digits, compare them, draw the routing"
-	@echo "make bench  time and memory against the dense twin, the whole table (about 15 minutes)"
+	@echo "make bench  time and memory against the dense twin, the whole table (about 25 minutes)"
 	@echo "make experiments CIFAR10=... CAMVID=...   show what is left of the runs over three seeds, and go on with it (hours)"
 	@echo "make docs   the site, into docs/_build/html, and the code of its pages and docstrings"
 	@echo "make test   ruff, mypy, deptry and the default test suite"
 	@echo "make examples   run the examples: timm, Lightning, Hugging Face, segmentation-models-pytorch, torchvision"
 	@echo "make test-faults   kill, fill, damage, deceive: each fault of docs/reliability.md with its outcome (minutes)"
+	@echo "make test-speed   whether a layer has become slow; run it alone (a minute)"
 	@echo "make audit  known vulnerabilities of the locked versions (needs the internet)"
 	@echo "make dist   sdist and wheel, tried in an empty virtual environment (needs a package index)"
 	@echo "make clean  remove the virtual environment, what was built and the demo's runs"
@@ -31,8 +32,9 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
 bench: $(VENV)/installed
-	$(BIN)/pcenet bench --against benchmarks/einsum_dispatch.py --json benchmarks/results/table.json
-	$(BIN)/pcenet bench --suite scaling --json benchmarks/results/scaling.json --plot docs/images/scaling.png
+	$(BIN)/pcenet bench --threads 2 --against benchmarks/einsum_dispatch.py --json 'benchmarks/results/table-{kind}.json'
+	$(BIN)/pcenet bench --threads 2 --suite scaling --json 'benchmarks/results/scaling-{kind}.json' --plot docs/images/scaling.png
+	$(BIN)/python benchmarks/report.py
 
 experiments: $(VENV)/installed
 	$(call COMPARE,camvid,$(CAMVID)) --status
@@ -56,6 +58,9 @@ test: lint
 
 test-faults: $(VENV)/installed
 	$(BIN)/python -m pytest tests/faults -m faults
+
+test-speed: $(VENV)/installed
+	$(BIN)/python benchmarks/guard.py
 
 examples: $(VENV)/installed
 	$(BIN)/python -m pytest tests/test_examples.py -m "slow or not slow"

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import pcenet.data as data
-from pcenet.benchmark.run import machine
+from pcenet.benchmark.machine import machine
 from pcenet.nn import update_expert_bias
 from pcenet.training.config import EvalConfig
 from pcenet.training.device import set_threads

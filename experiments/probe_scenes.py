@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from pcenet.analysis.probes import PER_OBJECT, ProbeResult, paired_difference, probe_modules
-from pcenet.benchmark.run import describe, machine
+from pcenet.benchmark.machine import describe, machine
 from pcenet.data import SceneSource, cover_transform
 from pcenet.data.scenes import VERSION
 from pcenet.models import PCEUNet, SavableModel, create_network, load_model

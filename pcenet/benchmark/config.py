@@ -15,7 +15,6 @@ Measure = Literal["forward", "step", "latency", "memory"]
 LAYER_MEASURES: tuple[Measure, ...] = ("forward", "step")
 MODEL_MEASURES: tuple[Measure, ...] = get_args(Measure)
 BORDERS = ("zero", "halo", "exchange")
-DISPATCHES = ("sorted", "static")
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -83,16 +82,15 @@ class BenchConfig:
     borders: Annotated[list[str], Option(f"Borders of layers: {', '.join(BORDERS)}.")] = field(
         default_factory=lambda: list(BORDERS)
     )
-    dispatches: Annotated[list[str], Option(f"Dispatches: {', '.join(DISPATCHES)}.")] = field(
-        default_factory=lambda: ["sorted"]
-    )
     precisions: Annotated[list[str], Option("fp32, or bf16: bfloat16 autocast.")] = field(
         default_factory=lambda: ["fp32"]
     )
     batch_size: Annotated[
         int | None, Option("Images of a network's step; null: 128 up to 64 x 64 pixels, else 16.", at_least=1)
     ] = None
-    compile: Annotated[bool, Option("Measure both sides under torch.compile, too.")] = False
+    compile: Annotated[
+        bool, Option("Measure both sides under torch.compile; of networks also the time that it takes to compile them.")
+    ] = False
     against: Annotated[
         str | None,
         Option(
@@ -103,7 +101,13 @@ class BenchConfig:
     rounds: Annotated[int, Option("Rounds of each comparison, after warming up.", at_least=3)] = 9
     device: DeviceOption = "auto"
     threads: ThreadsOption = None
-    json: Annotated[str | None, Option("Write every figure, with machine and versions, to this file.")] = None
+    json: Annotated[
+        str | None,
+        Option(
+            "Write every figure, with machine and versions, to this file; '{kind}' in its name becomes the kind of "
+            "processor, such as avx2. Until all is measured, what there is stands in FILE.part."
+        ),
+    ] = None
     plot: Annotated[str | None, Option("Draw cost against experts and side to this file (suite scaling).")] = None
 
     def __post_init__(self) -> None:
@@ -112,7 +116,6 @@ class BenchConfig:
         allowed = {
             "measures": get_args(Measure),
             "borders": BORDERS,
-            "dispatches": DISPATCHES,
             "precisions": PRECISIONS,
         }
         for name, choices in allowed.items():

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import pcenet
-from pcenet.benchmark.config import BORDERS, BenchConfig, Shape, parse_shape
+from pcenet.benchmark.config import BORDERS, LAYER_MEASURES, BenchConfig, Shape, parse_shape
+from pcenet.benchmark.machine import as_file_name, describe, machine
 from pcenet.benchmark.subjects import (
     CLASSES,
     DenseLayer,
@@ -29,77 +28,92 @@ from pcenet.benchmark.subjects import (
     make_layer,
     model_step_call,
 )
-from pcenet.benchmark.targets import Record, judge
-from pcenet.benchmark.timing import Call, compare, interleaved, keep_freed_memory, peak_memory
+from pcenet.benchmark.targets import LINES, Record, in_digits, in_precision, judge
+from pcenet.benchmark.timing import (
+    Call,
+    compare,
+    first_calls,
+    fresh_compiler,
+    interleaved,
+    keep_freed_memory,
+    peak_memory,
+)
 from pcenet.models import create_network, task_of, twin_of
-from pcenet.nn import PCELayer
-from pcenet.training.device import processor_name, resolve_device, resolve_precision
+from pcenet.training.device import resolve_device, resolve_precision
 from pcenet.training.measures import image_size
 from pcenet.training.tables import console
-from pcenet.writing import filling, write_text
+from pcenet.writing import filling, write_json
 
 # The table of targets (docs/performance.md).
 TABLE_SHAPES = (Shape(64, 64, 32, 8), Shape(64, 128, 16, 4), Shape(16, 64, 56, 14))
 TABLE_EXPERTS = (4, 16)
-SMALL_PATCHES = (Shape(64, 256, 8, 2), Shape(64, 256, 8, 1))
+SMALL_PATCHES = tuple(Shape(64, channels, 8, patch) for channels in (48, 96, 256) for patch in (2, 1))
+SMALL_BORDERS = ("halo", "exchange")
 TABLE_MODELS = ("pce_nano", "pce_tiny")
 GROWTH = (4, 64)
 # Cost against the number of experts and the side of the map, with patches of an eighth of the side or more.
 SCALING_EXPERTS = (1, 2, 4, 8, 16, 32, 64)
 SCALING_SIDES = (16, 32, 64, 128)
 SCALING_SHAPE = Shape(16, 64, 64, 8)
-# Autocast to a type that the processor emulates is slow: fewer rounds.
-SLOW_ROUNDS = 5
 
+UNITS = {"ms": "ms", "s": "s", "mb": "MB"}
 STEP_NAMES = {"forward": "forward", "step": "forward and backward"}
+EAGER_LINES = {"step": "network, training step", "latency": "network, batch 1"}
+COMPILED_LINES = {"step": "network, both compiled, training step", "latency": "network, both compiled, batch 1"}
+MEMORY_LINES = {"memory": "network, peak memory of a training step"}
+COMPILE_TIME_LINES = {"pce_nano": {"compile step": "time to compile pce_nano's training step"}}
 
 
 class Bench:
-    """A series of comparisons under one config; ``records`` grows with each."""
+    """A series of comparisons under one config; the records of ``report`` grow with each."""
 
     def __init__(self, config: BenchConfig, screen: Console) -> None:
         self.config = config
         self.screen = screen
         self.device = resolve_device(config.device)
-        self.records: list[Record] = []
         self.rival = None if config.against is None else load_rival(config.against)
+        self.report: dict[str, Any] = {"machine": machine(self.device), "config": vars(config), "records": []}
+        kind = as_file_name(self.report["machine"]["kind"])
+        self.file = None if config.json is None else Path(config.json.replace("{kind}", kind))
 
-    def rounds(self, precision: str) -> int:
-        """Rounds of a comparison."""
-        return min(SLOW_ROUNDS, self.config.rounds) if precision == "bf16" else self.config.rounds
+    @property
+    def records(self) -> list[Record]:
+        """All comparisons so far."""
+        records: list[Record] = self.report["records"]
+        return records
 
     def add(self, about: Record, figures: Mapping[str, float]) -> None:
-        """Keep a comparison and print it."""
-        record = {**about, **figures}
-        self.records.append(record)
+        """Keep a comparison, in the unfinished file too, and print it."""
+        self.records.append({**about, **figures})
+        if self.file is not None:
+            write_json(unfinished(self.file), self.report)
         details = ", ".join(
-            str(about[key]) if key in ("precision", "border", "dispatch") else f"{key} {about[key]}"
-            for key in ("experts", "border", "dispatch", "precision", "batch")
+            str(about[key]) if key in ("precision", "border") else f"{key} {about[key]}"
+            for key in ("experts", "border", "precision", "batch")
             if about.get(key) is not None
         )
-        unit = "MB" if about["measure"] == "memory" else "ms"
+        unit = next(unit for unit in ("ms", "s", "mb") if unit in figures)
         spread = f" ({figures['ratio_low']:.2f} to {figures['ratio_high']:.2f})" if "ratio_low" in figures else ""
         self.screen.print(
-            f"{about['name']}, {about['measure']}, {details}: {figures[unit.lower()]:.1f} {unit}, "
-            f"{about['beside']} {figures['base_' + unit.lower()]:.1f} {unit}, ratio {figures['ratio']:.2f}{spread}",
+            f"{about['name']}, {about['measure']}, {details}{', compiled' if about['compiled'] else ''}: "
+            f"{figures[unit]:.1f} {UNITS[unit]}, {about['beside']} {figures[f'base_{unit}']:.1f} {UNITS[unit]}, "
+            f"ratio {figures['ratio']:.2f}{spread}",
             highlight=False,
             soft_wrap=True,
         )
 
-    def prepared(self, module: nn.Module) -> nn.Module:
-        """Compiled where the config asks for it."""
-        if self.config.compile:
-            return cast(nn.Module, torch.compile(module))
-        return module
+    def finish(self) -> dict[str, Any]:
+        """Judge the records, write the file, and take the unfinished one away."""
+        self.report["verdicts"] = judge(self.records)
+        if self.file is not None:
+            write_json(self.file, self.report)
+            unfinished(self.file).unlink(missing_ok=True)
+        return self.report
 
     def layer_batches(self, shape: Shape) -> list[Tensor]:
         """Maps of a shape."""
         size = (shape.side, shape.side)
         return make_batches(shape.batch, shape.channels, size, self.device, needs_grad=True)
-
-    def layer(self, shape: Shape, experts: int, border: str, dispatch: str) -> PCELayer:
-        """A layer of a shape."""
-        return make_layer(shape, experts, border, dispatch).to(self.device)
 
     def layers(
         self,
@@ -107,60 +121,58 @@ class Bench:
         experts: int,
         *,
         borders: Sequence[str],
-        dispatches: Sequence[str],
         precision: str,
         measures: Sequence[str],
         line: Callable[[str, str], str | None] = lambda _measure, _border: None,
     ) -> None:
-        """A shape's layers, one for each border and dispatch, beside the dense block and perhaps the rival."""
+        """A shape's layers, one for each border, beside the dense block and perhaps the rival."""
+        compiled = self.config.compile
         dense = DenseLayer(shape.channels).to(self.device).to(memory_format=torch.channels_last)
         batches = self.layer_batches(shape)
-        subjects: dict[str, tuple[nn.Module, Record]] = {}
+        modules: dict[str, nn.Module] = {"dense": dense}
+        loads: dict[str, float] = {}
         for border in borders:
-            for dispatch in dispatches:
-                layer = self.layer(shape, experts, border, dispatch)
-                about: Record = {"border": border, "dispatch": dispatch, "max_min_load": balance(layer, batches)}
-                subjects[f"{border} {dispatch}"] = (self.prepared(layer), about)
-                if self.rival is not None and (border, dispatch) == ("zero", "sorted"):
-                    subjects["rival"] = (self.prepared(self.rival(layer)), about)
+            layer = make_layer(shape, experts, border).to(self.device)
+            loads[border] = balance(layer, batches)
+            modules[border] = layer
+            if self.rival is not None and border == "zero":
+                modules["rival"] = self.rival(layer)
         common = {
             "what": "layer",
             "name": str(shape),
             "experts": experts,
             "precision": precision,
-            "compiled": self.config.compile,
+            "compiled": compiled,
             "batch": shape.batch,
         }
+        modules = {name: prepared(module, compiled) for name, module in modules.items()}
         for measure in measures:
             make: Callable[..., Call] = forward_call if measure == "forward" else layer_step_call
-            modules = {"dense": self.prepared(dense)} | {name: module for name, (module, _) in subjects.items()}
-            calls: dict[str, Call] = {name: make(module, batches, precision) for name, module in modules.items()}
-            seconds = interleaved(calls, rounds=self.rounds(precision))
-            for name, (_, about) in subjects.items():
-                if name == "rival":
-                    beside: Record = {"beside": "rival", "line": "beside one-hot einsum dispatch"}
-                    figures = compare(seconds["zero sorted"], seconds["rival"])
-                else:
-                    beside = {"beside": "dense", "line": line(measure, about["border"])}
-                    figures = compare(seconds[name], seconds["dense"])
+            calls = {name: make(module, batches, precision) for name, module in modules.items()}
+            seconds = interleaved(calls, rounds=self.config.rounds)
+            pairs = [(border, "dense", line(measure, border)) for border in borders]
+            if "rival" in seconds:
+                pairs.append(("zero", "rival", in_precision("relative to one-hot einsum dispatch", precision)))
+            for border, beside, in_table in pairs:
+                about = {"border": border, "max_min_load": loads[border], "beside": beside, "line": in_table}
+                figures = compare(seconds[border], seconds[beside])
                 figures["images_per_s"] = 1e3 * shape.batch / figures["ms"]
-                self.add({**common, **about, **beside, "measure": measure}, figures)
+                self.add({**common, **about, "measure": measure}, figures)
 
     def growth(self, shape: Shape, few: int, many: int, precision: str, line: str) -> None:
         """A layer with many experts beside one with few, at the same active work."""
         batches = self.layer_batches(shape)
-        layers = {count: self.layer(shape, count, "halo", "sorted") for count in (few, many)}
+        layers = {count: make_layer(shape, count, "halo").to(self.device) for count in (few, many)}
         load = max(balance(layer, batches) for layer in layers.values())
         makers: dict[str, Callable[..., Call]] = {"forward": forward_call, "step": layer_step_call}
         for measure, make in makers.items():
             calls = {str(count): make(layer, batches, precision) for count, layer in layers.items()}
-            seconds = interleaved(calls, rounds=self.rounds(precision))
+            seconds = interleaved(calls, rounds=self.config.rounds)
             about = {
                 "what": "layer",
                 "name": str(shape),
                 "experts": many,
                 "border": "halo",
-                "dispatch": "sorted",
                 "precision": precision,
                 "compiled": False,
                 "batch": shape.batch,
@@ -171,8 +183,24 @@ class Bench:
             }
             self.add(about, compare(seconds[str(many)], seconds[str(few)]))
 
-    def model(self, name: str, *, precision: str, measures: Sequence[str], in_table: bool = False) -> None:
+    def model(
+        self,
+        name: str,
+        *,
+        precision: str,
+        measures: Sequence[str],
+        compiled: bool = False,
+        lines: Mapping[str, str] | None = None,
+    ) -> None:
         """A network beside its dense twin.
+
+        Args:
+            name: of the network.
+            precision: ``"fp32"`` or ``"bf16"``.
+            measures: those of the config.
+            compiled: both under torch.compile. The time to compile them is then a record too, measured as
+                ``compile`` and the measure.
+            lines: the line of the table that a measure belongs to.
 
         Raises:
             ValueError: for a name without a twin.
@@ -180,7 +208,6 @@ class Bench:
         twin = twin_of(name)
         if twin is None:
             raise ValueError(f"models={name!r} has no dense twin to be measured beside; `pcenet models` lists those")
-        segments = task_of(name) == "segment"
         # Nothing is dropped, so that both do the same work.
         ours = create_network(name, num_classes=CLASSES, capacity_factor=None)
         dense = create_network(twin, num_classes=CLASSES)
@@ -190,98 +217,94 @@ class Bench:
         batches = make_batches(batch, 3, (height, width), self.device)
         for network in networks.values():
             network.to(self.device).to(memory_format=torch.channels_last)
-        load = balance(ours.eval(), batches)
+        common = {
+            "what": "model",
+            "name": name,
+            "precision": precision,
+            "max_min_load": balance(ours.eval(), batches),
+            "beside": "dense",
+        }
+
         for measure in measures:
             size = 1 if measure == "latency" else batch
-            about = {
-                "what": "model",
-                "name": name,
-                "precision": precision,
-                "compiled": self.config.compile,
-                "batch": size,
-                "max_min_load": load,
-                "beside": "dense",
-                "measure": measure,
-                "line": {
-                    "step": "network, training step",
-                    "latency": "network, latency at batch 1",
-                    "memory": "network, peak memory of a training step",
-                }.get(measure)
-                if in_table
-                else None,
-            }
-            if measure == "memory":
-                ours_peak, dense_peak = (
-                    peak_memory(network, partial(model_step_call(network, batches, precision, segments=segments), 0))
-                    for network in networks.values()
-                )
-                figures = {"mb": ours_peak / 1e6, "base_mb": dense_peak / 1e6, "ratio": ours_peak / dense_peak}
-                self.add(about, figures)
-                continue
-            calls: dict[str, Call] = {}
-            for key, network in networks.items():
-                module = self.prepared(network)
-                if measure == "step":
-                    calls[key] = model_step_call(module, batches, precision, segments=segments)
-                elif measure == "latency":
-                    calls[key] = forward_call(module, [images[:1] for images in batches], precision)
-                else:
-                    calls[key] = forward_call(module, batches, precision)
+            images = [one[:size] for one in batches]
+            make: Callable[[nn.Module], Call] = (
+                partial(model_step_call, batches=images, precision=precision, segments=task_of(name) == "segment")
+                if measure in ("step", "memory")
+                else partial(forward_call, batches=images, precision=precision)
+            )
+            # Memory is that of networks that are not compiled.
+            under_compile = compiled and measure != "memory"
+            for measured, figures in self.model_figures(networks, make, measure, under_compile):
+                if "ms" in figures:
+                    figures["images_per_s"] = 1e3 * size / figures["ms"]
+                about = {"compiled": under_compile, "batch": size, "measure": measured}
+                self.add({**common, **about, "line": (lines or {}).get(measured)}, figures)
+
+    def model_figures(
+        self, networks: Mapping[str, nn.Module], make: Callable[[nn.Module], Call], measure: str, compiled: bool
+    ) -> Iterator[tuple[str, dict[str, float]]]:
+        """What was measured, and its figures: of ``"ours"`` relative to ``"dense"``."""
+        if measure == "memory":
+            ours, dense = (peak_memory(networks[key], partial(make(networks[key]), 0)) for key in ("ours", "dense"))
+            yield measure, {"mb": ours / 1e6, "base_mb": dense / 1e6, "ratio": ours / dense}
+            return
+        with fresh_compiler() if compiled else nullcontext():
+            calls = {key: make(prepared(network, compiled)) for key, network in networks.items()}
+            if compiled:
+                first = {key: seconds for key, (seconds,) in first_calls(calls).items()}
+                figures = {"s": first["ours"], "base_s": first["dense"], "ratio": first["ours"] / first["dense"]}
+                yield f"compile {measure}", figures
             # A single image takes so little time that many rounds are cheap.
-            rounds = 5 * self.config.rounds if measure == "latency" else self.rounds(precision)
-            seconds = interleaved(calls, rounds=rounds)
-            figures = compare(seconds["ours"], seconds["dense"])
-            figures["images_per_s"] = 1e3 * size / figures["ms"]
-            self.add(about, figures)
+            seconds = interleaved(calls, rounds=(5 if measure == "latency" else 1) * self.config.rounds)
+        yield measure, compare(seconds["ours"], seconds["dense"])
 
     def table(self) -> None:
-        """Every line of the table of targets."""
-        for precision in ("fp32", "bf16"):
+        """Every line of the table of targets; those of bfloat16 where the processor has it."""
+        for precision in ("fp32", "bf16") if resolve_precision("auto", self.device) == "bf16" else ("fp32",):
+            for shapes, borders, line in (
+                (TABLE_SHAPES, BORDERS, layer_line),
+                (SMALL_PATCHES, SMALL_BORDERS, small_patches_line),
+            ):
+                for shape, experts in itertools.product(shapes, TABLE_EXPERTS):
+                    self.layers(
+                        shape,
+                        experts,
+                        borders=borders,
+                        precision=precision,
+                        measures=LAYER_MEASURES,
+                        line=partial(line, precision),
+                    )
             for shape in TABLE_SHAPES:
-                for experts in TABLE_EXPERTS:
-                    self.layers(
-                        shape,
-                        experts,
-                        borders=BORDERS,
-                        dispatches=("sorted",),
-                        precision=precision,
-                        measures=("forward", "step"),
-                        line=lambda measure, border: f"layer, {STEP_NAMES[measure]}, {border}",
-                    )
-            for shape in SMALL_PATCHES:
-                for experts in TABLE_EXPERTS:
-                    self.layers(
-                        shape,
-                        experts,
-                        borders=("halo", "exchange"),
-                        dispatches=("sorted",),
-                        precision=precision,
-                        measures=("forward", "step"),
-                        line=lambda _measure, _border: "patches of 2x2 and 1x1",
-                    )
+                self.growth(shape, *GROWTH, precision, in_precision("from 4 to 64 experts", precision))
             for name in TABLE_MODELS:
-                measures = ("step", "latency", "memory") if precision == "fp32" else ("step", "latency")
-                self.model(name, precision=precision, measures=measures, in_table=True)
-            for shape in TABLE_SHAPES:
-                self.growth(shape, *GROWTH, precision, "from 4 to 64 experts")
+                self.table_model(name, precision)
+
+    def table_model(self, name: str, precision: str) -> None:
+        """A network's lines in a precision: eager and compiled, and in float32 memory and the time to compile it."""
+        eager, compiled = (
+            {measure: in_precision(line, precision) for measure, line in lines.items()}
+            for lines in (EAGER_LINES, COMPILED_LINES)
+        )
+        if precision == "fp32":
+            eager |= MEMORY_LINES
+            compiled |= COMPILE_TIME_LINES.get(name, {})
+        self.model(name, precision=precision, measures=list(eager), lines=eager)
+        self.model(name, precision=precision, measures=list(COMPILED_LINES), lines=compiled, compiled=True)
 
     def scaling(self) -> None:
         """Cost against the number of experts and against the side of the map."""
         for experts in SCALING_EXPERTS:
-            self.layers(SCALING_SHAPE, experts, borders=("halo",), **self.own("scaling by experts"))
+            self.scaling_layers(SCALING_SHAPE, experts, "scaling by experts")
         for side in SCALING_SIDES:
             batch = SCALING_SHAPE.batch * SCALING_SHAPE.side**2 // side**2
-            shape = SCALING_SHAPE._replace(side=side, batch=max(1, batch))
-            self.layers(shape, 4, borders=("halo",), **self.own("scaling by side"))
+            self.scaling_layers(SCALING_SHAPE._replace(side=side, batch=max(1, batch)), 4, "scaling by side")
 
-    def own(self, line: str) -> dict[str, Any]:
-        """The settings of the scaling suite."""
-        return {
-            "dispatches": ("sorted",),
-            "precision": "fp32",
-            "measures": ("step",),
-            "line": lambda _measure, _border: line,
-        }
+    def scaling_layers(self, shape: Shape, experts: int, line: str) -> None:
+        """A point of the scaling suite."""
+        self.layers(
+            shape, experts, borders=("halo",), precision="fp32", measures=("step",), line=lambda _measure, _border: line
+        )
 
     def chosen(self) -> None:
         """The layers and networks that the config names."""
@@ -293,63 +316,64 @@ class Bench:
                         parse_shape(text),
                         experts,
                         borders=config.borders,
-                        dispatches=config.dispatches,
                         precision=precision,
                         measures=[measure for measure in config.measures if measure in STEP_NAMES],
                     )
             for name in config.models:
-                self.model(name, precision=precision, measures=config.measures)
+                self.model(name, precision=precision, measures=config.measures, compiled=config.compile)
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
     """Measure what the config asks for.
 
     Returns:
-        What ``--json`` writes: ``machine``, ``records`` and, for the table, ``verdicts``.
+        What ``--json`` writes: ``machine``, ``config``, ``records`` and, for the table, ``verdicts``.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     screen = console()
     run = Bench(config, screen)
-    report: dict[str, Any] = {"machine": machine(run.device), "config": vars(config)}
-    report["machine"]["freed_memory"] = "kept" if keep_freed_memory() else "returned"
-    screen.print(describe(report["machine"]), highlight=False, soft_wrap=True)
+    run.report["machine"]["freed_memory"] = "kept" if keep_freed_memory() else "returned"
+    screen.print(describe(run.report["machine"]), highlight=False, soft_wrap=True)
+    whole_table = not (config.layers or config.models) and config.suite == "table"
     if config.layers or config.models:
         run.chosen()
-    elif config.suite == "table":
+    elif whole_table:
         run.table()
     else:
         run.scaling()
-    report |= {"records": run.records, "verdicts": judge(run.records)}
+    report = run.finish()
     if report["verdicts"]:
         screen.print(verdict_table(report["verdicts"]))
+    if whole_table:
+        found = {verdict["line"] for verdict in report["verdicts"]}
+        for line in LINES:
+            if line.name not in found:
+                screen.print(f"not measured here: {line.name}", highlight=False, soft_wrap=True)
     if config.plot:
         plot(run.records, config.plot)
-    if config.json:
-        write_text(Path(config.json), json.dumps(report, indent=1) + "\n")
     return report
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Where the figures come from."""
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "processor": processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "threads": torch.get_num_threads(),
-        "bfloat16": "in hardware" if resolve_precision("auto", device) == "bf16" else "emulated",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pcenet": pcenet.__version__,
-    }
+def layer_line(precision: str, measure: str, border: str) -> str:
+    """The line of a layer of the table: one for each border, one for all of them in bfloat16."""
+    return f"layer, {STEP_NAMES[measure]}, {'bfloat16' if precision == 'bf16' else border}"
 
 
-def describe(about: Mapping[str, Any]) -> str:
-    """The machine in a line."""
-    return (
-        f"{about['processor']}, {about['threads']} threads, bfloat16 {about['bfloat16']}; "
-        f"torch {about['torch']}, pcenet {about['pcenet']}, Python {about['python']}; {about['date']}"
-    )
+def small_patches_line(precision: str, measure: str, _border: str) -> str:
+    """The line of a layer with small patches: one for all borders."""
+    return in_precision(f"patches of 2x2 and 1x1, {STEP_NAMES[measure]}", precision)
+
+
+def prepared(module: nn.Module, compiled: bool) -> nn.Module:
+    """The module, under torch.compile where that is asked for."""
+    return cast(nn.Module, torch.compile(module)) if compiled else module
+
+
+def unfinished(path: Path) -> Path:
+    """Where the records stand until all are there."""
+    return path.with_name(f"{path.name}.part")
 
 
 def verdict_table(verdicts: Sequence[Record]) -> Table:
@@ -359,7 +383,7 @@ def verdict_table(verdicts: Sequence[Record]) -> Table:
         table.add_row(
             verdict["line"],
             str(verdict["cases"]),
-            *(f"{verdict[key]:.2f}" for key in ("mean", "worst", "must", "goal")),
+            *(in_digits(verdict[key], verdict["figure"]) for key in ("mean", "worst", "must", "goal")),
             "yes" if verdict["holds"] else "no",
         )
     return table

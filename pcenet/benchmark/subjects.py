@@ -36,7 +36,7 @@ class DenseLayer(nn.Module):
         return x + self.body(x)
 
 
-def make_layer(shape: Shape, experts: int, border: Any, dispatch: Any) -> PCELayer:
+def make_layer(shape: Shape, experts: int, border: Any) -> PCELayer:
     """A layer of equal widths that drops nothing, channels-last."""
     layer = PCELayer(
         shape.channels,
@@ -44,7 +44,6 @@ def make_layer(shape: Shape, experts: int, border: Any, dispatch: Any) -> PCELay
         patch_size=shape.patch,
         num_experts=experts,
         border=border,
-        dispatch=dispatch,
         capacity_factor=None,
     )
     return layer.to(memory_format=torch.channels_last)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +35,23 @@ def interleaved(calls: Mapping[str, Call], *, rounds: int, warm_up: int = 4) -> 
             if index >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+@contextmanager
+def fresh_compiler() -> Iterator[None]:
+    """Inside, torch.compile finds nothing in memory or on the disk of what it compiled before, but is itself loaded."""
+    import torch._inductor.config as inductor
+
+    with inductor.patch(force_disable_caches=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*force disabled by torch.compiler.config")
+        torch.compiler.reset()
+        torch.compile(torch.sin)(torch.ones(8))
+        yield
+
+
+def first_calls(calls: Mapping[str, Call]) -> dict[str, list[float]]:
+    """Seconds of one call each, as `interleaved` gives them: of what is not compiled yet the time to compile it."""
+    return interleaved(calls, rounds=1, warm_up=0)
 
 
 def synchronise() -> None:

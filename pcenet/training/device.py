@@ -85,6 +85,15 @@ def processor_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def instruction_set() -> str:
+    """The widest vector instructions that torch uses on this processor: ``"AVX2"``, ``"AVX-512"``, ``"NEON"``; without
+    any the architecture's name."""
+    level = torch.backends.cpu.get_cpu_capability()
+    if level == "DEFAULT":  # of x86 its oldest instructions, of arm64 NEON
+        return {"aarch64": "NEON", "arm64": "NEON"}.get(platform.machine(), platform.machine())
+    return {"AVX512": "AVX-512"}.get(level, level)
+
+
 def environment(device: torch.device, precision: str) -> dict[str, Any]:
     """Versions and hardware, for ``environment.json`` and beside measured figures."""
     versions = {}

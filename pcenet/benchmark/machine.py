@@ -1,0 +1,50 @@
+"""Where figures come from: processor, instruction set, backend, versions."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+import pcenet
+from pcenet.training.device import instruction_set, processor_name, resolve_precision
+
+BACKEND = "python"  # TO FILL IN AT THE MERGE: remove this line, and call pcenet.ops.backend() in `machine`
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Processor, kind, backend, threads and versions."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "kind": kind_of(device),
+        "backend": BACKEND,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pcenet": pcenet.__version__,
+    }
+
+
+def kind_of(device: torch.device) -> str:
+    """Machines whose figures may be compared: ``"AVX2"``, ``"AVX-512"``, ``"AVX-512 + bfloat16"``; a GPU's
+    name."""
+    name = instruction_set() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return f"{name} + bfloat16" if resolve_precision("auto", device) == "bf16" else name
+
+
+def as_file_name(kind: str) -> str:
+    """A kind in the names of files: ``"AVX-512 + bfloat16"`` is ``"avx-512-bfloat16"``."""
+    return re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
+
+
+def describe(about: Mapping[str, Any]) -> str:
+    """A machine in a line."""
+    return (
+        f"{about['processor']}, {about['kind']}, {about['threads']} threads, backend {about['backend']}; "
+        f"torch {about['torch']}, pcenet {about['pcenet']}, Python {about['python']}; {about['date']}"
+    )
