@@ -15,9 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcenet.nn import Grid, PCELayer, Routing
 
-DISPATCHES = ["sorted", "static"]
-
-
 def make_layer(
     in_channels: int, out_channels: int, *, patch_size: int, num_experts: int, seed: int = 0, **options: Any
 ) -> PCELayer:
@@ -93,7 +90,7 @@ def gelu(x: float) -> float:
     return 0.5 * x * (1 + math.erf(x / math.sqrt(2)))
 
 
-def hand_layer(border: str, dispatch: str) -> PCELayer:
+def hand_layer(border: str) -> PCELayer:
     """One channel everywhere, at evaluation, with statistics that leave values alone. Expert 0: the first convolution
     is the identity, the second doubles. Expert 1: the first reads the right neighbour; the second adds the right
     neighbour to the pixel; then 1 is added."""
@@ -114,9 +111,8 @@ def hand_layer(border: str, dispatch: str) -> PCELayer:
     return layer.eval()
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
-def test_four_patches_by_hand(border: str, dispatch: str) -> None:
+def test_four_patches_by_hand(border: str) -> None:
     # The map, in patches of 2 x 2:   1 2 | 3 4 | 5 6 | 7 8       experts: 1, 0, 1, 0; the last one is dropped.
     #                                 8 7 | 6 5 | 4 3 | 2 1       expert 2 is idle.
     x = torch.tensor([[[[1.0, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 4, 3, 2, 1]]]], dtype=torch.float64)
@@ -149,15 +145,14 @@ def test_four_patches_by_hand(border: str, dispatch: str) -> None:
         ],
         dim=1,
     )
-    actual = hand_layer(border, dispatch).forward_given_routing(x, routing)
+    actual = hand_layer(border).forward_given_routing(x, routing)
     torch.testing.assert_close(actual[0, 0], expected, rtol=0, atol=1e-12, check_stride=False)
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
-def test_batch_statistics_by_hand(dispatch: str) -> None:
+def test_batch_statistics_by_hand() -> None:
     """Expert 0 takes the pixels 1 2 3 of a padded map in training: mean 2, variance 2/3, unbiased 1; the running
     values move a tenth of the way from (0, 1): to 0.2 and 1. The others keep theirs."""
-    layer = hand_layer("zero", dispatch).train()
+    layer = hand_layer("zero").train()
     x = torch.tensor([[[[1.0, 2, 3]]]], dtype=torch.float64)
     layer.forward_given_routing(x, make_routing([[0], [0]], Grid(1, 1, 2), 3))
     norm = layer.experts.norm1
@@ -178,13 +173,12 @@ DROPPED_2 = ((0, 1), (4, 0), (4, 1), (11, 0))
 SIZES = {"divisible": (2, 6, 9), "padded": (2, 5, 7)}
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize(("border", "top_k"), [("zero", 1), ("halo", 1), ("exchange", 1), ("zero", 2), ("halo", 2)])
 def test_hand_written_table_equals_the_naive_loop(
-    border: str, top_k: int, size: tuple[int, int, int], norm: str, training: bool, dispatch: str
+    border: str, top_k: int, size: tuple[int, int, int], norm: str, training: bool
 ) -> None:
     choice, dropped = (TABLE, DROPPED) if top_k == 1 else (TABLE_2, DROPPED_2)
     layer = make_layer(
@@ -196,12 +190,10 @@ def test_hand_written_table_equals_the_naive_loop(
         top_k=top_k,
         border=border,
         norm=norm,
-        dispatch=dispatch,
     ).train(training)
     check_against_naive(layer, size, make_routing(choice, Grid(2, 2, 3), 4, dropped))
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
 @pytest.mark.parametrize(
     ("choice", "dropped"),
@@ -213,16 +205,15 @@ def test_hand_written_table_equals_the_naive_loop(
     ],
 )
 def test_extreme_tables_equal_the_naive_loop(
-    choice: list[list[int]], dropped: tuple[tuple[int, int], ...], border: str, dispatch: str
+    choice: list[list[int]], dropped: tuple[tuple[int, int], ...], border: str
 ) -> None:
-    layer = make_layer(3, 4, patch_size=3, num_experts=4, border=border, dispatch=dispatch)
+    layer = make_layer(3, 4, patch_size=3, num_experts=4, border=border)
     check_against_naive(layer, SIZES["padded"], make_routing(choice, Grid(2, 2, 3), 4, dropped))
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
-def test_fewer_patches_than_experts(border: str, dispatch: str) -> None:
-    layer = make_layer(3, 4, patch_size=4, num_experts=9, border=border, dispatch=dispatch)
+def test_fewer_patches_than_experts(border: str) -> None:
+    layer = make_layer(3, 4, patch_size=4, num_experts=9, border=border)
     check_against_naive(layer, (2, 4, 3), make_routing([[7], [2]], Grid(2, 1, 1), 9))
 
 
@@ -233,13 +224,12 @@ def test_fewer_patches_than_experts(border: str, dispatch: str) -> None:
 FEW = {"patch of one pixel": (1, (1, 2, 2), Grid(1, 2, 2)), "one real cell": (2, (4, 1, 1), Grid(4, 1, 1))}
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
 @pytest.mark.parametrize(("side", "size", "grid"), FEW.values(), ids=FEW)
 def test_no_value_and_one_value_per_channel_in_training(
-    side: int, size: tuple[int, int, int], grid: Grid, border: str, dispatch: str
+    side: int, size: tuple[int, int, int], grid: Grid, border: str
 ) -> None:
-    layer = make_layer(3, 4, patch_size=side, num_experts=3, border=border, dispatch=dispatch)
+    layer = make_layer(3, 4, patch_size=side, num_experts=3, border=border)
     before = {k: v.clone() for k, v in layer.experts.state_dict().items() if "running" in k}
     check_against_naive(layer, size, make_routing([[0], [1], [1], [1]], grid, 3))
     for name, old in before.items():
@@ -248,11 +238,10 @@ def test_no_value_and_one_value_per_channel_in_training(
         assert not torch.equal(new[1], old[1])
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("padded", [False, True])
-def test_two_values_per_channel_are_enough(padded: bool, dispatch: str) -> None:
+def test_two_values_per_channel_are_enough(padded: bool) -> None:
     side, size = (2, (2, 1, 1)) if padded else (1, (2, 1, 1))
-    layer = make_layer(3, 4, patch_size=side, num_experts=2, border="zero", dispatch=dispatch)
+    layer = make_layer(3, 4, patch_size=side, num_experts=2, border="zero")
     before = layer.experts.norm1.running_mean.clone()
     check_against_naive(layer, size, make_routing([[1], [1]], Grid(2, 1, 1), 2))
     assert not torch.equal(layer.experts.norm1.running_mean[1], before[1])
@@ -261,13 +250,12 @@ def test_two_values_per_channel_are_enough(padded: bool, dispatch: str) -> None:
 # Gradients
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
 def test_gradients_exist_and_are_zero_for_the_idle_alone(
-    border: str, size: tuple[int, int, int], dispatch: str
+    border: str, size: tuple[int, int, int]
 ) -> None:
-    layer = make_layer(3, 4, patch_size=3, num_experts=4, border=border, dispatch=dispatch)
+    layer = make_layer(3, 4, patch_size=3, num_experts=4, border=border)
     x = torch.randn(size[0], 3, *size[1:], dtype=torch.float64)
     output = layer.forward_given_routing(x, make_routing(TABLE, Grid(2, 2, 3), 4, DROPPED))
     (output * torch.randn_like(output)).sum().backward()
@@ -281,11 +269,10 @@ def test_gradients_exist_and_are_zero_for_the_idle_alone(
         assert (largest[[0, 1, 3]] > 1e-8).all(), f"{name}: the others have some"
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_each_stacked_parameter_is_sliced_once(size: tuple[int, int, int], dispatch: str) -> None:
+def test_each_stacked_parameter_is_sliced_once(size: tuple[int, int, int]) -> None:
     """A slice per expert by indexing would make E gradients of the full size; unbind makes one."""
-    layer = make_layer(3, 4, patch_size=3, num_experts=4, dispatch=dispatch)
+    layer = make_layer(3, 4, patch_size=3, num_experts=4)
     output = layer.forward_given_routing(
         torch.randn(size[0], 3, *size[1:], dtype=torch.float64),
         make_routing(TABLE, Grid(2, 2, 3), 4, DROPPED),
@@ -431,7 +418,7 @@ def counted_transfers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @pytest.mark.parametrize("height", [8, 7])
 @pytest.mark.parametrize(("dispatch", "transfers"), [("sorted", ["tolist"]), ("static", [])])
 def test_transfers_to_the_host_in_a_forward_pass(
-    dispatch: str,
+    ,
     transfers: list[str],
     height: int,
     border: str,
@@ -441,7 +428,7 @@ def test_transfers_to_the_host_in_a_forward_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One for the experts' counts under "sorted", none under "static"."""
-    layer = PCELayer(3, 4, patch_size=4, border=border, top_k=top_k, gate_input=gate_input, dispatch=dispatch).train(
+    layer = PCELayer(3, 4, patch_size=4, border=border, top_k=top_k, gate_input=gate_input).train(
         training
     )
     x = torch.randn(2, 3, height, 8)

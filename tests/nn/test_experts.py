@@ -251,10 +251,9 @@ def by_patch(maps: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
 @pytest.mark.parametrize("training", [True, False])
-def test_zero_border_is_the_module_on_each_experts_patches(training: bool, dispatch: str, norm: str) -> None:
-    layer, routing = routed_layer(CHOICE, GRID, border="zero", dispatch=dispatch, norm=norm)
+def test_zero_border_is_the_module_on_each_experts_patches(training: bool, norm: str) -> None:
+    layer, routing = routed_layer(CHOICE, GRID, border="zero", norm=norm)
     layer.train(training)
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     patches, _ = layer.extractor.split(x)
@@ -274,9 +273,8 @@ def test_zero_border_is_the_module_on_each_experts_patches(training: bool, dispa
 
 
 @pytest.mark.parametrize("size", [(6, 6), (5, 4)])
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
-def test_halo_is_the_first_module_on_the_map_and_the_second_on_the_patch(dispatch: str, size: tuple[int, int]) -> None:
-    layer, routing = routed_layer(CHOICE, GRID, border="halo", dispatch=dispatch)
+def test_halo_is_the_first_module_on_the_map_and_the_second_on_the_patch(size: tuple[int, int]) -> None:
+    layer, routing = routed_layer(CHOICE, GRID, border="halo")
     layer.eval()
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     # Padded to whole patches and a ring around them, so that the first convolution has real neighbours everywhere.
@@ -291,9 +289,8 @@ def test_halo_is_the_first_module_on_the_map_and_the_second_on_the_patch(dispatc
 
 
 @pytest.mark.parametrize("size", [(6, 6), (5, 4)])
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
-def test_exchange_is_both_modules_on_the_map(dispatch: str, size: tuple[int, int]) -> None:
-    layer, routing = routed_layer(CHOICE, GRID, border="exchange", dispatch=dispatch)
+def test_exchange_is_both_modules_on_the_map(size: tuple[int, int]) -> None:
+    layer, routing = routed_layer(CHOICE, GRID, border="exchange")
     layer.eval()
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     blocks = [layer.experts.to_sequential(e) for e in range(3)]

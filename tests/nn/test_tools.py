@@ -188,9 +188,8 @@ def test_update_bn_against_moments_worked_out_from_the_map() -> None:
         same(layer.experts.norm1.running_var[expert], own.var(1))
 
 
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
-def test_an_expert_without_patches_counts_no_batch(dispatch: str) -> None:
-    layer = PCELayer(3, 4, patch_size=4, num_experts=2, balancing="none", capacity_factor=None, dispatch=dispatch)
+def test_an_expert_without_patches_counts_no_batch() -> None:
+    layer = PCELayer(3, 4, patch_size=4, num_experts=2, balancing="none", capacity_factor=None)
     layer = layer.double()
     with torch.no_grad():
         layer.router.logits.weight.zero_()
