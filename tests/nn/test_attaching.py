@@ -22,7 +22,7 @@ class Mixed(nn.Module):
 
     def __init__(self = "sorted", gate: str = "prob", top_k: int = 1) -> None:
         super().__init__()
-        shared = {"dispatch": dispatch, "gate": gate, "top_k": top_k, "num_experts": 3}
+        shared = {"gate": gate, "top_k": top_k, "num_experts": 3}
         self.first = PCELayer(3, 4, patch_size=2, capacity_factor=0.8, **shared)
         self.second = PCELayer(4, 4, patch_size=4, shortcut=False, **shared)
         self.lead = PCEConv2d(4, 4, patch_size=2, num_experts=2, gate=gate)
@@ -79,8 +79,8 @@ def recorded(model: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("forward", [plainly, checkpointed, reentrant, recorded])
 def test_gradients_are_those_of_the_sum(forward: Forward) -> None:
-    expected = added(network(dispatch=dispatch), images())
-    model = network(dispatch=dispatch)
+    expected = added(network(), images())
+    model = network()
     attached = attach_aux_losses(model, BALANCE, Z)
     assert attached.layers == ("first", "second", "lead")
     forward(model, images()).square().mean().backward()
@@ -227,8 +227,8 @@ def test_loss_scaling() -> None:
 @pytest.mark.slow
 def test_compiled_afterwards() -> None:
     torch.compiler.reset()
-    expected = added(network(dispatch="static"), images())
-    model = network(dispatch="static")
+    expected = added(network(), images())
+    model = network()
     attach_aux_losses(model, BALANCE, Z)
     torch.compile(model, backend="aot_eager")(images()).square().mean().backward()
     assert_equal(gradients(model), expected)
@@ -241,11 +241,11 @@ def test_a_compiled_network_is_refused() -> None:
 
 
 def test_gradients_of_gradients() -> None:
-    """Static dispatch has them; the penalty on the input's gradient leaves the auxiliary part as it is."""
+    """The penalty on the input's gradient leaves the auxiliary part as it is."""
     x = images().requires_grad_()
     found = []
     for attach in (False, True):
-        model = network(dispatch="static").eval()
+        model = network().eval()
         for module in model.modules():  # training mode of the routers alone: batch statistics would enter as well
             if hasattr(module, "expert_bias"):
                 module.train()

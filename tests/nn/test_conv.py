@@ -29,8 +29,7 @@ def make_routing(choice: Tensor, grid: Grid, num_experts: int, dropped: tuple[in
     kept[list(dropped)] = False
     weight = torch.linspace(0.4, 1.3, choice.numel(), dtype=torch.float64).view_as(choice).requires_grad_()
     logits = torch.zeros(len(choice), num_experts, dtype=torch.float64)
-    load = torch.bincount(choice.flatten(), minlength=num_experts)
-    return Routing(logits, logits.softmax(1), choice, weight, kept, load, None, grid)
+    return Routing(logits, logits.softmax(1), choice, weight, kept, None, grid)
 
 
 def naive(conv: PCEConv2d, x: Tensor, routing: Routing) -> Tensor:
@@ -286,7 +285,6 @@ def test_a_weight_that_a_hook_computes_is_seen() -> None:
         ({"padding": 0}, "padding=0 does not keep"),
         ({"patch_size": 0}, "patch_size=0 must be a whole number and at least 1"),
         ({"num_experts": 0}, "num_experts=0 must be"),
-        ({"dispatch": "fast"}, "dispatch='fast' is not one of 'sorted', 'static'"),
         ({"gate": "soft"}, "gate='soft' is not one of"),
     ],
 )

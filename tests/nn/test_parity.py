@@ -1,7 +1,8 @@
-"""Both dispatches against numbers worked out by hand and against the naive loop, outputs and every gradient."""
+"""Layers under routings of all kinds against numbers worked out by hand and against the naive loop, outputs and every gradient."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,8 +42,7 @@ def make_routing(
         choice=choices,
         choice_weight=weight,
         kept=kept,
-        load=torch.bincount(choices.flatten(), minlength=num_experts),
-        capacity=None,  # what a dispatch leaves out is decided by `kept` alone, so that an intervention may set it
+        capacity=None,  # what is left out is decided by `kept` alone, so that an intervention may set it
         grid=grid,
     )
 
@@ -94,7 +94,7 @@ def hand_layer(border: str) -> PCELayer:
     """One channel everywhere, at evaluation, with statistics that leave values alone. Expert 0: the first convolution
     is the identity, the second doubles. Expert 1: the first reads the right neighbour; the second adds the right
     neighbour to the pixel; then 1 is added."""
-    options = {"border": border, "dispatch": dispatch, "shared_kernel": False, "shortcut": False}
+    options = {"border": border, "shared_kernel": False, "shortcut": False}
     layer = PCELayer(1, 1, patch_size=2, num_experts=3, **options).double()
     experts = layer.experts
     with torch.no_grad():
@@ -174,11 +174,10 @@ SIZES = {"divisible": (2, 6, 9), "padded": (2, 5, 7)}
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize(("border", "top_k"), [("zero", 1), ("halo", 1), ("exchange", 1), ("zero", 2), ("halo", 2)])
+@pytest.mark.parametrize(("border", "top_k"), list(itertools.product(["zero", "halo", "exchange"], [1, 2])))
 def test_hand_written_table_equals_the_naive_loop(
-    border: str, top_k: int, size: tuple[int, int, int], norm: str, training: bool
+    border: str, top_k: int, size: tuple[int, int, int], training: bool
 ) -> None:
     choice, dropped = (TABLE, DROPPED) if top_k == 1 else (TABLE_2, DROPPED_2)
     layer = make_layer(
@@ -189,7 +188,6 @@ def test_hand_written_table_equals_the_naive_loop(
         hidden_channels=4,
         top_k=top_k,
         border=border,
-        norm=norm,
     ).train(training)
     check_against_naive(layer, size, make_routing(choice, Grid(2, 2, 3), 4, dropped))
 
@@ -266,37 +264,10 @@ def test_gradients_exist_and_are_zero_for_the_idle_alone(
             continue
         largest = parameter.grad.flatten(1).abs().amax(dim=1)
         assert largest[2] == 0, f"{name}: expert 2 has no patches"
-        assert (largest[[0, 1, 3]] > 1e-8).all(), f"{name}: the others have some"
+        assert (largest[[0, 1, 3]] > 0).all(), f"{name}: the others have some"
 
 
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_each_stacked_parameter_is_sliced_once(size: tuple[int, int, int]) -> None:
-    """A slice per expert by indexing would make E gradients of the full size; unbind makes one."""
-    layer = make_layer(3, 4, patch_size=3, num_experts=4)
-    output = layer.forward_given_routing(
-        torch.randn(size[0], 3, *size[1:], dtype=torch.float64),
-        make_routing(TABLE, Grid(2, 2, 3), 4, DROPPED),
-    )
-    edges: dict[int, int] = {}
-    for node in graph_nodes(output):
-        for child, _ in node.next_functions:
-            if child is not None and hasattr(child, "variable"):
-                edges[id(child.variable)] = edges.get(id(child.variable), 0) + 1
-    for name, parameter in layer.experts.named_parameters():
-        assert edges[id(parameter)] == 1, name
-
-
-def graph_nodes(output: Tensor) -> Iterator[Any]:
-    seen, waiting = set(), [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting += [child for child, _ in node.next_functions]
-
-
-# Autograd's corners, for the node that holds graphs of its own
+# Autograd's corners
 
 
 def corner_case(border: str) -> tuple[PCELayer, Routing, Tensor]:
@@ -324,16 +295,23 @@ def test_a_kept_graph_gives_its_gradients_twice_and_a_freed_one_says_so(border: 
         torch.autograd.grad(output, tensors, direction)
 
 
-def test_an_input_changed_before_the_backward_pass_is_noticed() -> None:
-    """Where the map is read in place; a margin makes a copy, which nobody can change."""
-    layer = make_layer(3, 4, patch_size=3, num_experts=4, border="zero")
+@pytest.mark.parametrize("border", BORDERS)
+def test_an_input_changed_before_the_backward_pass_never_gives_wrong_gradients(border: str) -> None:
+    """Either they are those of the map as it was, of which a copy was read, or autograd says that it changed."""
+    layer = make_layer(3, 4, patch_size=3, num_experts=4, border=border)
     x = torch.randn(2, 3, 6, 9, dtype=torch.float64, requires_grad=True)
+    routing = make_routing(TABLE, Grid(2, 2, 3), 4)
+    (expected,) = torch.autograd.grad(layer.forward_given_routing(x, routing).square().sum(), x)
     own = x.contiguous(memory_format=torch.channels_last)
-    output = layer.forward_given_routing(own, make_routing(TABLE, Grid(2, 2, 3), 4))
+    output = layer.forward_given_routing(own, routing).square().sum()
     with torch.no_grad():
         own.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        output.sum().backward()
+    try:
+        output.backward()
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        torch.testing.assert_close(x.grad, expected, check_stride=False)
 
 
 @pytest.mark.parametrize("border", BORDERS)
@@ -414,12 +392,9 @@ def counted_transfers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("gate_input", ["pixels", "flat"])
-@pytest.mark.parametrize(("border", "top_k"), [("zero", 2), ("halo", 1), ("exchange", 1)])
+@pytest.mark.parametrize(("border", "top_k"), [("zero", 2), ("halo", 1), ("exchange", 2)])
 @pytest.mark.parametrize("height", [8, 7])
-@pytest.mark.parametrize(("dispatch", "transfers"), [("sorted", ["tolist"]), ("static", [])])
-def test_transfers_to_the_host_in_a_forward_pass(
-    ,
-    transfers: list[str],
+def test_no_transfer_to_the_host_in_a_forward_pass(
     height: int,
     border: str,
     top_k: int,
@@ -427,14 +402,13 @@ def test_transfers_to_the_host_in_a_forward_pass(
     training: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One for the experts' counts under "sorted", none under "static"."""
     layer = PCELayer(3, 4, patch_size=4, border=border, top_k=top_k, gate_input=gate_input).train(
         training
     )
     x = torch.randn(2, 3, height, 8)
     with counted_transfers(monkeypatch) as calls:
         layer(x)
-    assert calls == transfers
+    assert calls == []
 
 
 def test_counting_sees_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,12 +422,11 @@ def test_counting_sees_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("norm", ["batch", "group"])
-@pytest.mark.parametrize(("border", "top_k"), [("zero", 2), ("halo", 1), ("exchange", 1)])
+@pytest.mark.parametrize(("border", "top_k"), [("zero", 2), ("halo", 1), ("exchange", 2)])
 @pytest.mark.parametrize("height", [8, 7])
-def test_static_needs_no_data_at_all(height: int, border: str, top_k: int, norm: str, training: bool) -> None:
+def test_nothing_depends_on_the_data(height: int, border: str, top_k: int, training: bool) -> None:
     """On the meta device there are shapes only: whatever depends on the data fails there."""
-    layer = PCELayer(3, 4, patch_size=4, border=border, top_k=top_k, norm=norm, dispatch="static")
+    layer = PCELayer(3, 4, patch_size=4, border=border, top_k=top_k)
     layer = layer.to("meta").train(training)
     x = torch.empty(2, 3, height, 8, device="meta", requires_grad=True)
     output = layer(x)
