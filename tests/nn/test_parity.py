@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcenet.nn import Grid, PCELayer, Routing
 
+
 def make_layer(
     in_channels: int, out_channels: int, *, patch_size: int, num_experts: int, seed: int = 0, **options: Any
 ) -> PCELayer:
@@ -250,9 +251,7 @@ def test_two_values_per_channel_are_enough(padded: bool) -> None:
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
-def test_gradients_exist_and_are_zero_for_the_idle_alone(
-    border: str, size: tuple[int, int, int]
-) -> None:
+def test_gradients_exist_and_are_zero_for_the_idle_alone(border: str, size: tuple[int, int, int]) -> None:
     layer = make_layer(3, 4, patch_size=3, num_experts=4, border=border)
     x = torch.randn(size[0], 3, *size[1:], dtype=torch.float64)
     output = layer.forward_given_routing(x, make_routing(TABLE, Grid(2, 2, 3), 4, DROPPED))
@@ -402,9 +401,7 @@ def test_no_transfer_to_the_host_in_a_forward_pass(
     training: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    layer = PCELayer(3, 4, patch_size=4, border=border, top_k=top_k, gate_input=gate_input).train(
-        training
-    )
+    layer = PCELayer(3, 4, patch_size=4, border=border, top_k=top_k, gate_input=gate_input).train(training)
     x = torch.randn(2, 3, height, 8)
     with counted_transfers(monkeypatch) as calls:
         layer(x)

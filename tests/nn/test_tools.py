@@ -37,7 +37,7 @@ from pcenet.nn import (
     routers_of,
     synchronise,
 )
-from pcenet.nn.experts import SharedConv2d, StackedConv2d, StackedBatchNorm, double_conv
+from pcenet.nn.experts import SharedConv2d, StackedBatchNorm, StackedConv2d, double_conv
 from pcenet.upcycling import upcycle
 
 WIDTHS = {"widths": (8, 12, 16), "num_classes": 3}
@@ -73,7 +73,9 @@ NETWORKS = pytest.mark.parametrize("kind", SUBJECTS)
 WITH_EXPERTS = pytest.mark.parametrize(
     "kind", [k for k in SUBJECTS if k.startswith("PCE") or k in ("upcycled", "pce_nano")]
 )
-WITH_STATISTICS = pytest.mark.parametrize("kind", [k for k in SUBJECTS if k != "PCELayer, dropout" and "Conv2d" not in k])
+WITH_STATISTICS = pytest.mark.parametrize(
+    "kind", [k for k in SUBJECTS if k != "PCELayer, dropout" and "Conv2d" not in k]
+)
 
 
 def make(kind: str) -> nn.Module:
