@@ -20,7 +20,8 @@ def synchronise(model: nn.Module, batch_norm: bool = False) -> nn.Module:
         model: the network, changed in place.
         batch_norm: take the statistics of batch normalisation over all processes too, weighted by the values that each
             has: those of the experts, in one exchange for all of a layer's experts; and those of ordinary layers, by
-            `torch.nn.SyncBatchNorm`, which needs GPUs. (`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does the same, but for the routers.)
+            `torch.nn.SyncBatchNorm`, which needs GPUs. (`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does the same,
+            but for the routers.)
 
     Returns:
         The network; another module where it is itself an ordinary batch normalisation.
