@@ -6,7 +6,7 @@ It imports nothing heavy, because the command line needs it before a command run
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 Augment = Literal["auto", "crop", "resized_crop", "randaugment", "none"]
@@ -15,6 +15,26 @@ Task = Literal["classify", "segment"]
 GreyRange = list[int]  # of grey images of more than 8 bits: the two values that are black and white
 NOTHING_IGNORED = "none"
 IgnoreIndex = int | str | None  # the mask value that does not count beside 255; NOTHING_IGNORED: all count, 255 too
+
+
+# Options of layers that there were once, in saved networks, runs and records, and the value of each that is left; None:
+# all values meant the same.
+REMOVED = {"dispatch": None, "priority": "gate", "norm": "batch"}
+
+
+def without_removed(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Options that were saved, without those that there were once.
+
+    Raises:
+        ValueError: for one whose value no layer has any more; ``where`` is what the options are called.
+    """
+    for name, left in REMOVED.items():
+        if left is not None and name in options and options[name] != left:
+            raise ValueError(
+                f"{where}: {name}={options[name]!r} was removed, {left!r} is all that is left; load it with the "
+                "version that saved it"
+            )
+    return {name: value for name, value in options.items() if name not in REMOVED}
 
 
 def did_you_mean(word: str, options: Iterable[str], similarity: float = 0.0) -> str:

@@ -3,11 +3,11 @@ design. Slow, and meant to be obviously right. Of the package it uses nothing bu
 
 The readings adopted where the design leaves room:
 
-- Under ``zero`` and ``halo`` an expert's second convolution reads the activations of its own patch, those in padded
-  cells included: f_e is applied to the patch as padded with zeros. Under ``exchange`` what lies outside the real map
-  is zero, as is what a dropped patch would have had.
-- ``priority="order"`` drops by the number of the patch, whichever of its choices it is. Under ``priority="gate"`` the
-  gate value is p, and of equal ones the later patch is dropped.
+- Beyond the map everything reads zero, under every border: an expert's second convolution sees no activations in padded
+  cells. Where a dropped patch would have had activations there are zeros.
+- With several experts per patch the j-th choices have a map of activations of their own: under ``exchange`` a pixel's
+  neighbours are those that their patches' j-th experts made.
+- The gate value by which patches are dropped is p, and of equal ones the later patch is dropped.
 - Padded cells keep their position features: a ``flat`` router sees them, a ``pixels`` router averages real pixels.
 """
 
@@ -193,17 +193,14 @@ def softmax(logits: Tensor) -> Tensor:
     return exponentials / exponentials.sum(dim=1, keepdim=True)
 
 
-def keep(
-    choice: list[list[int]], gate: list[list[float]], num_experts: int, capacity: int | None, priority: str
-) -> list[list[bool]]:
+def keep(choice: list[list[int]], gate: list[list[float]], num_experts: int, capacity: int | None) -> list[list[bool]]:
     """Which choices are served."""
     kept = [[True] * len(row) for row in choice]
     if capacity is None:
         return kept
     for e in range(num_experts):
         waiting = [(i, j) for i, row in enumerate(choice) for j, chosen in enumerate(row) if chosen == e]
-        if priority == "gate":
-            waiting.sort(key=lambda pair: (-gate[pair[0]][pair[1]], pair[0]))
+        waiting.sort(key=lambda pair: (-gate[pair[0]][pair[1]], pair[0]))
         for i, j in waiting[capacity:]:
             kept[i][j] = False
     return kept
@@ -248,21 +245,6 @@ def batch_normalise(
     return [normalise(patch) for patch in patches]
 
 
-def group_normalise(patches: list[Tensor], where: list[Place], norm: nn.Module, e: int) -> list[Tensor]:
-    """Group normalisation, gcd(C, 8) groups, each patch by itself, over its real cells."""
-    done = []
-    for patch, p in zip(patches, where, strict=True):
-        channels = patch.shape[0]
-        size = channels // math.gcd(channels, 8)
-        parts = []
-        for group in patch.split(size):
-            real = group[:, : p.real_height, : p.real_width]
-            mean, var = real.mean(), real.var(correction=0)
-            parts.append((group - mean) / torch.sqrt(var + EPS))
-        done.append(torch.cat(parts) * norm.weight[e][:, None, None] + norm.bias[e][:, None, None])
-    return done
-
-
 def normalise_all(
     patches: dict[tuple[int, int], Tensor],
     where: list[Place],
@@ -278,10 +260,7 @@ def normalise_all(
         if not pairs:
             continue
         own, own_places = [patches[pair] for pair in pairs], [where[i] for i, _ in pairs]
-        if norm.kind == "batch":
-            outputs = batch_normalise(own, own_places, norm, e, running, name)
-        else:
-            outputs = group_normalise(own, own_places, norm, e)
+        outputs = batch_normalise(own, own_places, norm, e, running, name)
         done |= dict(zip(pairs, outputs, strict=True))
     return done
 
@@ -313,17 +292,18 @@ def run_experts(
             hidden[i, j] = F.conv2d(window(x, where[i], side, margin=1)[None], w1)[0]
     hidden = normalise_all(hidden, where, choice, experts.norm1, running, "norm1")
     hidden = {pair: gelu(h) for pair, h in hidden.items()}
-
-    if border == "exchange":
-        nothing = x.new_zeros(experts.conv1.weight.shape[1], side, side)
-        hidden_map = assemble([hidden.get((i, 0), nothing) for i in range(len(where))], where, size, side)
+    nothing = x.new_zeros(experts.conv1.weight.shape[1], side, side)
+    hidden_maps = [
+        assemble([hidden.get((i, j), nothing) for i in range(len(where))], where, size, side)
+        for j in range(len(choice[0]))
+    ]
     out = {}
     for i, j in pairs:
         w2 = experts.conv2.weight[choice[i][j]]
         if border == "exchange":
-            out[i, j] = F.conv2d(window(hidden_map, where[i], side, margin=1)[None], w2)[0]
+            out[i, j] = F.conv2d(window(hidden_maps[j], where[i], side, margin=1)[None], w2)[0]
         else:
-            out[i, j] = F.conv2d(hidden[i, j][None], w2, padding=1)[0]
+            out[i, j] = F.conv2d(window(hidden_maps[j], where[i], side)[None], w2, padding=1)[0]
     out = normalise_all(out, where, choice, experts.norm2, running, "norm2")
 
     combined = []
@@ -349,7 +329,7 @@ def run_layer(layer: nn.Module, x: Tensor) -> Reference:
     gate = [[probs[i, e] for e in row] for i, row in enumerate(choice)]
     factor = router.capacity_factor if layer.training else router.eval_capacity_factor
     capacity = None if factor is None else math.ceil(factor * num_patches * router.top_k / num_experts)
-    kept = keep(choice, [[float(p.detach()) for p in row] for row in gate], num_experts, capacity, router.priority)
+    kept = keep(choice, [[float(p.detach()) for p in row] for row in gate], num_experts, capacity)
     weight = [gate_values(row, router.gate) for row in gate]
     output, running = run_experts(layer.experts, x, choice, weight, kept, side=router.patch_size, border=layer.border)
     if isinstance(layer.shortcut, nn.Conv2d):

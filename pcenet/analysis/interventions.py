@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcenet.nn import Router, Routing, expert_load, routers_of
+from pcenet.nn import Router, Routing, routers_of
 from pcenet.nn.experts import check_stored
 from pcenet.nn.patches import Grid, merge_patches, split_map
 
@@ -41,8 +41,7 @@ def redirect(model: nn.Module, choose: Redirect) -> Iterator[None]:
         for name, router in routers_of(model):
 
             def change(_module: nn.Module, _args: Any, routing: Routing, name: str = name) -> Routing:
-                choice = choose(name, routing)
-                return replace(routing, choice=choice, load=expert_load(choice, routing.num_experts))
+                return replace(routing, choice=choose(name, routing))
 
             stack.callback(router.register_forward_hook(change).remove)
         yield

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 import pcenet
+from pcenet.ops import backend
 from pcenet.training.device import instruction_set, processor_name, resolve_precision
-
-BACKEND = "python"  # TO FILL IN AT THE MERGE: remove this line, and call pcenet.ops.backend() in `machine`
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -22,7 +21,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "processor": processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "kind": kind_of(device),
-        "backend": BACKEND,
+        "backend": backend(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

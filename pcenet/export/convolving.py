@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcenet.export.routing import Choice
-from pcenet.nn.experts import StackedGroupNorm
-from pcenet.nn.kernels import winograd_matrices
 
 TILES = (4, 2, 1)
+# The points of Winograd's algorithm for tiles of 2 and 4. The usual ones of 4, with 1 and 2 instead of 2/3 and 3/2,
+# double the rounding errors.
+_POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)}
 # Winograd's kernels are two to four times as large: for fewer tiles than this, reading them takes the time.
 FEW_TILES = 8
 
@@ -128,22 +129,16 @@ class Tiles:
             for rank in ranks
         ]
 
-    def reads_of_neighbours(self, reads: Tensor) -> Tensor:
-        """The rows of another convolution's output that are where ``reads`` reads of the map; only for k = 1."""
+    def reads_of_output(self, reads: Tensor) -> Tensor:
+        """The rows of another convolution's output that are where ``reads`` reads of the map, each tile of its own
+        choice's; the row of zeros for what lies beyond the map."""
         (height, width), m = self.size, self.margin
-        (places,) = self.places()
         below, right = self.padded[0] - 2 * m - height, self.padded[1] - 2 * m - width
-        padded = F.pad(places[:, :height, :width], (m, m + right, m, m + below))
-        return F.embedding(reads, padded.view(-1, 1)).squeeze(2)
-
-    def reads_of_own(self) -> Tensor:
-        """The rows of another convolution's output that tiles read of their own patch; else the row of zeros."""
-        tile = self.tile
-        row, column = (cell - self.margin for cell in self._cells())
-        cell = row % tile * tile + column % tile
-        place = 1 + cell * (self.total + 1) + row // tile * self.per_axis + column // tile
-        start = torch.arange(self.choice.order.shape[0], device=self.device) * self.per_patch
-        return self._joined(torch.where(self._inside(), self._listed(place, start), 0))
+        maps = [F.pad(places[:, :height, :width], (m, m + right, m, m + below)) for places in self.places()]
+        if len(maps) > 1:
+            first = (self.choice.order % len(maps) * maps[0].numel())[:, None].expand(-1, self.per_patch).flatten()
+            reads = reads + (first[:, None] if self.tile == 1 else first)
+        return F.embedding(reads, torch.stack(maps).view(-1, 1)).squeeze(2)
 
     def owners(self) -> Tensor:
         """``[1 + M]``: the expert of each tile, before them E for the tile of zeros."""
@@ -174,13 +169,12 @@ class TileConv(nn.Module):
         weight: ``[E, D, C, 3, 3]``, or 1x1.
         bias: ``[E, D]``.
         tile: T.
-        norm: a group normalisation that follows; a batch normalisation is part of weight and bias.
 
     Attributes:
         opaque: whether this is one operator, ``pcenet::convolve_tiles``, to an exporter that knows how to write it.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, tile: int, norm: StackedGroupNorm | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, tile: int) -> None:
         super().__init__()
         self.tile, self.opaque = tile, False
         self.transforms = nn.ParameterList()
@@ -194,7 +188,6 @@ class TileConv(nn.Module):
             self.bias = _fixed_list([F.pad(bias, (0, 0, 0, 1))])
             self.weight = _fixed_list(transformed.to(weight.dtype))
             self.transforms = _fixed_list(matrix.to(weight) for matrix in (read, write))
-        self.norm = None if norm is None else FixedGroupNorm(norm)
 
     def forward(self, rows: Tensor, reads: Tensor, tiles: Tiles) -> Tensor:
         """Convolve tiles.
@@ -209,8 +202,7 @@ class TileConv(nn.Module):
         """
         run = convolve_tiles_opaque if self.opaque else convolve_tiles
         owners = tiles.owners() if self.transforms else None
-        out = run(rows, reads, tiles.counts, owners, list(self.weight), list(self.bias), list(self.transforms))
-        return out if self.norm is None else self.norm(out, tiles)
+        return run(rows, reads, tiles.counts, owners, list(self.weight), list(self.bias), list(self.transforms))
 
 
 def convolve_tiles(
@@ -273,38 +265,26 @@ def _(
     return rows.new_empty(cells * (tiles + 1), weights[0].shape[-1])
 
 
-class FixedGroupNorm(nn.Module):
-    """Group normalisation patch by patch, over the cells that lie on the map, with the experts' parameters."""
+def winograd_matrices(side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """B ``[S + 2, S + 2]``, G ``[S + 2, 3]`` and A ``[S, S + 2]`` of F(S, 3), float64.
 
-    def __init__(self, norm: StackedGroupNorm) -> None:
-        super().__init__()
-        self.groups, self.eps = norm.num_groups, norm.eps
-        self.weight = nn.Parameter(norm.weight.detach().clone(), requires_grad=False)
-        self.bias = nn.Parameter(norm.bias.detach().clone(), requires_grad=False)
+    By Toom and Cook: polynomials of lengths S and 3 are multiplied by their values at S + 2 points, of which one is
+    infinity, and a correlation is the transpose of such a product.
 
-    def forward(self, out: Tensor, tiles: Tiles) -> Tensor:
-        """`convolve_tiles`'s output, normalised."""
-        cells, channels = tiles.tile**2, out.shape[1]
-        out = out.view(cells, -1, channels)
-        grouped = out[:, 1:].reshape(cells, -1, tiles.per_patch, self.groups, channels // self.groups)
-        real = self._real(tiles)
-        count = real.sum((0, 2, 3, 4), keepdim=True) * grouped.shape[4]
-        centred = grouped - (grouped * real).sum((0, 2, 4), keepdim=True) / count
-        variance = (centred.square() * real).sum((0, 2, 4), keepdim=True) / count
-        normalised = (centred * torch.rsqrt(variance + self.eps)).flatten(3)
-        owner = tiles.choice.owner
-        weight, bias = (each.index_select(0, owner)[:, None] for each in (self.weight, self.bias))
-        return torch.cat((out[:, :1], (normalised * weight + bias).flatten(1, 2)), dim=1).flatten(0, 1)
+    >>> read, kernel, write = winograd_matrices(2)
+    >>> x, w = torch.tensor([1.0, 2, 3, 4]).double(), torch.tensor([1.0, 10, 100]).double()
+    >>> write @ ((kernel @ w) * (read @ x))
+    tensor([321., 432.], dtype=torch.float64)
+    """
+    points = torch.tensor(_POINTS[side], dtype=torch.float64)
 
-    def _real(self, tiles: Tiles) -> Tensor:
-        """``[T**2, R, q**2, 1, 1]``, 1 for cells on the map, else 0."""
-        grid, q, tile = tiles.choice.grid, tiles.per_axis, tiles.tile
-        cell = tiles.axes(tile, tile, grid.rows, grid.columns, q, q)
-        row = (cell[2] * q + cell[4]) * tile + cell[0]
-        column = (cell[3] * q + cell[5]) * tile + cell[1]
-        real = ((row < tiles.size[0]) & (column < tiles.size[1])).flatten(4).flatten(2, 3).flatten(0, 1)
-        own = real.index_select(1, tiles.choice.patch % (grid.rows * grid.columns))
-        return own[..., None, None].to(self.bias.dtype)
+    def values(length: int) -> Tensor:
+        at_points = points[:, None] ** torch.arange(length)
+        at_infinity = torch.zeros(1, length, dtype=torch.float64)
+        at_infinity[0, -1] = 1
+        return torch.cat((at_points, at_infinity))
+
+    return torch.linalg.inv(values(side + 2)).T, values(3), values(side).T
 
 
 def _fixed_list(parts: Iterable[Tensor]) -> nn.ParameterList:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pcenet.export.convolving import TileConv, Tiles, tile_of
 from pcenet.export.routing import Choice, FixedRouter
 from pcenet.nn import PCEConv2d, PCELayer
-from pcenet.nn.experts import StackedBatchNorm, StackedGroupNorm, check_stored
+from pcenet.nn.experts import StackedBatchNorm, check_stored
 
 
 class FixedLayer(nn.Module):
@@ -44,8 +44,9 @@ class FixedLayer(nn.Module):
         tiles = Tiles(choice, (x.shape[2], x.shape[3]), self.patch_size, self.tile, 3)
         reads = tiles.reads(own=self.border == "zero")
         hidden = F.gelu(self.conv1(tiles.rows_of_map(pixels), reads, tiles))
-        reads = tiles.reads_of_neighbours(reads) if self.border == "exchange" else tiles.reads_of_own()
-        out = tiles.to_map(self.conv2(hidden, reads, tiles))
+        if self.border == "halo":
+            reads = tiles.reads(own=True)
+        out = tiles.to_map(self.conv2(hidden, tiles.reads_of_output(reads), tiles))
         if self.residual:
             out = pixels + out
         out = out.permute(0, 3, 1, 2)
@@ -99,13 +100,11 @@ class _Handed:
     choice: Choice | None = None
 
 
-def _folded(weight: Tensor, norm: StackedBatchNorm | StackedGroupNorm, tile: int) -> TileConv:
+def _folded(weight: Tensor, norm: StackedBatchNorm, tile: int) -> TileConv:
     """Convolutions ``[E, D, C, 3, 3]`` with the normalisation that follows, by its running statistics."""
     weight = weight.detach()
     check_stored(norm, "weight")
     check_stored(norm, "bias")
-    if isinstance(norm, StackedGroupNorm):
-        return TileConv(weight, weight.new_zeros(weight.shape[:2]), tile, norm)
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("batch normalisations without running statistics have no evaluation form: renew them first")
     scale = (norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()).detach()

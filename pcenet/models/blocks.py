@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from pcenet.models.stages import Stage
 from pcenet.nn import PCELayer
-from pcenet.nn.checks import check_at_least, is_number
-from pcenet.nn.experts import Norm, StackedBatchNorm, StackedGroupNorm, double_conv
+from pcenet.nn.checks import check_at_least, is_number, is_plain
+from pcenet.nn.experts import StackedBatchNorm, double_conv
 
 # What a network sets itself for each of its layers; everything else of PCELayer is an option of the network. So is the
 # width inside an expert, which stages share as a ratio.
-_SET_BY_NETWORK = {"in_channels", "out_channels", "patch_size", "hidden_channels", "dropout", "norm", "shortcut"}
+_SET_BY_NETWORK = {"in_channels", "out_channels", "patch_size", "hidden_channels", "dropout", "shortcut"}
 LAYER_DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(PCELayer).parameters.items()
@@ -48,6 +48,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to the same shape."""
+        idle = is_plain(self.drop_path, nn.Identity) or (is_plain(self.drop_path, DropPath) and not self.training)
+        if idle and is_plain(self.body, PCELayer):  # which adds x in its last pass over the map
+            out: Tensor = self.body(x, residual=x)
+            return out
         return x + self.drop_path(self.body(x))
 
 
@@ -112,21 +116,20 @@ def make_downsampling(before: Stage, stage: Stage) -> list[nn.Module]:
 
 
 def make_blocks(
-    stage: Stage, drop_path_rates: Sequence[Any], dropout: float, norm: Norm, options: dict[str, Any]
+    stage: Stage, drop_path_rates: Sequence[Any], dropout: float, options: dict[str, Any]
 ) -> list[nn.Module]:
     """The residual blocks of a stage, one per rate of stochastic depth; ``options`` are those of its PCE layers."""
     layer_options = {name: value for name, value in options.items() if name != "expert_width"}
 
     def body() -> nn.Module:
         if stage.patch_size is None:
-            return double_conv(stage.width, stage.width, dropout=dropout, norm=norm)
+            return double_conv(stage.width, stage.width, dropout=dropout)
         return PCELayer(
             stage.width,
             stage.width,
             patch_size=stage.patch_size,
             hidden_channels=max(1, round(options["expert_width"] * stage.width)),
             dropout=dropout,
-            norm=norm,
             shortcut=False,
             **layer_options,
         )
@@ -139,6 +142,6 @@ def stacked_norm_names(model: nn.Module) -> set[str]:
     return {
         f"{module_name}.{name}"
         for module_name, module in model.named_modules()
-        if isinstance(module, StackedBatchNorm | StackedGroupNorm)
+        if isinstance(module, StackedBatchNorm)
         for name, _ in module.named_parameters()
     }

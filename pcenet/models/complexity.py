@@ -123,6 +123,6 @@ def _router_multiply_adds(router: Router, x: Tensor, routing: Routing) -> int:
         content = batch * x.shape[1] * x.shape[2] * x.shape[3] * hidden
         position = (rows + columns) * side * 4 * bands * hidden
     else:
-        content = routing.grid.patches * side**2 * x.shape[1] * hidden
-        position = rows * columns * side**2 * 8 * bands * hidden
+        content = routing.grid.patches * side**2 * router.hidden.in_channels * hidden
+        position = 0  # part of it
     return content + position + routing.logits.numel() * hidden

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from pcenet.choices import GreyRange, Task, check_grey_range
+from pcenet.choices import GreyRange, Task, check_grey_range, without_removed
 from pcenet.models.card import model_card
 from pcenet.models.limits import (
     LARGEST_COUNT,
@@ -185,7 +185,7 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
     Args:
         folder: holds ``model.safetensors`` and ``config.json``; or, where there is no such path, the name of weights
             that come with the package, such as ``"cifar10/pce_nano"``, see `bundled`.
-        overrides: arguments of the network that replace the saved ones, such as ``dispatch="static"``.
+        overrides: arguments of the network that replace the saved ones, such as ``border="zero"``.
 
     Raises:
         ValueError: if a file is missing or broken, or the weights do not fit the configuration; names both.
@@ -235,9 +235,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.stat().st_size > LARGEST_TEXT:
         raise ValueError(f"it has more than {LARGEST_TEXT} bytes")
     config = read_json(path.read_bytes())
-    arguments = config["model_args"]
-    if not isinstance(config["architecture"], str) or not isinstance(arguments, dict):
+    if not isinstance(config["architecture"], str) or not isinstance(config["model_args"], dict):
         raise ValueError("architecture must be a text and model_args a mapping")
+    arguments = config["model_args"] = without_removed(config["model_args"], "model_args")
     if refused := sorted(_NOT_IN_A_FILE & arguments.keys()):
         raise ValueError(f"model_args: {', '.join(refused)} cannot be chosen by a file; leave it out")
     check_values(arguments, "model_args", LARGEST_COUNT)

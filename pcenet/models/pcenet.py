@@ -22,7 +22,6 @@ from pcenet.models.hub import SavableModel
 from pcenet.models.pretrained import class_names_of, record_of, weights_of
 from pcenet.models.stages import dense, make_stages
 from pcenet.nn import PCEConv2d, PCELayer
-from pcenet.nn.experts import Norm
 
 # A PCE layer's control flow depends on shapes and counts: symbolic tracing takes it as one node.
 register_notrace_module(PCELayer)
@@ -43,7 +42,6 @@ class PCENet(SavableModel):
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         dropout: inside the blocks, between their convolutions.
-        norm: normalisation inside the blocks, ``"batch"`` or ``"group"``.
         device, dtype: of the parameters.
         layer_options: further arguments of every `PCELayer`: ``num_experts``, ``top_k``, ``border``, ``gate`` ...
             And ``expert_width``, channels inside an expert by those of its stage, 1 by default; ``top_k=2`` with 0.5
@@ -69,7 +67,6 @@ class PCENet(SavableModel):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         dropout: float = 0.0,
-        norm: Norm = "batch",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **layer_options: Any,
@@ -87,7 +84,6 @@ class PCENet(SavableModel):
             "drop_rate": drop_rate,
             "drop_path_rate": drop_path_rate,
             "dropout": dropout,
-            "norm": norm,
             **options,
         }
         self.num_classes = num_classes
@@ -102,7 +98,7 @@ class PCENet(SavableModel):
             self.stages.append(
                 nn.Sequential(
                     *make_downsampling(before, stage),
-                    *make_blocks(stage, rates[: stage.depth], dropout, norm, options),
+                    *make_blocks(stage, rates[: stage.depth], dropout, options),
                 )
             )
             self.feature_info.append({"num_chs": stage.width, "reduction": stage.stride, "module": f"stages.{index}"})

@@ -106,8 +106,9 @@ class TimmNet(SavableModel):
         self.pretrained_cfg = {**cfg, "architecture": name}
         self.model_args = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate, **timm_options}
         if upcycling is not None:
-            rebuild(self.network, Upcycling.from_dict(upcycling))
-            self.model_args["upcycling"] = dict(upcycling)
+            record = Upcycling.from_dict(upcycling)
+            rebuild(self.network, record)
+            self.model_args["upcycling"] = record.to_dict()
 
     def upcycle(self, **options: Any) -> Upcycling:
         """Turn convolutions into PCE convolutions, see `pcenet.upcycle`; whatever is frozen, the classifier trains.

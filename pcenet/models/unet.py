@@ -22,7 +22,6 @@ from pcenet.models.blocks import make_blocks, make_downsampling, make_stem, reso
 from pcenet.models.hub import SavableModel
 from pcenet.models.pretrained import class_names_of, record_of, weights_of
 from pcenet.models.stages import dense, make_stages
-from pcenet.nn.experts import Norm
 
 INPUT_SIZE = (3, 192, 256)
 
@@ -60,7 +59,6 @@ class PCEUNet(SavableModel):
         drop_rate: dropout of whole channels before the classifier.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         dropout: inside the blocks, between their convolutions.
-        norm: normalisation inside the blocks, ``"batch"`` or ``"group"``.
         layer_options: further arguments of every `PCELayer`: ``num_experts``, ``top_k``, ``border``, ``gate`` ...
             And ``expert_width``, channels inside an expert by those of its stage, 1 by default; ``top_k=2`` with 0.5
             costs as much as ``top_k=1``.
@@ -84,7 +82,6 @@ class PCEUNet(SavableModel):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         dropout: float = 0.0,
-        norm: Norm = "batch",
         **layer_options: Any,
     ) -> None:
         super().__init__()
@@ -99,7 +96,6 @@ class PCEUNet(SavableModel):
             "drop_rate": drop_rate,
             "drop_path_rate": drop_path_rate,
             "dropout": dropout,
-            "norm": norm,
             **options,
         }
         self.num_classes = num_classes
@@ -108,7 +104,7 @@ class PCEUNet(SavableModel):
         self.stem = make_stem(in_chans, stages[0])
         self.stages = nn.ModuleList()
         for before, stage in zip([stages[0], *stages], stages, strict=False):
-            blocks_of = partial(make_blocks, dropout=dropout, norm=norm, options=options)
+            blocks_of = partial(make_blocks, dropout=dropout, options=options)
             self.stages.append(
                 nn.Sequential(
                     *make_downsampling(before, stage), *blocks_of(stage, [next(rates) for _ in range(stage.depth)])

@@ -1,4 +1,4 @@
-"""The idea itself: patches, routing, experts, dispatch, losses, and the layer made of them. Imports torch alone."""
+"""The idea itself: patches, routing, experts, losses, and the layer made of them. Imports torch alone."""
 
 from pcenet.nn.attaching import AttachedLosses, attach_aux_losses
 from pcenet.nn.conv import PCEConv2d

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from pcenet.nn.checks import check_at_least, check_choice, is_number
-from pcenet.nn.dispatch import Dispatch, run_convolution
-from pcenet.nn.experts import SharedConv2d, StackedConv2d
-from pcenet.nn.patches import check_map
+from pcenet.nn.checks import check_at_least, is_number
+from pcenet.nn.experts import SharedConv2d, StackedConv2d, run_choices
+from pcenet.nn.patches import check_grid, check_map
 from pcenet.nn.routing import Router, Routing
+from pcenet.ops import patch_conv2d_affine
 
 KERNEL_SIZES = (1, 3)
 # Where a layer's router differs from `Router`: the layer starts as the convolution that it replaces.
@@ -48,7 +48,6 @@ class PCEConv2d(nn.Module):
         num_experts: E.
         router: the layer to follow; None: this layer has a router of its own.
         shared_kernel: kernels are differences from one that they share, see `SharedConv2d`.
-        dispatch: ``"sorted"`` or ``"static"``, see `PCELayer`.
         router_options: those of `Router` (``gate``, ``gate_input``, ``balancing``, ``top_k`` ...). Unlike there, the
             gate is ``"straight_through"`` by default, and ``capacity_factor`` is None: there is no shortcut that could
             carry a patch that is dropped, which gets zeros.
@@ -83,7 +82,6 @@ class PCEConv2d(nn.Module):
         num_experts: int = 4,
         router: PCEConv2d | None = None,
         shared_kernel: bool = True,
-        dispatch: Dispatch = "sorted",
         **router_options: Any,
     ) -> None:
         super().__init__()
@@ -91,14 +89,12 @@ class PCEConv2d(nn.Module):
             raise ValueError(f"{reason}; take nn.Conv2d for such a convolution")
         check_at_least(1, in_channels=in_channels, out_channels=out_channels, patch_size=patch_size)
         check_at_least(1, num_experts=num_experts)
-        check_choice("dispatch", dispatch, get_args(Dispatch))
         size = kernel_size if isinstance(kernel_size, int) else kernel_size[0]
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = (size, size)
         self.patch_size = patch_size
         self.num_experts = num_experts
-        self.dispatch: Dispatch = dispatch
         conv = SharedConv2d if shared_kernel else StackedConv2d
         self.kernels = conv(num_experts, in_channels, out_channels, size)
         self.bias = nn.Parameter(torch.empty(num_experts, out_channels)) if bias else None
@@ -162,9 +158,15 @@ class PCEConv2d(nn.Module):
         Raises:
             ValueError: for a routing of another map's grid.
         """
-        return run_convolution(
-            x, routing, self.kernels(), self.bias, patch_size=self.patch_size, dispatch=self.dispatch
-        )
+        check_grid(x, self.patch_size, routing.grid)
+        weight = self.kernels()
+
+        def run(x: Tensor, expert: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
+            return patch_conv2d_affine(
+                x, weight, expert, self.patch_size, True, None, self.bias, gate=gate, residual=residual
+            )
+
+        return run_choices(run, x, routing)
 
     def reset_parameters(self) -> None:
         """New weights, and a new router where it is this layer's own."""
@@ -234,10 +236,10 @@ class PCEConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of the module's settings."""
-        role = "follows another layer's router, " if self.router is None else ""
+        role = ", follows another layer's router" if self.router is None else ""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, bias={self.bias is not None}, "
-            f"patch_size={self.patch_size}, num_experts={self.num_experts}, {role}dispatch={self.dispatch!r}"
+            f"patch_size={self.patch_size}, num_experts={self.num_experts}{role}"
         )
 
 

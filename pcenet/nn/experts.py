@@ -1,61 +1,64 @@
 """E double-convolution blocks with their weights stacked on a leading axis.
 
 Stacking gives every parameter a gradient in every step, zeros for an idle expert, so that distributed training never
-waits for one. Axes: E experts, T slots (patches in the order in which experts take them), C channels, S patch side.
+waits for one. Axes: E experts, B images, C channels, H x W the map, N patches, k experts per patch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcenet.nn.checks import check_at_least, check_choice, is_number
+from pcenet.nn.checks import check_at_least, check_follows, is_number, is_plain
 from pcenet.nn.processes import sum_over_processes
-from pcenet.nn.transforms import check_follows
+from pcenet.nn.routing import Routing
+from pcenet.ops import Normed, expert_norm, patch_affine, patch_conv2d, patch_conv2d_affine
 
-Norm = Literal["batch", "group"]
-
-
+Border = Literal["zero", "halo", "exchange"]
 NORM_EPS = 1e-5
 NORM_MOMENTUM = 0.1
 
 
-def group_count(channels: int) -> int:
-    """Groups of ``norm="group"``: ``gcd(channels, 8)``."""
-    return math.gcd(channels, 8)
-
-
 def double_conv(
-    in_channels: int,
-    out_channels: int,
-    *,
-    hidden_channels: int | None = None,
-    dropout: float = 0.0,
-    norm: Norm = "batch",
+    in_channels: int, out_channels: int, *, hidden_channels: int | None = None, dropout: float = 0.0
 ) -> nn.Sequential:
-    """One expert as ordinary modules, and the dense twin of a whole layer: ``Conv3x3 -> Norm -> GELU -> Dropout ->
-    Conv3x3 -> Norm`` with padding 1. The arguments are those of `ConvExperts`, and so are the errors."""
-    check_choice("norm", norm, get_args(Norm))
+    """One expert as ordinary modules, and the dense twin of a whole layer: ``Conv3x3 -> BatchNorm -> GELU -> Dropout ->
+    Conv3x3 -> BatchNorm`` with padding 1. The arguments are those of `ConvExperts`."""
     hidden_channels = out_channels if hidden_channels is None else hidden_channels
-
-    def normalisation(channels: int) -> nn.Module:
-        if norm == "batch":
-            return nn.BatchNorm2d(channels, NORM_EPS, NORM_MOMENTUM)
-        return nn.GroupNorm(group_count(channels), channels, NORM_EPS)
-
     return nn.Sequential(
         nn.Conv2d(in_channels, hidden_channels, 3, padding=1, bias=False),
-        normalisation(hidden_channels),
+        nn.BatchNorm2d(hidden_channels, NORM_EPS, NORM_MOMENTUM),
         nn.GELU(),
         nn.Dropout(dropout),
         nn.Conv2d(hidden_channels, out_channels, 3, padding=1, bias=False),
-        normalisation(out_channels),
+        nn.BatchNorm2d(out_channels, NORM_EPS, NORM_MOMENTUM),
     )
+
+
+def run_choices(
+    run: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    routing: Routing,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """What experts make of a map under a routing, summed over each patch's k choices.
+
+    Args:
+        run: ``run(x [k*B, C, H, W], expert [k*N], gate [k*N], residual) -> [k*B, D, H, W]``: each choice has a map of
+            its own.
+        x: ``[B, C, H, W]``.
+        routing: who goes where.
+        residual: ``[B, D, H, W]``, added; None: 0.
+    """
+    expert, gate = routing.by_choice
+    if routing.top_k == 1:
+        return run(x, expert, gate, residual)
+    out = run(x.repeat(routing.top_k, 1, 1, 1), expert, gate, None).unflatten(0, (routing.top_k, -1)).sum(0)
+    return out if residual is None else residual + out
 
 
 class _StackedConv(nn.Module):
@@ -146,69 +149,8 @@ def check_stored(module: nn.Module, name: str) -> None:
         )
 
 
-class StackedNorm:
-    """What both normalisations of experts, `StackedBatchNorm` and `StackedGroupNorm`, have in common.
-
-    They are called with patches of one expert, which then brings its slices of the parameters, or of all at once.
-
-    Attributes:
-        weight: ``[E, C]``.
-        bias: ``[E, C]``.
-        eps: added to variances.
-        kind: the name of the option that makes it.
-    """
-
-    weight: nn.Parameter
-    bias: nn.Parameter
-    eps: float
-    kind: ClassVar[Norm]
-
-    def forward(
-        self, x: Tensor, expert: Tensor | int, real: Tensor | None, own: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """Normalise patches.
-
-        Args:
-            x: ``[T, C, S, S]``.
-            expert: ``[T]`` int64, the expert of each; or one expert, whose patches these are.
-            real: ``[T, 1, S, S]`` bool, False for cells that are padding, which enter no statistics; None, for one
-                expert, where every cell is real.
-            own: for one expert its slices ``[C]`` of weight and bias, which autograd then sees instead of the whole.
-        """
-        if not isinstance(expert, int):
-            assert real is not None
-            return self._normalise_slots(x, expert, real, self.weight, self.bias, slice(None))
-        weight, bias = (self.weight[expert], self.bias[expert]) if own is None else own
-        if real is None:
-            return self._normalise_whole(x, expert, weight, bias)
-        first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return self._normalise_slots(x, first, real, weight[None], bias[None], slice(expert, expert + 1))
-
-    def _normalise_whole(self, x: Tensor, expert: int, weight: Tensor, bias: Tensor) -> Tensor:
-        """One expert's patches without padding."""
-        raise NotImplementedError  # each kind of normalisation has its own
-
-    def _normalise_slots(
-        self, x: Tensor, expert: Tensor, real: Tensor, weight: Tensor, bias: Tensor, experts: slice
-    ) -> Tensor:
-        """Patches of some of the experts, of which ``weight`` and ``bias`` are the parameters and by whose places among
-        them ``expert`` counts, without a shape that depends on the routing."""
-        # Sums and counts over many cells: a network that is itself in bfloat16 would stop counting at 256.
-        dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-        normalised = self._standardised(x.to(dtype), real.to(dtype), expert, weight, experts)
-        return (normalised * _per_slot(weight, expert) + _per_slot(bias, expert)).to(x.dtype)
-
-    def _standardised(self, values: Tensor, mask: Tensor, expert: Tensor, weight: Tensor, experts: slice) -> Tensor:
-        """To mean 0 and variance 1; ``mask`` is 1 for the cells that are real, else 0."""
-        raise NotImplementedError  # likewise
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of the module's settings."""
-        return f"num_experts={len(self.weight)}, channels={self.weight.shape[1]}, eps={self.eps}"
-
-
-class StackedBatchNorm(StackedNorm, nn.BatchNorm2d):  # type: ignore[misc] # torch's forward knows no experts
-    """E batch normalisations with parameters and statistics ``[E, C]``.
+class StackedBatchNorm(nn.BatchNorm2d):
+    """E batch normalisations with parameters and statistics ``[E, C]``, and what follows them: activation, gate, sum.
 
     To whatever freezes, resets, renews or averages batch normalisations it is one: ``training``,
     ``track_running_stats``, ``momentum`` (None, the cumulative mean, too) and ``eps`` mean what they mean in
@@ -221,10 +163,8 @@ class StackedBatchNorm(StackedNorm, nn.BatchNorm2d):  # type: ignore[misc] # tor
             see `pcenet.nn.synchronise`.
     """
 
-    kind = "batch"
-
     def __init__(self, num_experts: int, channels: int) -> None:
-        nn.BatchNorm2d.__init__(self, channels, NORM_EPS, NORM_MOMENTUM)
+        super().__init__(channels, NORM_EPS, NORM_MOMENTUM)
         self.synchronised = False
         self.weight = nn.Parameter(torch.ones(num_experts, channels))
         self.bias = nn.Parameter(torch.zeros(num_experts, channels))
@@ -233,68 +173,79 @@ class StackedBatchNorm(StackedNorm, nn.BatchNorm2d):  # type: ignore[misc] # tor
         self.num_batches_tracked = torch.zeros(num_experts, dtype=torch.int64)
 
     @property
-    def _uses_batch(self) -> bool:
+    def uses_batch(self) -> bool:
+        """Whether it normalises by the statistics of the batch."""
         return self.training or self.running_mean is None
 
-    @property
-    def _follows_batch(self) -> bool:
-        return self.training and self.track_running_stats and self.running_mean is not None
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift ``[E, C]`` of a normalisation by running statistics."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        mean, variance = (statistic.to(dtype) for statistic in self._running())
+        scale = torch.rsqrt(variance + self.eps) * self.weight
+        return scale, torch.addcmul(self.bias.to(dtype), mean, scale, value=-1)
 
-    def _running(self, experts: slice | int, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Running mean and variance of some of the experts, of which ``weight`` is the parameter."""
+    def forward(  # type: ignore[override] # torch's knows no experts
+        self,
+        x: Tensor,
+        expert: Tensor,
+        patch_size: int,
+        *,
+        gelu: bool = False,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Normalise a map ``[B, C, H, W]``, each patch by its expert's parameters and statistics.
+
+        Args:
+            x: the map.
+            expert: ``[N]`` int64, whose each patch is, -1 for nobody's.
+            patch_size: S.
+            gelu: whether an activation follows, as in `pcenet.ops.patch_affine`; so are the next two.
+            gate: ``[N]``.
+            residual: ``[B, C, H, W]``.
+        """
+        then: dict[str, Any] = {"gelu": gelu, "gate": gate, "residual": residual}
+        if not self.uses_batch:
+            return patch_affine(x, *self.scale_and_shift(), expert, patch_size, **then)
+        mean, variance = self._running()
+        normed = expert_norm(
+            x,
+            self.weight,
+            self.bias,
+            expert,
+            patch_size,
+            running_mean=mean,
+            running_var=variance,
+            eps=self.eps,
+            total=sum_over_processes if self.synchronised else None,
+            **then,
+        )
+        if self.training and self.track_running_stats and self.running_mean is not None:
+            self._follow(normed)
+        return normed.out
+
+    def _running(self) -> tuple[Tensor, Tensor]:
         if self.running_mean is None or self.running_var is None:
-            return torch.zeros_like(weight), torch.ones_like(weight)
-        return self.running_mean[experts], self.running_var[experts]
-
-    def _normalise_whole(self, x: Tensor, expert: int, weight: Tensor, bias: Tensor) -> Tensor:
-        of_batch = self._uses_batch and x.numel() // x.shape[1] >= 2
-        if of_batch and not self._follows_batch:
-            return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
-        mean, variance = self._running(expert, weight)
-        factor = 0.0 if self.momentum is None else self.momentum
-        if of_batch and self.num_batches_tracked is not None:
-            count = self.num_batches_tracked[expert].add_(1)
-            if self.momentum is None:
-                factor = 1 / int(count)
-        return F.batch_norm(x, mean, variance, weight, bias, training=of_batch, momentum=factor, eps=self.eps)
-
-    def _standardised(self, values: Tensor, mask: Tensor, expert: Tensor, weight: Tensor, experts: slice) -> Tensor:
-        mean, variance = self._running(experts, weight)
-        if self._uses_batch:
-            count, batch_mean, batch_variance = _batch_moments(values, mask, expert, len(weight), self.synchronised)
-            enough = count >= 2
-            if self._follows_batch:
-                self._follow(mean, variance, experts, count, batch_mean, batch_variance)
-            mean = torch.where(enough, batch_mean, mean)
-            variance = torch.where(enough, batch_variance, variance)
-        scale = torch.rsqrt(variance + self.eps)
-        return (values - _per_slot(mean, expert)) * _per_slot(scale, expert)
+            return torch.zeros_like(self.weight), torch.ones_like(self.weight)
+        return self.running_mean, self.running_var
 
     @torch.no_grad()
-    def _follow(
-        self,
-        running_mean: Tensor,
-        running_var: Tensor,
-        experts: slice,
-        count: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-    ) -> None:
+    def _follow(self, normed: Normed) -> None:
         """Move running statistics towards those of a batch, where it has 2 values of an expert or more."""
-        check_follows(
-            running_mean,
-            mean,
-            "running statistics",
-            "call eval() on the batch normalisations, or torch.func.replace_all_batch_norm_modules_ on the network",
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        way_out = (
+            "call eval() on the batch normalisations, or torch.func.replace_all_batch_norm_modules_ on the network"
         )
-        enough = count >= 2
+        check_follows(self.running_mean, normed.mean, "running statistics", way_out)
+        enough, count = (normed.count >= 2)[:, None], normed.count[:, None]
         factor: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.num_batches_tracked is not None:
-            batches = self.num_batches_tracked[experts].add_(enough[:, 0])
+            batches = self.num_batches_tracked.add_(enough[:, 0])
             if self.momentum is None:
-                factor = batches.clamp(min=1).to(running_mean.dtype).reciprocal()[:, None]
-        unbiased = variance * count / (count - 1).clamp(min=1)
-        for running, batch in ((running_mean, mean), (running_var, unbiased)):
+                factor = batches.clamp(min=1).to(self.running_mean.dtype).reciprocal()[:, None]
+        unbiased = normed.variance * (count / (count - 1).clamp(min=1))
+        for running, batch in ((self.running_mean, normed.mean), (self.running_var, unbiased)):
             running.copy_(torch.where(enough, running.lerp(batch.to(running.dtype), factor), running))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any) -> None:
@@ -305,74 +256,14 @@ class StackedBatchNorm(StackedNorm, nn.BatchNorm2d):  # type: ignore[misc] # tor
             state_dict[counted] = torch.zeros_like(self.num_batches_tracked, device=mean.device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
-
-class StackedGroupNorm(StackedNorm, nn.GroupNorm):  # type: ignore[misc] # torch's forward knows no experts
-    """E group normalisations with parameters ``[E, C]``; each patch is normalised by itself."""
-
-    kind = "group"
-
-    def __init__(self, num_experts: int, channels: int) -> None:
-        nn.GroupNorm.__init__(self, group_count(channels), channels, NORM_EPS)
-        self.weight = nn.Parameter(torch.ones(num_experts, channels))
-        self.bias = nn.Parameter(torch.zeros(num_experts, channels))
-
-    def _normalise_whole(self, x: Tensor, expert: int, weight: Tensor, bias: Tensor) -> Tensor:
-        # not F.group_norm, which refuses an expert's single value per group
-        return torch.group_norm(x, self.num_groups, weight.to(x.dtype), bias.to(x.dtype), self.eps)
-
-    def _standardised(self, values: Tensor, mask: Tensor, expert: Tensor, weight: Tensor, experts: slice) -> Tensor:
-        grouped: Tensor = values.unflatten(1, (self.num_groups, -1))
-        cells = mask.unsqueeze(1)
-        count = (cells.sum((2, 3, 4), keepdim=True) * grouped.shape[2]).clamp(min=1)
-        centred = grouped - (grouped * cells).sum((2, 3, 4), keepdim=True) / count
-        variance = (centred.square() * cells).sum((2, 3, 4), keepdim=True) / count
-        return (centred * torch.rsqrt(variance + self.eps)).flatten(1, 2)
-
-
-def make_norm(kind: Norm, num_experts: int, channels: int) -> StackedBatchNorm | StackedGroupNorm:
-    """The normalisations of E experts."""
-    return (StackedBatchNorm if kind == "batch" else StackedGroupNorm)(num_experts, channels)
-
-
-def takes_turns(experts: ConvExperts) -> bool:
-    """Whether experts may run one by one: not where somebody looks at their dropout or has exchanged it, which then
-    makes a mask and sees no activations."""
-    drop = experts.drop
-    plain = type(drop) is nn.Dropout and not drop._forward_hooks and not drop._forward_pre_hooks
-    return plain and _takes_turns(experts.norm1) and _takes_turns(experts.norm2)
-
-
-def _takes_turns(norm: nn.Module) -> bool:
-    """Whether a normalisation may be called expert by expert, with slices of parameters that are read before: not one
-    that needs all slots at once, whose parameters are computed (pruning, hooks) or that another module wraps."""
-    stacked = isinstance(norm, StackedBatchNorm | StackedGroupNorm)
-    return stacked and {"weight", "bias"} <= norm._parameters.keys() and not getattr(norm, "synchronised", False)
-
-
-def _batch_moments(
-    values: Tensor, mask: Tensor, expert: Tensor, num_experts: int, synchronised: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and variance ``[E, C]`` of the cells that ``mask`` marks, of all processes where ``synchronised``."""
-
-    def expert_sum(per_slot: Tensor) -> Tensor:
-        total = per_slot.new_zeros(num_experts, per_slot.shape[1]).index_add(0, expert, per_slot)
-        return sum_over_processes(total) if synchronised else total
-
-    count = expert_sum(mask.sum((2, 3)))
-    mean = expert_sum((values * mask).sum((2, 3))) / count.clamp(min=1)
-    centred = (values - _per_slot(mean, expert)) * mask
-    return count, mean, expert_sum(centred.square().sum((2, 3))) / count.clamp(min=1)
-
-
-def _per_slot(per_expert: Tensor, expert: Tensor) -> Tensor:
-    """``[E, C]`` to ``[T, C, 1, 1]``."""
-    return per_expert.index_select(0, expert)[:, :, None, None]
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of the module's settings."""
+        return f"num_experts={len(self.weight)}, channels={self.weight.shape[1]}, eps={self.eps}"
 
 
 class ConvExperts(nn.Module):
-    """E experts ``Conv3x3 -> Norm -> GELU -> Dropout -> Conv3x3 -> Norm``, no skip inside, no bias (design, section 1).
-
-    The module holds the weights; ``pcenet.nn.dispatch`` runs each expert on its patches.
+    """E experts ``Conv3x3 -> BatchNorm -> GELU -> Dropout -> Conv3x3 -> BatchNorm``, no skip inside, no bias (design,
+    section 1).
 
     Args:
         in_channels: channels of a patch.
@@ -380,7 +271,6 @@ class ConvExperts(nn.Module):
         num_experts: E.
         hidden_channels: channels between the convolutions; None: ``out_channels``.
         dropout: probability of dropping an activation between GELU and the second convolution.
-        norm: ``"batch"`` (own statistics per expert) or ``"group"`` (``gcd(channels, 8)`` groups, per patch).
         shared_kernel: each convolution is the sum of a kernel that all experts share and the expert's own difference
             from it, see `SharedConv2d`; False: the experts have nothing in common.
 
@@ -396,7 +286,6 @@ class ConvExperts(nn.Module):
         *,
         hidden_channels: int | None = None,
         dropout: float = 0.0,
-        norm: Norm = "batch",
         shared_kernel: bool = False,
     ) -> None:
         super().__init__()
@@ -410,28 +299,58 @@ class ConvExperts(nn.Module):
         )
         if not is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout!r} must be a number in [0, 1)")
-        check_choice("norm", norm, get_args(Norm))
         self.num_experts = num_experts
         conv = SharedConv2d if shared_kernel else StackedConv2d
         self.conv1 = conv(num_experts, in_channels, hidden_channels)
-        self.norm1 = make_norm(norm, num_experts, hidden_channels)
+        self.norm1 = StackedBatchNorm(num_experts, hidden_channels)
         self.drop = nn.Dropout(dropout)
         self.conv2 = conv(num_experts, hidden_channels, out_channels)
-        self.norm2 = make_norm(norm, num_experts, out_channels)
+        self.norm2 = StackedBatchNorm(num_experts, out_channels)
+
+    def forward(
+        self,
+        x: Tensor,
+        expert: Tensor,
+        patch_size: int,
+        border: Border,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Each patch of a map through its expert: ``residual + gate * f_e(x)``.
+
+        Args:
+            x: ``[B, C, H, W]``.
+            expert: ``[N]`` int64, whose each patch is, -1 for nobody's, which gets zeros.
+            patch_size: S.
+            border: what a convolution sees beyond its patch's edge (design, section 2).
+            gate: ``[N]``; None: 1.
+            residual: ``[B, C_out, H, W]``; None: 0.
+
+        Returns:
+            ``[B, C_out, H, W]``, channels-last in memory.
+        """
+        places, kernels = (expert, patch_size), (self.conv1(), self.conv2())
+        first, second = border != "zero", border == "exchange"
+        if self._is_affine():  # no statistics, nobody who looks: half the passes over the map
+            hidden = patch_conv2d_affine(x, kernels[0], *places, first, *self.norm1.scale_and_shift(), gelu=True)
+            return patch_conv2d_affine(
+                hidden, kernels[1], *places, second, *self.norm2.scale_and_shift(), gate=gate, residual=residual
+            )
+        hidden = self.drop(self.norm1(patch_conv2d(x, kernels[0], *places, first), *places, gelu=True))
+        out: Tensor = self.norm2(
+            patch_conv2d(hidden, kernels[1], *places, second), *places, gate=gate, residual=residual
+        )
+        return out
+
+    def _is_affine(self) -> bool:
+        """Whether all that follows the convolutions is a scale, a shift and GELU."""
+        norms = all(is_plain(norm, StackedBatchNorm) and not norm.uses_batch for norm in (self.norm1, self.norm2))
+        return norms and is_plain(self.drop, nn.Dropout) and not (self.drop.training and self.drop.p)
 
     @property
     def dropout(self) -> float:
         """Probability of dropping an activation."""
         return self.drop.p
-
-    def activate(self, x: Tensor) -> Tensor:
-        """What lies between the first normalisation and the second convolution: GELU and dropout."""
-        dropped: Tensor = self.drop(F.gelu(x))
-        return dropped
-
-    def keep_mask(self, x: Tensor) -> Tensor | None:
-        """The factors that dropout multiplies activations like x by, 0 or ``1 / (1 - p)``; None where it does not."""
-        return self.drop(torch.ones_like(x)) if self.drop.training and self.drop.p else None
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As torch's, by which tools exchange parts, see ``_fitting``."""
@@ -447,7 +366,7 @@ class ConvExperts(nn.Module):
         stays, and its statistics are synchronised.
         """
         old = self.__dict__.get("_modules", {}).get(name)
-        if old is None or any(isinstance(part, _StackedConv | StackedNorm) for part in new.modules()):
+        if old is None or any(isinstance(part, _StackedConv | StackedBatchNorm) for part in new.modules()):
             return new
         if isinstance(old, StackedBatchNorm) and isinstance(new, nn.SyncBatchNorm):
             if new.process_group is not None and new.process_group is not torch.distributed.group.WORLD:
@@ -457,7 +376,7 @@ class ConvExperts(nn.Module):
                 )
             old.synchronised = True
             return old
-        if isinstance(old, _StackedConv | StackedNorm):
+        if isinstance(old, _StackedConv | StackedBatchNorm):
             raise ValueError(
                 f"{name} is a {type(old).__name__} of {self.num_experts} experts, and no {type(new).__name__} can take "
                 "its place: put one of its kind there, or a module that wraps it; to freeze it, call eval() and "
@@ -470,9 +389,7 @@ class ConvExperts(nn.Module):
         self._check_expert(expert)
         first, second = self.conv1(), self.conv2()
         _, hidden_channels, in_channels, _, _ = first.shape
-        block = double_conv(
-            in_channels, second.shape[1], hidden_channels=hidden_channels, dropout=self.dropout, norm=self.norm1.kind
-        )
+        block = double_conv(in_channels, second.shape[1], hidden_channels=hidden_channels, dropout=self.dropout)
         block.to(first.device, first.dtype).train(self.training)
         for place, norm in ((1, self.norm1), (5, self.norm2)):
             for setting in ("eps", "momentum"):

@@ -4,11 +4,14 @@ High Frequency Functions in Low Dimensional Domains"). Pure functions."""
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from pcenet.nn.constants import constant
+from pcenet.ops.functional import transforming
 
 
 def centre_coordinates(n: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
@@ -34,24 +37,27 @@ def fourier_features(coordinates: Tensor, num_bands: int) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
-@constant
-def axis_features(
-    cells: int,
+def position_lines(
+    height: int,
+    width: int,
     patch_size: int,
     num_bands: int,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Features of both kinds of position along one axis of a map of ``cells`` patches.
+    """Position features of the pixels of a map of height x width, cut into patches: those of a pixel are the sum of a
+    line for its row and one for its column.
 
     Returns:
-        Two tensors of shape ``[cells * patch_size, 2K]``, one row per pixel of the axis: the features of its patch's
-        absolute position in the image, and those of its own relative position inside the patch.
+        ``[height, 8K]`` and ``[width, 8K]``, shared by all who ask: nobody may write to them. The channels are, 2K
+        each: absolute row, absolute column, relative row, relative column; a line has zeros for the other axis.
     """
-    absolute = fourier_features(centre_coordinates(cells, dtype=dtype, device=device), num_bands)
-    relative = fourier_features(centre_coordinates(patch_size, dtype=dtype, device=device), num_bands)
-    return absolute.repeat_interleave(patch_size, dim=0), relative.repeat(cells, 1)
+    arguments = (height, width, patch_size, num_bands, dtype, device)
+    # What a tracer or a transform makes ends with it.
+    if torch.compiler.is_compiling() or transforming() or _get_current_dispatch_mode() is not None:
+        return _make_lines(*arguments)
+    return _kept_lines(*arguments)
 
 
 def position_map(
@@ -63,19 +69,33 @@ def position_map(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Position features of every pixel of a map of rows x columns patches.
+    """Position features of every pixel of a map of rows x columns patches, ``[1, 8K, rows * patch_size, columns *
+    patch_size]``; the channels are those of `position_lines`."""
+    size = (rows * patch_size, columns * patch_size)
+    own_row, own_column = position_lines(*size, patch_size, num_bands, dtype=dtype, device=device)
+    return (own_row[:, None] + own_column).permute(2, 0, 1)[None]
 
-    Returns:
-        ``[1, 8K, rows * patch_size, columns * patch_size]``; the channels are, 2K each: absolute row, absolute column,
-        relative row, relative column.
-    """
-    absolute_row, relative_row = axis_features(rows, patch_size, num_bands, dtype=dtype, device=device)
-    absolute_column, relative_column = axis_features(columns, patch_size, num_bands, dtype=dtype, device=device)
-    height, width = rows * patch_size, columns * patch_size
-    parts = (
-        absolute_row[:, None].expand(-1, width, -1),
-        absolute_column[None].expand(height, -1, -1),
-        relative_row[:, None].expand(-1, width, -1),
-        relative_column[None].expand(height, -1, -1),
-    )
-    return torch.cat(parts, dim=-1).permute(2, 0, 1).unsqueeze(0)
+
+def _make_lines(
+    height: int, width: int, patch_size: int, num_bands: int, dtype: torch.dtype, device: torch.device | None
+) -> tuple[Tensor, Tensor]:
+    relative = fourier_features(centre_coordinates(patch_size, dtype=dtype, device=device), num_bands)
+    nothing = relative.new_zeros(1, 2 * num_bands)
+    lines = []
+    for axis, size in enumerate((height, width)):
+        cells = -(-size // patch_size)
+        absolute = fourier_features(centre_coordinates(cells, dtype=dtype, device=device), num_bands)
+        parts = []
+        for own in (absolute.repeat_interleave(patch_size, dim=0)[:size], relative.repeat(cells, 1)[:size]):
+            other = nothing.expand(size, -1)
+            parts += [other, own] if axis else [own, other]
+        lines.append(torch.cat(parts, dim=1))
+    return lines[0], lines[1]
+
+
+@lru_cache(maxsize=64)
+def _kept_lines(*arguments: Any) -> tuple[Tensor, Tensor]:
+    # Made once: for a single image that takes longer than the router. A tensor that is born in inference mode could
+    # never take part in training.
+    with torch.inference_mode(False), torch.no_grad():
+        return _make_lines(*arguments)

@@ -1,4 +1,4 @@
-"""The PCE layer: extract -> route -> dispatch -> combine -> merge."""
+"""The PCE layer: extract -> route -> experts -> combine -> merge."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import get_args
 from torch import Tensor, nn
 
 from pcenet.nn.checks import check_at_least, check_choice
-from pcenet.nn.dispatch import Border, Dispatch, check_border, run_experts
-from pcenet.nn.experts import ConvExperts, Norm
-from pcenet.nn.patches import PatchExtractor, check_map
+from pcenet.nn.experts import Border, ConvExperts, run_choices
+from pcenet.nn.patches import PatchExtractor, check_grid, check_map
 from pcenet.nn.perceptron import GateInput
-from pcenet.nn.routing import Balancing, Gate, Priority, Router, Routing
+from pcenet.nn.routing import Balancing, Gate, Router, Routing
 
 
 class PCELayer(nn.Module):
@@ -29,9 +28,8 @@ class PCELayer(nn.Module):
         hidden_channels: channels inside an expert; None: ``out_channels``.
         top_k: k, experts per patch.
         capacity_factor: in training, an expert serves ``ceil(capacity_factor * N * k / E)`` patches at most, the others
-            are dropped and carried by the shortcut; None drops nothing.
+            are dropped, those of the lowest gate values, and carried by the shortcut; None drops nothing.
         eval_capacity_factor: the same at evaluation; None, the default, makes predictions independent of their batch.
-        priority: who is dropped first: ``"gate"`` the lowest gate value, ``"order"`` the last come.
         border: what a convolution sees beyond its patch's edge: ``"zero"`` zeros, ``"halo"`` the neighbours' pixels in
             the first convolution, ``"exchange"`` the neighbours in both.
         gate: ``"prob"`` scales an expert's output by its probability, ``"straight_through"`` by 1 (normalised over the
@@ -42,11 +40,12 @@ class PCELayer(nn.Module):
         balancing: what keeps the loads even beside the balance loss: ``"batch"``, a bias per expert, or ``"none"``; see
             `Router`.
         dropout: inside the experts.
-        norm: normalisation inside the experts, ``"batch"`` or ``"group"``.
         shared_kernel: experts are differences from kernels that they share, see `ConvExperts`.
         shortcut: add the input to the output, through a 1x1 convolution where the widths differ.
-        dispatch: ``"sorted"`` (true sparsity, the default) or ``"static"`` (no data-dependent shapes, for compiling and
-            exporting); equal in outputs and gradients.
+
+    Attributes:
+        extractor: makes the enriched patches that the router is a perceptron of. A router for ``"flat"`` has one of its
+            own; one for ``"pixels"`` computes the same without building them.
 
     Raises:
         ValueError: where an argument breaks its rule, naming it; for an input that is no ``[B, in_channels, H, W]``.
@@ -63,7 +62,6 @@ class PCELayer(nn.Module):
         top_k: int = 1,
         capacity_factor: float | None = 1.25,
         eval_capacity_factor: float | None = None,
-        priority: Priority = "gate",
         border: Border = "halo",
         gate: Gate = "prob",
         gate_input: GateInput = "pixels",
@@ -71,27 +69,21 @@ class PCELayer(nn.Module):
         router_hidden: int | None = None,
         balancing: Balancing = "batch",
         dropout: float = 0.0,
-        norm: Norm = "batch",
         shared_kernel: bool = True,
         shortcut: bool = True,
-        dispatch: Dispatch = "sorted",
     ) -> None:
         super().__init__()
         check_choice("border", border, get_args(Border))
-        check_choice("dispatch", dispatch, get_args(Dispatch))
-        check_border(border, top_k)
         if router_hidden is not None:
             check_at_least(1, router_hidden=router_hidden)
         self.in_channels = in_channels
         self.border: Border = border
-        self.dispatch: Dispatch = dispatch
         self.experts = ConvExperts(
             in_channels,
             out_channels,
             num_experts,
             hidden_channels=hidden_channels,
             dropout=dropout,
-            norm=norm,
             shared_kernel=shared_kernel,
         )
         self.extractor = PatchExtractor(patch_size, num_bands)
@@ -103,7 +95,6 @@ class PCELayer(nn.Module):
             top_k=top_k,
             capacity_factor=capacity_factor,
             eval_capacity_factor=eval_capacity_factor,
-            priority=priority,
             gate=gate,
             gate_input=gate_input,
             num_bands=num_bands,
@@ -117,32 +108,34 @@ class PCELayer(nn.Module):
         else:
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, in_channels, H, W]`` to ``[B, out_channels, H, W]``."""
-        return self.forward_with_routing(x)[0]
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``[B, in_channels, H, W]`` to ``[B, out_channels, H, W]``, to which ``residual`` of that shape is added."""
+        return self.forward_with_routing(x, residual)[0]
 
-    def forward_with_routing(self, x: Tensor) -> tuple[Tensor, Routing]:
+    def forward_with_routing(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Routing]:
         """The output and the `Routing` that led to it."""
         check_map(x, self.in_channels)
         routing = self.router(x)
-        return self.forward_given_routing(x, routing), routing
+        return self.forward_given_routing(x, routing, residual), routing
 
-    def forward_given_routing(self, x: Tensor, routing: Routing) -> Tensor:
+    def forward_given_routing(self, x: Tensor, routing: Routing, residual: Tensor | None = None) -> Tensor:
         """The output under a given routing, for interventions and for comparing implementations.
 
         Raises:
-            ValueError: for a routing of another map's grid; for one with ``top_k`` above 1 under ``"exchange"``.
+            ValueError: for a routing of another map's grid.
         """
-        out = run_experts(
-            x,
-            routing,
-            self.experts,
-            patch_size=self.extractor.patch_size,
-            border=self.border,
-            dispatch=self.dispatch,
-        )
-        return out if self.shortcut is None else self.shortcut(x) + out
+        patch_size = self.extractor.patch_size
+        check_grid(x, patch_size, routing.grid)
+        if self.shortcut is not None:
+            carried: Tensor = self.shortcut(x)
+            residual = carried if residual is None else residual + carried
+
+        def run(x: Tensor, expert: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
+            out: Tensor = self.experts(x, expert, patch_size, self.border, gate, residual)
+            return out
+
+        return run_choices(run, x, routing, residual)
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of the module\'s settings."""
-        return f"border={self.border!r}, dispatch={self.dispatch!r}"
+        return f"border={self.border!r}"

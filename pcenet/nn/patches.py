@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcenet.nn.checks import check_at_least
+from pcenet.nn.checks import check_at_least, check_not_traced
 from pcenet.nn.fourier import position_map
-from pcenet.nn.transforms import check_not_traced
 
 
 class Grid(NamedTuple):

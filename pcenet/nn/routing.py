@@ -15,13 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from pcenet.nn.balancing import balancing_bias
-from pcenet.nn.checks import check_at_least, check_choice, is_number, is_whole
+from pcenet.nn.checks import check_at_least, check_choice, check_follows, is_number, is_whole
 from pcenet.nn.patches import Grid, grid_of
 from pcenet.nn.perceptron import GateInput, HiddenLayer, LogitsLayer
 from pcenet.nn.processes import gather_rows, process_count, sum_over_processes
-from pcenet.nn.transforms import check_follows
 
-Priority = Literal["gate", "order"]
 Gate = Literal["prob", "straight_through"]
 Balancing = Literal["batch", "none"]
 BIAS_MOMENTUM = 0.1  # BatchNorm's
@@ -30,10 +28,9 @@ LARGEST_FACTOR = 2**32  # of a capacity, which is still an integer of 64 bits th
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Who goes where: the one currency between router, dispatch, losses, statistics and pictures.
+    """Who goes where: the one currency between router, experts, losses, statistics and pictures.
 
-    Patches are numbered row by row within an image, image by image. The fields have fixed shapes; what depends on the
-    data (`patch`, `expert`, `weight`) is derived on demand.
+    Patches are numbered row by row within an image, image by image. No shape depends on the data.
 
     Attributes:
         logits: ``[N, E]``, float32 or float64; what was routed by, a balancing bias included.
@@ -41,7 +38,6 @@ class Routing:
         choice: ``[N, k]`` int64, the chosen experts, best first.
         choice_weight: ``[N, k]``, the factor of each chosen expert's output (differentiable).
         kept: ``[N, k]`` bool, False where the choice was dropped for lack of capacity.
-        load: ``[E]`` int64, choices per expert before dropping.
         capacity: the most choices that an expert serves, or None where nothing is dropped.
         grid: how the N patches lie, (images, rows, columns).
     """
@@ -51,7 +47,6 @@ class Routing:
     choice: Tensor
     choice_weight: Tensor
     kept: Tensor
-    load: Tensor
     capacity: int | None
     grid: Grid
 
@@ -66,39 +61,21 @@ class Routing:
         return self.choice.shape[1]
 
     @property
+    def load(self) -> Tensor:
+        """``[E]`` int64, choices per expert before dropping."""
+        return expert_load(self.choice, self.num_experts)
+
+    @property
     def kept_load(self) -> Tensor:
         """``[E]`` int64, choices per expert after dropping."""
         return expert_load(self.choice, self.num_experts, self.kept)
 
     @property
-    def pair_order(self) -> Tensor:
-        """``[N * k]`` int64: the pairs (patch, choice), numbered patch * k + choice, sorted by expert, the dropped ones
-        last. The order within an expert is that of the patches."""
-        key = torch.where(self.kept, self.choice, self.num_experts).flatten()
-        return torch.argsort(key, stable=True)
-
-    def kept_pairs(self, count: int | None = None) -> Tensor:
-        """``[R]`` int64: the kept pairs, numbered and sorted as in `pair_order`.
-
-        Args:
-            count: R, where the caller has it on the host already; None transfers it from the device.
-        """
-        return self.pair_order[: int(self.kept.sum()) if count is None else count]
-
-    @property
-    def patch(self) -> Tensor:
-        """``[R]`` int64: the patch of each kept pair, pairs sorted by expert."""
-        return self.kept_pairs() // self.top_k
-
-    @property
-    def expert(self) -> Tensor:
-        """``[R]`` int64: the expert of each kept pair, ascending."""
-        return self.choice.flatten()[self.kept_pairs()]
-
-    @property
-    def weight(self) -> Tensor:
-        """``[R]``: the factor of each kept pair's output."""
-        return self.choice_weight.flatten()[self.kept_pairs()]
+    def by_choice(self) -> tuple[Tensor, Tensor]:
+        """Of all patches the expert, -1 where dropped (int64), and the factor of its output: ``[k * N]`` each, the best
+        choices of all patches first, then the second ones."""
+        expert = torch.where(self.kept, self.choice, -1)
+        return expert.T.flatten(), self.choice_weight.T.flatten()
 
 
 def expert_load(choice: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
@@ -118,25 +95,21 @@ def expert_capacity(capacity_factor: float, num_patches: int, num_experts: int, 
     return math.ceil(capacity_factor * num_patches * top_k / num_experts)
 
 
-def select_within_capacity(choice: Tensor, gate: Tensor, capacity: int, priority: Priority = "gate") -> Tensor:
-    """Which choices are served when an expert takes ``capacity`` of them at most.
+def select_within_capacity(choice: Tensor, gate: Tensor, capacity: int) -> Tensor:
+    """Which choices are served when an expert takes ``capacity`` of them at most: those of the highest gate values, of
+    equal ones the patches that came first.
 
     Args:
         choice: ``[N, k]`` int64, the chosen experts.
         gate: ``[N, k]``, their gate values.
         capacity: choices per expert.
-        priority: ``"gate"`` drops the lowest gate values first, of equal ones the patch that came last;
-            ``"order"`` drops the patches that came last, whichever of their choices it is.
 
     Returns:
         ``[N, k]`` bool.
     """
     flat = choice.flatten()
-    if priority == "gate":
-        by_gate = torch.argsort(gate.detach().flatten(), descending=True, stable=True)
-        order = by_gate[torch.argsort(flat[by_gate], stable=True)]
-    else:
-        order = torch.argsort(flat, stable=True)
+    by_gate = torch.argsort(gate.detach().flatten(), descending=True, stable=True)
+    order = by_gate[torch.argsort(flat[by_gate], stable=True)]
     sorted_choice = flat[order]
     first_of_expert = torch.searchsorted(sorted_choice, sorted_choice)
     rank = torch.arange(flat.numel(), device=flat.device) - first_of_expert
@@ -163,7 +136,6 @@ def route(
     *,
     top_k: int = 1,
     capacity_factor: float | None = None,
-    priority: Priority = "gate",
     gate: Gate = "prob",
     temperature: float = 1.0,
 ) -> Routing:
@@ -174,7 +146,6 @@ def route(
         grid: how the patches lie; ``grid.patches`` is N.
         top_k: k, experts per patch.
         capacity_factor: see `expert_capacity`; None drops nothing.
-        priority: see `select_within_capacity`.
         gate: see `gate_weights`.
         temperature: T of ``probs = softmax(logits / T)``. It changes no choice, only how sure the gate values are, and
             with them who is dropped first where the gate decides.
@@ -189,7 +160,7 @@ def route(
     if logits.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"logits are {logits.dtype}; routing compares them, so they must be float32 or float64")
     num_patches, num_experts = logits.shape
-    check_selection(num_experts, top_k, priority, gate, temperature, capacity_factor=capacity_factor)
+    check_selection(num_experts, top_k, gate, temperature, capacity_factor=capacity_factor)
     probs = (logits if temperature == 1 else logits / temperature).softmax(dim=1)
     # Chosen by logit: the order is that of the probabilities, without the ties that a saturated softmax makes.
     choice = logits.detach().topk(top_k, dim=1).indices
@@ -199,14 +170,13 @@ def route(
         kept = torch.ones_like(choice, dtype=torch.bool)
     else:
         capacity = expert_capacity(capacity_factor, num_patches, num_experts, top_k)
-        kept = select_within_capacity(choice, chosen_probs, capacity, priority)
+        kept = select_within_capacity(choice, chosen_probs, capacity)
     return Routing(
         logits=logits,
         probs=probs,
         choice=choice,
         choice_weight=gate_weights(chosen_probs, gate),
         kept=kept,
-        load=expert_load(choice, num_experts),
         capacity=capacity,
         grid=grid,
     )
@@ -215,7 +185,6 @@ def route(
 def check_selection(
     num_experts: int,
     top_k: int,
-    priority: Priority,
     gate: Gate,
     temperature: float,
     **capacity_factors: float | None,
@@ -224,7 +193,6 @@ def check_selection(
     check_at_least(1, num_experts=num_experts)
     if not is_whole(top_k) or not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k!r} must be a whole number between 1 and num_experts={num_experts}")
-    check_choice("priority", priority, get_args(Priority))
     check_choice("gate", gate, get_args(Gate))
     # Not by math.isfinite, which torch.compile cannot follow for a number that changes from step to step.
     if not 0 < temperature < math.inf:
@@ -253,7 +221,6 @@ class Router(nn.Module):
         top_k: k, experts per patch.
         capacity_factor: in training, see `expert_capacity`; None drops nothing.
         eval_capacity_factor: the same at evaluation; the default None makes a prediction independent of its batch.
-        priority: who is dropped first, see `select_within_capacity`.
         gate: see `gate_weights`.
         gate_input: ``"pixels"``: the perceptron's hidden layer is applied to every enriched pixel and averaged over the
             patch's real pixels; ``"flat"``: to the whole enriched patch, flattened; see
@@ -298,7 +265,6 @@ class Router(nn.Module):
         top_k: int = 1,
         capacity_factor: float | None = 1.25,
         eval_capacity_factor: float | None = None,
-        priority: Priority = "gate",
         gate: Gate = "prob",
         gate_input: GateInput = "pixels",
         num_bands: int = 4,
@@ -313,7 +279,6 @@ class Router(nn.Module):
         check_selection(
             num_experts,
             top_k,
-            priority,
             gate,
             temperature,
             capacity_factor=capacity_factor,
@@ -327,7 +292,6 @@ class Router(nn.Module):
         self.top_k = top_k
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
-        self.priority = priority
         self.gate = gate
         self.gate_input = gate_input
         self.num_bands = num_bands
@@ -373,7 +337,6 @@ class Router(nn.Module):
             grid,
             top_k=self.top_k,
             capacity_factor=self.capacity_factor if self.training else self.eval_capacity_factor,
-            priority=self.priority,
             gate=self.gate,
             temperature=self.temperature,
         )
@@ -384,8 +347,9 @@ class Router(nn.Module):
         assert self.centring is not None
         if not self.training:
             of_image = logits.unflatten(0, (images, -1))
-            level = self.centring.to(logits.dtype) * of_image.mean(1, keepdim=True)
-            return (of_image - level).flatten(0, 1) + self.expert_bias.to(logits.dtype)
+            level, bias = of_image.mean(1, keepdim=True), self.expert_bias.to(logits.dtype)
+            shift = torch.addcmul(bias, level, self.centring.to(logits.dtype), value=-1)
+            return (of_image + shift).flatten(0, 1)
         bias = balancing_bias(gather_rows(logits) if self.synchronised else logits.detach(), self.top_k)
         mean = logits.mean(dim=0)
         if self.synchronised:

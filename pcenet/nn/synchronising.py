@@ -19,9 +19,9 @@ def synchronise(model: nn.Module, batch_norm: bool = False) -> nn.Module:
     Args:
         model: the network, changed in place.
         batch_norm: take the statistics of batch normalisation over all processes too, weighted by the values that each
-            has: those of the experts, whose layers then work as with ``dispatch="static"``, one exchange for all
-            experts instead of one for each; and those of ordinary layers, by `torch.nn.SyncBatchNorm`, which needs
-            GPUs. (`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does the same, but for the routers.)
+            has: those of the experts, in one exchange for all of a layer's experts; and those of ordinary layers, by
+            `torch.nn.SyncBatchNorm`, which needs GPUs. (`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does the same,
+            but for the routers.)
 
     Returns:
         The network; another module where it is itself an ordinary batch normalisation.

@@ -59,11 +59,11 @@ def patch_conv2d_affine(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`patch_conv2d` and then `patch_affine`, in one pass over the map; without gradients."""
+    """`patch_conv2d` and then `patch_affine`; in one pass over the map where nothing needs a gradient."""
     x, weight = _autocast(x), _autocast(weight)
-    if not _compiled(x, weight):
-        out = reference.patch_conv2d(x, weight, expert, patch_size, neighbours)
-        return reference.patch_affine(out, scale, shift, expert, patch_size, gelu, gate, residual)
+    if not _compiled(x, weight) or _tracked(x, weight, scale, shift, gate, residual):
+        out = patch_conv2d(x, weight, expert, patch_size, neighbours)
+        return patch_affine(out, scale, shift, expert, patch_size, gelu=gelu, gate=gate, residual=residual)
     added = None if residual is None else _pixels(residual)
     parameters = (_floats(scale), _floats(shift), gelu, _floats(gate), added)
     return _map(OPS.patch_conv2d(_pixels(x), _kernel(weight), expert, patch_size, neighbours, *parameters))
@@ -259,10 +259,15 @@ def _autocast(x: Tensor) -> Tensor:
 
 def _compiled(*tensors: Tensor) -> bool:
     """Whether the compiled library computes an operator on these tensors."""
-    return library.takes(*tensors) and not _transforming()
+    return library.takes(*tensors) and not transforming()
 
 
-def _transforming() -> bool:
+def _tracked(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of what is made of these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def transforming() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation is active: it sees plain operators alone."""
     if torch.compiler.is_compiling():
         return False

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from pcenet.choices import without_removed
 from pcenet.training.config import TrainConfig
 from pcenet.training.locks import locked
 from pcenet.training.sealing import fault_of
@@ -75,7 +76,12 @@ def saved_config(values: Any, where: str) -> TrainConfig:
     if unknown:
         raise ValueError(f"{where} is of another version of pcenet: unknown option {unknown[0]!r}; {way_out}")
     try:
-        return TrainConfig(**values)
+        of_layers = {
+            name: without_removed(values[name], name)
+            for name in ("model_args", "upcycle_args")
+            if isinstance(values.get(name), dict)
+        }
+        return TrainConfig(**values | of_layers)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} is damaged or of another version of pcenet: {error}; {way_out}") from error
 

@@ -20,7 +20,6 @@ from pcenet.choices import did_you_mean
 from pcenet.nn import PCEConv2d, Router
 from pcenet.nn.checks import check_at_least, check_choice, is_number
 from pcenet.nn.conv import ROUTER_DEFAULTS
-from pcenet.nn.dispatch import Dispatch
 from pcenet.nn.experts import SharedConv2d
 from pcenet.nn.routing import Gate
 from pcenet.upcycling.record import Converted, Upcycling
@@ -50,7 +49,6 @@ def upcycle(
     perturbation: float = 0.0,
     freeze: Freeze | None = None,
     shared_kernel: bool = True,
-    dispatch: Dispatch = "sorted",
     example: Any = None,
     **router_options: Any,
 ) -> Model:
@@ -83,7 +81,6 @@ def upcycle(
             (``pcenet train`` does). Thaw a fresh classifier by ``requires_grad_(True)``.
         shared_kernel: store the pretrained kernel once, trained by all patches, and each expert as its difference from
             it, at first 0, to which weight decay draws it; False: E copies that have nothing in common.
-        dispatch: see `pcenet.nn.PCELayer`.
         example: the argument of the network's forward pass, or a tuple of all of them. None: one image of noise of the
             size that its ``pretrained_cfg`` names, else of 224 px. It decides nothing but which convolutions run, and
             how their maps' sizes compare.
@@ -99,7 +96,7 @@ def upcycle(
             the network does not take.
         TypeError: for an option that `pcenet.nn.Router` does not have.
     """
-    options = _checked_options(num_experts, gate, shared_kernel, dispatch, router_options)
+    options = _checked_options(num_experts, gate, shared_kernel, router_options)
     if freeze is not None:
         check_choice("freeze", freeze, get_args(Freeze))
     if freeze == "pretrained" and not shared_kernel:
@@ -148,7 +145,7 @@ def rebuild(model: Model, record: Upcycling) -> Model:
 
 
 def _checked_options(
-    num_experts: int, gate: Gate, shared_kernel: bool, dispatch: Dispatch, router_options: dict[str, Any]
+    num_experts: int, gate: Gate, shared_kernel: bool, router_options: dict[str, Any]
 ) -> dict[str, Any]:
     """Every option of the layers, defaults included, so that a later change of defaults changes no saved network."""
     for name in ("capacity_factor", "eval_capacity_factor"):
@@ -160,7 +157,7 @@ def _checked_options(
     unknown = sorted(router_options.keys() - _ROUTER_OPTIONS.keys())
     if unknown:
         raise TypeError(f"upcycle got unexpected options {unknown}; a router takes {', '.join(_ROUTER_OPTIONS)}")
-    own = {"num_experts": num_experts, "shared_kernel": shared_kernel, "dispatch": dispatch}
+    own = {"num_experts": num_experts, "shared_kernel": shared_kernel}
     options = own | _ROUTER_OPTIONS | router_options | {"gate": gate}
     PCEConv2d(1, 1, patch_size=1, **options)  # it checks them
     return options

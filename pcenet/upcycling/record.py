@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from pcenet.choices import without_removed
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -51,12 +53,12 @@ class Upcycling:
         """The inverse of `to_dict`; what was left alone is not known any more.
 
         Raises:
-            ValueError: for anything that `to_dict` does not write.
+            ValueError: for anything that `to_dict` does not write, and options that were removed since.
         """
         try:
             layers = [Converted(**{**layer, "map_size": tuple(layer["map_size"])}) for layer in values["converted"]]
-            return cls(tuple(layers), {}, dict(values["options"]), "as it was saved")
-        except (KeyError, TypeError) as error:
+            return cls(tuple(layers), {}, without_removed(values["options"], "upcycling"), "as it was saved")
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"upcycling {values!r} is no record of converted layers: {error!r}") from error
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pcenet.app.session import LayerRouting, Place, change, fitted, map_sizes, sent_to
 from pcenet.models import create_network
-from pcenet.nn import Grid, Routing, expert_load, record_routing
+from pcenet.nn import Grid, Routing, record_routing
 
 
 def sigmoid(x: float) -> float:
@@ -132,7 +132,6 @@ def test_of_several_experts_the_first_is_exchanged():
         choice=choice,
         choice_weight=torch.full((4, 2), 0.5),
         kept=torch.ones(4, 2, dtype=torch.bool),
-        load=expert_load(choice, 3),
         capacity=None,
         grid=Grid(1, 2, 2),
     )

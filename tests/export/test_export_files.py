@@ -233,7 +233,7 @@ def test_other_kinds_of_file(exported, tmp_path, arguments, size):
 @pytest.mark.parametrize(
     ("name", "changes", "size"),
     [
-        ("pce_nano", {"border": "halo", "top_k": 2, "num_experts": 3, "norm": "group"}, 17),
+        ("pce_nano", {"border": "halo", "top_k": 2, "num_experts": 3}, 17),
         ("pce_nano", {"border": "zero", "gate_input": "flat", "patch_sizes": (3, 1)}, 16),
         ("pce_unet_nano", {}, 16),
         ("unet:pce_nano_s2", {"strides": (2, 4)}, 16),

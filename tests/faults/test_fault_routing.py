@@ -83,14 +83,12 @@ def step(layer: PCELayer, images: Tensor) -> tuple[Tensor, Routing, list[Tensor]
     return output.detach(), routing, [images.grad, *(gradient for gradient in gradients if gradient is not None)]
 
 
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
 @pytest.mark.parametrize("border", ["zero", "exchange"])
-@pytest.mark.parametrize("norm", ["batch", pytest.param("group", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.faults(f"routing: {name}")) for name in CASES])
-def test_degenerate_routing_is_finite_repeatable_and_counted(name: str, norm: str, border: str, dispatch: str) -> None:
+def test_degenerate_routing_is_finite_repeatable_and_counted(name: str, border: str) -> None:
     case = CASES[name]
     images = torch.randn(case.images, 3, *case.size, generator=torch.Generator().manual_seed(5))
-    layer = make_layer(case, norm=norm, border=border, dispatch=dispatch)
+    layer = make_layer(case, border=border)
     state = {key: value.clone() for key, value in layer.state_dict().items()}
     output, routing, gradients = step(layer, images)
     for value in (output, *gradients, *layer.state_dict().values()):
@@ -132,10 +130,9 @@ MARGIN = 1e-4  # the design's: below it a patch may change its expert where kern
 
 
 @pytest.mark.faults("a prediction that depends on its batch")
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
-def test_a_prediction_is_the_same_alone_and_in_any_batch_in_any_order(dispatch: str) -> None:
+def test_a_prediction_is_the_same_alone_and_in_any_batch_in_any_order() -> None:
     torch.manual_seed(0)
-    options = {"widths": [8, 8, 16], "num_experts": 3, "dispatch": dispatch}
+    options = {"widths": [8, 8, 16], "num_experts": 3}
     model = create_network("pce_nano", num_classes=5, **options)
     images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     model(images)  # statistics and the balancing bias of a network that has been trained a little

@@ -7,10 +7,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import pcenet
-import pcenet.nn.dispatch
 from pcenet.models import list_models, twin_of
 from pcenet.nn import PCELayer
-from pcenet.nn.kernels import WindowKernel
 
 
 def test_one_layer_by_hand():
@@ -49,21 +47,19 @@ def test_flat_input_top_2_and_padding_by_hand():
 
 
 @pytest.mark.parametrize("name", ["dense_nano", "dense_tiny", "pce_nano", "pce_nano_spec", "pce_tiny"])
-def test_agrees_with_torch(name, monkeypatch):
-    """Where every convolution is run directly; other forms of it take fewer, which is no reason to count fewer."""
-    monkeypatch.setattr(pcenet.nn.dispatch, "make_kernel", WindowKernel)
+def test_agrees_with_torch(name):
+    """Experts may compute padding as well, much of it where patches are few; that is no active work."""
     model = timm.create_model(name).eval()
     input_size = model.pretrained_cfg["input_size"]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, *input_size))
-    assert 2 * pcenet.complexity(model, input_size).multiply_adds == counter.get_total_flops()
+    cost = pcenet.complexity(model, input_size)
+    assert 2 * cost.multiply_adds <= counter.get_total_flops() <= 2 * (cost.multiply_adds + cost.routed_multiply_adds)
 
 
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
-def test_borders_and_dispatches_cost_the_same(border, dispatch):
-    # Static dispatch computes padding as well; that is no active work.
-    model = timm.create_model("pce_nano", border=border, dispatch=dispatch)
+def test_borders_cost_the_same(border):
+    model = timm.create_model("pce_nano", border=border)
     assert pcenet.complexity(model, (3, 32, 32)) == pcenet.complexity(timm.create_model("pce_nano"), (3, 32, 32))
 
 

@@ -238,12 +238,12 @@ def test_a_dropped_patch_passes_through_its_block_unchanged():
 
 
 def test_layer_options_reach_every_layer():
-    model = create("pce_nano", num_experts=3, border="exchange", gate="straight_through", norm="group", dropout=0.1)
+    model = create("pce_nano", num_experts=3, border="exchange", gate="straight_through", dropout=0.1)
     layers = [m for m in model.modules() if isinstance(m, PCELayer)]
     assert [layer.extractor.patch_size for layer in layers] == [4, 1]
     for layer in layers:
         assert (layer.router.num_experts, layer.border, layer.router.gate) == (3, "exchange", "straight_through")
-        assert (layer.experts.norm1.kind, layer.experts.dropout, layer.shortcut) == ("group", 0.1, None)
+        assert (layer.experts.dropout, layer.shortcut) == (0.1, None)
 
 
 def test_two_experts_of_half_the_width_cost_as_much_as_one():
@@ -274,7 +274,7 @@ def test_the_specification_to_the_letter():
     for layer in (m for m in create("pce_nano_spec").modules() if isinstance(m, PCELayer)):
         router = layer.router
         assert (layer.border, router.gate, router.top_k) == ("zero", "prob", 1)
-        assert (router.priority, router.capacity_factor, router.eval_capacity_factor) == ("gate", 1.25, None)
+        assert (router.capacity_factor, router.eval_capacity_factor) == (1.25, None)
 
 
 def test_wrong_options_are_named():
@@ -284,8 +284,8 @@ def test_wrong_options_are_named():
         create("dense_nano", experts=3)
     with pytest.raises(ValueError, match="num_experts: no effect on a dense network"):
         create("dense_nano", num_experts=3)
-    with pytest.raises(ValueError, match="top_k=2 does not go with border='exchange'"):
-        create("pce_nano", border="exchange", top_k=2)
+    with pytest.raises(TypeError, match="dispatch"):
+        create("pce_nano", dispatch="static")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("pce")])
@@ -298,7 +298,7 @@ def test_patches_cover_less_of_the_image_in_the_last_routed_stage_than_in_the_fi
 
 def test_model_options_are_taken():
     options = model_options("pce_nano")
-    assert {"strides", "widths", "norm", "global_pool", "num_experts", "border", "top_k"} <= set(options)
+    assert {"strides", "widths", "global_pool", "num_experts", "border", "top_k"} <= set(options)
     assert not {"self", "num_classes", "device", "layer_options", "shortcut", "patch_size"} & set(options)
     default = create("pce_nano").model_args
     assert create("pce_nano", **{name: default[name] for name in options}).model_args == default

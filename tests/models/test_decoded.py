@@ -213,8 +213,7 @@ def test_round_trip(name, options, tmp_path):
 def test_overrides_and_broken_folders(tmp_path):
     model = create("unet:pce_nano_s2", num_classes=3).eval()
     model.save_pretrained(tmp_path)
-    x = images(32, 32)
-    torch.testing.assert_close(load_model(tmp_path, dispatch="static")(x), model(x))
+    assert load_model(tmp_path, border="zero").model_args["border"] == "zero"
     with pytest.raises(ValueError, match=r"head\.0\.bias has shape \(3,\), expected \(5,\)"):
         load_model(tmp_path, num_classes=5)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -80,9 +80,35 @@ def test_timm_loads_it_too(model, folder):
 
 def test_overrides(model, folder):
     x = torch.randn(2, 3, 32, 32)
-    loaded = PCENet.from_pretrained(folder, dispatch="static")
-    assert loaded.model_args["dispatch"] == "static"
-    torch.testing.assert_close(loaded(x), model(x))
+    loaded = PCENet.from_pretrained(folder, border="zero")
+    assert loaded.model_args["border"] == "zero"
+    assert not torch.equal(loaded(x), model(x))
+
+
+def with_arguments(folder, to, arguments):
+    """A copy of a model folder whose configuration says more."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    config["model_args"] |= arguments
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+@pytest.mark.parametrize("dispatch", ["sorted", "static", "anything", None])
+def test_a_network_saved_with_removed_options_at_what_is_left_of_them_is_the_same(model, folder, tmp_path, dispatch):
+    old = with_arguments(folder, tmp_path / "old", {"dispatch": dispatch, "priority": "gate", "norm": "batch"})
+    x = torch.randn(2, 3, 32, 32)
+    for loaded in (load_model(old), PCENet.from_pretrained(old)):
+        assert torch.equal(loaded(x), model(x))
+        assert loaded.model_args == model.model_args
+
+
+@pytest.mark.parametrize(("option", "value", "left"), [("priority", "order", "gate"), ("norm", "group", "batch")])
+def test_a_network_saved_with_what_was_removed_says_so(folder, tmp_path, option, value, left):
+    old = with_arguments(folder, tmp_path / "old", {option: value})
+    message = f"config.json .*model_args: {option}='{value}' was removed, '{left}' is all that is left"
+    with pytest.raises(ValueError, match=message):
+        load_model(old)
 
 
 def test_the_same_network_gives_the_same_bytes(model, folder, tmp_path):

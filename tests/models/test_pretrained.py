@@ -139,7 +139,7 @@ def test_grey_images(bundle: Bundle, network: str) -> None:
 
 def test_the_first_tag_in_the_alphabet_is_the_default(bundle: Bundle) -> None:
     other = bundle("pets/pce_nano", ["cat", "dog"])
-    first = bundle("cifar10/pce_nano", CLASSES, norm="batch")
+    first = bundle("cifar10/pce_nano", CLASSES)
     assert bundled() == ["cifar10/pce_nano", "pets/pce_nano"]
     assert same(timm.create_model("pce_nano", pretrained=True), first)
     assert same(timm.create_model("pce_nano.pets", pretrained=True), other)

@@ -20,13 +20,13 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 class Mixed(nn.Module):
     """A layer that drops patches, one whose map its patches do not divide, and two convolutions with one router."""
 
-    def __init__(self, dispatch: str = "sorted", gate: str = "prob", top_k: int = 1) -> None:
+    def __init__(self="sorted", gate: str = "prob", top_k: int = 1) -> None:
         super().__init__()
-        shared = {"dispatch": dispatch, "gate": gate, "top_k": top_k, "num_experts": 3}
+        shared = {"gate": gate, "top_k": top_k, "num_experts": 3}
         self.first = PCELayer(3, 4, patch_size=2, capacity_factor=0.8, **shared)
         self.second = PCELayer(4, 4, patch_size=4, shortcut=False, **shared)
-        self.lead = PCEConv2d(4, 4, patch_size=2, num_experts=2, dispatch=dispatch, gate=gate)
-        self.follow = PCEConv2d(4, 4, patch_size=2, num_experts=2, dispatch=dispatch, router=self.lead)
+        self.lead = PCEConv2d(4, 4, patch_size=2, num_experts=2, gate=gate)
+        self.follow = PCEConv2d(4, 4, patch_size=2, num_experts=2, router=self.lead)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.follow(self.lead(self.second(self.first(x))).relu())
@@ -78,10 +78,9 @@ def recorded(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("forward", [plainly, checkpointed, reentrant, recorded])
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
-def test_gradients_are_those_of_the_sum(dispatch: str, forward: Forward) -> None:
-    expected = added(network(dispatch=dispatch), images())
-    model = network(dispatch=dispatch)
+def test_gradients_are_those_of_the_sum(forward: Forward) -> None:
+    expected = added(network(), images())
+    model = network()
     attached = attach_aux_losses(model, BALANCE, Z)
     assert attached.layers == ("first", "second", "lead")
     forward(model, images()).square().mean().backward()
@@ -228,8 +227,8 @@ def test_loss_scaling() -> None:
 @pytest.mark.slow
 def test_compiled_afterwards() -> None:
     torch.compiler.reset()
-    expected = added(network(dispatch="static"), images())
-    model = network(dispatch="static")
+    expected = added(network(), images())
+    model = network()
     attach_aux_losses(model, BALANCE, Z)
     torch.compile(model, backend="aot_eager")(images()).square().mean().backward()
     assert_equal(gradients(model), expected)
@@ -242,11 +241,11 @@ def test_a_compiled_network_is_refused() -> None:
 
 
 def test_gradients_of_gradients() -> None:
-    """Static dispatch has them; the penalty on the input's gradient leaves the auxiliary part as it is."""
+    """The penalty on the input's gradient leaves the auxiliary part as it is."""
     x = images().requires_grad_()
     found = []
     for attach in (False, True):
-        model = network(dispatch="static").eval()
+        model = network().eval()
         for module in model.modules():  # training mode of the routers alone: batch statistics would enter as well
             if hasattr(module, "expert_bias"):
                 module.train()

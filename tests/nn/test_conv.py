@@ -18,8 +18,6 @@ from torch.nn.utils import parametrizations, prune
 from pcenet.nn import Grid, PCEConv2d, Routing, aux_loss, record_routing
 from pcenet.nn.conv import leaders_of, why_not
 
-DISPATCHES = ["sorted", "static"]
-
 
 def make_conv(kernel_size: int = 3, *, num_experts: int = 3, **options: Any) -> PCEConv2d:
     conv = PCEConv2d(2, 5, kernel_size, num_experts=num_experts, **options).double()
@@ -32,8 +30,7 @@ def make_routing(choice: Tensor, grid: Grid, num_experts: int, dropped: tuple[in
     kept[list(dropped)] = False
     weight = torch.linspace(0.4, 1.3, choice.numel(), dtype=torch.float64).view_as(choice).requires_grad_()
     logits = torch.zeros(len(choice), num_experts, dtype=torch.float64)
-    load = torch.bincount(choice.flatten(), minlength=num_experts)
-    return Routing(logits, logits.softmax(1), choice, weight, kept, load, None, grid)
+    return Routing(logits, logits.softmax(1), choice, weight, kept, None, grid)
 
 
 def naive(conv: PCEConv2d, x: Tensor, routing: Routing) -> Tensor:
@@ -57,14 +54,11 @@ def naive(conv: PCEConv2d, x: Tensor, routing: Routing) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("shared_kernel", [True, False])
 @pytest.mark.parametrize(("kernel_size", "patch_size"), [(3, 1), (3, 2), (3, 3), (3, 4), (1, 1), (1, 2), (1, 3)])
-def test_equals_the_naive_loop_outputs_and_gradients(
-    kernel_size: int, patch_size: int, shared_kernel: bool, dispatch: str
-) -> None:
+def test_equals_the_naive_loop_outputs_and_gradients(kernel_size: int, patch_size: int, shared_kernel: bool) -> None:
     """On a map that 2, 3 and 4 do not divide; expert 1 is idle, two patches are dropped."""
-    conv = make_conv(kernel_size, patch_size=patch_size, shared_kernel=shared_kernel, dispatch=dispatch)
+    conv = make_conv(kernel_size, patch_size=patch_size, shared_kernel=shared_kernel)
     grid = Grid(2, math.ceil(5 / patch_size), math.ceil(7 / patch_size))
     choice = torch.randint(2, (grid.patches, 1)) * 2
     routing = make_routing(choice, grid, 3, dropped=(0, grid.patches - 1))
@@ -80,9 +74,8 @@ def test_equals_the_naive_loop_outputs_and_gradients(
     assert of_kernels[0].abs().max() > 0
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
-def test_two_experts_per_patch(dispatch: str) -> None:
-    conv = make_conv(patch_size=2, dispatch=dispatch, top_k=2)
+def test_two_experts_per_patch() -> None:
+    conv = make_conv(patch_size=2, top_k=2)
     choice = torch.stack([torch.randperm(3)[:2] for _ in range(8)])
     routing = make_routing(choice, Grid(2, 2, 2), 3)
     x = torch.randn(2, 2, 4, 4, dtype=torch.float64)
@@ -100,15 +93,14 @@ def test_without_bias_a_dropped_patch_is_zero() -> None:
     assert out[..., 2:].abs().max() == 0
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("options", [{}, {"shared_kernel": False}, {"top_k": 2}, {"kernel_size": 1, "bias": False}])
 @pytest.mark.parametrize("patch_size", [1, 2, 3, 8])
-def test_copies_of_a_convolution_are_that_convolution(patch_size: int, options: dict[str, Any], dispatch: str) -> None:
+def test_copies_of_a_convolution_are_that_convolution(patch_size: int, options: dict[str, Any]) -> None:
     """In training too, whatever the router does, at sizes that the patches divide or not."""
     size, bias = options.get("kernel_size", 3), options.get("bias", True)
     rest = {name: value for name, value in options.items() if name not in ("kernel_size", "bias")}
     dense = nn.Conv2d(3, 4, size, padding=size // 2, bias=bias)
-    conv = PCEConv2d.from_conv2d(dense, patch_size=patch_size, dispatch=dispatch, **rest)
+    conv = PCEConv2d.from_conv2d(dense, patch_size=patch_size, **rest)
     assert conv.training
     for x in (torch.randn(2, 3, 8, 8), torch.randn(1, 3, 5, 11)):
         torch.testing.assert_close(conv(x), dense(x), rtol=1e-5, atol=1e-5, check_stride=False)
@@ -292,7 +284,6 @@ def test_a_weight_that_a_hook_computes_is_seen() -> None:
         ({"padding": 0}, "padding=0 does not keep"),
         ({"patch_size": 0}, "patch_size=0 must be a whole number and at least 1"),
         ({"num_experts": 0}, "num_experts=0 must be"),
-        ({"dispatch": "fast"}, "dispatch='fast' is not one of 'sorted', 'static'"),
         ({"gate": "soft"}, "gate='soft' is not one of"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Stacked experts as ordinary modules and back, and dispatch against those modules."""
+"""Stacked experts as ordinary modules and back, and layers against those modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcenet.nn import ConvExperts, Grid, PatchExtractor, PCELayer, route
-from pcenet.nn.experts import StackedBatchNorm, double_conv
+from pcenet.nn.experts import StackedBatchNorm
 
 
 def random_experts(*args: int, **options: Any) -> ConvExperts:
@@ -45,9 +45,7 @@ def test_parameters_are_stacked_by_expert() -> None:
         "norm2.running_var": (5, 8),
         "norm2.num_batches_tracked": (5,),
     }
-    without_statistics = ConvExperts(3, 8, 5, norm="group").state_dict()
-    assert not any("running" in name or "tracked" in name for name in without_statistics)
-    assert without_statistics["conv1.weight"].shape == (5, 8, 3, 3, 3), "hidden is out by default"
+    assert ConvExperts(3, 8, 5).conv1.weight.shape == (5, 8, 3, 3, 3), "hidden is out by default"
 
 
 def test_experts_start_apart_with_the_spread_of_a_plain_convolution() -> None:
@@ -59,18 +57,16 @@ def test_experts_start_apart_with_the_spread_of_a_plain_convolution() -> None:
         assert not any(torch.equal(weight[e], weight[other]) for other in range(e))
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
-def test_to_sequential_is_the_block_of_the_design(norm: str) -> None:
-    experts = random_experts(3, 12, 2, hidden_channels=6, dropout=0.25, norm=norm)
+def test_to_sequential_is_the_block_of_the_design() -> None:
+    experts = random_experts(3, 12, 2, hidden_channels=6, dropout=0.25)
     block = experts.to_sequential(1)
-    normalisation = nn.BatchNorm2d if norm == "batch" else nn.GroupNorm
     assert [type(m) for m in block] == [
         nn.Conv2d,
-        normalisation,
+        nn.BatchNorm2d,
         nn.GELU,
         nn.Dropout,
         nn.Conv2d,
-        normalisation,
+        nn.BatchNorm2d,
     ]
     conv1, norm1, gelu, dropout, conv2, norm2 = block
     assert (conv1.in_channels, conv1.out_channels, conv2.out_channels) == (3, 6, 12)
@@ -78,12 +74,9 @@ def test_to_sequential_is_the_block_of_the_design(norm: str) -> None:
         assert (conv.kernel_size, conv.padding, conv.stride, conv.bias) == ((3, 3), (1, 1), (1, 1), None)
     assert (gelu.approximate, dropout.p) == ("none", 0.25)
     assert norm1.eps == norm2.eps == 1e-5
-    if norm == "batch":
-        assert norm1.momentum == norm2.momentum == 0.1
-        assert torch.equal(norm1.running_mean, experts.norm1.running_mean[1])
-        assert torch.equal(norm2.running_var, experts.norm2.running_var[1])
-    else:
-        assert (norm1.num_groups, norm2.num_groups) == (2, 4)  # gcd(6, 8), gcd(12, 8)
+    assert norm1.momentum == norm2.momentum == 0.1
+    assert torch.equal(norm1.running_mean, experts.norm1.running_mean[1])
+    assert torch.equal(norm2.running_var, experts.norm2.running_var[1])
     assert torch.equal(conv1.weight, experts.conv1.weight[1])
     assert torch.equal(conv2.weight, experts.conv2.weight[1])
     assert torch.equal(norm1.weight, experts.norm1.weight[1])
@@ -148,11 +141,10 @@ def test_to_sequential_is_a_copy() -> None:
     reference.assert_same(experts.state_dict(), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
-def test_from_sequential_takes_a_block_into_one_expert(norm: str) -> None:
-    experts = random_experts(3, 4, 3, norm=norm)
+def test_from_sequential_takes_a_block_into_one_expert() -> None:
+    experts = random_experts(3, 4, 3)
     before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
-    other = reference.randomise(ConvExperts(3, 4, 1, norm=norm).double(), seed=9).to_sequential(0)
+    other = reference.randomise(ConvExperts(3, 4, 1).double(), seed=9).to_sequential(0)
     experts.from_sequential(2, other)
     reference.assert_same(experts.to_sequential(2).state_dict(), other.state_dict(), rtol=0, atol=0)
     after = experts.state_dict()
@@ -183,7 +175,9 @@ def test_an_expert_that_does_not_exist_is_named(expert: int) -> None:
     "block",
     [
         nn.Sequential(nn.Conv2d(3, 4, 3, bias=False)),
-        ConvExperts(3, 4, 1, norm="group").to_sequential(0),
+        nn.Sequential(
+            *[nn.GroupNorm(1, 4) if i in (1, 5) else m for i, m in enumerate(ConvExperts(3, 4, 1).to_sequential(0))]
+        ),
         ConvExperts(3, 5, 1).to_sequential(0),
         ConvExperts(3, 4, 1, hidden_channels=7).to_sequential(0),
         nn.Sequential(
@@ -210,7 +204,6 @@ def test_a_block_that_does_not_fit_changes_nothing(block: nn.Sequential) -> None
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"dropout": -0.1}, "dropout=-0.1"),
         ({"dropout": "0.1"}, "dropout='0.1'"),
-        ({"norm": "layer"}, "norm='layer'"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], name: str) -> None:
@@ -218,25 +211,16 @@ def test_wrong_arguments_are_named(options: dict[str, Any], name: str) -> None:
         ConvExperts(**({"in_channels": 3, "out_channels": 4, "num_experts": 2} | options))
 
 
-def test_a_dense_block_takes_the_same_norms() -> None:
-    with pytest.raises(ValueError, match="norm='layer' is not one of 'batch', 'group'"):
-        double_conv(3, 4, norm="layer")
-
-
 def test_statistics_of_a_network_in_bfloat16_are_of_full_precision() -> None:
     """16,384 ones and as many fives: in bfloat16 counting by 16 ends at 4,096. Mean 3, deviation 2."""
     norm = StackedBatchNorm(1, 1).bfloat16()
     x = torch.cat([torch.ones(1024, 1, 4, 4), 5 * torch.ones(1024, 1, 4, 4)]).bfloat16()
-    real = torch.ones(2048, 1, 4, 4, dtype=torch.bool)
-    for out in (
-        norm(x, torch.zeros(2048, dtype=torch.int64), real),
-        norm(x, 0, real),
-    ):
-        assert out.dtype == torch.bfloat16
-        assert out.unique().tolist() == [-1, 1]
+    out = norm(x, torch.zeros(2048, dtype=torch.int64), 4)
+    assert out.dtype == torch.bfloat16
+    assert out.unique().tolist() == [-1, 1]
 
 
-# Dispatch against the modules
+# Layers against the modules
 
 CHOICE = [0, 2, 0, 0, 2, 2, 0, 1]  # two images of 2 x 2 patches of 3 x 3
 GRID = Grid(2, 2, 2)
@@ -250,11 +234,9 @@ def by_patch(maps: list[Tensor]) -> Tensor:
     return extractor.merge(chosen, GRID, (maps[0].shape[2], maps[0].shape[3]))
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
 @pytest.mark.parametrize("training", [True, False])
-def test_zero_border_is_the_module_on_each_experts_patches(training: bool, dispatch: str, norm: str) -> None:
-    layer, routing = routed_layer(CHOICE, GRID, border="zero", dispatch=dispatch, norm=norm)
+def test_zero_border_is_the_module_on_each_experts_patches(training: bool) -> None:
+    layer, routing = routed_layer(CHOICE, GRID, border="zero")
     layer.train(training)
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     patches, _ = layer.extractor.split(x)
@@ -274,15 +256,16 @@ def test_zero_border_is_the_module_on_each_experts_patches(training: bool, dispa
 
 
 @pytest.mark.parametrize("size", [(6, 6), (5, 4)])
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
-def test_halo_is_the_first_module_on_the_map_and_the_second_on_the_patch(dispatch: str, size: tuple[int, int]) -> None:
-    layer, routing = routed_layer(CHOICE, GRID, border="halo", dispatch=dispatch)
+def test_halo_is_the_first_module_on_the_map_and_the_second_on_the_patch(size: tuple[int, int]) -> None:
+    layer, routing = routed_layer(CHOICE, GRID, border="halo")
     layer.eval()
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     # Padded to whole patches and a ring around them, so that the first convolution has real neighbours everywhere.
     surrounded = F.pad(x, (1, 1 + 6 - size[1], 1, 1 + 6 - size[0]))
     blocks = [layer.experts.to_sequential(e) for e in range(3)]
     hidden = by_patch([block[:4](surrounded)[:, :, 1:-1, 1:-1] for block in blocks])
+    hidden[:, :, size[0] :] = 0  # beyond the map
+    hidden[:, :, :, size[1] :] = 0
     hidden_patches, _ = layer.extractor.split(hidden)
     out = torch.stack([blocks[e][4:](hidden_patches[i : i + 1])[0] for i, e in enumerate(CHOICE)])
     expected = layer.extractor.merge(out, GRID, size)
@@ -291,9 +274,8 @@ def test_halo_is_the_first_module_on_the_map_and_the_second_on_the_patch(dispatc
 
 
 @pytest.mark.parametrize("size", [(6, 6), (5, 4)])
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
-def test_exchange_is_both_modules_on_the_map(dispatch: str, size: tuple[int, int]) -> None:
-    layer, routing = routed_layer(CHOICE, GRID, border="exchange", dispatch=dispatch)
+def test_exchange_is_both_modules_on_the_map(size: tuple[int, int]) -> None:
+    layer, routing = routed_layer(CHOICE, GRID, border="exchange")
     layer.eval()
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     blocks = [layer.experts.to_sequential(e) for e in range(3)]

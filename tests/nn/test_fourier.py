@@ -9,9 +9,10 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcenet.nn import fourier_features
-from pcenet.nn.fourier import axis_features, centre_coordinates, position_map
+from pcenet.nn.fourier import centre_coordinates, position_lines, position_map
 
 HALF = math.sqrt(0.5)
 
@@ -53,12 +54,26 @@ def test_features_append_an_axis_and_keep_the_dtype(shape: tuple[int, ...], num_
     assert features.dtype == torch.float64
 
 
-def test_axis_features_of_two_patches_of_two_pixels() -> None:
+def test_lines_of_a_map_of_three_by_four_pixels_in_patches_of_two() -> None:
     # One band. Centres of 2 are -1/2 and 1/2: (sin, cos) = (-1, 0) and (1, 0), for patches and for pixels in a patch.
-    absolute, relative = axis_features(2, 2, 1, dtype=torch.float64)
-    torch.testing.assert_close(absolute[:, 0], reference.float64([-1.0, -1, 1, 1]))
-    torch.testing.assert_close(relative[:, 0], reference.float64([-1.0, 1, -1, 1]))
-    torch.testing.assert_close(absolute[:, 1], torch.zeros(4).double(), rtol=0, atol=1e-15)
+    rows, columns = position_lines(3, 4, 2, 1, dtype=torch.float64)
+    absolute, relative = [-1.0, -1, 1, 1], [-1.0, 1, -1, 1]
+    expected = [[absolute[i], 0, 0, 0, relative[i], 0, 0, 0] for i in range(3)]
+    torch.testing.assert_close(rows, reference.float64(expected), rtol=0, atol=1e-15)
+    expected = [[0, 0, absolute[i], 0, 0, 0, relative[i], 0] for i in range(4)]
+    torch.testing.assert_close(columns, reference.float64(expected), rtol=0, atol=1e-15)
+
+
+def test_lines_are_made_once_for_each_size_and_type_and_can_take_part_in_training() -> None:
+    with torch.inference_mode():
+        first = position_lines(31, 17, 3, 2)
+    assert position_lines(31, 17, 3, 2)[0] is first[0]
+    assert not first[0].is_inference()
+    assert position_lines(31, 17, 3, 2, dtype=torch.float64)[0].dtype == torch.float64
+    assert position_lines(30, 17, 3, 2)[0].shape == (30, 16)
+    assert position_lines(31, 17, 3, 2, device=torch.device("meta"))[0].is_meta
+    with FakeTensorMode():
+        assert position_lines(31, 17, 3, 2)[0] is not first[0]
 
 
 def test_position_map_layout_by_hand() -> None:

@@ -55,25 +55,22 @@ SHAPES = [
     (1, 3, 3, 8, 5, 5, 2),
 ]
 OPTIONS = [
-    dict(zip(("border", "gate", "gate_input", "priority", "norm", "top_k", "dispatch"), values, strict=True))
+    dict(zip(("border", "gate", "gate_input", "shared_kernel", "top_k"), values, strict=True))
     for values in itertools.product(
         ("zero", "halo", "exchange"),
         ("prob", "straight_through"),
         ("pixels", "flat"),
-        ("gate", "order"),
-        ("batch", "group"),
+        (True, False),
         (1, 2),
-        ("sorted", "static"),
     )
 ]
-OPTIONS = [options for options in OPTIONS if not (options["border"] == "exchange" and options["top_k"] == 2)]
 
 
 @pytest.mark.parametrize(
     ("options", "shape"),
     [
         pytest.param(options, shape, id="-".join(map(str, (*options.values(), *shape))))
-        for options, shape in zip(OPTIONS, itertools.cycle(SHAPES))
+        for options, shape in zip(3 * OPTIONS, itertools.cycle(SHAPES))
     ],
 )
 def test_layer_equals_the_reference(options: dict[str, Any], shape: tuple[int, ...]) -> None:
@@ -96,9 +93,9 @@ def test_layer_equals_the_reference(options: dict[str, Any], shape: tuple[int, .
 
 
 def test_each_pair_of_options_meets_each_shape() -> None:
-    assert len(OPTIONS) == 160
+    assert len(OPTIONS) == 48
     for names in itertools.combinations(OPTIONS[0], 2):
-        met = {(*(o[n] for n in names), shape) for o, shape in zip(OPTIONS, itertools.cycle(SHAPES))}
+        met = {(*(o[n] for n in names), shape) for o, shape in zip(3 * OPTIONS, itertools.cycle(SHAPES))}
         combinations = {tuple(o[n] for n in names) for o in OPTIONS}
         assert len(met) == len(combinations) * len(SHAPES), names
 
@@ -110,11 +107,10 @@ def test_each_pair_of_options_meets_each_shape() -> None:
     st.integers(1, 5),
     st.integers(1, 5),
     st.sampled_from(["zero", "halo", "exchange"]),
-    st.sampled_from(["sorted", "static"]),
     st.booleans(),
 )
 def test_any_shape_equals_the_reference(
-    batch: int, height: int, width: int, side: int, experts: int, border: str, dispatch: str, training: bool
+    batch: int, height: int, width: int, side: int, experts: int, border: str, training: bool
 ) -> None:
     layer = make_layer(
         2,
@@ -122,55 +118,26 @@ def test_any_shape_equals_the_reference(
         patch_size=side,
         num_experts=experts,
         border=border,
-        dispatch=dispatch,
         num_bands=1,
         router_hidden=3,
     ).train(training)
     assert_equals_reference(layer, torch.randn(batch, 2, height, width, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
-def test_statistics_over_several_steps_equal_the_reference(dispatch: str) -> None:
-    layer = make_layer(3, 3, patch_size=2, num_experts=3, dispatch=dispatch)
+def test_statistics_over_several_steps_equal_the_reference() -> None:
+    layer = make_layer(3, 3, patch_size=2, num_experts=3)
     for size in ((4, 4), (5, 3), (4, 4)):
         assert_equals_reference(layer, torch.randn(2, 3, *size, dtype=torch.float64))
     assert_equals_reference(layer.eval(), torch.randn(2, 3, 6, 5, dtype=torch.float64))
 
 
-def test_dispatches_are_equal_in_float32_at_a_usual_size() -> None:
-    sorted_layer = PCELayer(16, 16, patch_size=4, num_experts=6, dispatch="sorted")
-    static_layer = PCELayer(16, 16, patch_size=4, num_experts=6, dispatch="static")
-    static_layer.load_state_dict(sorted_layer.state_dict())
-    x = torch.randn(4, 16, 14, 16, requires_grad=True)
-    first, second = sorted_layer(x), static_layer(x)
-    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4, check_stride=False)
-    reference.assert_same(
-        reference.gradients(first, x, sorted_layer),
-        reference.gradients(second, x, static_layer),
-        rtol=1e-3,
-        atol=1e-3,
-    )
-
-
-def test_group_norm_of_single_values() -> None:
-    # Groups of one channel and patches of one pixel: each value is its own mean, so only the biases are left.
-    layer = PCELayer(8, 8, patch_size=1, norm="group", shortcut=False).eval()
-    with torch.no_grad():
-        layer.experts.norm2.bias.fill_(3.0)
-    y, routing = layer.forward_with_routing(torch.randn(1, 8, 1, 1))
-    torch.testing.assert_close(y.flatten(), 3 * routing.choice_weight[0].expand(8))
-
-
 # Limits
 
 
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
 @pytest.mark.parametrize(("in_channels", "out_channels"), [(4, 4), (3, 5)])
-def test_a_dropped_patch_gets_exactly_the_shortcut(
-    in_channels: int, out_channels: int, border: str, dispatch: str
-) -> None:
-    layer = PCELayer(in_channels, out_channels, patch_size=2, border=border, dispatch=dispatch, capacity_factor=0.5)
+def test_a_dropped_patch_gets_exactly_the_shortcut(in_channels: int, out_channels: int, border: str) -> None:
+    layer = PCELayer(in_channels, out_channels, patch_size=2, border=border, capacity_factor=0.5)
     x = torch.randn(2, in_channels, 5, 6)
     output, routing = layer.forward_with_routing(x)
     shortcut = layer.extractor.split(layer.shortcut(x))[0]
@@ -181,9 +148,8 @@ def test_a_dropped_patch_gets_exactly_the_shortcut(
     assert (patches[kept] - shortcut[kept]).abs().amax(dim=(1, 2, 3)).min() > 0
 
 
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
-def test_a_dropped_patch_without_a_shortcut_gets_exactly_zero(dispatch: str) -> None:
-    layer = PCELayer(3, 4, patch_size=2, dispatch=dispatch, capacity_factor=0.5, top_k=2, shortcut=False)
+def test_a_dropped_patch_without_a_shortcut_gets_exactly_zero() -> None:
+    layer = PCELayer(3, 4, patch_size=2, capacity_factor=0.5, top_k=2, shortcut=False)
     assert layer.shortcut is None
     output, routing = layer.forward_with_routing(torch.randn(2, 3, 6, 6))
     patches = layer.extractor.split(output)[0]
@@ -199,9 +165,8 @@ def test_the_shortcut_is_the_input_or_a_convolution_of_one_pixel() -> None:
     assert shortcut.kernel_size == (1, 1)
 
 
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
 @pytest.mark.parametrize("training", [True, False])
-def test_one_expert_on_one_patch_is_a_dense_block(training: bool, dispatch: str) -> None:
+def test_one_expert_on_one_patch_is_a_dense_block(training: bool) -> None:
     """Gate value 1 and a patch as large as the map: the double convolution, its statistics and all its gradients."""
     layer = make_layer(
         3,
@@ -212,7 +177,6 @@ def test_one_expert_on_one_patch_is_a_dense_block(training: bool, dispatch: str)
         gate="straight_through",
         shared_kernel=False,
         shortcut=False,
-        dispatch=dispatch,
     ).train(training)
     block = layer.experts.to_sequential(0)
     x = torch.randn(3, 3, 6, 6, dtype=torch.float64, requires_grad=True)
@@ -229,14 +193,13 @@ def test_one_expert_on_one_patch_is_a_dense_block(training: bool, dispatch: str)
     )
 
 
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (3, 2), (1, 1), (13, 5)])
 @pytest.mark.parametrize("side", [1, 2, 4])
-def test_exchange_with_equal_experts_is_a_whole_map_block(side: int, size: tuple[int, int], dispatch: str) -> None:
+def test_exchange_with_equal_experts_is_a_whole_map_block(side: int, size: tuple[int, int]) -> None:
     """With frozen statistics and gate value 1, at any size: no seam is left between patches. In float32 to five digits
     of the largest value: a product of sums of the inputs, as in Winograd's algorithm, rounds at their scale."""
     options = {"gate": "straight_through", "shared_kernel": False, "shortcut": False}  # kernels as they are, unrounded
-    layer = PCELayer(4, 4, patch_size=side, border="exchange", dispatch=dispatch, **options)
+    layer = PCELayer(4, 4, patch_size=side, border="exchange", **options)
     block = reference.randomise(ConvExperts(4, 4, 1)).to_sequential(0).eval()
     for e in range(4):
         layer.experts.from_sequential(e, block)
@@ -267,11 +230,10 @@ def test_other_borders_show_seams(border: str) -> None:
     assert difference[~inside].min() > 1e-9
 
 
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_equal_logits(top_k: int, dispatch: str) -> None:
+def test_equal_logits(top_k: int) -> None:
     """A router that cannot decide: whoever is chosen among equals, the experts do as they are told."""
-    layer = make_layer(3, 4, patch_size=2, top_k=top_k, dispatch=dispatch, capacity_factor=0.5, shortcut=False)
+    layer = make_layer(3, 4, patch_size=2, top_k=top_k, capacity_factor=0.5, shortcut=False)
     with torch.no_grad():
         for parameter in layer.router.parameters():
             parameter.zero_()
@@ -290,10 +252,9 @@ def test_equal_logits(top_k: int, dispatch: str) -> None:
 
 
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_prediction_does_not_depend_on_its_batch(dtype: torch.dtype, dispatch: str, border: str) -> None:
-    layer = make_layer(3, 4, patch_size=2, border=border, dispatch=dispatch).to(dtype).eval()
+def test_a_prediction_does_not_depend_on_its_batch(dtype: torch.dtype, border: str) -> None:
+    layer = make_layer(3, 4, patch_size=2, border=border).to(dtype).eval()
     x = torch.randn(3, 3, 7, 6, dtype=dtype)
     logits = layer.router(x).logits
     first, second = logits.topk(2).values.unbind(1)
@@ -303,37 +264,25 @@ def test_a_prediction_does_not_depend_on_its_batch(dtype: torch.dtype, dispatch:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
-def test_permuting_the_images_permutes_the_outputs(border: str, dispatch: str, training: bool) -> None:
+def test_permuting_the_images_permutes_the_outputs(border: str, training: bool) -> None:
     """Also in training with dropping: by gate value, nobody's place in the batch matters."""
-    layer = make_layer(3, 4, patch_size=2, border=border, dispatch=dispatch, capacity_factor=0.6).train(training)
+    layer = make_layer(3, 4, patch_size=2, border=border, capacity_factor=0.6).train(training)
     x = torch.randn(4, 3, 5, 6, dtype=torch.float64)
     order = torch.tensor([2, 0, 3, 1])
     torch.testing.assert_close(layer(x[order]), layer(x)[order], rtol=1e-10, atol=1e-10, check_stride=False)
-
-
-def test_order_priority_favours_the_first_images() -> None:
-    layer = make_layer(3, 3, patch_size=2, priority="order", capacity_factor=0.5)
-    x = torch.randn(1, 3, 8, 8, dtype=torch.float64).expand(4, -1, -1, -1)
-    _, routing = layer.forward_with_routing(x)
-    kept = routing.kept.view(4, 16).sum(dim=1).tolist()
-    assert kept == sorted(kept, reverse=True)
-    assert kept[0] > kept[-1]
 
 
 # Precision, memory formats, modes
 
 
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
-@pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("half_input", [False, True])
 @pytest.mark.parametrize("height", [8, 7])
-def test_bfloat16_autocast(height: int, half_input: bool, norm: str, dispatch: str, border: str) -> None:
+def test_bfloat16_autocast(height: int, half_input: bool, border: str) -> None:
     """The same routing to the bit, and errors of bfloat16's size: each rounding is one of 2^-9 at most, and an output
     or a gradient passes through a handful of them."""
-    layer = PCELayer(8, 8, patch_size=4, border=border, dispatch=dispatch, norm=norm, shortcut=False)
+    layer = PCELayer(8, 8, patch_size=4, border=border, shortcut=False)
     twin = copy.deepcopy(layer)
     x = torch.randn(4, 8, height, 8)
     x = (x.bfloat16() if half_input else x).requires_grad_()
@@ -357,11 +306,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
 @pytest.mark.parametrize("size", [(8, 8), (7, 5)])
-def test_memory_format_changes_nothing(size: tuple[int, int], border: str, dispatch: str) -> None:
-    layer = make_layer(4, 6, patch_size=4, border=border, dispatch=dispatch)
+def test_memory_format_changes_nothing(size: tuple[int, int], border: str) -> None:
+    layer = make_layer(4, 6, patch_size=4, border=border)
     x = torch.randn(2, 4, *size, dtype=torch.float64)
     twin = copy.deepcopy(layer).to(memory_format=torch.channels_last)
     contiguous = x.clone().requires_grad_()
@@ -373,19 +321,17 @@ def test_memory_format_changes_nothing(size: tuple[int, int], border: str, dispa
     )
 
 
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
-def test_a_view_that_is_not_contiguous_is_fine(dispatch: str) -> None:
-    layer = make_layer(3, 3, patch_size=2, dispatch=dispatch).eval()
+def test_a_view_that_is_not_contiguous_is_fine() -> None:
+    layer = make_layer(3, 3, patch_size=2).eval()
     x = torch.randn(2, 6, 10, 5, dtype=torch.float64)
     view = x[:, ::2, 1:9:2].transpose(2, 3)
     torch.testing.assert_close(layer(view), layer(view.contiguous()), rtol=1e-10, atol=1e-10, check_stride=False)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
-def test_without_gradients(border: str, dispatch: str, mode: Any) -> None:
-    layer = make_layer(3, 4, patch_size=2, border=border, dispatch=dispatch).eval()
+def test_without_gradients(border: str, mode: Any) -> None:
+    layer = make_layer(3, 4, patch_size=2, border=border).eval()
     x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
     with mode():
         output = layer(x)
@@ -402,11 +348,10 @@ def test_input_is_left_alone(training: bool) -> None:
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
-def test_dropout_acts_in_training_alone(border: str, dispatch: str) -> None:
-    layer = make_layer(3, 4, patch_size=2, border=border, dispatch=dispatch, dropout=0.4)
-    without = make_layer(3, 4, patch_size=2, border=border, dispatch=dispatch)
+def test_dropout_acts_in_training_alone(border: str) -> None:
+    layer = make_layer(3, 4, patch_size=2, border=border, dropout=0.4)
+    without = make_layer(3, 4, patch_size=2, border=border)
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     assert (layer(x) - layer(x)).abs().max() > 1e-3
     layer.load_state_dict(without.state_dict())
@@ -428,10 +373,9 @@ def test_deepcopy_is_independent() -> None:
     assert layer.experts.conv1.weight.abs().min() > 0
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("gate_input", ["pixels", "flat"])
-def test_state_dict_round_trip(gate_input: str, norm: str) -> None:
-    options = {"patch_size": 2, "gate_input": gate_input, "norm": norm}
+def test_state_dict_round_trip(gate_input: str) -> None:
+    options = {"patch_size": 2, "gate_input": gate_input}
     layer, other = make_layer(3, 4, **options), make_layer(3, 4, seed=1, **options)
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
     layer(x)
@@ -466,16 +410,15 @@ def test_parameter_names_are_a_contract() -> None:
 
 
 def test_state_does_not_depend_on_how_the_layer_runs() -> None:
-    """Border, dispatch, gate and capacity are no part of the weights."""
+    """Border, gate and capacity are no part of the weights."""
     layer = make_layer(3, 4, patch_size=2)
-    others = {"border": "exchange", "dispatch": "static", "gate": "straight_through", "priority": "order"}
+    others = {"border": "exchange", "gate": "straight_through"}
     PCELayer(3, 4, patch_size=2, capacity_factor=None, **others).load_state_dict(layer.state_dict())
 
 
 @pytest.mark.parametrize("gate_input", ["pixels", "flat"])
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
-def test_another_image_size_than_it_was_trained_on(dispatch: str, gate_input: str) -> None:
-    layer = make_layer(3, 3, patch_size=3, gate_input=gate_input, dispatch=dispatch)
+def test_another_image_size_than_it_was_trained_on(gate_input: str) -> None:
+    layer = make_layer(3, 3, patch_size=3, gate_input=gate_input)
     optimiser = torch.optim.SGD(layer.parameters(), lr=0.01)
     layer(torch.randn(2, 3, 6, 6, dtype=torch.float64)).square().mean().backward()
     optimiser.step()
@@ -483,11 +426,8 @@ def test_another_image_size_than_it_was_trained_on(dispatch: str, gate_input: st
         assert_equals_reference(layer.eval(), torch.randn(1, 3, *size, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
-def test_training_in_a_sequential_reduces_the_loss(dispatch: str) -> None:
-    model = nn.Sequential(
-        PCELayer(3, 6, patch_size=4, dispatch=dispatch), PCELayer(6, 3, patch_size=2, dispatch=dispatch)
-    )
+def test_training_in_a_sequential_reduces_the_loss() -> None:
+    model = nn.Sequential(PCELayer(3, 6, patch_size=4), PCELayer(6, 3, patch_size=2))
     x, target = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
     optimiser = torch.optim.Adam(model.parameters(), lr=0.02)
     losses = []
@@ -526,7 +466,6 @@ def test_the_signature_is_a_contract() -> None:
         "top_k": 1,
         "capacity_factor": 1.25,
         "eval_capacity_factor": None,
-        "priority": "gate",
         "border": "halo",
         "gate": "prob",
         "gate_input": "pixels",
@@ -534,10 +473,8 @@ def test_the_signature_is_a_contract() -> None:
         "router_hidden": None,
         "balancing": "batch",
         "dropout": 0.0,
-        "norm": "batch",
         "shared_kernel": True,
         "shortcut": True,
-        "dispatch": "sorted",
     }
 
 
@@ -549,7 +486,6 @@ def test_options_reach_the_parts() -> None:
         patch_size=3,
         capacity_factor=0.5,
         eval_capacity_factor=2.0,
-        priority="order",
         gate="straight_through",
         gate_input="flat",
         num_bands=2,
@@ -557,7 +493,7 @@ def test_options_reach_the_parts() -> None:
     )
     router = layer.router
     assert router.expert_bias is None
-    assert (router.capacity_factor, router.eval_capacity_factor, router.priority) == (0.5, 2.0, "order")
+    assert (router.capacity_factor, router.eval_capacity_factor) == (0.5, 2.0)
     assert (router.gate, router.gate_input) == ("straight_through", "flat")
     assert (layer.extractor.patch_size, router.patch_size) == (3, 3)
     enriched = layer.extractor(torch.randn(1, 4, 6, 6))
@@ -578,12 +514,10 @@ def test_options_reach_the_parts() -> None:
         ({"hidden_channels": 0}, "hidden_channels=0"),
         ({"top_k": 0}, "top_k=0"),
         ({"top_k": 5}, "top_k=5"),
-        ({"top_k": 2, "border": "exchange"}, "top_k=2"),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0"),
         ({"capacity_factor": -1.25}, "capacity_factor=-1.25"),
         ({"capacity_factor": math.nan}, "capacity_factor=nan"),
         ({"eval_capacity_factor": 0.0}, "eval_capacity_factor=0.0"),
-        ({"priority": "first"}, "priority='first'"),
         ({"border": "same"}, "border='same'"),
         ({"gate": "hard"}, "gate='hard'"),
         ({"gate_input": "mean"}, "gate_input='mean'"),
@@ -591,8 +525,6 @@ def test_options_reach_the_parts() -> None:
         ({"router_hidden": 0}, "router_hidden=0"),
         ({"dropout": -0.1}, "dropout=-0.1"),
         ({"dropout": 1.0}, "dropout=1.0"),
-        ({"norm": "layer"}, "norm='layer'"),
-        ({"dispatch": "dense"}, "dispatch='dense'"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], name: str) -> None:
@@ -607,17 +539,9 @@ def test_a_wrong_input_is_described(shape: tuple[int, ...]) -> None:
         PCELayer(4, 4, patch_size=2)(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
 @pytest.mark.parametrize("shape", [(1, 3, 16, 16), (2, 3, 8, 8)])
-def test_a_routing_of_another_map_is_refused(shape: tuple[int, ...], dispatch: str) -> None:
-    layer = PCELayer(3, 3, patch_size=4, dispatch=dispatch)
+def test_a_routing_of_another_map_is_refused(shape: tuple[int, ...]) -> None:
+    layer = PCELayer(3, 3, patch_size=4)
     _, routing = layer.forward_with_routing(torch.randn(1, 3, 8, 8))
     with pytest.raises(ValueError, match=r"and its routing is for Grid\(batch=1, rows=2, columns=2\)"):
         layer.forward_given_routing(torch.randn(shape), routing)
-
-
-def test_a_routing_of_two_experts_does_not_go_with_exchange() -> None:
-    layer = PCELayer(3, 3, patch_size=4, border="exchange")
-    routing = route(torch.randn(4, 4), Grid(1, 2, 2), top_k=2)
-    with pytest.raises(ValueError, match="top_k=2 does not go with border='exchange'"):
-        layer.forward_given_routing(torch.randn(1, 3, 8, 8), routing)

@@ -91,12 +91,9 @@ def test_allocations_are_seen() -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("dispatch", ["sorted", "static"])
 @pytest.mark.parametrize(("border", "patch_size"), [("zero", 4), ("halo", 2), ("exchange", 3)])
-def test_activation_checkpointing_changes_no_gradient(
-    border: str, patch_size: int, dispatch: str, use_reentrant: bool
-) -> None:
-    layer = PCELayer(3, 4, patch_size=patch_size, num_experts=3, border=border, dispatch=dispatch)
+def test_activation_checkpointing_changes_no_gradient(border: str, patch_size: int, use_reentrant: bool) -> None:
+    layer = PCELayer(3, 4, patch_size=patch_size, num_experts=3, border=border)
     layer = reference.randomise(layer.double())
     twin = copy.deepcopy(layer)
     x = torch.randn(2, 3, 7, 8, dtype=torch.float64)

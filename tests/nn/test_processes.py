@@ -26,16 +26,19 @@ from pcenet.nn import (
 from pcenet.nn.processes import gather_rows, process_count, sum_over_processes
 
 STEPS = 5
-NORMS = ("group", "batch")
+STATISTICS = ("running", "batch")
 
 
-def build(norm: str) -> nn.Module:
+def build(statistics: str) -> nn.Module:
     """Two layers in float64; the second has maps that its patches do not divide, and no shortcut."""
     torch.manual_seed(0)
     network = nn.Sequential(
-        PCELayer(3, 6, patch_size=2, num_experts=3, border="exchange", norm=norm, capacity_factor=None),
-        PCELayer(6, 5, patch_size=4, num_experts=4, norm=norm, capacity_factor=None, shortcut=False),
+        PCELayer(3, 6, patch_size=2, num_experts=3, border="exchange", capacity_factor=None),
+        PCELayer(6, 5, patch_size=4, num_experts=4, capacity_factor=None, shortcut=False),
     )
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train(statistics == "batch")
     return network.double()
 
 
@@ -86,20 +89,20 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def start(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    found = {norm: half_of_the_training(rank, norm) for norm in NORMS}
+    found = {statistics: half_of_the_training(rank, statistics) for statistics in STATISTICS}
     found["converted"] = half_of_the_training(rank, "batch", convert=True)
-    found["attached"] = half_of_the_training(rank, "group", attach=True)
+    found["attached"] = half_of_the_training(rank, "running", attach=True)
     torch.save(found | {"sums": sums_and_rows(rank)}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def half_of_the_training(rank: int, norm: str, attach: bool = False, convert: bool = False) -> dict[str, Any]:
+def half_of_the_training(rank: int, statistics: str, attach: bool = False, convert: bool = False) -> dict[str, Any]:
     x, counts = (part.chunk(2)[rank] for part in images())
-    network = build(norm)
+    network = build(statistics)
     if convert:
         network = synchronise(nn.SyncBatchNorm.convert_sync_batchnorm(network))
     else:
-        network = synchronise(network, batch_norm=norm == "batch")
+        network = synchronise(network, batch_norm=statistics == "batch")
     if attach:
         attach_aux_losses(network, balance=0.1, z=0.01)
     wrapped = DistributedDataParallel(network)
@@ -115,10 +118,10 @@ def sums_and_rows(rank: int) -> dict[str, Any]:
     return {"total": total.detach(), "gradient": x.grad, "rows": gather_rows(x[None]), "processes": process_count()}
 
 
-@pytest.mark.parametrize(("norm", "found"), [("group", "group"), ("batch", "batch"), ("batch", "converted")])
-def test_two_processes_train_as_one(norm: str, found: str, halves: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(("statistics", "found"), [("running", "running"), ("batch", "batch"), ("batch", "converted")])
+def test_two_processes_train_as_one(statistics: str, found: str, halves: list[dict[str, Any]]) -> None:
     """With statistics that `synchronise`, or torch's own conversion, makes those of both."""
-    expected = train(build(norm), *images(), processes=1)
+    expected = train(build(statistics), *images(), processes=1)
     assert {name for name, g in expected["gradients"].items() if g.abs().max() > 1e-6} >= {
         "0.router.hidden.weight",
         "0.experts.conv1.difference",
@@ -132,7 +135,7 @@ def test_two_processes_train_as_one(norm: str, found: str, halves: list[dict[str
 
 
 def test_attached_losses_see_the_loads_of_all_processes(halves: list[dict[str, Any]]) -> None:
-    expected = train(build("group"), *images(), processes=1)
+    expected = train(build("running"), *images(), processes=1)
     for half in halves:
         for name, gradient in expected["gradients"].items():
             assert (half["attached"]["gradients"][name] - gradient).abs().max() < 1e-10, name

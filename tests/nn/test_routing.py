@@ -56,23 +56,17 @@ FIVE = [[0.9, 0.1], [0.6, 0.4], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]]
 
 
 @pytest.mark.parametrize(
-    ("factor", "capacity", "priority", "kept"),
+    ("factor", "capacity", "kept"),
     [
-        (0.4, 1, "gate", [1, 0, 0, 1, 0]),
-        (0.8, 2, "gate", [1, 0, 1, 1, 0]),  # .9 and .8 stay
-        (1.2, 3, "gate", [1, 1, 1, 1, 0]),  # patches 1 and 4 have .6 both: the later goes
-        (1.6, 4, "gate", [1, 1, 1, 1, 1]),
-        (0.4, 1, "order", [1, 0, 0, 1, 0]),
-        (0.8, 2, "order", [1, 1, 0, 1, 0]),  # the first two stay
-        (1.2, 3, "order", [1, 1, 1, 1, 0]),
-        (None, None, "gate", [1, 1, 1, 1, 1]),
-        (None, None, "order", [1, 1, 1, 1, 1]),
+        (0.4, 1, [1, 0, 0, 1, 0]),
+        (0.8, 2, [1, 0, 1, 1, 0]),  # .9 and .8 stay
+        (1.2, 3, [1, 1, 1, 1, 0]),  # patches 1 and 4 have .6 both: the later goes
+        (1.6, 4, [1, 1, 1, 1, 1]),
+        (None, None, [1, 1, 1, 1, 1]),
     ],
 )
-def test_dropping_one_expert_per_patch(
-    factor: float | None, capacity: int | None, priority: str, kept: list[int]
-) -> None:
-    routing = table(FIVE, capacity_factor=factor, priority=priority)
+def test_dropping_one_expert_per_patch(factor: float | None, capacity: int | None, kept: list[int]) -> None:
+    routing = table(FIVE, capacity_factor=factor)
     assert routing.capacity == capacity
     assert routing.choice[:, 0].tolist() == [0, 0, 0, 1, 0]
     assert routing.kept[:, 0].tolist() == [bool(k) for k in kept]
@@ -84,18 +78,11 @@ def test_dropping_one_expert_per_patch(
 THREE = [[0.2, 0.7, 0.1], [0.5, 0.1, 0.4], [0.6, 0.3, 0.1]]
 
 
-@pytest.mark.parametrize(
-    ("priority", "kept"),
-    [
-        ("gate", [[1, 0], [1, 1], [1, 1]]),  # expert 0 lets .2 go
-        ("order", [[1, 1], [1, 1], [0, 1]]),  # expert 0 lets patch 2 go, though it was its first choice
-    ],
-)
-def test_dropping_two_experts_per_patch(priority: str, kept: list[list[int]]) -> None:
-    routing = table(THREE, top_k=2, capacity_factor=0.9, priority=priority)
+def test_dropping_two_experts_per_patch() -> None:
+    routing = table(THREE, top_k=2, capacity_factor=0.9)
     assert routing.capacity == 2  # 0.9 * 3 * 2 / 3 = 1.8
     assert routing.choice.tolist() == [[1, 0], [0, 2], [0, 1]]
-    assert routing.kept.int().tolist() == kept
+    assert routing.kept.int().tolist() == [[1, 0], [1, 1], [1, 1]]  # expert 0 lets .2 go
     assert routing.load.tolist() == [3, 2, 1]
     assert routing.load.dtype == torch.int64
 
@@ -115,23 +102,14 @@ def test_many_equal_gates_keep_the_first() -> None:
     assert routing.kept[:, 0].tolist() == [True] * 750 + [False] * 2250
 
 
-def test_derived_pairs_by_hand() -> None:
+def test_choice_by_choice_by_hand() -> None:
     routing = table(THREE, top_k=2, capacity_factor=0.9)
-    # Pairs 2i + j: 0 -> expert 1, 1 dropped, 2 -> 0, 3 -> 2, 4 -> 0, 5 -> 1.
-    assert routing.pair_order.tolist() == [2, 4, 0, 5, 3, 1]
-    assert routing.patch.tolist() == [1, 2, 0, 2, 1]
-    assert routing.expert.tolist() == [0, 0, 1, 1, 2]
-    torch.testing.assert_close(routing.weight, reference.float64([0.5, 0.6, 0.7, 0.3, 0.4]))
+    expert, gate = routing.by_choice
+    # First choices 1, 0, 0; second ones 0 (dropped), 2, 1.
+    assert expert.tolist() == [1, 0, 0, -1, 2, 1]
+    torch.testing.assert_close(gate, reference.float64([0.7, 0.5, 0.6, 0.2, 0.4, 0.3]))
     assert routing.kept_load.tolist() == [2, 2, 1]
     assert (routing.num_experts, routing.top_k) == (3, 2)
-
-
-def test_derived_pairs_without_dropping() -> None:
-    routing = table(FIVE)
-    assert routing.pair_order.tolist() == [0, 1, 2, 4, 3]
-    assert routing.patch.tolist() == [0, 1, 2, 4, 3]
-    assert routing.expert.tolist() == [0, 0, 0, 0, 1]
-    torch.testing.assert_close(routing.weight, reference.float64([0.9, 0.6, 0.8, 0.6, 0.7]))
 
 
 def test_routing_is_frozen() -> None:
@@ -145,21 +123,20 @@ def test_routing_is_frozen() -> None:
     st.integers(1, 5),
     st.integers(1, 3),
     st.floats(0.1, 2),
-    st.sampled_from(["gate", "order"]),
     st.booleans(),
 )
 def test_any_table_is_routed_like_the_naive_loops(
-    patches: int, experts: int, top_k: int, factor: float, priority: str, coarse: bool
+    patches: int, experts: int, top_k: int, factor: float, coarse: bool
 ) -> None:
     top_k = min(top_k, experts)
     logits = torch.randn(patches, experts, dtype=torch.float64)
     if coarse:  # ties between patches, none within one
         logits = logits.argsort(dim=1).argsort(dim=1).double()
-    routing = route(logits, Grid(patches, 1, 1), top_k=top_k, capacity_factor=factor, priority=priority)
+    routing = route(logits, Grid(patches, 1, 1), top_k=top_k, capacity_factor=factor)
     choice = reference.choose(logits, top_k)
     gate = routing.probs.gather(1, torch.tensor(choice)).tolist()
     assert routing.choice.tolist() == choice
-    assert routing.kept.tolist() == reference.keep(choice, gate, experts, routing.capacity, priority)
+    assert routing.kept.tolist() == reference.keep(choice, gate, experts, routing.capacity)
     assert routing.load.sum() == patches * top_k
     torch.testing.assert_close(routing.probs, reference.softmax(logits))
 
@@ -292,7 +269,6 @@ def test_fields_have_fixed_shapes_and_dtypes() -> None:
         "choice": (12, 2),
         "choice_weight": (12, 2),
         "kept": (12, 2),
-        "load": (5,),
     }
     assert routing.grid == Grid(2, 3, 2)
     assert routing.capacity == 6
@@ -366,9 +342,8 @@ def test_logits_are_perturbed_in_training_alone() -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("priority", ["gate", "order"])
-def test_equal_logits_still_give_distinct_experts(priority: str, top_k: int) -> None:
-    routing = route(torch.zeros(6, 4), Grid(1, 2, 3), top_k=top_k, capacity_factor=0.5, priority=priority, gate="prob")
+def test_equal_logits_still_give_distinct_experts(top_k: int) -> None:
+    routing = route(torch.zeros(6, 4), Grid(1, 2, 3), top_k=top_k, capacity_factor=0.5, gate="prob")
     assert all(len(set(row)) == top_k for row in routing.choice.tolist())
     assert routing.kept_load.max() <= routing.capacity
     torch.testing.assert_close(routing.choice_weight, torch.full((6, top_k), 0.25))
@@ -394,7 +369,6 @@ def test_a_saturated_softmax_chooses_by_logit() -> None:
         ({"capacity_factor": math.nan}, "capacity_factor=nan"),
         ({"capacity_factor": "1.25"}, "capacity_factor='1.25'"),
         ({"eval_capacity_factor": -1.0}, "eval_capacity_factor=-1.0"),
-        ({"priority": "random"}, "priority='random'"),
         ({"gate": "soft"}, "gate='soft'"),
         ({"gate_input": "mean"}, "gate_input='mean'"),
         ({"hidden": 0}, "hidden=0"),
@@ -414,7 +388,6 @@ def test_wrong_arguments_are_named(options: dict[str, object], name: str) -> Non
     ("options", "message"),
     [
         ({"gate": "probs"}, "gate='probs' is not one of 'prob', 'straight_through'"),
-        ({"priority": "gates"}, "priority='gates' is not one of 'gate', 'order'"),
         ({"top_k": 4}, "top_k=4 must be a whole number between 1 and num_experts=3"),
         ({"top_k": 0}, "top_k=0 must be a whole number between 1 and num_experts=3"),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be a positive number"),

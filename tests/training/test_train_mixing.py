@@ -192,8 +192,8 @@ def test_accumulated_gradients_are_the_mean_of_the_batches(start: Start, monkeyp
             gradients[str(self.config.accumulate)] = torch.cat(values).clone()
 
     monkeypatch.setattr(ClassificationTask, "on_before_optimizer_step", keep)
-    options: dict[str, Any] = {"model": "dense_nano", "model_args": {"norm": "group"}, "clip_grad": 0.0, "epochs": 1}
-    monkeypatch.setattr("torch.nn.BatchNorm2d.forward", lambda self, x: x)  # the stem has no other norm
+    options: dict[str, Any] = {"model": "dense_nano", "clip_grad": 0.0, "epochs": 1}
+    monkeypatch.setattr("torch.nn.BatchNorm2d.forward", lambda self, x: x)
     train(start("whole", batch_size=8, **options))
     train(start("halves", batch_size=4, accumulate=2, **options))
     torch.testing.assert_close(gradients["2"], gradients["1"], rtol=1e-4, atol=1e-6)

@@ -352,12 +352,23 @@ def test_the_record_makes_the_network_again() -> None:
         rebuild(resnet18(), Upcycling.from_dict({**saved, "converted": [{**saved["converted"][0], "name": "layer3"}]}))
     with pytest.raises(ValueError, match="is no record of converted layers"):
         Upcycling.from_dict({"converted": [{"name": "layer3"}], "options": {}})
+    with pytest.raises(ValueError, match="is no record of converted layers"):
+        Upcycling.from_dict({**saved, "options": ["dispatch"]})
 
 
-def test_half_precision_and_static_dispatch() -> None:
+def test_a_record_of_before_options_were_removed() -> None:
+    model = pcenet.upcycle(resnet18(), example=EXAMPLE)
+    saved = model.upcycling.to_dict()
+    old = saved | {"options": saved["options"] | {"dispatch": "static", "priority": "gate"}}
+    assert Upcycling.from_dict(old).to_dict() == saved
+    with pytest.raises(ValueError, match="upcycling: priority='order' was removed, 'gate' is all that is left"):
+        Upcycling.from_dict(saved | {"options": saved["options"] | {"priority": "order"}})
+
+
+def test_half_precision() -> None:
     model = resnet18().to(torch.bfloat16)
     expected = model(EXAMPLE.bfloat16()).float()
-    pcenet.upcycle(model, dispatch="static", example=EXAMPLE.bfloat16())
+    pcenet.upcycle(model, example=EXAMPLE.bfloat16())
     assert len(model.upcycling.converted) == 6
     assert (model(EXAMPLE.bfloat16()).float() - expected).abs().max() < 0.05 * expected.abs().max()
 

@@ -1,7 +1,9 @@
-"""Both dispatches against numbers worked out by hand and against the naive loop, outputs and every gradient."""
+"""Layers under routings of all kinds against numbers by hand and against the naive loop, with every gradient."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +16,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcenet.nn import Grid, PCELayer, Routing
-
-DISPATCHES = ["sorted", "static"]
 
 
 def make_layer(
@@ -44,8 +44,7 @@ def make_routing(
         choice=choices,
         choice_weight=weight,
         kept=kept,
-        load=torch.bincount(choices.flatten(), minlength=num_experts),
-        capacity=None,  # what a dispatch leaves out is decided by `kept` alone, so that an intervention may set it
+        capacity=None,  # what is left out is decided by `kept` alone, so that an intervention may set it
         grid=grid,
     )
 
@@ -93,11 +92,11 @@ def gelu(x: float) -> float:
     return 0.5 * x * (1 + math.erf(x / math.sqrt(2)))
 
 
-def hand_layer(border: str, dispatch: str) -> PCELayer:
+def hand_layer(border: str) -> PCELayer:
     """One channel everywhere, at evaluation, with statistics that leave values alone. Expert 0: the first convolution
     is the identity, the second doubles. Expert 1: the first reads the right neighbour; the second adds the right
     neighbour to the pixel; then 1 is added."""
-    options = {"border": border, "dispatch": dispatch, "shared_kernel": False, "shortcut": False}
+    options = {"border": border, "shared_kernel": False, "shortcut": False}
     layer = PCELayer(1, 1, patch_size=2, num_experts=3, **options).double()
     experts = layer.experts
     with torch.no_grad():
@@ -114,9 +113,8 @@ def hand_layer(border: str, dispatch: str) -> PCELayer:
     return layer.eval()
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
-def test_four_patches_by_hand(border: str, dispatch: str) -> None:
+def test_four_patches_by_hand(border: str) -> None:
     # The map, in patches of 2 x 2:   1 2 | 3 4 | 5 6 | 7 8       experts: 1, 0, 1, 0; the last one is dropped.
     #                                 8 7 | 6 5 | 4 3 | 2 1       expert 2 is idle.
     x = torch.tensor([[[[1.0, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 4, 3, 2, 1]]]], dtype=torch.float64)
@@ -149,15 +147,14 @@ def test_four_patches_by_hand(border: str, dispatch: str) -> None:
         ],
         dim=1,
     )
-    actual = hand_layer(border, dispatch).forward_given_routing(x, routing)
+    actual = hand_layer(border).forward_given_routing(x, routing)
     torch.testing.assert_close(actual[0, 0], expected, rtol=0, atol=1e-12, check_stride=False)
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
-def test_batch_statistics_by_hand(dispatch: str) -> None:
+def test_batch_statistics_by_hand() -> None:
     """Expert 0 takes the pixels 1 2 3 of a padded map in training: mean 2, variance 2/3, unbiased 1; the running
     values move a tenth of the way from (0, 1): to 0.2 and 1. The others keep theirs."""
-    layer = hand_layer("zero", dispatch).train()
+    layer = hand_layer("zero").train()
     x = torch.tensor([[[[1.0, 2, 3]]]], dtype=torch.float64)
     layer.forward_given_routing(x, make_routing([[0], [0]], Grid(1, 1, 2), 3))
     norm = layer.experts.norm1
@@ -178,13 +175,11 @@ DROPPED_2 = ((0, 1), (4, 0), (4, 1), (11, 0))
 SIZES = {"divisible": (2, 6, 9), "padded": (2, 5, 7)}
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize(("border", "top_k"), [("zero", 1), ("halo", 1), ("exchange", 1), ("zero", 2), ("halo", 2)])
+@pytest.mark.parametrize(("border", "top_k"), list(itertools.product(["zero", "halo", "exchange"], [1, 2])))
 def test_hand_written_table_equals_the_naive_loop(
-    border: str, top_k: int, size: tuple[int, int, int], norm: str, training: bool, dispatch: str
+    border: str, top_k: int, size: tuple[int, int, int], training: bool
 ) -> None:
     choice, dropped = (TABLE, DROPPED) if top_k == 1 else (TABLE_2, DROPPED_2)
     layer = make_layer(
@@ -195,13 +190,10 @@ def test_hand_written_table_equals_the_naive_loop(
         hidden_channels=4,
         top_k=top_k,
         border=border,
-        norm=norm,
-        dispatch=dispatch,
     ).train(training)
     check_against_naive(layer, size, make_routing(choice, Grid(2, 2, 3), 4, dropped))
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
 @pytest.mark.parametrize(
     ("choice", "dropped"),
@@ -213,16 +205,15 @@ def test_hand_written_table_equals_the_naive_loop(
     ],
 )
 def test_extreme_tables_equal_the_naive_loop(
-    choice: list[list[int]], dropped: tuple[tuple[int, int], ...], border: str, dispatch: str
+    choice: list[list[int]], dropped: tuple[tuple[int, int], ...], border: str
 ) -> None:
-    layer = make_layer(3, 4, patch_size=3, num_experts=4, border=border, dispatch=dispatch)
+    layer = make_layer(3, 4, patch_size=3, num_experts=4, border=border)
     check_against_naive(layer, SIZES["padded"], make_routing(choice, Grid(2, 2, 3), 4, dropped))
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
-def test_fewer_patches_than_experts(border: str, dispatch: str) -> None:
-    layer = make_layer(3, 4, patch_size=4, num_experts=9, border=border, dispatch=dispatch)
+def test_fewer_patches_than_experts(border: str) -> None:
+    layer = make_layer(3, 4, patch_size=4, num_experts=9, border=border)
     check_against_naive(layer, (2, 4, 3), make_routing([[7], [2]], Grid(2, 1, 1), 9))
 
 
@@ -233,13 +224,12 @@ def test_fewer_patches_than_experts(border: str, dispatch: str) -> None:
 FEW = {"patch of one pixel": (1, (1, 2, 2), Grid(1, 2, 2)), "one real cell": (2, (4, 1, 1), Grid(4, 1, 1))}
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
 @pytest.mark.parametrize(("side", "size", "grid"), FEW.values(), ids=FEW)
 def test_no_value_and_one_value_per_channel_in_training(
-    side: int, size: tuple[int, int, int], grid: Grid, border: str, dispatch: str
+    side: int, size: tuple[int, int, int], grid: Grid, border: str
 ) -> None:
-    layer = make_layer(3, 4, patch_size=side, num_experts=3, border=border, dispatch=dispatch)
+    layer = make_layer(3, 4, patch_size=side, num_experts=3, border=border)
     before = {k: v.clone() for k, v in layer.experts.state_dict().items() if "running" in k}
     check_against_naive(layer, size, make_routing([[0], [1], [1], [1]], grid, 3))
     for name, old in before.items():
@@ -248,11 +238,10 @@ def test_no_value_and_one_value_per_channel_in_training(
         assert not torch.equal(new[1], old[1])
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("padded", [False, True])
-def test_two_values_per_channel_are_enough(padded: bool, dispatch: str) -> None:
+def test_two_values_per_channel_are_enough(padded: bool) -> None:
     side, size = (2, (2, 1, 1)) if padded else (1, (2, 1, 1))
-    layer = make_layer(3, 4, patch_size=side, num_experts=2, border="zero", dispatch=dispatch)
+    layer = make_layer(3, 4, patch_size=side, num_experts=2, border="zero")
     before = layer.experts.norm1.running_mean.clone()
     check_against_naive(layer, size, make_routing([[1], [1]], Grid(2, 1, 1), 2))
     assert not torch.equal(layer.experts.norm1.running_mean[1], before[1])
@@ -261,13 +250,10 @@ def test_two_values_per_channel_are_enough(padded: bool, dispatch: str) -> None:
 # Gradients
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
-def test_gradients_exist_and_are_zero_for_the_idle_alone(
-    border: str, size: tuple[int, int, int], dispatch: str
-) -> None:
-    layer = make_layer(3, 4, patch_size=3, num_experts=4, border=border, dispatch=dispatch)
+def test_gradients_exist_and_are_zero_for_the_idle_alone(border: str, size: tuple[int, int, int]) -> None:
+    layer = make_layer(3, 4, patch_size=3, num_experts=4, border=border)
     x = torch.randn(size[0], 3, *size[1:], dtype=torch.float64)
     output = layer.forward_given_routing(x, make_routing(TABLE, Grid(2, 2, 3), 4, DROPPED))
     (output * torch.randn_like(output)).sum().backward()
@@ -278,38 +264,10 @@ def test_gradients_exist_and_are_zero_for_the_idle_alone(
             continue
         largest = parameter.grad.flatten(1).abs().amax(dim=1)
         assert largest[2] == 0, f"{name}: expert 2 has no patches"
-        assert (largest[[0, 1, 3]] > 1e-8).all(), f"{name}: the others have some"
+        assert (largest[[0, 1, 3]] > 0).all(), f"{name}: the others have some"
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHES)
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_each_stacked_parameter_is_sliced_once(size: tuple[int, int, int], dispatch: str) -> None:
-    """A slice per expert by indexing would make E gradients of the full size; unbind makes one."""
-    layer = make_layer(3, 4, patch_size=3, num_experts=4, dispatch=dispatch)
-    output = layer.forward_given_routing(
-        torch.randn(size[0], 3, *size[1:], dtype=torch.float64),
-        make_routing(TABLE, Grid(2, 2, 3), 4, DROPPED),
-    )
-    edges: dict[int, int] = {}
-    for node in graph_nodes(output):
-        for child, _ in node.next_functions:
-            if child is not None and hasattr(child, "variable"):
-                edges[id(child.variable)] = edges.get(id(child.variable), 0) + 1
-    for name, parameter in layer.experts.named_parameters():
-        assert edges[id(parameter)] == 1, name
-
-
-def graph_nodes(output: Tensor) -> Iterator[Any]:
-    seen, waiting = set(), [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting += [child for child, _ in node.next_functions]
-
-
-# Autograd's corners, for the node that holds graphs of its own
+# Autograd's corners
 
 
 def corner_case(border: str) -> tuple[PCELayer, Routing, Tensor]:
@@ -337,16 +295,21 @@ def test_a_kept_graph_gives_its_gradients_twice_and_a_freed_one_says_so(border: 
         torch.autograd.grad(output, tensors, direction)
 
 
-def test_an_input_changed_before_the_backward_pass_is_noticed() -> None:
-    """Where the map is read in place; a margin makes a copy, which nobody can change."""
-    layer = make_layer(3, 4, patch_size=3, num_experts=4, border="zero")
+@pytest.mark.parametrize("border", BORDERS)
+def test_an_input_changed_before_the_backward_pass_never_gives_wrong_gradients(border: str) -> None:
+    """Either they are those of the map as it was, of which a copy was read, or autograd says that it changed."""
+    layer = make_layer(3, 4, patch_size=3, num_experts=4, border=border)
     x = torch.randn(2, 3, 6, 9, dtype=torch.float64, requires_grad=True)
+    routing = make_routing(TABLE, Grid(2, 2, 3), 4)
+    (expected,) = torch.autograd.grad(layer.forward_given_routing(x, routing).square().sum(), x)
     own = x.contiguous(memory_format=torch.channels_last)
-    output = layer.forward_given_routing(own, make_routing(TABLE, Grid(2, 2, 3), 4))
+    output = layer.forward_given_routing(own, routing).square().sum()
     with torch.no_grad():
         own.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        output.sum().backward()
+    with contextlib.suppress(RuntimeError):  # that says so
+        output.backward()
+    if x.grad is not None:
+        torch.testing.assert_close(x.grad, expected, check_stride=False)
 
 
 @pytest.mark.parametrize("border", BORDERS)
@@ -427,12 +390,9 @@ def counted_transfers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("gate_input", ["pixels", "flat"])
-@pytest.mark.parametrize(("border", "top_k"), [("zero", 2), ("halo", 1), ("exchange", 1)])
+@pytest.mark.parametrize(("border", "top_k"), [("zero", 2), ("halo", 1), ("exchange", 2)])
 @pytest.mark.parametrize("height", [8, 7])
-@pytest.mark.parametrize(("dispatch", "transfers"), [("sorted", ["tolist"]), ("static", [])])
-def test_transfers_to_the_host_in_a_forward_pass(
-    dispatch: str,
-    transfers: list[str],
+def test_no_transfer_to_the_host_in_a_forward_pass(
     height: int,
     border: str,
     top_k: int,
@@ -440,14 +400,11 @@ def test_transfers_to_the_host_in_a_forward_pass(
     training: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One for the experts' counts under "sorted", none under "static"."""
-    layer = PCELayer(3, 4, patch_size=4, border=border, top_k=top_k, gate_input=gate_input, dispatch=dispatch).train(
-        training
-    )
+    layer = PCELayer(3, 4, patch_size=4, border=border, top_k=top_k, gate_input=gate_input).train(training)
     x = torch.randn(2, 3, height, 8)
     with counted_transfers(monkeypatch) as calls:
         layer(x)
-    assert calls == transfers
+    assert calls == []
 
 
 def test_counting_sees_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,12 +418,11 @@ def test_counting_sees_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("norm", ["batch", "group"])
-@pytest.mark.parametrize(("border", "top_k"), [("zero", 2), ("halo", 1), ("exchange", 1)])
+@pytest.mark.parametrize(("border", "top_k"), [("zero", 2), ("halo", 1), ("exchange", 2)])
 @pytest.mark.parametrize("height", [8, 7])
-def test_static_needs_no_data_at_all(height: int, border: str, top_k: int, norm: str, training: bool) -> None:
+def test_nothing_depends_on_the_data(height: int, border: str, top_k: int, training: bool) -> None:
     """On the meta device there are shapes only: whatever depends on the data fails there."""
-    layer = PCELayer(3, 4, patch_size=4, border=border, top_k=top_k, norm=norm, dispatch="static")
+    layer = PCELayer(3, 4, patch_size=4, border=border, top_k=top_k)
     layer = layer.to("meta").train(training)
     x = torch.empty(2, 3, height, 8, device="meta", requires_grad=True)
     output = layer(x)
