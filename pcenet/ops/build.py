@@ -86,11 +86,14 @@ def unsupported() -> str | None:
 
 def find_compiler() -> list[str] | None:
     """The command of the C++ compiler: ``$CXX``, or the first of `COMPILERS`; None where there is none."""
-    given = os.environ.get("CXX")
+    given = os.environ.get("CXX", "").strip()
     for candidate in [given] if given else COMPILERS:
-        name, *options = shlex.split(candidate)
+        try:
+            name, *options = shlex.split(candidate)
+        except ValueError:  # quotes that are not closed
+            name, options = candidate, []
         if program := shutil.which(name):
-            return [program, *options]
+            return [os.path.abspath(program), *options]
     return None
 
 
@@ -121,15 +124,24 @@ def fingerprint(sources: Path = SOURCES) -> str:
 
 
 def cache_folder(sources: Path = SOURCES) -> Path:
-    """Where a library compiled at first use lies: in ``$XDG_CACHE_HOME``, or ``~/.cache``."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return home / "pcenet" / f"ops-{fingerprint(sources)}"
+    """Where a library compiled at first use lies: in ``$XDG_CACHE_HOME``, or ``~/.cache``.
+
+    Raises:
+        BuildError: if there is no home.
+    """
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError as error:
+        raise BuildError("kernels are compiled into ~/.cache, and there is no home; set XDG_CACHE_HOME") from error
+    return caches / "pcenet" / f"ops-{fingerprint(sources)}"
 
 
 def shown(path: Path) -> str:
     """A path to be pasted into a bug report or a shell: it does not name its user."""
+    if path == IN_PACKAGE:
+        return f"{path.name} of the package"
     cache = os.environ.get("XDG_CACHE_HOME")
-    for folder, name in ((cache and Path(cache), "$XDG_CACHE_HOME"), (Path.home(), "~")):
+    for folder, name in ((cache, "$XDG_CACHE_HOME"), (os.path.expanduser("~"), "~")):
         if folder and path.is_relative_to(folder):
             return str(name / path.relative_to(folder))
     return str(path)
@@ -153,9 +165,7 @@ def build(sources: Path = SOURCES, *, again: bool = False) -> Path:
         raise BuildError(reason)
     compiler = find_compiler()
     if compiler is None:
-        raise BuildError(
-            f"kernels need a C++ compiler, and none was found ($CXX, {', '.join(COMPILERS)})"
-        )
+        raise BuildError(f"kernels need a C++ compiler, and none was found ($CXX, {', '.join(COMPILERS)})")
     failure = folder / f"failed-{_identity(compiler)}.log"
     from filelock import FileLock  # a wheel is built where torch and its dependencies may be missing
 

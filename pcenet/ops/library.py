@@ -90,6 +90,23 @@ def loaded() -> Library | None:
     return _library
 
 
+def not_used() -> dict[str, str]:
+    """The compiled instruction sets that are better than the one that runs, and why each of them does not."""
+    instructions = choice().instructions
+    if _library is None or instructions is None:
+        return {}
+    better = _library.sets[: _library.sets.index(instructions)]
+    return {name: _why_not(name, _library) for name in better}
+
+
+def _why_not(name: str, library: Library) -> str:
+    if name not in library.runnable:
+        return "not of this processor"
+    if not build.SETS[name].proven:
+        return f"never tested, {VARIABLE}={name} turns it on"
+    return f"{VARIABLE}={os.environ.get(VARIABLE)}"
+
+
 def choice() -> Choice:
     """What runs, as ``PCENET_OPS`` says; decided once per process."""
     if _choice is not None:

@@ -22,6 +22,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch.utils.data import DataLoader
 
 import pcenet.data as data
+from pcenet import ops
 from pcenet.models import SavableModel, TimmNet
 from pcenet.texts import say
 from pcenet.training.callbacks import (
@@ -190,8 +191,10 @@ def prepare(
         batches: as in `train`.
 
     Raises:
-        ValueError: for faulty data or arguments of the network, or a checkpoint that is not of this run.
+        ValueError: for faulty data or arguments of the network, a checkpoint that is not of this run, or operators
+            that cannot be had (``PCENET_OPS``).
     """
+    ops.backend()  # decided, and compiled if need be, before time is spent on anything else
     kind = kind_of(config.task)
     sources: dict[data.Split, Any] = {
         "train": kind.open(config, config.data, "train"),
@@ -433,6 +436,10 @@ def announce(run: Run) -> None:
         f"{config.precision}, {torch.get_num_threads()} threads, seed {config.seed}",
         f"run folder: {run.folder.path}",
     ]
+    if run.device.type == "cpu" and cost["router_multiply_adds"] and (reason := ops.why_reference()):
+        lines.append(
+            f"PCE layers run on the reference, about {ops.REFERENCE_COST:g} times slower than kernels; {reason}"
+        )
     if config.init and not run.checkpoint:
         lines.append(f"starting from the weights of {config.init}")
     if isinstance(run.model, TimmNet) and run.model.upcycling:
