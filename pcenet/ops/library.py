@@ -138,7 +138,7 @@ def _choose(name: str) -> Choice:
     try:
         if name == "auto":
             _check_worth_loading()
-        library = _load()
+        library = load()
         instructions = name if name in build.SETS else _best(library)
         if instructions not in library.sets:
             raise build.BuildError(f"compiled here are {', '.join(library.sets)}")
@@ -169,10 +169,13 @@ def _best(library: Library) -> str:
     raise build.BuildError(f"this processor has none of the compiled instruction sets ({', '.join(library.sets)})")
 
 
-def _load() -> Library:
+def load() -> Library:
     """The library: the package's, or else the one in the cache, which is compiled if need be.
 
     One that cannot be loaded, because it was damaged or compiled for another system, is compiled anew.
+
+    Raises:
+        pcenet.ops.build.BuildError: if there is none.
     """
     global _library
     if _library is None:
