@@ -78,7 +78,7 @@ def test_text_to_paste_without_a_users_paths(
                 "backend": "cpu (avx2)",
                 "library": "~/x.so",
                 "why_reference": None,
-                "not_used": {"avx512": "never tested"},
+                "not_used": {"avx512": "no"},
             },
             "cpu (avx2), ~/x.so; avx512: no",
         ),
