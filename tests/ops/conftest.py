@@ -18,11 +18,17 @@ extern "C" __attribute__((visibility("default"))) int answer() { return ANSWER; 
 """
 
 
-def missing(reason: str) -> NoReturn:
-    """Skip, or fail where a compiled library is required."""
+def fail_or_skip(reason: str) -> NoReturn:
+    """Skip what cannot be tested here, or fail where a compiled library is required."""
     if os.environ.get(library.VARIABLE) == "required":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture
+def missing() -> Callable[[str], NoReturn]:
+    """`fail_or_skip`, for tests."""
+    return fail_or_skip
 
 
 @pytest.fixture
@@ -30,7 +36,7 @@ def compiler() -> str:
     """The path of the C++ compiler."""
     found = build.find_compiler()
     if found is None or build.unsupported():
-        missing(build.unsupported() or "there is no C++ compiler")
+        fail_or_skip(build.unsupported() or "there is no C++ compiler")
     return found[0]
 
 
@@ -81,7 +87,7 @@ def kernels() -> Iterator[library.Library]:
     try:
         found = library.load()
     except build.BuildError as error:
-        missing(f"no kernels: {error}")
+        fail_or_skip(f"no kernels: {error}")
     yield found
     library.use(before.instructions or "reference")
 
@@ -93,7 +99,7 @@ def output_of() -> Callable[..., str]:
     def run(program: str, *arguments: str) -> str:
         found = shutil.which(program)
         if found is None:
-            missing(f"{program} is not installed")
+            fail_or_skip(f"{program} is not installed")
         return subprocess.run([found, *arguments], capture_output=True, text=True, check=True).stdout
 
     return run
