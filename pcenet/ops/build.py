@@ -177,8 +177,9 @@ def build(sources: Path = SOURCES, *, again: bool = False) -> Path:
             if not again and failure.is_file() and time.time() - failure.stat().st_mtime < REMEMBERED:
                 raise BuildError(_failed(compiler, failure))
             _compile_into_cache(folder, compiler, sources, failure)
-    except OSError as error:
-        raise BuildError(f"{shown(folder)} cannot be written: {error.strerror or error}") from error
+    except (OSError, NotImplementedError) as error:  # the latter of file systems without locks
+        reason = getattr(error, "strerror", None) or error
+        raise BuildError(f"{shown(folder)} cannot be written: {reason}") from error
     return library
 
 

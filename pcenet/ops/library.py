@@ -5,7 +5,7 @@ Where there is none everything runs on the reference, in plain torch. ``PCENET_O
 - ``auto``, the default: the best instruction set that the processor has, else the reference;
 - ``required``: the same, but that there is no library is an error;
 - ``reference``: plain torch;
-- the name of an instruction set (`pcenet.ops.build.SETS`): that one, or an error.
+- the name of an instruction set (``pcenet.ops.build.SETS``): that one, or an error.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def use(name: str) -> Choice:
     """Decide what runs in this process from now on, in place of ``PCENET_OPS``.
 
     Args:
-        name: one of `CHOICES`.
+        name: ``auto``, ``required``, ``reference`` or an instruction set.
 
     Raises:
         ValueError: if there is no such choice, or it cannot be had here.

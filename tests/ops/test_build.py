@@ -194,6 +194,34 @@ def test_plain_units_are_linked_first_and_the_best_set_last(tiny: Path, monkeypa
         build.units(tiny)
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86-64")
+def test_plain_code_is_not_replaced_by_that_of_an_instruction_set(compiler: str, cache: Path, tiny: Path) -> None:
+    """What several units have compiled is one function for all of them, and it has to run everywhere."""
+    (tiny / "answer.h").write_text(
+        """
+        #if defined(__AVX512F__)
+        #define LEVEL 2
+        #elif defined(__AVX2__)
+        #define LEVEL 1
+        #else
+        #define LEVEL 0
+        #endif
+        inline __attribute__((noinline)) int of_all() { return LEVEL; }
+        inline __attribute__((noinline)) int of_sets() { return LEVEL; }
+        #define FUNCTION(name, content) \\
+          extern "C" __attribute__((visibility("default"))) int name() { return content; }
+        """
+    )
+    (tiny / "bind.cpp").write_text('#include "answer.h"\nFUNCTION(plain, of_all())')
+    for name in ("avx2", "avx512"):
+        source = f'#include "answer.h"\nFUNCTION({name}, 10 * of_all() + of_sets())\nFUNCTION({name}_own, LEVEL)'
+        (tiny / f"isa_{name}.cpp").write_text(source)
+    functions = ctypes.CDLL(str(build.build(tiny)))
+    assert functions.plain() == 0
+    assert functions.avx2() == functions.avx512() == 1
+    assert [functions.avx2_own(), functions.avx512_own()] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("system", "machine", "reason"),
     [
