@@ -88,7 +88,8 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
     """``pcenet train``: train a network and leave the run folder; one of several processes does its part of it.
 
     On the CPU two runs with the same options leave the same ``model/``, bit for bit, on one kind of processor
-    and with the same versions and number of threads. On a GPU they do not: some of its kernels add in any order.
+    and with the same versions, operators (``PCENET_OPS``) and number of threads. On a GPU they do not: some of its
+    kernels add in any order.
 
     Args:
         config: the options.
