@@ -238,7 +238,7 @@ def as_text(report: dict[str, Any]) -> str:
 
 def describe(operators: dict[str, Any]) -> str:
     """What `operators` found, in one line."""
-    from pcenet.ops import REFERENCE_COST
+    from pcenet.ops.library import REFERENCE_COST
 
     if operators["backend"] is None:
         return f"none; {operators['why_reference']}"

@@ -93,7 +93,7 @@ def test_text_to_paste_without_a_users_paths(
     ],
 )
 def test_what_computes_in_a_line(found: dict[str, object], line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "REFERENCE_COST", 1.5)
+    monkeypatch.setattr(ops.library, "REFERENCE_COST", 1.5)
     assert doctor.describe(found) == line
 
 

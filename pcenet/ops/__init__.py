@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pcenet.ops.library import REFERENCE_COST, backend, compiled, why_reference
+from pcenet.ops.library import backend, compiled, why_reference
 
-__all__ = ["REFERENCE_COST", "backend", "compiled", "why_reference"]
+__all__ = ["backend", "compiled", "why_reference"]

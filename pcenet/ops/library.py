@@ -136,7 +136,7 @@ def _choose(name: str) -> Choice:
     if name == "reference":
         return Choice(None, f"{VARIABLE}=reference")
     try:
-        if name == "auto":
+        if name in ("auto", "required"):
             _check_worth_loading()
         library = load()
         instructions = name if name in build.SETS else _best(library)

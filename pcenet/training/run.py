@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 import pcenet.data as data
 from pcenet import ops
 from pcenet.models import SavableModel, TimmNet
+from pcenet.ops.library import REFERENCE_COST
 from pcenet.texts import say
 from pcenet.training.callbacks import (
     Averaging,
@@ -438,9 +439,7 @@ def announce(run: Run) -> None:
         f"run folder: {run.folder.path}",
     ]
     if run.device.type == "cpu" and cost["router_multiply_adds"] and (reason := ops.why_reference()):
-        lines.append(
-            f"PCE layers run on the reference, about {ops.REFERENCE_COST:g} times slower than kernels; {reason}"
-        )
+        lines.append(f"PCE layers run on the reference, about {REFERENCE_COST:g} times slower than kernels; {reason}")
     if config.init and not run.checkpoint:
         lines.append(f"starting from the weights of {config.init}")
     if isinstance(run.model, TimmNet) and run.model.upcycling:

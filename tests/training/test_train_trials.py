@@ -101,7 +101,7 @@ def test_a_run_says_once_that_it_is_on_the_reference(
 ) -> None:
     monkeypatch.setattr(ops.library, "_choice", ops.library.Choice(None, "for a reason"))
     line = "PCE layers run on the reference, about 1.5 times slower than kernels; for a reason\n"
-    monkeypatch.setattr(ops, "REFERENCE_COST", 1.5)
+    monkeypatch.setattr("pcenet.training.run.REFERENCE_COST", 1.5)
     announce(prepared(start()))
     assert capsys.readouterr().out.count(line) == 1
     announce(prepared(start(model="dense_nano")))
