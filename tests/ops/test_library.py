@@ -31,8 +31,8 @@ def test_the_library_needs_torch_and_the_compilers_runtime_alone(
 ) -> None:
     dynamic = output_of("readelf", "-d", str(kernels.path))
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
-    assert needed <= {"libtorch_cpu.so", "libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6"}  # no OpenMP
-    assert "libtorch_cpu.so" in needed
+    of_the_system = re.compile(r"lib(c|m|stdc\+\+|gcc_s)\.so\.\d+|ld-linux-\S+")
+    assert {name for name in needed if not of_the_system.fullmatch(name)} == {"libtorch_cpu.so"}  # no OpenMP
     assert "PATH)" not in dynamic  # neither RPATH nor RUNPATH
 
 
