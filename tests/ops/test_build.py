@@ -47,9 +47,9 @@ def test_found_where_there_is_no_compiler_any_more(
     assert build.build(tiny) == path
 
 
-@pytest.mark.parametrize("change", ["source", "header", "new file", "flags", "machine"])
-def test_another_library_for_other_sources_flags_and_machines(
-    change: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("change", ["source", "header", "new file", "recipe", "machine"])
+def test_another_library_for_other_sources_recipes_and_machines(
+    change: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = build.fingerprint(tiny)
     assert build.fingerprint(tiny) == before
@@ -59,8 +59,10 @@ def test_another_library_for_other_sources_flags_and_machines(
         (tiny / "answer.h").write_text("#define ANSWER 43\n")
     elif change == "new file":
         (tiny / "more.inl").write_text("")
-    elif change == "flags":
-        monkeypatch.setattr(build, "FLAGS", ("-O0",))
+    elif change == "recipe":
+        recipe = tmp_path / "build.py"
+        recipe.write_text(Path(build.__file__).read_text().replace("-O3", "-O2"))
+        monkeypatch.setattr(build, "__file__", str(recipe))
     else:
         monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     assert build.fingerprint(tiny) != before
