@@ -177,8 +177,8 @@ def build(sources: Path = SOURCES, *, again: bool = False) -> Path:
                 raise BuildError(_failed(compiler, failure))
             _compile_into_cache(folder, compiler, sources, failure)
     except (OSError, NotImplementedError) as error:  # the latter of file systems without locks
-        reason = getattr(error, "strerror", None) or error
-        raise BuildError(f"{shown(folder)} cannot be written: {reason}") from error
+        why = getattr(error, "strerror", None) or error
+        raise BuildError(f"{shown(folder)} cannot be written: {why}") from error
     return library
 
 
