@@ -20,7 +20,8 @@ help:
 	@echo "make test-faults   kill, fill, damage, deceive: each fault of docs/reliability.md with its outcome (minutes)"
 	@echo "make test-speed   whether a layer has become slow; run it alone (a minute)"
 	@echo "make audit  known vulnerabilities of the locked versions (needs the internet)"
-	@echo "make dist   sdist and wheel, tried in an empty virtual environment (needs a package index)"
+	@echo "make dist   sdist and wheel, with compiled kernels where a C++ compiler is, tried in an empty virtual environment"
+	@echo "            without one (needs a package index)"
 	@echo "make clean  remove the virtual environment, what was built and the demo's runs"
 
 $(VENV)/installed: pyproject.toml
@@ -71,7 +72,7 @@ audit: $(VENV)/installed
 
 dist: $(VENV)/installed
 	rm -rf dist
-	$(BIN)/python -m build
+	$(BIN)/python -m build --no-isolation
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) .ci/try_wheel.py dist/*.whl
 

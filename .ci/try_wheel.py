@@ -1,8 +1,10 @@
 """A wheel, tried as a user gets it: `python .ci/try_wheel.py WHEEL` installs it without extras into an empty virtual
-environment, outside the checkout, and uses it there. Leaves nothing behind; what fails ends it with an error."""
+environment, outside the checkout and without a C++ compiler, and uses it there. Leaves nothing behind; what fails ends
+it with an error."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -15,8 +17,17 @@ from pathlib import Path
 
 LIMIT = 0.5  # seconds of a processor
 RUNS = 5
-OURS = re.compile(r"pcenet(/[\w.-]+)*/[\w-]+\.(py|typed|html|json|safetensors|md)|pcenet-[\w.]+\.dist-info/.*")
-NEEDED = {"pcenet/py.typed", "pcenet/explain/page.html", "pcenet/weights/camvid/pce_unet_nano/model.safetensors"}
+OURS = re.compile(
+    r"pcenet(/[\w.-]+)*/[\w-]+\.(py|typed|html|json|safetensors|md)"
+    r"|pcenet/ops/cpu/\w+\.(cpp|inl|h)|pcenet-[\w.]+\.dist-info/.*"
+)
+NEEDED = {
+    "pcenet/py.typed",
+    "pcenet/explain/page.html",
+    "pcenet/ops/cpu/bind.cpp",
+    "pcenet/weights/camvid/pce_unet_nano/model.safetensors",
+}
+LIBRARY = "pcenet/ops/libpcenet_cpu.so"
 
 USE = """
 import importlib.metadata, importlib.util
@@ -38,15 +49,14 @@ assert importlib.metadata.version("pcenet") == pcenet.__version__
 
 def main(wheel: Path) -> None:
     """Try it."""
-    check_content(wheel)
+    compiled = check_content(wheel)
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         venv.create(home / "venv", with_pip=True)
         python, pcenet = (str(home / "venv" / "bin" / name) for name in ("python", "pcenet"))
 
         def run(*words: str) -> subprocess.CompletedProcess[str]:
-            clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-            return subprocess.run(words, cwd=home, env=clean, capture_output=True, text=True, check=False)
+            return subprocess.run(words, cwd=home, env=environment(home), capture_output=True, text=True, check=False)
 
         def succeed(*words: str) -> str:
             done = run(*words)
@@ -68,7 +78,13 @@ def main(wheel: Path) -> None:
         succeed(python, "-m", "pip", "check")
         assert "check-data" in succeed(pcenet, "--help")
         assert "pce_unet_nano" in succeed(pcenet, "models")
-        assert "pcenet" in succeed(pcenet, "doctor")
+        operators = json.loads(succeed(pcenet, "doctor", "--json"))["operators"]
+        print(operators)
+        if compiled:
+            assert operators["backend"] != "reference"
+            assert "of the package" in operators["library"]
+        else:
+            assert "C++ compiler" in operators["why_reference"]
         succeed(python, "-W", "error", "-c", USE)
         extra_missing = run(pcenet, "train", "--data", "pictures")
         assert extra_missing.returncode == 2, extra_missing.stderr
@@ -81,13 +97,26 @@ def main(wheel: Path) -> None:
     print(f"{wheel.name} works")
 
 
-def check_content(wheel: Path) -> None:
-    """All that is needed is in it, and nothing else."""
+def environment(home: Path) -> dict[str, str]:
+    """An environment with nothing of the caller's Python, nothing compiled earlier, and no compiler."""
+    unwanted = ("CXX", "PCENET_OPS")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON") and name not in unwanted}
+    return kept | {"PATH": str(home / "venv" / "bin"), "XDG_CACHE_HOME": str(home / "cache")}
+
+
+def check_content(wheel: Path) -> bool:
+    """All that is needed is in it, and nothing else. Whether it has compiled kernels, as its name says."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert names >= NEEDED, NEEDED - names
-    foreign = [name for name in names if not OURS.fullmatch(name)]
+    foreign = [name for name in names - {LIBRARY} if not OURS.fullmatch(name)]
     assert not foreign, foreign
+    pure = wheel.name.endswith("-py3-none-any.whl")
+    assert pure or re.search(r"-py3-none-linux_\w+\.whl$", wheel.name), wheel.name
+    assert pure != (LIBRARY in names), wheel.name
+    if os.environ.get("PCENET_OPS") == "required":
+        assert not pure, "no kernels were compiled"
+    return not pure
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def examine() -> dict[str, Any]:
         "cores": {"machine": os.cpu_count(), "usable": usable_cores()},
         "memory": memory(),
         "free_disk": {"current folder": free_disk(Path()), "cache": free_disk_of_cache() if torch_works else None},
+        "operators": operators() if torch_works else None,
         "compute": computing() if torch_works else None,
     }
 
@@ -131,6 +132,22 @@ def free_disk_of_cache() -> int | None:
     return free_disk(next(path for path in (folder, *folder.parents) if path.exists()))
 
 
+def operators() -> dict[str, Any]:
+    """What computes PCE layers on the processor, why it is not compiled kernels, and where those lie."""
+    from pcenet.ops import build, library
+
+    try:
+        chosen, found = library.choice(), library.loaded()
+    except ValueError as error:  # PCENET_OPS asks for what there is not
+        return {"backend": None, "why_reference": str(error), "library": None, "not_used": {}}
+    return {
+        "backend": library.backend(),
+        "why_reference": chosen.reason,
+        "library": build.shown(found.path) if found else None,
+        "not_used": library.not_used(),
+    }
+
+
 def computing() -> dict[str, Any]:
     """Processor, devices, threads, bfloat16 and speed, as torch sees them."""
     import torch
@@ -204,6 +221,8 @@ def as_text(report: dict[str, Any]) -> str:
         ("memory", f"{gigabytes(sizes['available'])} available of {gigabytes(sizes['total'])}"),
         *((f"free disk, {name}", gigabytes(size)) for name, size in disk.items()),
     ]
+    if report["operators"]:
+        lines.append(("operators", describe(report["operators"])))
     if compute:
         lines += [
             ("processor", compute["processor"]),
@@ -215,6 +234,18 @@ def as_text(report: dict[str, Any]) -> str:
             *((f"3x3 convolution, {kind}", f"{speed:.1f} GFLOP/s") for kind, speed in compute["convolution"].items()),
         ]
     return "\n".join(f"{name}: {value}" for name, value in lines)
+
+
+def describe(operators: dict[str, Any]) -> str:
+    """What `operators` found, in one line."""
+    from pcenet.ops.library import REFERENCE_COST
+
+    if operators["backend"] is None:
+        return f"none; {operators['why_reference']}"
+    if operators["why_reference"]:
+        return f"reference, about {REFERENCE_COST:g} times slower than kernels; {operators['why_reference']}"
+    reasons = [f"{name}: {reason}" for name, reason in operators["not_used"].items()]
+    return "; ".join([f"{operators['backend']}, {operators['library']}", *reasons])
 
 
 def gigabytes(size: int | None) -> str:

@@ -14,6 +14,8 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
+from pcenet import ops
+
 settings.register_profile("pcenet", derandomize=True, deadline=None, max_examples=15, database=None)
 settings.load_profile("pcenet")
 
@@ -26,6 +28,12 @@ def _few_threads() -> None:
     # Set for the session, because fixtures of wider scope than a test train networks: sums that are split over another
     # number of threads are rounded differently, and runs are compared bit for bit.
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _operators_decided() -> None:
+    """Before a test takes the cache of kernels away. With ``PCENET_OPS=required`` no test runs without them."""
+    ops.backend()
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import timm
 import torch
 
 import pcenet
-from pcenet import doctor
+from pcenet import doctor, ops
 from pcenet.cli import main
 
 REQUIRES = [
@@ -64,9 +64,48 @@ def test_text_to_paste_without_a_users_paths(
     assert f"numpy: {np.__version__}\n" in text
     assert "nowhere-to-be-found: missing; pip install 'pcenet[plot]'\n" in text
     assert "3x3 convolution, bfloat16 channels_last: " in text
+    assert f"operators: {ops.backend()}, " in text
     assert str(tmp_path) not in text
     assert str(Path.home()) not in text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        (
+            {
+                "backend": "cpu (avx2)",
+                "library": "~/x.so",
+                "why_reference": None,
+                "not_used": {"avx512": "no"},
+            },
+            "cpu (avx2), ~/x.so; avx512: no",
+        ),
+        (
+            {"backend": "reference", "library": None, "why_reference": "no compiler", "not_used": {}},
+            "reference, about 1.5 times slower than kernels; no compiler",
+        ),
+        (
+            {"backend": None, "library": None, "why_reference": "PCENET_OPS=x: there is auto", "not_used": {}},
+            "none; PCENET_OPS=x: there is auto",
+        ),
+    ],
+)
+def test_what_computes_in_a_line(found: dict[str, object], line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.library, "REFERENCE_COST", 1.5)
+    assert doctor.describe(found) == line
+
+
+def test_operators_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = doctor.operators()
+    assert found["backend"] == ops.backend()
+    assert found["why_reference"] == ops.why_reference()
+    monkeypatch.setattr(ops.library, "_choice", None)
+    monkeypatch.setenv("PCENET_OPS", "fast")
+    found = doctor.operators()
+    assert found["backend"] is None
+    assert found["why_reference"].startswith("PCENET_OPS=fast: there is auto, ")
 
 
 def test_the_speed_is_operations_by_the_median_time(monkeypatch: pytest.MonkeyPatch) -> None:

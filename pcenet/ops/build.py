@@ -86,11 +86,14 @@ def unsupported() -> str | None:
 
 def find_compiler() -> list[str] | None:
     """The command of the C++ compiler: ``$CXX``, or the first of `COMPILERS`; None where there is none."""
-    given = os.environ.get("CXX")
+    given = os.environ.get("CXX", "").strip()
     for candidate in [given] if given else COMPILERS:
-        name, *options = shlex.split(candidate)
+        try:
+            name, *options = shlex.split(candidate)
+        except ValueError:  # quotes that are not closed
+            name, options = candidate, []
         if program := shutil.which(name):
-            return [program, *options]
+            return [os.path.abspath(program), *options]
     return None
 
 
@@ -111,25 +114,33 @@ def units(sources: Path) -> dict[str, tuple[str, ...]]:
 
 
 def fingerprint(sources: Path = SOURCES) -> str:
-    """Twelve letters that change with the sources, the flags and the kind of machine."""
-    digest = hashlib.sha256(repr((FLAGS, LINK, platform.machine(), units(sources))).encode())
-    for path in sorted(sources.iterdir()):
-        if path.is_file():
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-            digest.update(path.read_bytes())
+    """Twelve letters that change with the sources, with this recipe and with the kind of machine."""
+    digest = hashlib.sha256(platform.machine().encode())
+    for path in (Path(__file__), *sorted(each for each in sources.iterdir() if each.is_file())):
+        digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def cache_folder(sources: Path = SOURCES) -> Path:
-    """Where a library compiled at first use lies: in ``$XDG_CACHE_HOME``, or ``~/.cache``."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return home / "pcenet" / f"ops-{fingerprint(sources)}"
+    """Where a library compiled at first use lies: in ``$XDG_CACHE_HOME``, or ``~/.cache``.
+
+    Raises:
+        BuildError: if there is no home.
+    """
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError as error:
+        raise BuildError("kernels are compiled into ~/.cache, and there is no home; set XDG_CACHE_HOME") from error
+    return caches / "pcenet" / f"ops-{fingerprint(sources)}"
 
 
 def shown(path: Path) -> str:
     """A path to be pasted into a bug report or a shell: it does not name its user."""
+    if path == IN_PACKAGE:
+        return f"{path.name} of the package"
     cache = os.environ.get("XDG_CACHE_HOME")
-    for folder, name in ((cache and Path(cache), "$XDG_CACHE_HOME"), (Path.home(), "~")):
+    for folder, name in ((cache, "$XDG_CACHE_HOME"), (os.path.expanduser("~"), "~")):
         if folder and path.is_relative_to(folder):
             return str(name / path.relative_to(folder))
     return str(path)
@@ -165,8 +176,9 @@ def build(sources: Path = SOURCES, *, again: bool = False) -> Path:
             if not again and failure.is_file() and time.time() - failure.stat().st_mtime < REMEMBERED:
                 raise BuildError(_failed(compiler, failure))
             _compile_into_cache(folder, compiler, sources, failure)
-    except OSError as error:
-        raise BuildError(f"{shown(folder)} cannot be written: {error.strerror or error}") from error
+    except (OSError, NotImplementedError) as error:  # the latter of file systems without locks
+        why = getattr(error, "strerror", None) or error
+        raise BuildError(f"{shown(folder)} cannot be written: {why}") from error
     return library
 
 

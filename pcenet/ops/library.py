@@ -5,7 +5,7 @@ Where there is none everything runs on the reference, in plain torch. ``PCENET_O
 - ``auto``, the default: the best instruction set that the processor has, else the reference;
 - ``required``: the same, but that there is no library is an error;
 - ``reference``: plain torch;
-- the name of an instruction set (`pcenet.ops.build.SETS`): that one, or an error.
+- the name of an instruction set (``pcenet.ops.build.SETS``): that one, or an error.
 """
 
 from __future__ import annotations
@@ -92,6 +92,23 @@ def loaded() -> Library | None:
     return _library
 
 
+def not_used() -> dict[str, str]:
+    """The compiled instruction sets that are better than the one that runs, and why each of them does not."""
+    instructions = choice().instructions
+    if _library is None or instructions is None:
+        return {}
+    better = _library.sets[: _library.sets.index(instructions)]
+    return {name: _why_not(name, _library) for name in better}
+
+
+def _why_not(name: str, library: Library) -> str:
+    if name not in library.runnable:
+        return "not of this processor"
+    if not build.SETS[name].proven:
+        return f"never tested, {VARIABLE}={name} turns it on"
+    return f"{VARIABLE}={os.environ.get(VARIABLE)}"
+
+
 def choice() -> Choice:
     """What runs, as ``PCENET_OPS`` says; decided once per process."""
     if _choice is not None:
@@ -104,7 +121,7 @@ def use(name: str) -> Choice:
     """Decide what runs in this process from now on, in place of ``PCENET_OPS``.
 
     Args:
-        name: one of `CHOICES`.
+        name: ``auto``, ``required``, ``reference`` or an instruction set.
 
     Raises:
         ValueError: if there is no such choice, or it cannot be had here.
@@ -121,9 +138,9 @@ def _choose(name: str) -> Choice:
     if name == "reference":
         return Choice(None, f"{VARIABLE}=reference")
     try:
-        if name == "auto":
+        if name in ("auto", "required"):
             _check_worth_loading()
-        library = _load()
+        library = load()
         instructions = name if name in build.SETS else _best(library)
         if instructions not in library.sets:
             raise build.BuildError(f"compiled here are {', '.join(library.sets)}")
@@ -154,10 +171,13 @@ def _best(library: Library) -> str:
     raise build.BuildError(f"this processor has none of the compiled instruction sets ({', '.join(library.sets)})")
 
 
-def _load() -> Library:
+def load() -> Library:
     """The library: the package's, or else the one in the cache, which is compiled if need be.
 
     One that cannot be loaded, because it was damaged or compiled for another system, is compiled anew.
+
+    Raises:
+        pcenet.ops.build.BuildError: if there is none.
     """
     global _library
     if _library is None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import pcenet
+from pcenet import ops
 from pcenet.training.config import Device, Precision
 
 PACKAGES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow", "safetensors")
@@ -110,5 +111,6 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
         "processor": processor_name(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
+        "operators": "reference" if device.type == "cuda" else ops.backend(),
         "precision": precision,
     }

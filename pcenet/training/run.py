@@ -22,7 +22,9 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch.utils.data import DataLoader
 
 import pcenet.data as data
+from pcenet import ops
 from pcenet.models import SavableModel, TimmNet
+from pcenet.ops.library import REFERENCE_COST
 from pcenet.texts import say
 from pcenet.training.callbacks import (
     Averaging,
@@ -87,7 +89,8 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
     """``pcenet train``: train a network and leave the run folder; one of several processes does its part of it.
 
     On the CPU two runs with the same options leave the same ``model/``, bit for bit, on one kind of processor
-    and with the same versions and number of threads. On a GPU they do not: some of its kernels add in any order.
+    and with the same versions, operators (``PCENET_OPS``) and number of threads. On a GPU they do not: some of its
+    kernels add in any order.
 
     Args:
         config: the options.
@@ -190,8 +193,10 @@ def prepare(
         batches: as in `train`.
 
     Raises:
-        ValueError: for faulty data or arguments of the network, or a checkpoint that is not of this run.
+        ValueError: for faulty data or arguments of the network, a checkpoint that is not of this run, or operators
+            that cannot be had (``PCENET_OPS``).
     """
+    ops.backend()  # decided, and compiled if need be, before time is spent on anything else
     kind = kind_of(config.task)
     sources: dict[data.Split, Any] = {
         "train": kind.open(config, config.data, "train"),
@@ -433,6 +438,8 @@ def announce(run: Run) -> None:
         f"{config.precision}, {torch.get_num_threads()} threads, seed {config.seed}",
         f"run folder: {run.folder.path}",
     ]
+    if run.device.type == "cpu" and cost["router_multiply_adds"] and (reason := ops.why_reference()):
+        lines.append(f"PCE layers run on the reference, about {REFERENCE_COST:g} times slower than kernels; {reason}")
     if config.init and not run.checkpoint:
         lines.append(f"starting from the weights of {config.init}")
     if isinstance(run.model, TimmNet) and run.model.upcycling:

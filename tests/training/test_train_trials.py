@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
+from pcenet import ops
 from pcenet.cli import main
 from pcenet.data import EpochSampler, open_source
 from pcenet.training.config import TrainConfig
 from pcenet.training.device import resolve_device
 from pcenet.training.find import find, find_batch_size, find_lr
 from pcenet.training.folder import RunFolder
-from pcenet.training.run import Run, prepare, resolve, train
+from pcenet.training.run import Run, announce, prepare, resolve, train
 from pcenet.training.task import ClassificationTask
 
 Start = Callable[..., TrainConfig]
@@ -93,6 +94,31 @@ def test_a_dry_run_does_everything_with_two_batches_and_leaves_nothing(
     assert "dry run: everything works" in capsys.readouterr().out
     assert not config.folder.exists()
     assert list(temporary.iterdir()) == []
+
+
+def test_a_run_says_once_that_it_is_on_the_reference(
+    start: Start, temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ops.library, "_choice", ops.library.Choice(None, "for a reason"))
+    line = "PCE layers run on the reference, about 1.5 times slower than kernels; for a reason\n"
+    monkeypatch.setattr("pcenet.training.run.REFERENCE_COST", 1.5)
+    announce(prepared(start()))
+    assert capsys.readouterr().out.count(line) == 1
+    announce(prepared(start(model="dense_nano")))
+    monkeypatch.setattr(ops.library, "_choice", ops.library.Choice("avx2"))
+    announce(prepared(start()))
+    assert "reference" not in capsys.readouterr().out
+
+
+def test_operators_that_cannot_be_had_end_a_run_before_it_begins(
+    start: Start, temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ops.library, "_choice", None)
+    monkeypatch.setenv("PCENET_OPS", "fast")
+    config = start()
+    assert main(command(config)) == 2
+    assert "PCENET_OPS=fast: there is auto, required, reference" in capsys.readouterr().err
+    assert not config.folder.exists()
 
 
 def test_a_dry_run_of_segmentation(scenes: Path, temporary: Path, tmp_path: Path) -> None:
