@@ -46,6 +46,7 @@ inline Vector load_some(const float *p, int count) {
 
 inline void store_some(float *p, Vector v, int count) {
   if (count >= VECTOR) return store(p, v);
+  if (count <= 0) return;
   float buffer[VECTOR];
   store(buffer, v);
   for (int i = 0; i < count; i++) p[i] = buffer[i];
@@ -53,7 +54,7 @@ inline void store_some(float *p, Vector v, int count) {
 
 // exp(-x) for x >= 0: by 2**n times a polynomial of what is left, as in the Cephes library's expf.
 inline Vector exp_of_minus(Vector x) {
-  x = x > 87.0f ? all(87.0f) : x;
+  x = x > 80.0f ? all(80.0f) : x;  // what is less would become denormal, and slow
   Integers n = __builtin_convertvector(x * 1.44269504f + 0.5f, Integers);
   Vector whole = __builtin_convertvector(n, Vector);
   Vector r = whole * 0.693359375f - x;
@@ -104,6 +105,11 @@ inline Gelu gelu_and_slope(Vector x) {
   Normal n = normal(x);
   Vector below = x < 0.0f ? n.tail : 1.0f - n.tail;
   return {x * below, below + x * n.density * 0.39894228f};
+}
+
+inline Vector slope_of_gelu(Vector x) {
+  Gelu both = gelu_and_slope(x);
+  return both.slope;
 }
 
 // ---- Convolutions ---------------------------------------------------------------------------------------------------
@@ -301,32 +307,53 @@ inline void multiply(const float *const *row, int64_t offset, const float *packe
   }
 }
 
-inline void finish(const Convolution &job, bool adds, const Vector *sums, const Pixel &pixel, int expert, int channel,
-                   int count) {
-  const Epilogue &epilogue = job.epilogue;
-  int64_t place = int64_t(pixel.index) * job.out_channels + channel;
-  for (int v = 0; v < WIDTH && v * VECTOR < count; v++) {
-    int own = count - v * VECTOR, at = v * VECTOR;
-    int64_t of_expert = int64_t(expert) * job.out_channels + channel + at;
-    Vector y = sums[v];
-    if (epilogue.scale) y *= load_some(epilogue.scale + of_expert, own);
-    if (epilogue.shift) y += load_some(epilogue.shift + of_expert, own);
-    if (epilogue.gelu) y = gelu(y);
-    if (epilogue.gate) y *= all(epilogue.gate[pixel.patch]);
-    if (epilogue.residual) y += load_some(epilogue.residual + place + at, own);
-    if (adds) y += load_some(job.out + place + at, own);
-    store_some(job.out + place + at, y, own);
-  }
-}
-
 // What all tiles of a kind and panel have in common.
 struct Tiles {
   const Convolution &job;
-  bool adds, plain;  // plain: a whole panel, and nothing follows the convolution
+  bool adds;
   Taps taps;
   const float *packed;
   int expert, channel, count;
 };
+
+// What follows the products, for a whole tile at a time: one number's GELU is a long chain, those of many overlap.
+template <int ROWS>
+inline void follow(const Tiles &tiles, const Pixel *pixels, Vector (&sums)[ROWS][WIDTH]) {
+  const Epilogue &after = tiles.job.epilogue;
+  int64_t of_expert = int64_t(tiles.expert) * tiles.job.out_channels + tiles.channel;
+  auto by_channel = [&](const float *table, const auto &apply) {
+    for (int v = 0; v < WIDTH; v++) {
+      Vector own = load_some(table + of_expert + v * VECTOR, tiles.count - v * VECTOR);
+      for (int r = 0; r < ROWS; r++) apply(sums[r][v], own);
+    }
+  };
+  if (after.scale) by_channel(after.scale, [](Vector &y, Vector own) { y *= own; });
+  if (after.shift) by_channel(after.shift, [](Vector &y, Vector own) { y += own; });
+  if (after.gelu)
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < WIDTH; v++) sums[r][v] = gelu(sums[r][v]);
+  if (after.gate)
+    for (int r = 0; r < ROWS; r++) {
+      Vector own = all(after.gate[pixels[r].patch]);
+      for (int v = 0; v < WIDTH; v++) sums[r][v] *= own;
+    }
+}
+
+template <int ROWS, bool WHOLE>
+inline void write(const Tiles &tiles, const Pixel *pixels, const Vector (&sums)[ROWS][WIDTH]) {
+  const Convolution &job = tiles.job;
+  for (int r = 0; r < ROWS; r++) {
+    int64_t place = int64_t(pixels[r].index) * job.out_channels + tiles.channel;
+    float *to = job.out + place;
+    const float *added = tiles.adds ? to : job.epilogue.residual ? job.epilogue.residual + place : nullptr;
+    for (int v = 0; v < WIDTH; v++) {
+      int at = v * VECTOR, own = WHOLE ? VECTOR : tiles.count - at;
+      Vector y = sums[r][v];
+      if (added) y += load_some(added + at, own);
+      store_some(to + at, y, own);
+    }
+  }
+}
 
 template <int ROWS>
 void convolve_tile(const Tiles &tiles, const Pixel *pixels) {
@@ -339,16 +366,9 @@ void convolve_tile(const Tiles &tiles, const Pixel *pixels) {
     const Run &run = tiles.taps.run[t];
     multiply<ROWS>(row, run.offset, tiles.packed + int64_t(run.tap) * job.in_channels * PANEL, run.count, sums);
   }
-  if (tiles.plain) {
-    for (int r = 0; r < ROWS; r++) {
-      float *to = job.out + int64_t(pixels[r].index) * job.out_channels + tiles.channel;
-      for (int v = 0; v < WIDTH; v++)
-        store(to + v * VECTOR, tiles.adds ? load(to + v * VECTOR) + sums[r][v] : sums[r][v]);
-    }
-    return;
-  }
-  for (int r = 0; r < ROWS; r++)
-    finish(job, tiles.adds, sums[r], pixels[r], tiles.expert, tiles.channel, tiles.count);
+  follow<ROWS>(tiles, pixels, sums);
+  if (tiles.count == PANEL) write<ROWS, true>(tiles, pixels, sums);
+  else write<ROWS, false>(tiles, pixels, sums);
 }
 
 // The tile of what is left of a kind's pixels, fewer than TILE.
@@ -381,8 +401,6 @@ struct Ahead {
 void convolve_chunk(const Convolution &job, bool adds, const Chunk &chunk, const Chunk &next, int expert, int panel,
                     int panel_end, const float *kernel) {
   int64_t size = int64_t(job.kernel) * job.kernel * job.in_channels * PANEL;
-  const Epilogue &after = job.epilogue;
-  bool nothing = !after.scale && !after.shift && !after.gelu && !after.gate && !after.residual;
   Ahead ahead(job, next, int64_t(chunk.count / TILE) * (panel_end - panel));
   for (int kind = 0; kind < 64; kind++) {
     int start = chunk.start[kind], end = chunk.start[kind + 1];
@@ -390,7 +408,7 @@ void convolve_chunk(const Convolution &job, bool adds, const Chunk &chunk, const
     Taps taps = list_taps(job, kind);
     for (int p = panel; p < panel_end; p++) {
       int channel = p * PANEL, count = least(PANEL, job.out_channels - channel), i = start;
-      Tiles tiles = {job, adds, nothing && count == PANEL, taps, kernel + (p - panel) * size, expert, channel, count};
+      Tiles tiles = {job, adds, taps, kernel + (p - panel) * size, expert, channel, count};
       for (; i + TILE <= end; i += TILE) {
         ahead.fetch();
         convolve_tile<TILE>(tiles, chunk.sorted + i);
@@ -570,6 +588,14 @@ inline void for_runs(const Affine &job, int64_t line, int64_t line_end, const Wh
   }
 }
 
+// Calls what(channel, whole): for every vector of channels, whole but perhaps the last.
+template <class What>
+inline void for_channels(int channels, const What &what) {
+  int c = 0;
+  for (; c + VECTOR <= channels; c += VECTOR) what(c, VECTOR);
+  if (c < channels) what(c, channels - c);
+}
+
 // A panel's worth of what an expert has, or a constant.
 struct Own {
   const float *table;
@@ -697,8 +723,8 @@ void affine_grad_lines(const Affine &job, const float *grad, const float *slope,
         int64_t at = (pixel + i) * channels + c;
         Vector x = load_some(job.x + at, own), g = load_some(grad + at, own);
         if (GELU) {
-          Gelu act = gelu_and_slope(x * factor + term);
-          g *= act.slope;
+          Vector slope = slope_of_gelu(x * factor + term);
+          g *= slope;
         }
         store_some(out + at, g * of_g + (x * of_x + rest), own);
       }
@@ -763,9 +789,13 @@ void add_activations(const Perceptron &job, const Layer &layer, int64_t y, int64
   for (int p = 0; p < panels(job.hidden); p++) {
     Vector sums[ROWS][WIDTH];
     before_activation<ROWS>(job, layer.forward, y, x, pixel, p, sums);
-    for (int r = 0; r < ROWS; r++) {
-      float *to = layer.patch_sums + (x + r) / job.grid.side * panels(job.hidden) * PANEL + p * PANEL;
-      for (int v = 0; v < WIDTH; v++) store(to + v * VECTOR, load(to + v * VECTOR) + gelu(sums[r][v]));
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < WIDTH; v++) sums[r][v] = gelu(sums[r][v]);
+    int64_t column = x / job.grid.side, left = job.grid.side - x % job.grid.side;
+    for (int r = 0; r < ROWS; r++, left--) {
+      if (!left) column++, left = job.grid.side;
+      float *to = layer.patch_sums + column * panels(job.hidden) * PANEL + p * PANEL;
+      for (int v = 0; v < WIDTH; v++) store(to + v * VECTOR, load(to + v * VECTOR) + sums[r][v]);
     }
   }
 }
@@ -802,13 +832,16 @@ void grads_before(const Perceptron &job, const Layer &layer, const float *grad, 
   for (int p = 0; p < panels(job.hidden); p++) {
     Vector sums[ROWS][WIDTH];
     before_activation<ROWS>(job, layer.forward, y, x, pixel, p, sums);
-    for (int r = 0; r < ROWS; r++) {
-      int64_t column = (x + r) / grid.side, width = least(grid.side, grid.width - column * grid.side);
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < WIDTH; v++) sums[r][v] = slope_of_gelu(sums[r][v]);
+    int64_t column = x / grid.side, left = grid.side - x % grid.side;
+    for (int r = 0; r < ROWS; r++, left--) {
+      if (!left) column++, left = grid.side;
+      Vector share = all(share_of_line / least(grid.side, grid.width - column * grid.side));
       const float *from = grad + (line * grid.columns + column) * job.hidden;
       for (int v = 0; v < WIDTH; v++) {
         int at = p * PANEL + v * VECTOR, own = most(0, job.hidden - at);
-        Gelu act = gelu_and_slope(sums[r][v]);
-        Vector g = load_some(from + at, own) * act.slope * (share_of_line / width);
+        Vector g = load_some(from + at, own) * sums[r][v] * share;
         store(to + r * stride + at, g);
         if (own == 0) continue;
         add_to(grad_row + at, g, own);
