@@ -2,7 +2,7 @@
 largest (GShard, Lepikhin et al. 2020; Switch Transformers, Fedus et al. 2021).
 
 For ``pcenet bench --against benchmarks/einsum_dispatch.py``. The same function as a `PCELayer` with ``border="zero"``,
-top-1, ``norm="batch"``, nothing dropped, on maps that the patches divide, with evaluation statistics; in training the
+top-1, nothing dropped, on maps that the patches divide, with evaluation statistics; in training the
 padding enters the batch statistics, as it does in the implementations that this stands for.
 """
 

@@ -339,6 +339,20 @@ def test_without_gradients(border: str, mode: Any) -> None:
     torch.testing.assert_close(output, layer(x).detach(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
+def test_evaluation_is_the_same_where_somebody_looks(border: str, top_k: int) -> None:
+    """Where nobody does, convolution and normalisation are one operator."""
+    layer = make_layer(3, 4, patch_size=2, border=border, top_k=top_k).eval()
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        expected = layer(x)
+        for part in (layer.experts.norm1, layer.experts.norm2, layer.experts.drop):
+            handle = part.register_forward_hook(lambda *_: None)
+            torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+            handle.remove()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_input_is_left_alone(training: bool) -> None:
     layer = make_layer(3, 3, patch_size=2, border="exchange").train(training)
