@@ -189,7 +189,6 @@ class StackedBatchNorm(nn.BatchNorm2d):
         x: Tensor,
         expert: Tensor,
         patch_size: int,
-        *,
         gelu: bool = False,
         gate: Tensor | None = None,
         residual: Tensor | None = None,
@@ -336,10 +335,9 @@ class ConvExperts(nn.Module):
             return patch_conv2d_affine(
                 hidden, kernels[1], *places, second, *self.norm2.scale_and_shift(), gate=gate, residual=residual
             )
-        hidden = self.drop(self.norm1(patch_conv2d(x, kernels[0], *places, first), *places, gelu=True))
-        out: Tensor = self.norm2(
-            patch_conv2d(hidden, kernels[1], *places, second), *places, gate=gate, residual=residual
-        )
+        hidden = self.drop(self.norm1(patch_conv2d(x, kernels[0], *places, first), *places, True))
+        hidden = patch_conv2d(hidden, kernels[1], *places, second)
+        out: Tensor = self.norm2(hidden, *places, False, gate, residual)
         return out
 
     def _is_affine(self) -> bool:

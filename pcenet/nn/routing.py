@@ -153,7 +153,7 @@ def route(
     Raises:
         ValueError: where an argument breaks its rule, or the logits are not one row per patch in float32 or float64.
     """
-    if logits.ndim != 2 or len(logits) != grid.patches:
+    if logits.ndim != 2 or logits.shape[0] != grid.patches:
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} must be [N, E] with N = {grid.patches}, the patches of {grid}"
         )

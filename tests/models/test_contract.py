@@ -12,6 +12,7 @@ from timm.optim import param_groups_weight_decay
 
 import pcenet
 from pcenet.models import PCENet, complexity, list_models, model_options, twin_of
+from pcenet.models.blocks import ResidualBlock
 from pcenet.nn import PCELayer, record_routing
 
 NAMES = ["dense_nano", "dense_small", "dense_tiny"] + [
@@ -235,6 +236,25 @@ def test_a_dropped_patch_passes_through_its_block_unchanged():
     before, after = (block.body.extractor.split(t)[0] for t in (x, y))
     assert 0 < dropped.sum() < len(dropped)
     assert torch.equal(after[dropped], before[dropped])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_a_block_is_the_input_and_its_body_whoever_adds_them(drop_path, training):
+    """A body that nobody watches adds the input itself; a hook on it sees the body's own output."""
+    block = ResidualBlock(PCELayer(4, 4, patch_size=2, shortcut=False), drop_path).double().train(training)
+    twin = copy.deepcopy(block)
+    seen = []
+    twin.body.register_forward_hook(lambda module, args, out: seen.append(out))
+    x = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    torch.manual_seed(0)
+    plain = block(x)
+    torch.manual_seed(0)
+    watched = twin(x)
+    torch.testing.assert_close(plain, watched, rtol=1e-12, atol=1e-12, check_stride=False)
+    assert len(seen) == 1
+    if not (drop_path and training):
+        torch.testing.assert_close(watched, x + seen[0], rtol=1e-12, atol=1e-12, check_stride=False)
 
 
 def test_layer_options_reach_every_layer():

@@ -133,6 +133,17 @@ def test_under_inductor(training: bool) -> None:
     assert_same_steps(layer, torch.compile(copy.deepcopy(layer), fullgraph=True), inputs, 1e-9, 1e-10)
 
 
+@pytest.mark.parametrize(("border", "top_k"), [("halo", 1), ("exchange", 2)])
+def test_an_exported_layer_takes_any_number_of_images(border: str, top_k: int) -> None:
+    layer = make_layer(border, 2, False, balancing="batch", top_k=top_k)
+    program = torch.export.export(
+        layer, (torch.randn(2, 3, 7, 6, dtype=torch.float64),), dynamic_shapes=({0: torch.export.Dim("images")},)
+    )
+    for images in (1, 2, 5):
+        x = torch.randn(images, 3, 7, 6, dtype=torch.float64)
+        torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.slow
 def test_a_temperature_that_changes_compiles_once_more_and_no_more() -> None:
     """A number is a constant to torch.compile until it changes, and then an argument."""

@@ -339,6 +339,20 @@ def test_without_gradients(border: str, mode: Any) -> None:
     torch.testing.assert_close(output, layer(x).detach(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("border", ["zero", "halo", "exchange"])
+def test_evaluation_is_the_same_where_somebody_looks(border: str, top_k: int) -> None:
+    """Where nobody does, convolution and normalisation are one operator."""
+    layer = make_layer(3, 4, patch_size=2, border=border, top_k=top_k).eval()
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        expected = layer(x)
+        for part in (layer.experts.norm1, layer.experts.norm2, layer.experts.drop):
+            handle = part.register_forward_hook(lambda *_: None)
+            torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+            handle.remove()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_input_is_left_alone(training: bool) -> None:
     layer = make_layer(3, 3, patch_size=2, border="exchange").train(training)
@@ -545,3 +559,22 @@ def test_a_routing_of_another_map_is_refused(shape: tuple[int, ...]) -> None:
     _, routing = layer.forward_with_routing(torch.randn(1, 3, 8, 8))
     with pytest.raises(ValueError, match=r"and its routing is for Grid\(batch=1, rows=2, columns=2\)"):
         layer.forward_given_routing(torch.randn(shape), routing)
+
+
+# What is added
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_given_to_be_added_is_added(training: bool, top_k: int, shortcut: bool) -> None:
+    layer = make_layer(3, 3, patch_size=2, top_k=top_k, shortcut=shortcut, border="exchange").train(training)
+    x, residual = torch.randn(2, 2, 3, 5, 6, dtype=torch.float64).unbind(0)
+    for tensor in (x, residual):
+        tensor.requires_grad_()
+    twin = copy.deepcopy(layer)
+    plain, added = twin(x), layer(x, residual)
+    torch.testing.assert_close(added, residual + plain, rtol=1e-12, atol=1e-12, check_stride=False)
+    direction = torch.randn_like(plain)
+    (of_residual,) = torch.autograd.grad((added * direction).sum(), residual)
+    torch.testing.assert_close(of_residual, direction, check_stride=False)

@@ -143,7 +143,7 @@ class Moments:
 
     def note(self, name: str, norm: nn.Module, args: tuple[Any, ...]) -> None:
         x, *places = args
-        owners = by_pixel(x, *places) if places else torch.zeros(len(x), *x.shape[2:], dtype=torch.int64)
+        owners = by_pixel(x, *places[:2]) if places else torch.zeros(len(x), *x.shape[2:], dtype=torch.int64)
         for expert in owners.unique().tolist():
             values = x.permute(1, 0, 2, 3)[:, owners == expert]
             if expert >= 0 and values.shape[1] >= 2:
@@ -285,20 +285,20 @@ def test_momentum_and_eps_are_those_that_are_set(kind: str) -> None:
         norm.reset_parameters()
     seen: list[Tensor] = []
 
-    def note(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    def note(norm: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         expected = args[0] / 2  # sqrt(1 + 3)
         if isinstance(norm, StackedBatchNorm):
-            x, expert, size = args
+            x, expert, size, gelu, *others = args
+            gate, residual = others or (None, None)
+            expected = F.gelu(expected) if gelu else expected
             served = (expert >= 0).to(out.dtype)
-            expected = F.gelu(expected) if kwargs.get("gelu") else expected
-            expected = expected * by_pixel(x, served * kwargs.get("gate", served), size)[:, None]
-            if kwargs.get("residual") is not None:
-                expected = expected + kwargs["residual"]
+            expected = expected * by_pixel(x, served if gate is None else served * gate, size)[:, None]
+            expected = expected if residual is None else expected + residual
         same(out, expected)
         seen.append(out)
 
     for norm in batch_norms(model).values():
-        norm.register_forward_hook(note, with_kwargs=True)
+        norm.register_forward_hook(note)
     outputs(model)
     assert len(seen) == len(batch_norms(model))
 
@@ -561,6 +561,18 @@ def test_every_module_with_tensors_of_its_own_is_called(kind: str) -> None:
 
 
 @NETWORKS
+def test_hooks_on_all_modules_see_every_module(kind: str) -> None:
+    model, called = make(kind), set()
+    own = {m for m in model.modules() if [*m.parameters(recurse=False), *m.buffers(recurse=False)]}
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: called.add(m))
+    try:
+        outputs(model)
+    finally:
+        handle.remove()
+    assert own <= called
+
+
+@NETWORKS
 def test_hooks_that_change_what_passes(kind: str) -> None:
     """A hook that halves a convolution's output is a weight that is half as large."""
     model, by_hand = make(kind), make(kind)
@@ -680,8 +692,8 @@ class Wrapped(nn.Module):
         super().__init__()
         self.base = base
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base(*args, **kwargs)
+    def forward(self, *args: Any) -> Any:
+        return self.base(*args)
 
 
 @WITH_EXPERTS

@@ -22,7 +22,7 @@ from pcenet.nn.renewing import CENTRING
 from pcenet.training.checkpoints import read_checkpoint, write_checkpoint
 from pcenet.training.config import TrainConfig
 from pcenet.training.device import resolve_device, resolve_workers
-from pcenet.training.folder import RunFolder
+from pcenet.training.folder import RunFolder, saved_config
 from pcenet.training.measures import image_side
 from pcenet.training.network import naming_model_args
 from pcenet.training.run import Run, bias_images, prepare, resolve, train
@@ -257,6 +257,17 @@ def test_a_checkpoint_of_another_version_is_named(interrupted: RunFolder, start:
         write_checkpoint(tmp_path / name, content | {"run": run})
         with pytest.raises(ValueError, match=message):
             train(start(resume=str(tmp_path / name)))
+
+
+def test_options_of_layers_that_were_removed_since_a_run_was_made() -> None:
+    old = {
+        "model_args": {"dispatch": "static", "norm": "batch", "border": "zero"},
+        "upcycle_args": {"priority": "gate"},
+    }
+    config = saved_config(old, "config.yaml")
+    assert (config.model_args, config.upcycle_args) == ({"border": "zero"}, {})
+    with pytest.raises(ValueError, match=r"^config\.yaml is .*model_args: norm='group' was removed, 'batch'"):
+        saved_config({"model_args": {"norm": "group"}}, "config.yaml")
 
 
 @pytest.mark.parametrize("name", ["step-00000001", "../../elsewhere"])

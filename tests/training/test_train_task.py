@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import pcenet  # noqa: F401
 from pcenet.nn import PCELayer, aux_loss, record_routing
-from pcenet.nn.experts import StackedNorm
 from pcenet.training.callbacks import Averaging, update_average
 from pcenet.training.config import TrainConfig
 from pcenet.training.nonfinite import FiniteSteps
@@ -26,7 +25,7 @@ def test_norms_and_biases_do_not_decay_and_everything_else_does(name: str) -> No
         id(parameter)
         for module in model.modules()
         for key, parameter in module.named_parameters(recurse=False)
-        if isinstance(module, nn.BatchNorm2d | StackedNorm) or key == "bias"
+        if isinstance(module, nn.BatchNorm2d) or key == "bias"
     }
     assert exempt
     groups = parameter_groups(model, 0.05)
