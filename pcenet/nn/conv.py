@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from pcenet.nn.checks import check_at_least, is_number
-from pcenet.nn.experts import SharedConv2d, StackedConv2d, run_choices
+from pcenet.nn.experts import SharedConv2d, StackedConv2d, kernel_parts, run_choices
 from pcenet.nn.patches import check_grid, check_map
 from pcenet.nn.routing import Router, Routing
 from pcenet.ops import patch_conv2d_affine
@@ -159,11 +159,11 @@ class PCEConv2d(nn.Module):
             ValueError: for a routing of another map's grid.
         """
         check_grid(x, self.patch_size, routing.grid)
-        weight = self.kernels()
+        weight, base = kernel_parts(self.kernels)
 
         def run(x: Tensor, expert: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
             return patch_conv2d_affine(
-                x, weight, expert, self.patch_size, True, None, self.bias, gate=gate, residual=residual
+                x, weight, expert, self.patch_size, True, None, self.bias, base=base, gate=gate, residual=residual
             )
 
         return run_choices(run, x, routing)

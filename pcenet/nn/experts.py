@@ -135,6 +135,14 @@ class SharedConv2d(_StackedConv):
         self.difference[expert].copy_(weight.to(self.shared) - self.shared)
 
 
+def kernel_parts(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The experts' kernels ``[E, ...]``, and what is added to each, which an operator does with those in use alone."""
+    if isinstance(conv, SharedConv2d) and is_plain(conv, SharedConv2d) and "shared" in conv._parameters:
+        return conv.difference, conv.shared
+    kernels: Tensor = conv()
+    return kernels, None
+
+
 def _init_like_conv2d(weight: Tensor) -> None:
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
@@ -328,15 +336,25 @@ class ConvExperts(nn.Module):
         Returns:
             ``[B, C_out, H, W]``, channels-last in memory.
         """
-        places, kernels = (expert, patch_size), (self.conv1(), self.conv2())
+        places = (expert, patch_size)
+        (weight1, base1), (weight2, base2) = kernel_parts(self.conv1), kernel_parts(self.conv2)
         first, second = border != "zero", border == "exchange"
         if self._is_affine():  # no statistics, nobody who looks: half the passes over the map
-            hidden = patch_conv2d_affine(x, kernels[0], *places, first, *self.norm1.scale_and_shift(), gelu=True)
-            return patch_conv2d_affine(
-                hidden, kernels[1], *places, second, *self.norm2.scale_and_shift(), gate=gate, residual=residual
+            hidden = patch_conv2d_affine(
+                x, weight1, *places, first, *self.norm1.scale_and_shift(), base=base1, gelu=True
             )
-        hidden = self.drop(self.norm1(patch_conv2d(x, kernels[0], *places, first), *places, True))
-        hidden = patch_conv2d(hidden, kernels[1], *places, second)
+            return patch_conv2d_affine(
+                hidden,
+                weight2,
+                *places,
+                second,
+                *self.norm2.scale_and_shift(),
+                base=base2,
+                gate=gate,
+                residual=residual,
+            )
+        hidden = self.drop(self.norm1(patch_conv2d(x, weight1, *places, first, base=base1), *places, True))
+        hidden = patch_conv2d(hidden, weight2, *places, second, base=base2)
         out: Tensor = self.norm2(hidden, *places, False, gate, residual)
         return out
 

@@ -26,24 +26,40 @@ from pcenet.ops import library, reference
 OPS = torch.ops.pcenet
 
 
-def patch_conv2d(x: Tensor, weight: Tensor, expert: Tensor, patch_size: int, neighbours: bool = True) -> Tensor:
+def patch_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    expert: Tensor,
+    patch_size: int,
+    neighbours: bool = True,
+    *,
+    base: Tensor | None = None,
+) -> Tensor:
     """Convolve every pixel with the kernel of its patch's expert.
 
     Args:
-        x: ``[B, C, H, W]``.
-        weight: ``[E, D, C, K, K]``, K = 1 or 3; under autocast both are cast, as for a convolution.
+        x: ``[B, C, H, W]``; under autocast it is cast, as for a convolution.
+        weight: ``[E, D, C, K, K]``, K = 1 or 3.
         expert: ``[N]`` int64.
         patch_size: S.
         neighbours: whether taps beyond a patch read the pixels there, or zero. Beyond the map they read zero.
+        base: ``[D, C, K, K]``, added to every expert's kernel; None: 0.
 
     Returns:
         ``[B, D, H, W]``, channels-last; zero where a patch is nobody's.
     """
-    x, weight = _autocast(x), _autocast(weight)
+    x = _autocast(x)
     if not _compiled(x, weight):
-        return reference.patch_conv2d(x, weight, expert, patch_size, neighbours)
-    out: Tensor = _PatchConv2d.apply(x, weight, expert, patch_size, neighbours)
+        return _reference_conv2d(x, _autocast(weight), base, expert, patch_size, neighbours)
+    out: Tensor = _PatchConv2d.apply(x, weight, base, expert, patch_size, neighbours)
     return out
+
+
+def _reference_conv2d(
+    x: Tensor, weight: Tensor, base: Tensor | None, expert: Tensor, patch_size: int, neighbours: bool
+) -> Tensor:
+    kernels = weight if base is None else weight + base.to(weight.dtype)
+    return reference.patch_conv2d(x, kernels, expert, patch_size, neighbours)
 
 
 def patch_conv2d_affine(
@@ -55,18 +71,20 @@ def patch_conv2d_affine(
     scale: Tensor | None,
     shift: Tensor | None,
     *,
+    base: Tensor | None = None,
     gelu: bool = False,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """`patch_conv2d` and then `patch_affine`; in one pass over the map where nothing needs a gradient."""
-    x, weight = _autocast(x), _autocast(weight)
-    if not _compiled(x, weight) or _tracked(x, weight, scale, shift, gate, residual):
-        out = patch_conv2d(x, weight, expert, patch_size, neighbours)
+    x = _autocast(x)
+    if not _compiled(x, weight) or _tracked(x, weight, base, scale, shift, gate, residual):
+        out = patch_conv2d(x, weight, expert, patch_size, neighbours, base=base)
         return patch_affine(out, scale, shift, expert, patch_size, gelu=gelu, gate=gate, residual=residual)
     added = None if residual is None else _pixels(residual)
+    kernels = (_kernel(weight), _kernel(base))
     parameters = (_floats(scale), _floats(shift), gelu, _floats(gate), added)
-    return _map(OPS.patch_conv2d(_pixels(x), _kernel(weight), expert, patch_size, neighbours, *parameters))
+    return _map(OPS.patch_conv2d(_pixels(x), *kernels, expert, patch_size, neighbours, *parameters))
 
 
 def patch_affine(
@@ -239,10 +257,12 @@ def _map(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2)
 
 
-def _kernel(weight: Tensor) -> Tensor:
+def _kernel(weight: Tensor | None) -> Tensor | None:
     """A weight as the compiled operators take it, float32 with taps in equal steps, in whatever layout."""
-    rows, columns = weight.stride()[3:]
-    evenly = weight.shape[3] == 1 or rows == weight.shape[4] * columns
+    if weight is None:
+        return None
+    rows, columns = weight.stride()[-2:]
+    evenly = weight.shape[-1] == 1 or rows == weight.shape[-1] * columns
     return (weight if evenly else weight.contiguous()).float()
 
 
@@ -299,25 +319,30 @@ class _PatchConv2d(torch.autograd.Function):
     """`patch_conv2d` of the compiled library."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, expert: Tensor, patch_size: int, neighbours: bool) -> Tensor:
-        ctx.save_for_backward(x, weight, expert)
-        ctx.patch_size, ctx.neighbours = patch_size, neighbours
-        nothing = (None, None, False, None, None)
-        return _map(OPS.patch_conv2d(_pixels(x), _kernel(weight), expert, patch_size, neighbours, *nothing))
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, base: Tensor | None, expert: Tensor, patch_size: int, neighbours: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, base, expert)
+        ctx.settings = (patch_size, neighbours)
+        kernels, nothing = (_kernel(weight), _kernel(base)), (None, None, False, None, None)
+        return _map(OPS.patch_conv2d(_pixels(x), *kernels, expert, patch_size, neighbours, *nothing))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, weight, expert = ctx.saved_tensors
+        x, weight, base, expert = inputs = ctx.saved_tensors
         if _differentiable():
-            return _again(reference.patch_conv2d, ctx, grad, (x, weight, expert, ctx.patch_size, ctx.neighbours))
-        grads, settings = _pixels(grad), (expert, ctx.patch_size, ctx.neighbours)
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _map(OPS.patch_conv2d_input_grad(grads, _kernel(weight), *settings))
-        if ctx.needs_input_grad[1]:
+            return _again(_reference_conv2d, ctx, grad, (*inputs, *ctx.settings))
+        needs_x, needs_weight, needs_base, *_ = ctx.needs_input_grad
+        grads, settings = _pixels(grad), (expert, *ctx.settings)
+        grad_x = grad_weight = grad_base = None
+        if needs_x:
+            grad_x = _map(OPS.patch_conv2d_input_grad(grads, _kernel(weight), _kernel(base), *settings)).to(x.dtype)
+        if needs_weight or needs_base:
             taps_last = OPS.patch_conv2d_weight_grad(grads, _pixels(x), *settings, weight.shape[0], weight.shape[3])
-            grad_weight = taps_last.permute(0, 1, 4, 2, 3).to(weight.dtype)
-        return grad_x, grad_weight, None, None, None
+            of_experts = taps_last.permute(0, 1, 4, 2, 3)
+            grad_weight = of_experts.to(weight.dtype) if needs_weight else None
+            grad_base = of_experts.sum(0).to(base.dtype) if needs_base else None
+        return grad_x, grad_weight, grad_base, None, None, None
 
 
 class _PatchAffine(torch.autograd.Function):
@@ -359,7 +384,7 @@ class _PatchAffine(torch.autograd.Function):
             )
         if need_x:
             settings = (expert, ctx.patch_size, ctx.gelu, of_gate, None, None)
-            grad_x = _map(OPS.patch_affine_input_grad(grads, pixels, *affine, *settings))
+            grad_x = _map(OPS.patch_affine_input_grad(grads, pixels, *affine, *settings)).to(x.dtype)
         return (
             grad_x,
             grad_scale.to(scale.dtype) if need_scale else None,
@@ -368,7 +393,7 @@ class _PatchAffine(torch.autograd.Function):
             None,
             None,
             grad_gate.to(gate.dtype) if need_gate else None,
-            grad if need_residual else None,
+            grad.to(residual.dtype) if need_residual else None,
         )
 
 
@@ -427,14 +452,14 @@ class _ExpertNorm(torch.autograd.Function):
             slope = -scale * rstd.square() * of_all[1] * share
             offset = -scale * of_all[0] * share - slope * mean
             settings = (expert, size, gelu, of_gate, slope.float(), offset.float())
-            grad_x = _map(OPS.patch_affine_input_grad(grads, pixels, *affine, *settings))
+            grad_x = _map(OPS.patch_affine_input_grad(grads, pixels, *affine, *settings)).to(x.dtype)
         return (
             grad_x,
             (centred * rstd).to(weight.dtype),
             plain.to(bias.dtype),
             None,
             None if gate is None else grad_gate.to(gate.dtype),
-            None if residual is None else grad,
+            None if residual is None else grad.to(residual.dtype),
             *[None] * 6,
         )
 

@@ -222,9 +222,12 @@ def _register_fakes() -> None:
     def floats(like: Tensor, *sizes: Any) -> Tensor:
         return like.new_empty(sizes, dtype=torch.float32)
 
+    def summed(x: Tensor, residual: Tensor | None) -> torch.dtype:
+        return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+
     @fake("patch_conv2d")
     def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-        return x.new_empty(*x.shape[:3], weight.shape[1])
+        return x.new_empty(*x.shape[:3], weight.shape[1], dtype=summed(x, others[-1]))
 
     @fake("patch_conv2d_input_grad")
     def _(grad: Tensor, weight: Tensor, *others: Any) -> Tensor:
@@ -236,7 +239,7 @@ def _register_fakes() -> None:
 
     @fake("patch_affine")
     def _(x: Tensor, *others: Any) -> Tensor:
-        return torch.empty_like(x)
+        return torch.empty_like(x, dtype=summed(x, others[-1]))
 
     @fake("expert_moments")
     def _(x: Tensor, expert: Tensor, size: int, experts: int) -> tuple[Tensor, ...]:

@@ -187,14 +187,15 @@ struct Sorted {
   bool complete() const { return begin.back() == int64_t(order.size()); }
 };
 
-// A weight [E, D, C, K, K], float32, in any layout whose taps lie in equal steps.
+// A weight [E, D, C, K, K], float32, in any layout whose taps lie in equal steps; and what is added for every expert.
 struct Weight {
-  const float *data;
+  const float *data, *base = nullptr;
+  int64_t base_out_stride = 0, base_in_stride = 0, base_tap_stride = 0;
   int64_t experts, out, in;
   int kernel;
   int64_t expert_stride, out_stride, in_stride, tap_stride;
 
-  explicit Weight(const Tensor &w) {
+  Weight(const Tensor &w, const Maybe &added) {
     STD_TORCH_CHECK(w.dim() == 5 && w.is_cpu() && w.scalar_type() == ScalarType::Float,
                     "weight must be float32 [E, D, C, K, K] on the CPU");
     kernel = int(w.size(3));
@@ -203,6 +204,14 @@ struct Weight {
     data = static_cast<const float *>(w.const_data_ptr());
     experts = w.size(0), out = w.size(1), in = w.size(2);
     expert_stride = w.stride(0), out_stride = w.stride(1), in_stride = w.stride(2), tap_stride = w.stride(4);
+    if (!added) return;
+    const Tensor &b = *added;
+    STD_TORCH_CHECK(b.dim() == 4 && b.is_cpu() && b.scalar_type() == ScalarType::Float && b.size(0) == out &&
+                        b.size(1) == in && b.size(2) == kernel && b.size(3) == kernel,
+                    "base must be float32 [D, C, K, K] on the CPU, as weight's kernels are");
+    STD_TORCH_CHECK(kernel == 1 || b.stride(2) == 3 * b.stride(3), "the taps of base must lie in equal steps");
+    base = static_cast<const float *>(b.const_data_ptr());
+    base_out_stride = b.stride(0), base_in_stride = b.stride(1), base_tap_stride = b.stride(3);
   }
 };
 
@@ -253,8 +262,10 @@ Convolution convolution(const Grid &grid, Direction direction, bool neighbours, 
   Convolution job = {};
   job.grid = grid, job.direction = direction, job.neighbours = neighbours, job.kernel = w.kernel;
   job.in_channels = int(forward ? w.in : w.out), job.out_channels = int(forward ? w.out : w.in);
-  job.weight = w.data, job.expert_stride = w.expert_stride, job.tap_stride = w.tap_stride;
-  job.out_stride = forward ? w.out_stride : w.in_stride, job.in_stride = forward ? w.in_stride : w.out_stride;
+  job.weight = {w.data, forward ? w.out_stride : w.in_stride, forward ? w.in_stride : w.out_stride, w.tap_stride};
+  job.base = {w.base, forward ? w.base_out_stride : w.base_in_stride, forward ? w.base_in_stride : w.base_out_stride,
+              w.base_tap_stride};
+  job.expert_stride = w.expert_stride;
   return job;
 }
 
@@ -264,11 +275,17 @@ void fill(float *out, const float *residual, int64_t count) {
   else std::memset(out, 0, count * sizeof(float));
 }
 
-Tensor patch_conv2d(const Tensor &pixels, const Tensor &weight, const Tensor &expert, int64_t patch_size,
-                    bool neighbours, const Maybe &scale, const Maybe &shift, bool gelu, const Maybe &gate,
+// What a map and a shortcut add up to.
+ScalarType summed(const Tensor &pixels, const Maybe &residual) {
+  bool wide = residual && residual->scalar_type() == ScalarType::Float;
+  return wide ? ScalarType::Float : pixels.scalar_type();
+}
+
+Tensor patch_conv2d(const Tensor &pixels, const Tensor &weight, const Maybe &base, const Tensor &expert,
+                    int64_t patch_size, bool neighbours, const Maybe &scale, const Maybe &shift, bool gelu, const Maybe &gate,
                     const Maybe &residual) {
   Floats in(pixels, "x");
-  Weight w(weight);
+  Weight w(weight, base);
   Grid grid = grid_of(pixels, patch_size);
   STD_TORCH_CHECK(pixels.size(3) == w.in, "x has ", pixels.size(3), " channels, weight ", w.in);
   MaybeFloats scales(scale, "scale"), shifts(shift, "shift"), gates(gate, "gate"), added(residual, "residual");
@@ -279,7 +296,7 @@ Tensor patch_conv2d(const Tensor &pixels, const Tensor &weight, const Tensor &ex
   job.epilogue = {scales.data(), shifts.data(), gelu, gates.data(), added.data()};
   if (!sorted.complete()) fill(job.out, added.data(), out.numel());
   run(job, share_out(sorted, job));
-  return as_type(out, pixels.scalar_type());
+  return as_type(out, summed(pixels, residual));
 }
 
 // With neighbours a patch's gradients reach beyond it: what falls on others is added after all have written their own. A
@@ -306,10 +323,10 @@ void add_rings(const Convolution &job, const Sorted &sorted) {
   });
 }
 
-Tensor patch_conv2d_input_grad(const Tensor &grad, const Tensor &weight, const Tensor &expert, int64_t patch_size,
-                               bool neighbours) {
+Tensor patch_conv2d_input_grad(const Tensor &grad, const Tensor &weight, const Maybe &base, const Tensor &expert,
+                               int64_t patch_size, bool neighbours) {
   Floats in(grad, "grad");
-  Weight w(weight);
+  Weight w(weight, base);
   Grid grid = grid_of(grad, patch_size);
   STD_TORCH_CHECK(grad.size(3) == w.out, "grad has ", grad.size(3), " channels, weight ", w.out);
   Sorted sorted(experts_of(expert, grid, w.experts), patches_of(grid), w.experts);
@@ -400,7 +417,7 @@ Tensor patch_affine(const Tensor &pixels, const Maybe &scale, const Maybe &shift
   Tensor out = empty_floats(pixels, {grid.batch, grid.height, grid.width, pixels.size(3)});
   float *to = floats_of(out);
   in_blocks(grid.batch * grid.rows, [&](int64_t, int64_t line, int64_t end) { kernels->affine(job, line, end, to); });
-  return as_type(out, pixels.scalar_type());
+  return as_type(out, summed(pixels, residual));
 }
 
 std::tuple<Tensor, Tensor, Tensor> expert_moments(const Tensor &pixels, const Tensor &expert, int64_t patch_size,
@@ -538,9 +555,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_perceptron_backward(const Tenso
 }  // namespace
 
 STABLE_TORCH_LIBRARY(pcenet, m) {
-  m.def("patch_conv2d(Tensor x, Tensor weight, Tensor expert, int patch_size, bool neighbours, Tensor? scale, "
+  m.def("patch_conv2d(Tensor x, Tensor weight, Tensor? base, Tensor expert, int patch_size, bool neighbours, Tensor? scale, "
         "Tensor? shift, bool gelu, Tensor? gate, Tensor? residual) -> Tensor");
-  m.def("patch_conv2d_input_grad(Tensor grad, Tensor weight, Tensor expert, int patch_size, bool neighbours) -> Tensor");
+  m.def("patch_conv2d_input_grad(Tensor grad, Tensor weight, Tensor? base, Tensor expert, int patch_size, "
+        "bool neighbours) -> Tensor");
   m.def("patch_conv2d_weight_grad(Tensor grad, Tensor x, Tensor expert, int patch_size, bool neighbours, "
         "int num_experts, int kernel_size) -> Tensor");
   m.def("patch_affine(Tensor x, Tensor? scale, Tensor? shift, Tensor expert, int patch_size, bool gelu, Tensor? gate, "

@@ -22,15 +22,22 @@ struct Epilogue {
 
 enum class Direction { forward, input_grad };
 
-// A convolution: `in` has `in_channels`, `out` has `out_channels`, the kernel's weight for (expert, out, in, tap) lies at
-// weight[expert * expert_stride + out * out_stride + in * in_stride + tap * tap_stride].
+// Where a kernel's number (out, in, tap) lies: data[out * out_stride + in * in_stride + tap * tap_stride].
+struct Layout {
+  const float *data;
+  int64_t out_stride, in_stride, tap_stride;
+};
+
+// A convolution of `in`, with `in_channels`, into `out`, with `out_channels`. An expert's kernel is its own, expert_stride
+// after the one before, and the base, which may be null.
 struct Convolution {
   Grid grid;
   Direction direction;
   bool neighbours;
   int kernel, in_channels, out_channels;
-  const float *in, *weight;
-  int64_t expert_stride, out_stride, in_stride, tap_stride;
+  const float *in;
+  Layout weight, base;
+  int64_t expert_stride;
   float *out;
   Epilogue epilogue;
   const int32_t *order;  // patches, sorted by expert

@@ -20,6 +20,7 @@ constexpr int WIDTH = 2;  // vectors of a panel
 constexpr int PANEL = WIDTH * VECTOR;
 constexpr int CHUNK = 512;  // pixels whose tiles are listed at a time
 constexpr int MOST_TAPS = 9;
+constexpr int SLICE = 64;  // input channels that are packed at a time
 
 inline Vector load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
 inline void store(float *p, Vector v) { *reinterpret_cast<Unaligned *>(p) = v; }
@@ -278,17 +279,28 @@ void pack_panel(const float *from, int64_t out_stride, int64_t in_stride, int co
       to[int64_t(i) * PANEL + o] = o < count ? from[o * out_stride + i * in_stride] : 0;
 }
 
-// An expert's kernel as [panel][tap][in][PANEL], taps in the order in which they read: an input gradient's is turned round.
+// An expert's kernel as [panel][tap][in][PANEL], taps in the order in which they read: an input gradient's is turned
+// round.
 void pack_kernel(const Convolution &job, int expert, int panel, int panel_end, float *packed) {
   int taps = job.kernel * job.kernel;
-  int64_t size = int64_t(taps) * job.in_channels * PANEL;
+  int64_t size = int64_t(job.in_channels) * PANEL;
+  float base[SLICE * PANEL];
   for (int p = panel; p < panel_end; p++)
-    for (int tap = 0; tap < taps; tap++) {
-      int own = job.direction == Direction::forward ? tap : taps - 1 - tap;
-      const float *from = job.weight + expert * job.expert_stride + p * PANEL * job.out_stride + own * job.tap_stride;
-      int count = least(PANEL, job.out_channels - p * PANEL);
-      float *to = packed + (p - panel) * size + int64_t(tap) * job.in_channels * PANEL;
-      pack_panel(from, job.out_stride, job.in_stride, count, job.in_channels, to);
+    for (int tap = 0; tap < taps; tap++, packed += size) {
+      int own = job.direction == Direction::forward ? tap : taps - 1 - tap, count = job.out_channels - p * PANEL;
+      auto pack = [&](const Layout &layout, int64_t start, int first, int end, float *to) {
+        const float *from = layout.data + start + p * PANEL * layout.out_stride + own * layout.tap_stride;
+        pack_panel(from + first * layout.in_stride, layout.out_stride, layout.in_stride, least(PANEL, count),
+                   end - first, to);
+      };
+      for (int i = 0; i < job.in_channels; i += SLICE) {
+        int end = least(job.in_channels, i + SLICE);
+        float *to = packed + int64_t(i) * PANEL;
+        pack(job.weight, expert * job.expert_stride, i, end, to);
+        if (!job.base.data) continue;
+        pack(job.base, 0, i, end, base);
+        for (int64_t k = 0; k < int64_t(end - i) * PANEL; k += VECTOR) store(to + k, load(to + k) + load(base + k));
+      }
     }
 }
 
