@@ -240,6 +240,19 @@ std::vector<Task> share_out(const Sorted &sorted, const Convolution &job) {
   return tasks;
 }
 
+// Fewer tasks than threads, for a single image: they are divided by output channels.
+std::vector<Task> divided(const std::vector<Task> &tasks) {
+  int64_t threads = torch::stable::get_num_threads(), count = tasks.size();
+  if (count == 0 || count >= threads) return tasks;
+  std::vector<Task> parts;
+  for (const Task &t : tasks) {
+    int64_t groups = std::min<int64_t>(t.panel_end, (threads + count - 1) / count);
+    for (int64_t g = 0; g < groups; g++)
+      parts.push_back({t.expert, t.first, t.last, int(t.panel_end * g / groups), int(t.panel_end * (g + 1) / groups)});
+  }
+  return parts;
+}
+
 void run(const Convolution &job, const std::vector<Task> &tasks) {
   int64_t size = kernels->convolve_scratch(job);
   std::atomic<size_t> next{0};
@@ -295,7 +308,7 @@ Tensor patch_conv2d(const Tensor &pixels, const Tensor &weight, const Maybe &bas
   job.in = in.data(), job.out = floats_of(out), job.order = sorted.order.data();
   job.epilogue = {scales.data(), shifts.data(), gelu, gates.data(), added.data()};
   if (!sorted.complete()) fill(job.out, added.data(), out.numel());
-  run(job, share_out(sorted, job));
+  run(job, divided(share_out(sorted, job)));
   return as_type(out, summed(pixels, residual));
 }
 
@@ -334,7 +347,7 @@ Tensor patch_conv2d_input_grad(const Tensor &grad, const Tensor &weight, const M
   Convolution job = convolution(grid, Direction::input_grad, neighbours && w.kernel > 1, w);
   job.in = in.data(), job.out = floats_of(out), job.order = sorted.order.data();
   if (!sorted.complete()) fill(job.out, nullptr, out.numel());
-  run(job, share_out(sorted, job));
+  run(job, divided(share_out(sorted, job)));
   if (job.neighbours) add_rings(job, sorted);
   return as_type(out, grad.scalar_type());
 }

@@ -20,7 +20,7 @@ constexpr int WIDTH = 2;  // vectors of a panel
 constexpr int PANEL = WIDTH * VECTOR;
 constexpr int CHUNK = 512;  // pixels whose tiles are listed at a time
 constexpr int MOST_TAPS = 9;
-constexpr int SLICE = 64;  // input channels that are packed at a time
+constexpr int SLICE = 128;  // input channels that are packed at a time
 
 inline Vector load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
 inline void store(float *p, Vector v) { *reinterpret_cast<Unaligned *>(p) = v; }
@@ -237,6 +237,14 @@ Taps list_taps(const Convolution &job, int kind) {
   return taps;
 }
 
+// Whether what an output channel reads of its kernel is one stretch of memory, [tap][in].
+bool reads_stretches(const Convolution &job) {
+  auto stretches = [&](const Layout &layout) {
+    return layout.in_stride == 1 && (job.kernel == 1 || layout.tap_stride == job.in_channels);
+  };
+  return stretches(job.weight) && (!job.base.data || stretches(job.base));
+}
+
 // 8 x 8 numbers transposed: from rows of a stride to rows of another.
 typedef float Eight __attribute__((vector_size(32)));
 typedef float UnalignedEight __attribute__((vector_size(32), aligned(4), may_alias));
@@ -266,35 +274,38 @@ inline void transpose_eight(const float *from, int64_t from_stride, float *to, i
 
 // Numbers (o, i) at from[o * out_stride + i * in_stride] as [i][PANEL], for `count` values of o, zeros behind.
 void pack_panel(const float *from, int64_t out_stride, int64_t in_stride, int count, int in_channels, float *to) {
-  int i = 0;
-  if (in_stride == 1 && count == PANEL)
-    for (; i + 8 <= in_channels; i += 8)
-      for (int o = 0; o < PANEL; o += 8)
+  int done = 0;
+  if (in_stride == 1 && count == PANEL) {
+    done = in_channels / 8 * 8;
+    for (int o = 0; o < PANEL; o += 8)
+      for (int i = 0; i < done; i += 8)
         transpose_eight(from + o * out_stride + i, out_stride, to + int64_t(i) * PANEL + o, PANEL);
-  if (out_stride == 1 && count == PANEL)
-    for (; i < in_channels; i++)
+  } else if (out_stride == 1 && count == PANEL) {
+    done = in_channels;
+    for (int i = 0; i < done; i++)
       for (int v = 0; v < PANEL; v += VECTOR) store(to + int64_t(i) * PANEL + v, load(from + i * in_stride + v));
-  for (; i < in_channels; i++)
+  }
+  for (int i = done; i < in_channels; i++)
     for (int o = 0; o < PANEL; o++)
       to[int64_t(i) * PANEL + o] = o < count ? from[o * out_stride + i * in_stride] : 0;
 }
 
 // An expert's kernel as [panel][tap][in][PANEL], taps in the order in which they read: an input gradient's is turned
-// round.
+// round. Taps that lie one behind the other are packed like channels: long stretches of memory are read at a time.
 void pack_kernel(const Convolution &job, int expert, int panel, int panel_end, float *packed) {
   int taps = job.kernel * job.kernel;
-  int64_t size = int64_t(job.in_channels) * PANEL;
+  bool forward = job.direction == Direction::forward, joined = forward && reads_stretches(job);
+  int length = joined ? taps * job.in_channels : job.in_channels;
   float base[SLICE * PANEL];
   for (int p = panel; p < panel_end; p++)
-    for (int tap = 0; tap < taps; tap++, packed += size) {
-      int own = job.direction == Direction::forward ? tap : taps - 1 - tap, count = job.out_channels - p * PANEL;
+    for (int tap = 0; tap < (joined ? 1 : taps); tap++, packed += int64_t(length) * PANEL) {
+      int own = forward ? tap : taps - 1 - tap, count = least(PANEL, job.out_channels - p * PANEL);
       auto pack = [&](const Layout &layout, int64_t start, int first, int end, float *to) {
         const float *from = layout.data + start + p * PANEL * layout.out_stride + own * layout.tap_stride;
-        pack_panel(from + first * layout.in_stride, layout.out_stride, layout.in_stride, least(PANEL, count),
-                   end - first, to);
+        pack_panel(from + first * layout.in_stride, layout.out_stride, layout.in_stride, count, end - first, to);
       };
-      for (int i = 0; i < job.in_channels; i += SLICE) {
-        int end = least(job.in_channels, i + SLICE);
+      for (int i = 0; i < length; i += SLICE) {
+        int end = least(length, i + SLICE);
         float *to = packed + int64_t(i) * PANEL;
         pack(job.weight, expert * job.expert_stride, i, end, to);
         if (!job.base.data) continue;
@@ -430,6 +441,78 @@ void convolve_chunk(const Convolution &job, bool adds, const Chunk &chunk, const
   }
 }
 
+// For few pixels packing a kernel takes longer than using it: each of its numbers is read once, where it lies, for some
+// pixels. Sums are over vectors of input channels, added across at the end.
+constexpr int FEW = 48, FEW_ROWS = 3, FEW_CHANNELS = 4;
+
+inline float sum_of(Vector v) {
+  float total = 0;
+  for (int i = 0; i < VECTOR; i++) total += v[i];
+  return total;
+}
+
+template <int ROWS, bool BASE>
+void multiply_stretch(const Convolution &job, const float *own, const float *base, int64_t own_stride,
+                      int64_t base_stride, const float *const *row, int64_t offset, int count,
+                      Vector (&sums)[FEW_CHANNELS][ROWS]) {
+  for (int i = 0; i < count; i += VECTOR) {
+    int left = count - i;
+    Vector x[ROWS];
+    for (int r = 0; r < ROWS; r++) x[r] = load_some(row[r] + offset + i, left);
+    for (int d = 0; d < FEW_CHANNELS; d++) {
+      Vector w = load_some(own + d * own_stride + i, left);
+      if (BASE) w += load_some(base + d * base_stride + i, left);
+      for (int r = 0; r < ROWS; r++) sums[d][r] += w * x[r];
+    }
+  }
+}
+
+template <int ROWS>
+void convolve_few(const Tiles &tiles, const Pixel *pixels) {
+  const Convolution &job = tiles.job;
+  const float *row[ROWS];
+  for (int r = 0; r < ROWS; r++) row[r] = job.in + int64_t(pixels[r].index) * job.in_channels;
+  float found[ROWS][PANEL] = {};
+  for (int d = 0; d < tiles.count; d += FEW_CHANNELS) {
+    Vector sums[FEW_CHANNELS][ROWS];
+    clear(sums);
+    // The last channels may be done twice: a kernel has no rows behind its last.
+    int first = most(0, least(d, tiles.count - FEW_CHANNELS)), own = least(FEW_CHANNELS, tiles.count);
+    int64_t out = tiles.channel + first;
+    int64_t by_own = own == FEW_CHANNELS ? job.weight.out_stride : 0, by_base = own == FEW_CHANNELS ? job.base.out_stride : 0;
+    for (int t = 0; t < tiles.taps.count; t++) {
+      const Run &run = tiles.taps.run[t];
+      const float *weight = job.weight.data + tiles.expert * job.expert_stride + out * job.weight.out_stride +
+                            run.tap * job.weight.tap_stride;
+      const float *base = job.base.data + out * job.base.out_stride + run.tap * job.base.tap_stride;
+      if (job.base.data) multiply_stretch<ROWS, true>(job, weight, base, by_own, by_base, row, run.offset, run.count, sums);
+      else multiply_stretch<ROWS, false>(job, weight, base, by_own, by_base, row, run.offset, run.count, sums);
+    }
+    for (int c = 0; c < own; c++)
+      for (int r = 0; r < ROWS; r++) found[r][first + c] = sum_of(sums[c][r]);
+  }
+  Vector sums[ROWS][WIDTH];
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < WIDTH; v++) sums[r][v] = load(found[r] + v * VECTOR);
+  follow<ROWS>(tiles, pixels, sums);
+  if (tiles.count == PANEL) write<ROWS, true>(tiles, pixels, sums);
+  else write<ROWS, false>(tiles, pixels, sums);
+}
+
+void convolve_few_pixels(const Convolution &job, const Chunk &chunk, int expert, int panel, int panel_end) {
+  for (int kind = 0; kind < 64; kind++) {
+    int start = chunk.start[kind], end = chunk.start[kind + 1];
+    if (start == end) continue;
+    Taps taps = list_taps(job, kind);
+    for (int p = panel; p < panel_end; p++) {
+      int channel = p * PANEL, count = least(PANEL, job.out_channels - channel), i = start;
+      Tiles tiles = {job, false, taps, nullptr, expert, channel, count};
+      for (; i + FEW_ROWS <= end; i += FEW_ROWS) convolve_few<FEW_ROWS>(tiles, chunk.sorted + i);
+      for (; i < end; i++) convolve_few<1>(tiles, chunk.sorted + i);
+    }
+  }
+}
+
 int panels(int channels) { return (channels + PANEL - 1) / PANEL; }
 
 int64_t convolve_scratch(const Convolution &job) {
@@ -441,9 +524,12 @@ void convolve(const Convolution &job, int expert, int64_t first, int64_t last, i
               bool packed, float *scratch) {
   Chunk *chunk = reinterpret_cast<Chunk *>(scratch), *next = chunk + 1;
   float *kernel = scratch + round_up(2 * sizeof(Chunk) / sizeof(float), 16);
-  if (!packed) pack_kernel(job, expert, panel, panel_end, kernel);
   Walk walk = {job, first, last, ring, 0, 0, false};
   walk.next(*chunk);
+  bool few = chunk->count <= FEW && walk.position == last;
+  if (few && !packed && job.direction == Direction::forward && reads_stretches(job))
+    return convolve_few_pixels(job, *chunk, expert, panel, panel_end);
+  if (!packed) pack_kernel(job, expert, panel, panel_end, kernel);
   while (chunk->count) {
     walk.next(*next);
     convolve_chunk(job, ring, *chunk, *next, expert, panel, panel_end, kernel);
@@ -669,12 +755,6 @@ void moments(const Affine &job, const float *centre, int64_t line, int64_t line_
       add_to(sums + (2 * expert + 1) * channels + c, squares, own);
     }
   });
-}
-
-inline float sum_of(Vector v) {
-  float total = 0;
-  for (int i = 0; i < VECTOR; i++) total += v[i];
-  return total;
 }
 
 template <bool GELU>
