@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pcenet.nn.checks import check_at_least, check_follows, is_number, is_plain
 from pcenet.nn.processes import sum_over_processes
 from pcenet.nn.routing import Routing
-from pcenet.ops import Normed, expert_norm, patch_affine, patch_conv2d, patch_conv2d_affine
+from pcenet.ops import ConvNorm, Normed, affine_of, expert_block, expert_norm, patch_affine, patch_conv2d
 
 Border = Literal["zero", "halo", "exchange"]
 NORM_EPS = 1e-5
@@ -185,12 +185,10 @@ class StackedBatchNorm(nn.BatchNorm2d):
         """Whether it normalises by the statistics of the batch."""
         return self.training or self.running_mean is None
 
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift ``[E, C]`` of a normalisation by running statistics."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        mean, variance = (statistic.to(dtype) for statistic in self._running())
-        scale = torch.rsqrt(variance + self.eps) * self.weight
-        return scale, torch.addcmul(self.bias.to(dtype), mean, scale, value=-1)
+    @property
+    def by_running(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight, bias, mean and variance ``[E, C]`` of a normalisation by running statistics."""
+        return self.weight, self.bias, *self._running()
 
     def forward(  # type: ignore[override] # torch's knows no experts
         self,
@@ -213,7 +211,7 @@ class StackedBatchNorm(nn.BatchNorm2d):
         """
         then: dict[str, Any] = {"gelu": gelu, "gate": gate, "residual": residual}
         if not self.uses_batch:
-            return patch_affine(x, *self.scale_and_shift(), expert, patch_size, **then)
+            return patch_affine(x, *affine_of(*self.by_running, self.eps), expert, patch_size, **then)
         mean, variance = self._running()
         normed = expert_norm(
             x,
@@ -339,20 +337,12 @@ class ConvExperts(nn.Module):
         places = (expert, patch_size)
         (weight1, base1), (weight2, base2) = kernel_parts(self.conv1), kernel_parts(self.conv2)
         first, second = border != "zero", border == "exchange"
-        if self._is_affine():  # no statistics, nobody who looks: half the passes over the map
-            hidden = patch_conv2d_affine(
-                x, weight1, *places, first, *self.norm1.scale_and_shift(), base=base1, gelu=True
+        if self._is_affine():  # no statistics, nobody who looks
+            block = (
+                ConvNorm(weight1, base1, first, self.norm1.by_running, self.norm1.eps),
+                ConvNorm(weight2, base2, second, self.norm2.by_running, self.norm2.eps),
             )
-            return patch_conv2d_affine(
-                hidden,
-                weight2,
-                *places,
-                second,
-                *self.norm2.scale_and_shift(),
-                base=base2,
-                gate=gate,
-                residual=residual,
-            )
+            return expert_block(x, expert, patch_size, *block, gate=gate, residual=residual)
         hidden = self.drop(self.norm1(patch_conv2d(x, weight1, *places, first, base=base1), *places, True))
         hidden = patch_conv2d(hidden, weight2, *places, second, base=base2)
         out: Tensor = self.norm2(hidden, *places, False, gate, residual)

@@ -67,13 +67,9 @@ class HiddenLayer(nn.Module):
         x, weight, bias = x.to(dtype), self.weight.to(dtype).flatten(1), self.bias.to(dtype)
         if self.gate_input == "flat":
             return F.gelu(F.linear(self.extractor(x).flatten(1), weight, bias))
-        content, position = weight.split((self.content_channels, self.in_channels - self.content_channels), dim=1)
-        rows, columns = position_lines(
-            x.shape[2], x.shape[3], self.patch_size, self.num_bands, dtype=dtype, device=x.device
-        )
-        return patch_perceptron(
-            x, content, F.linear(rows, position, bias), F.linear(columns, position), self.patch_size
-        )
+        size = (x.shape[2], x.shape[3])
+        lines = position_lines(*size, self.patch_size, self.num_bands, dtype=dtype, device=x.device)
+        return patch_perceptron(x, weight, bias, *lines, self.patch_size)
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of the module's settings."""

@@ -322,7 +322,8 @@ class Router(nn.Module):
     def compute_logits(self, x: Tensor) -> Tensor:
         """The logits ``[N, E]`` of a map ``[B, C, H, W]``, differentiable, in float32 at least."""
         device = x.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if cast else nullcontext():
             hidden = self.hidden(x.to(torch.promote_types(x.dtype, torch.float32)))
             logits: Tensor = self.logits(hidden)
             return logits

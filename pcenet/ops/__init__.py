@@ -1,7 +1,10 @@
 """The only compute of the experts: operators on maps whose patches have experts. Imports torch alone."""
 
 from pcenet.ops.functional import (
+    ConvNorm,
     Normed,
+    affine_of,
+    expert_block,
     expert_moments,
     expert_norm,
     patch_affine,
@@ -12,8 +15,11 @@ from pcenet.ops.functional import (
 from pcenet.ops.library import backend, why_reference
 
 __all__ = [
+    "ConvNorm",
     "Normed",
+    "affine_of",
     "backend",
+    "expert_block",
     "expert_moments",
     "expert_norm",
     "patch_affine",

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from torch import Tensor
 
 from pcenet.ops import library, reference
@@ -51,8 +52,16 @@ def patch_conv2d(
     x = _autocast(x)
     if not _compiled(x, weight):
         return _reference_conv2d(x, _autocast(weight), base, expert, patch_size, neighbours)
-    out: Tensor = _PatchConv2d.apply(x, weight, base, expert, patch_size, neighbours)
+    inputs = (x, weight, base, expert, patch_size, neighbours)
+    out: Tensor = _PatchConv2d.apply(*inputs) if _tracked(x, weight, base) else _conv2d(*inputs)
     return out
+
+
+def _conv2d(
+    x: Tensor, weight: Tensor, base: Tensor | None, expert: Tensor, patch_size: int, neighbours: bool
+) -> Tensor:
+    kernels, nothing = (_kernel(weight), _kernel(base)), (None, None, False, None, None)
+    return _map(OPS.patch_conv2d(_pixels(x), *kernels, expert, patch_size, neighbours, *nothing))
 
 
 def _reference_conv2d(
@@ -87,6 +96,60 @@ def patch_conv2d_affine(
     return _map(OPS.patch_conv2d(_pixels(x), *kernels, expert, patch_size, neighbours, *parameters))
 
 
+class ConvNorm(NamedTuple):
+    """A convolution and the batch normalisation by running statistics that follows it, expert by expert.
+
+    Attributes:
+        weight: ``[E, D, C, K, K]``.
+        base: ``[D, C, K, K]`` or None, see `patch_conv2d`.
+        neighbours: likewise.
+        norm: weight, bias, running mean and running variance, ``[E, D]`` each.
+        eps: added to variances.
+    """
+
+    weight: Tensor
+    base: Tensor | None
+    neighbours: bool
+    norm: tuple[Tensor, Tensor, Tensor, Tensor]
+    eps: float
+
+
+def expert_block(
+    x: Tensor,
+    expert: Tensor,
+    patch_size: int,
+    first: ConvNorm,
+    second: ConvNorm,
+    *,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """What an expert computes at evaluation: ``residual + gate * second(gelu(first(x)))``; in one call where nothing
+    needs a gradient."""
+    x = _autocast(x)
+    tensors = (x, first.weight, first.base, *first.norm, second.weight, second.base, *second.norm)
+    if not _compiled(x, first.weight) or _tracked(*tensors, gate, residual):
+        affine = (affine_of(*first.norm, first.eps), affine_of(*second.norm, second.eps))
+        hidden = patch_conv2d_affine(
+            x, first.weight, expert, patch_size, first.neighbours, *affine[0], base=first.base, gelu=True
+        )
+        settings = (second.weight, expert, patch_size, second.neighbours, *affine[1])
+        return patch_conv2d_affine(hidden, *settings, base=second.base, gate=gate, residual=residual)
+    parts = [
+        (_kernel(part.weight), _kernel(part.base), list(part.norm), part.eps, part.neighbours)
+        for part in (first, second)
+    ]
+    added = None if residual is None else _pixels(residual)
+    return _map(OPS.expert_block(_pixels(x), expert, patch_size, *parts[0], *parts[1], _floats(gate), added))
+
+
+def affine_of(weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The scale and shift, in float32 at least, that a batch normalisation by running statistics is."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    scale = torch.rsqrt(variance.to(dtype) + eps) * weight
+    return scale, torch.addcmul(bias.to(dtype), mean.to(dtype), scale, value=-1)
+
+
 def patch_affine(
     x: Tensor,
     scale: Tensor | None,
@@ -113,8 +176,24 @@ def patch_affine(
     """
     if not _compiled(x):
         return reference.patch_affine(x, scale, shift, expert, patch_size, gelu, gate, residual)
-    out: Tensor = _PatchAffine.apply(x, scale, shift, expert, patch_size, gelu, gate, residual)
+    inputs = (x, scale, shift, expert, patch_size, gelu, gate, residual)
+    out: Tensor = _PatchAffine.apply(*inputs) if _tracked(x, scale, shift, gate, residual) else _affine(*inputs)
     return out
+
+
+def _affine(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    expert: Tensor,
+    patch_size: int,
+    gelu: bool,
+    gate: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    added = None if residual is None else _pixels(residual)
+    parameters = (_floats(scale), _floats(shift), expert, patch_size, gelu, _floats(gate), added)
+    return _map(OPS.patch_affine(_pixels(x), *parameters))
 
 
 def expert_moments(x: Tensor, expert: Tensor, patch_size: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,24 +307,42 @@ def _total_moments(
     return all_count, all_mean, squares / all_count.clamp(min=1)[:, None]
 
 
-def patch_perceptron(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor, patch_size: int) -> Tensor:
-    """The first layer of a perceptron on every pixel, averaged over the real pixels of each patch: ``mean(gelu(weight x
-    + rows + columns))``.
+def patch_perceptron(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, patch_size: int) -> Tensor:
+    """The first layer of a perceptron on every pixel and its position, averaged over the real pixels of each patch:
+    ``mean(gelu(weight [x, rows + columns] + bias))``.
 
     Args:
         x: ``[B, C, H, W]``.
-        weight: ``[D, C]``.
-        rows: ``[H, D]``, what a pixel's row adds.
-        columns: ``[W, D]``, what its column adds.
+        weight: ``[D, C + F]``.
+        bias: ``[D]``.
+        rows: ``[H, F]``, features of a pixel's row.
+        columns: ``[W, F]``, features of its column.
         patch_size: S.
 
     Returns:
         ``[N, D]``.
     """
+    inputs = (x, weight, bias, rows, columns)
     if not _compiled(x, weight) or x.dtype != torch.float32:
-        return reference.patch_perceptron(x, weight, rows, columns, patch_size)
-    out: Tensor = _PatchPerceptron.apply(x, weight, rows, columns, patch_size)
+        return _reference_perceptron(*inputs, patch_size)
+    if not _tracked(*inputs):
+        return _perceptron(*inputs, patch_size)
+    out: Tensor = _PatchPerceptron.apply(*inputs, patch_size)
     return out
+
+
+def _perceptron(*inputs: Any) -> Tensor:
+    x, *others = inputs
+    out: Tensor = OPS.patch_perceptron(_pixels(x), *others)
+    return out
+
+
+def _reference_perceptron(
+    x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, patch_size: int
+) -> Tensor:
+    content, position = weight[:, : x.shape[1]], weight[:, x.shape[1] :]
+    lines = (F.linear(rows, position, bias), F.linear(columns, position))
+    return reference.patch_perceptron(x, content, *lines, patch_size)
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -277,9 +374,9 @@ def _autocast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
 
 
-def _compiled(*tensors: Tensor) -> bool:
-    """Whether the compiled library computes an operator on these tensors."""
-    return library.takes(*tensors) and not transforming()
+def _compiled(x: Tensor, weight: Tensor | None = None) -> bool:
+    """Whether the compiled library computes an operator on a map, and on its experts' weights."""
+    return library.takes(x, weight) and not transforming()
 
 
 def _tracked(*tensors: Tensor | None) -> bool:
@@ -324,8 +421,7 @@ class _PatchConv2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, base, expert)
         ctx.settings = (patch_size, neighbours)
-        kernels, nothing = (_kernel(weight), _kernel(base)), (None, None, False, None, None)
-        return _map(OPS.patch_conv2d(_pixels(x), *kernels, expert, patch_size, neighbours, *nothing))
+        return _conv2d(x, weight, base, expert, patch_size, neighbours)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -362,9 +458,7 @@ class _PatchAffine(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scale, shift, expert, gate, residual)
         ctx.patch_size, ctx.gelu = patch_size, gelu
-        added = None if residual is None else _pixels(residual)
-        parameters = (_floats(scale), _floats(shift), expert, patch_size, gelu, _floats(gate), added)
-        return _map(OPS.patch_affine(_pixels(x), *parameters))
+        return _affine(x, scale, shift, expert, patch_size, gelu, gate, residual)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -468,19 +562,21 @@ class _PatchPerceptron(torch.autograd.Function):
     """`patch_perceptron` of the compiled library; what lies between is computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor, patch_size: int) -> Tensor:
-        ctx.save_for_backward(x, weight, rows, columns)
-        ctx.patch_size = patch_size
-        return OPS.patch_perceptron(_pixels(x), weight.contiguous(), rows, columns, patch_size)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.save_for_backward(*inputs[:-1])
+        ctx.patch_size = inputs[-1]
+        return _perceptron(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         inputs = (*ctx.saved_tensors, ctx.patch_size)
         if _differentiable():
-            return _again(reference.patch_perceptron, ctx, grad, inputs)
+            return _again(_reference_perceptron, ctx, grad, inputs)
+        x, weight, bias, rows, columns, patch_size = inputs
         needs_x = ctx.needs_input_grad[0]
-        x, weight, rows, columns, patch_size = inputs
-        grad_x, *others = OPS.patch_perceptron_backward(
-            grad.contiguous(), _pixels(x), weight.contiguous(), rows, columns, patch_size, needs_x
+        grad_x, of_content, of_rows, of_columns = OPS.patch_perceptron_backward(
+            grad.contiguous(), _pixels(x), weight, bias, rows, columns, patch_size, needs_x
         )
-        return (_map(grad_x) if needs_x else None, *others, None)
+        of_position = of_rows.T @ rows + of_columns.T @ columns
+        grad_weight = torch.cat((of_content, of_position), dim=1)
+        return _map(grad_x) if needs_x else None, grad_weight, of_rows.sum(0), None, None, None

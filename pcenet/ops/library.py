@@ -29,6 +29,8 @@ OLDEST_TORCH = "2.10"  # its stable interface is what the library is compiled ag
 REFERENCE_COST = 1.5  # times that a training step takes on the reference
 
 
+TYPES = (torch.float32, torch.bfloat16)
+
 log = logging.getLogger(__name__)
 
 
@@ -208,9 +210,10 @@ def _open(path: Path) -> Library | None:
     return Library(path, functions, sets, runnable)
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether the compiled operators compute on these tensors."""
-    return compiled() and all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) for x in tensors)
+def takes(x: Tensor, weight: Tensor | None = None) -> bool:
+    """Whether the compiled operators compute on a map, and on weights of its type or float32."""
+    own = x.device.type == "cpu" and x.dtype in TYPES
+    return own and (weight is None or weight.dtype in TYPES) and compiled()
 
 
 def _register_fakes() -> None:
@@ -255,15 +258,28 @@ def _register_fakes() -> None:
     def _(grad: Tensor, x: Tensor, *others: Any) -> Tensor:
         return torch.empty_like(x)
 
+    @fake("expert_block")
+    def _(x: Tensor, expert: Tensor, size: int, *others: Any) -> Tensor:
+        return x.new_empty(*x.shape[:3], others[5].shape[1], dtype=summed(x, others[-1]))
+
     @fake("patch_perceptron")
-    def _(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor, size: int) -> Tensor:
+    def _(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, size: int) -> Tensor:
         return floats(x, x.shape[0] * -(-x.shape[1] // size) * -(-x.shape[2] // size), weight.shape[0])
 
     @fake("patch_perceptron_backward")
     def _(
-        grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor, size: int, needs_x: bool
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        size: int,
+        needs_x: bool,
     ) -> tuple[Tensor, ...]:
-        return floats(x, *(x.shape if needs_x else (0,))), *map(torch.empty_like, (weight, rows, columns))
+        hidden = weight.shape[0]
+        sizes = ((hidden, x.shape[3]), (x.shape[1], hidden), (x.shape[2], hidden))
+        return floats(x, *(x.shape if needs_x else (0,))), *(floats(x, *size) for size in sizes)
 
 
 def _renew_lock() -> None:

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -294,9 +295,18 @@ ScalarType summed(const Tensor &pixels, const Maybe &residual) {
   return wide ? ScalarType::Float : pixels.scalar_type();
 }
 
+// A convolution of `in` and what follows it, into `out`.
+void convolve_into(float *out, const float *in, const Grid &grid, const Sorted &sorted, const Weight &w,
+                   bool neighbours, const Epilogue &epilogue) {
+  Convolution job = convolution(grid, Direction::forward, neighbours, w);
+  job.in = in, job.out = out, job.order = sorted.order.data(), job.epilogue = epilogue;
+  if (!sorted.complete()) fill(out, epilogue.residual, grid.batch * grid.height * grid.width * w.out);
+  run(job, divided(share_out(sorted, job)));
+}
+
 Tensor patch_conv2d(const Tensor &pixels, const Tensor &weight, const Maybe &base, const Tensor &expert,
-                    int64_t patch_size, bool neighbours, const Maybe &scale, const Maybe &shift, bool gelu, const Maybe &gate,
-                    const Maybe &residual) {
+                    int64_t patch_size, bool neighbours, const Maybe &scale, const Maybe &shift, bool gelu,
+                    const Maybe &gate, const Maybe &residual) {
   Floats in(pixels, "x");
   Weight w(weight, base);
   Grid grid = grid_of(pixels, patch_size);
@@ -304,11 +314,48 @@ Tensor patch_conv2d(const Tensor &pixels, const Tensor &weight, const Maybe &bas
   MaybeFloats scales(scale, "scale"), shifts(shift, "shift"), gates(gate, "gate"), added(residual, "residual");
   Sorted sorted(experts_of(expert, grid, w.experts), patches_of(grid), w.experts);
   Tensor out = empty_floats(pixels, {grid.batch, grid.height, grid.width, w.out});
-  Convolution job = convolution(grid, Direction::forward, neighbours, w);
-  job.in = in.data(), job.out = floats_of(out), job.order = sorted.order.data();
-  job.epilogue = {scales.data(), shifts.data(), gelu, gates.data(), added.data()};
-  if (!sorted.complete()) fill(job.out, added.data(), out.numel());
-  run(job, divided(share_out(sorted, job)));
+  convolve_into(floats_of(out), in.data(), grid, sorted, w, neighbours,
+                {scales.data(), shifts.data(), gelu, gates.data(), added.data()});
+  return as_type(out, summed(pixels, residual));
+}
+
+// A batch normalisation by running statistics [weight, bias, mean, variance] as a scale and a shift.
+struct Normalisation {
+  std::vector<float> scale, shift;
+
+  Normalisation(const std::vector<Tensor> &parts, double eps) {
+    STD_TORCH_CHECK(parts.size() == 4, "a normalisation has weight, bias, mean and variance");
+    Floats weight(parts[0], "weight"), bias(parts[1], "bias"), mean(parts[2], "mean"), variance(parts[3], "variance");
+    for (const Tensor &part : parts) STD_TORCH_CHECK(part.numel() == parts[0].numel(), "parts must have one shape");
+    scale.resize(parts[0].numel()), shift.resize(scale.size());
+    for (size_t i = 0; i < scale.size(); i++) {
+      scale[i] = weight.data()[i] / std::sqrt(variance.data()[i] + float(eps));
+      shift[i] = bias.data()[i] - mean.data()[i] * scale[i];
+    }
+  }
+};
+
+Tensor expert_block(const Tensor &pixels, const Tensor &expert, int64_t patch_size, const Tensor &weight1,
+                    const Maybe &base1, const std::vector<Tensor> &norm1, double eps1, bool neighbours1,
+                    const Tensor &weight2, const Maybe &base2, const std::vector<Tensor> &norm2, double eps2,
+                    bool neighbours2, const Maybe &gate, const Maybe &residual) {
+  Floats in(pixels, "x");
+  Weight first(weight1, base1), second(weight2, base2);
+  Grid grid = grid_of(pixels, patch_size);
+  STD_TORCH_CHECK(pixels.size(3) == first.in && first.out == second.in && first.experts == second.experts,
+                  "the channels of x and of both weights do not fit");
+  Normalisation affine1(norm1, eps1), affine2(norm2, eps2);
+  STD_TORCH_CHECK(int64_t(affine1.scale.size()) == first.experts * first.out &&
+                      int64_t(affine2.scale.size()) == second.experts * second.out,
+                  "normalisations must be [E, channels]");
+  MaybeFloats gates(gate, "gate"), added(residual, "residual");
+  Sorted sorted(experts_of(expert, grid, first.experts), patches_of(grid), first.experts);
+  Tensor hidden = empty_floats(pixels, {grid.batch, grid.height, grid.width, first.out});
+  Tensor out = empty_floats(pixels, {grid.batch, grid.height, grid.width, second.out});
+  convolve_into(floats_of(hidden), in.data(), grid, sorted, first, neighbours1,
+                {affine1.scale.data(), affine1.shift.data(), true, nullptr, nullptr});
+  convolve_into(floats_of(out), floats_of(hidden), grid, sorted, second, neighbours2,
+                {affine2.scale.data(), affine2.shift.data(), false, gates.data(), added.data()});
   return as_type(out, summed(pixels, residual));
 }
 
@@ -520,12 +567,32 @@ Tensor patch_affine_input_grad(const Tensor &grad, const Tensor &pixels, const M
 
 // ---- The router -----------------------------------------------------------------------------------------------------
 
-Tensor patch_perceptron(const Tensor &pixels, const Tensor &weight, const Tensor &rows, const Tensor &columns,
-                        int64_t patch_size) {
-  Floats x(pixels, "x"), w(weight, "weight"), of_rows(rows, "rows"), of_columns(columns, "columns");
+// What rows and columns add before the activation: features [H, F] and [W, F] by the last F columns of weight [D, C + F].
+struct Position {
+  std::vector<float> rows, columns;
+
+  Position(const Grid &grid, int64_t channels, const Tensor &weight, const Tensor &bias, const Tensor &rows_,
+           const Tensor &columns_) {
+    Floats w(weight, "weight"), b(bias, "bias"), of_rows(rows_, "rows"), of_columns(columns_, "columns");
+    int64_t outs = weight.size(0), features = weight.size(1) - channels;
+    STD_TORCH_CHECK(features >= 0 && rows_.numel() == grid.height * features &&
+                        columns_.numel() == grid.width * features && bias.numel() == outs,
+                    "weight, bias, rows and columns do not fit the map");
+    rows.resize(grid.height * outs), columns.resize(grid.width * outs);
+    Linear job = {grid.height, int(features), int(outs), of_rows.data(), w.data() + channels, weight.size(1), b.data()};
+    kernels->linear(job, rows.data(), scratch(kernels->linear_scratch(job)));
+    job.count = grid.width, job.in = of_columns.data(), job.bias = nullptr;
+    kernels->linear(job, columns.data(), scratch(kernels->linear_scratch(job)));
+  }
+};
+
+Tensor patch_perceptron(const Tensor &pixels, const Tensor &weight, const Tensor &bias, const Tensor &rows,
+                        const Tensor &columns, int64_t patch_size) {
+  Floats x(pixels, "x"), w(weight, "weight");
   Grid grid = grid_of(pixels, patch_size);
-  Perceptron job = {grid, int(weight.size(1)), int(weight.size(0)), x.data(), w.data(), of_rows.data(),
-                    of_columns.data()};
+  Position position(grid, pixels.size(3), weight, bias, rows, columns);
+  Perceptron job = {grid, int(pixels.size(3)), int(weight.size(0)), x.data(), w.data(), weight.size(1),
+                    position.rows.data(), position.columns.data()};
   Tensor out = empty_floats(pixels, {patches_of(grid), job.hidden});
   int64_t size = kernels->perceptron_scratch(job);
   float *to = floats_of(out);
@@ -535,14 +602,16 @@ Tensor patch_perceptron(const Tensor &pixels, const Tensor &weight, const Tensor
   return out;
 }
 
+// Gradients for x, for weight's part [D, C] for the content, and for what rows [H, D] and columns [W, D] add.
 std::tuple<Tensor, Tensor, Tensor, Tensor> patch_perceptron_backward(const Tensor &grad, const Tensor &pixels,
-                                                                     const Tensor &weight, const Tensor &rows,
-                                                                     const Tensor &columns, int64_t patch_size,
-                                                                     bool needs_x) {
-  Floats g(grad, "grad"), x(pixels, "x"), w(weight, "weight"), of_rows(rows, "rows"), of_columns(columns, "columns");
+                                                                     const Tensor &weight, const Tensor &bias,
+                                                                     const Tensor &rows, const Tensor &columns,
+                                                                     int64_t patch_size, bool needs_x) {
+  Floats g(grad, "grad"), x(pixels, "x"), w(weight, "weight");
   Grid grid = grid_of(pixels, patch_size);
-  Perceptron job = {grid, int(weight.size(1)), int(weight.size(0)), x.data(), w.data(), of_rows.data(),
-                    of_columns.data()};
+  Position position(grid, pixels.size(3), weight, bias, rows, columns);
+  Perceptron job = {grid, int(pixels.size(3)), int(weight.size(0)), x.data(), w.data(), weight.size(1),
+                    position.rows.data(), position.columns.data()};
   int64_t lines = grid.batch * grid.rows, hidden = job.hidden;
   int64_t of_weight = hidden * job.channels, in_rows = grid.height * hidden, in_columns = grid.width * hidden;
   int64_t size = of_weight + in_rows + in_columns;
@@ -557,8 +626,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_perceptron_backward(const Tenso
                              scratch(own));
   });
   std::vector<double> total = total_of(sums, size);
-  Tensor grad_weight = empty_floats(pixels, {hidden, job.channels}), grad_rows = empty_floats(pixels, {grid.height, hidden});
-  Tensor grad_columns = empty_floats(pixels, {grid.width, hidden});
+  Tensor grad_weight = empty_floats(pixels, {hidden, job.channels});
+  Tensor grad_rows = empty_floats(pixels, {grid.height, hidden}), grad_columns = empty_floats(pixels, {grid.width, hidden});
   std::copy_n(total.begin(), of_weight, floats_of(grad_weight));
   std::copy_n(total.begin() + of_weight, in_rows, floats_of(grad_rows));
   std::copy_n(total.begin() + of_weight + in_rows, in_columns, floats_of(grad_columns));
@@ -581,9 +650,12 @@ STABLE_TORCH_LIBRARY(pcenet, m) {
         "int num_experts, bool gelu, Tensor? gate, Tensor? centre) -> (Tensor, Tensor, Tensor)");
   m.def("patch_affine_input_grad(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, Tensor expert, int patch_size, "
         "bool gelu, Tensor? gate, Tensor? slope, Tensor? offset) -> Tensor");
-  m.def("patch_perceptron(Tensor x, Tensor weight, Tensor rows, Tensor columns, int patch_size) -> Tensor");
-  m.def("patch_perceptron_backward(Tensor grad, Tensor x, Tensor weight, Tensor rows, Tensor columns, int patch_size, "
-        "bool needs_x) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("expert_block(Tensor x, Tensor expert, int patch_size, Tensor weight1, Tensor? base1, Tensor[] norm1, "
+        "float eps1, bool neighbours1, Tensor weight2, Tensor? base2, Tensor[] norm2, float eps2, bool neighbours2, "
+        "Tensor? gate, Tensor? residual) -> Tensor");
+  m.def("patch_perceptron(Tensor x, Tensor weight, Tensor bias, Tensor rows, Tensor columns, int patch_size) -> Tensor");
+  m.def("patch_perceptron_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor rows, Tensor columns, "
+        "int patch_size, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pcenet, CPU, m) {
@@ -594,6 +666,7 @@ STABLE_TORCH_LIBRARY_IMPL(pcenet, CPU, m) {
   m.impl("expert_moments", TORCH_BOX(&expert_moments));
   m.impl("patch_affine_sums", TORCH_BOX(&patch_affine_sums));
   m.impl("patch_affine_input_grad", TORCH_BOX(&patch_affine_input_grad));
+  m.impl("expert_block", TORCH_BOX(&expert_block));
   m.impl("patch_perceptron", TORCH_BOX(&patch_perceptron));
   m.impl("patch_perceptron_backward", TORCH_BOX(&patch_perceptron_backward));
 }

@@ -61,11 +61,22 @@ struct Affine {
   Epilogue epilogue;
 };
 
-// The router's first layer: mean over a patch of gelu(weight x + rows + columns).
+// The router's first layer: mean over a patch of gelu(weight x + rows + columns). Rows of weight are weight_stride apart.
 struct Perceptron {
   Grid grid;
   int channels, hidden;
-  const float *x, *weight, *rows, *columns;
+  const float *x, *weight;
+  int64_t weight_stride;
+  const float *rows, *columns;  // [height, hidden], [width, hidden]
+};
+
+// out[i] = bias + weight in[i], for `count` rows of `ins` numbers; bias may be null.
+struct Linear {
+  int64_t count;
+  int ins, outs;
+  const float *in, *weight;
+  int64_t weight_stride;
+  const float *bias;
 };
 
 struct Kernels {
@@ -92,6 +103,8 @@ struct Kernels {
   // scale * g + slope * x + offset.
   void (*affine_grad)(const Affine &, const float *grad, const float *slope, const float *offset, int64_t line,
                       int64_t line_end, float *out);
+  int64_t (*linear_scratch)(const Linear &);
+  void (*linear)(const Linear &, float *out, float *scratch);
   int64_t (*perceptron_scratch)(const Perceptron &);
   void (*perceptron)(const Perceptron &, int64_t line, int64_t line_end, float *out, float *scratch);
   // Adds to grad_weight [hidden, channels], grad_rows and grad_columns; grad_x may be null.

@@ -441,74 +441,106 @@ void convolve_chunk(const Convolution &job, bool adds, const Chunk &chunk, const
   }
 }
 
-// For few pixels packing a kernel takes longer than using it: each of its numbers is read once, where it lies, for some
-// pixels. Sums are over vectors of input channels, added across at the end.
+// For few pixels packing a kernel takes longer than using it: each of its numbers is read once, where it lies, for all of
+// them. What a pixel reads is copied side by side, and an output is one product of two stretches.
 constexpr int FEW = 48, FEW_ROWS = 3, FEW_CHANNELS = 4;
 
-inline float sum_of(Vector v) {
-  float total = 0;
-  for (int i = 0; i < VECTOR; i++) total += v[i];
-  return total;
+struct Few {
+  int64_t length;                // of a stretch
+  float *windows, *rows, *found;  // [FEW, length], [FEW_CHANNELS, length], [FEW, PANEL]
+};
+
+int64_t few_scratch(const Convolution &job) {
+  return int64_t(FEW + FEW_CHANNELS) * job.kernel * job.kernel * job.in_channels + FEW * PANEL;
 }
 
-template <int ROWS, bool BASE>
-void multiply_stretch(const Convolution &job, const float *own, const float *base, int64_t own_stride,
-                      int64_t base_stride, const float *const *row, int64_t offset, int count,
-                      Vector (&sums)[FEW_CHANNELS][ROWS]) {
-  for (int i = 0; i < count; i += VECTOR) {
-    int left = count - i;
-    Vector x[ROWS];
-    for (int r = 0; r < ROWS; r++) x[r] = load_some(row[r] + offset + i, left);
-    for (int d = 0; d < FEW_CHANNELS; d++) {
-      Vector w = load_some(own + d * own_stride + i, left);
-      if (BASE) w += load_some(base + d * base_stride + i, left);
-      for (int r = 0; r < ROWS; r++) sums[d][r] += w * x[r];
-    }
+void copy_windows(const Convolution &job, const Chunk &chunk, const Few &few) {
+  int half = job.kernel / 2, channels = job.in_channels;
+  for (int n = 0; n < chunk.count; n++) {
+    const Pixel &pixel = chunk.sorted[n];
+    float *to = few.windows + n * few.length;
+    for (int row = 0; row < job.kernel; row++)
+      for (int column = 0; column < job.kernel; column++, to += channels) {
+        int64_t read = pixel.index + (row - half) * job.grid.width + column - half;
+        if (pixel.kind >> 3 >> row & pixel.kind >> column & 1)
+          std::memcpy(to, job.in + read * channels, channels * sizeof(float));
+        else
+          std::memset(to, 0, channels * sizeof(float));
+      }
+  }
+}
+
+inline float sum_of(Vector v) {
+  for (int step = VECTOR / 2; step; step /= 2) {
+    Integers across;
+    for (int i = 0; i < VECTOR; i++) across[i] = i ^ step;
+    v += __builtin_shuffle(v, across);
+  }
+  return v[0];
+}
+
+template <int ROWS, bool WHOLE>
+inline void multiply_stretch(const float *x, int64_t length, const float *const *kernel, int64_t i,
+                             Vector (&sums)[FEW_CHANNELS][ROWS]) {
+  auto read = [=](const float *p) { return WHOLE ? load(p + i) : load_some(p + i, length - i); };
+  Vector own[ROWS];
+  for (int r = 0; r < ROWS; r++) own[r] = read(x + r * length);
+  for (int c = 0; c < FEW_CHANNELS; c++) {
+    Vector w = read(kernel[c]);
+    for (int r = 0; r < ROWS; r++) sums[c][r] += w * own[r];
   }
 }
 
 template <int ROWS>
-void convolve_few(const Tiles &tiles, const Pixel *pixels) {
-  const Convolution &job = tiles.job;
-  const float *row[ROWS];
-  for (int r = 0; r < ROWS; r++) row[r] = job.in + int64_t(pixels[r].index) * job.in_channels;
-  float found[ROWS][PANEL] = {};
-  for (int d = 0; d < tiles.count; d += FEW_CHANNELS) {
-    Vector sums[FEW_CHANNELS][ROWS];
-    clear(sums);
-    // The last channels may be done twice: a kernel has no rows behind its last.
-    int first = most(0, least(d, tiles.count - FEW_CHANNELS)), own = least(FEW_CHANNELS, tiles.count);
-    int64_t out = tiles.channel + first;
-    int64_t by_own = own == FEW_CHANNELS ? job.weight.out_stride : 0, by_base = own == FEW_CHANNELS ? job.base.out_stride : 0;
-    for (int t = 0; t < tiles.taps.count; t++) {
-      const Run &run = tiles.taps.run[t];
-      const float *weight = job.weight.data + tiles.expert * job.expert_stride + out * job.weight.out_stride +
-                            run.tap * job.weight.tap_stride;
-      const float *base = job.base.data + out * job.base.out_stride + run.tap * job.base.tap_stride;
-      if (job.base.data) multiply_stretch<ROWS, true>(job, weight, base, by_own, by_base, row, run.offset, run.count, sums);
-      else multiply_stretch<ROWS, false>(job, weight, base, by_own, by_base, row, run.offset, run.count, sums);
-    }
-    for (int c = 0; c < own; c++)
-      for (int r = 0; r < ROWS; r++) found[r][first + c] = sum_of(sums[c][r]);
-  }
-  Vector sums[ROWS][WIDTH];
-  for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < WIDTH; v++) sums[r][v] = load(found[r] + v * VECTOR);
-  follow<ROWS>(tiles, pixels, sums);
-  if (tiles.count == PANEL) write<ROWS, true>(tiles, pixels, sums);
-  else write<ROWS, false>(tiles, pixels, sums);
+void multiply_few(const Few &few, const float *const *kernel, int first, int channel, int channels) {
+  Vector sums[FEW_CHANNELS][ROWS];
+  clear(sums);
+  const float *x = few.windows + first * few.length;
+  int64_t i = 0;
+  for (; i + VECTOR <= few.length; i += VECTOR) multiply_stretch<ROWS, true>(x, few.length, kernel, i, sums);
+  if (i < few.length) multiply_stretch<ROWS, false>(x, few.length, kernel, i, sums);
+  for (int c = 0; c < channels; c++)
+    for (int r = 0; r < ROWS; r++) few.found[(first + r) * PANEL + channel + c] = sum_of(sums[c][r]);
 }
 
-void convolve_few_pixels(const Convolution &job, const Chunk &chunk, int expert, int panel, int panel_end) {
-  for (int kind = 0; kind < 64; kind++) {
-    int start = chunk.start[kind], end = chunk.start[kind + 1];
-    if (start == end) continue;
-    Taps taps = list_taps(job, kind);
-    for (int p = panel; p < panel_end; p++) {
-      int channel = p * PANEL, count = least(PANEL, job.out_channels - channel), i = start;
-      Tiles tiles = {job, false, taps, nullptr, expert, channel, count};
-      for (; i + FEW_ROWS <= end; i += FEW_ROWS) convolve_few<FEW_ROWS>(tiles, chunk.sorted + i);
-      for (; i < end; i++) convolve_few<1>(tiles, chunk.sorted + i);
+// Where the kernels of output channels [out, out + channels) lie, with the base added if there is one; for the last few
+// the last one stands in.
+void find_rows(const Convolution &job, const Few &few, int expert, int out, int channels, const float **kernel) {
+  for (int c = 0; c < FEW_CHANNELS; c++) {
+    int64_t own = out + least(c, channels - 1);
+    kernel[c] = job.weight.data + expert * job.expert_stride + own * job.weight.out_stride;
+    if (!job.base.data) continue;
+    const float *base = job.base.data + own * job.base.out_stride;
+    float *to = few.rows + c * few.length;
+    for (int64_t i = 0; i < few.length; i += VECTOR) {
+      int left = few.length - i;
+      store_some(to + i, load_some(kernel[c] + i, left) + load_some(base + i, left), left);
+    }
+    kernel[c] = to;
+  }
+}
+
+void convolve_few(const Convolution &job, const Chunk &chunk, int expert, int panel, int panel_end, float *scratch) {
+  Few few;
+  few.length = int64_t(job.kernel) * job.kernel * job.in_channels;
+  few.windows = scratch, few.rows = scratch + FEW * few.length, few.found = few.rows + FEW_CHANNELS * few.length;
+  copy_windows(job, chunk, few);
+  for (int p = panel; p < panel_end; p++) {
+    int channel = p * PANEL, count = least(PANEL, job.out_channels - channel);
+    for (int d = 0; d < count; d += FEW_CHANNELS) {
+      int channels = least(FEW_CHANNELS, count - d), n = 0;
+      const float *kernel[FEW_CHANNELS];
+      find_rows(job, few, expert, channel + d, channels, kernel);
+      for (; n + FEW_ROWS <= chunk.count; n += FEW_ROWS) multiply_few<FEW_ROWS>(few, kernel, n, d, channels);
+      for (; n < chunk.count; n++) multiply_few<1>(few, kernel, n, d, channels);
+    }
+    Tiles tiles = {job, false, {}, nullptr, expert, channel, count};
+    for (int n = 0; n < chunk.count; n++) {
+      Vector sums[1][WIDTH];
+      for (int v = 0; v < WIDTH; v++)
+        sums[0][v] = load_some(few.found + n * PANEL + v * VECTOR, count - v * VECTOR);
+      follow<1>(tiles, chunk.sorted + n, sums);
+      write<1, false>(tiles, chunk.sorted + n, sums);
     }
   }
 }
@@ -517,7 +549,7 @@ int panels(int channels) { return (channels + PANEL - 1) / PANEL; }
 
 int64_t convolve_scratch(const Convolution &job) {
   int64_t packed = int64_t(panels(job.out_channels)) * job.kernel * job.kernel * job.in_channels * PANEL;
-  return packed + 2 * sizeof(Chunk) / sizeof(float) + 16;
+  return most(packed, few_scratch(job)) + 2 * sizeof(Chunk) / sizeof(float) + 16;
 }
 
 void convolve(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end, bool ring,
@@ -528,7 +560,7 @@ void convolve(const Convolution &job, int expert, int64_t first, int64_t last, i
   walk.next(*chunk);
   bool few = chunk->count <= FEW && walk.position == last;
   if (few && !packed && job.direction == Direction::forward && reads_stretches(job))
-    return convolve_few_pixels(job, *chunk, expert, panel, panel_end);
+    return convolve_few(job, *chunk, expert, panel, panel_end, kernel);
   if (!packed) pack_kernel(job, expert, panel, panel_end, kernel);
   while (chunk->count) {
     walk.next(*next);
@@ -860,6 +892,32 @@ void pack_layer(const float *weight, int64_t out_stride, int64_t in_stride, int 
                to + int64_t(p) * ins * PANEL);
 }
 
+int64_t linear_scratch(const Linear &job) { return int64_t(panels(job.outs)) * PANEL * job.ins; }
+
+template <int ROWS>
+void linear_rows(const Linear &job, int64_t first, const float *packed, float *out) {
+  const float *row[ROWS];
+  for (int r = 0; r < ROWS; r++) row[r] = job.in + (first + r) * job.ins;
+  for (int p = 0; p < panels(job.outs); p++) {
+    Vector sums[ROWS][WIDTH];
+    clear(sums);
+    multiply<ROWS>(row, 0, packed + int64_t(p) * job.ins * PANEL, job.ins, sums);
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < WIDTH; v++) {
+        int at = p * PANEL + v * VECTOR, own = job.outs - at;
+        Vector y = job.bias ? sums[r][v] + load_some(job.bias + at, own) : sums[r][v];
+        store_some(out + (first + r) * job.outs + at, y, own);
+      }
+  }
+}
+
+void linear(const Linear &job, float *out, float *scratch) {
+  pack_layer(job.weight, job.weight_stride, 1, job.outs, job.ins, scratch);
+  int64_t i = 0;
+  for (; i + TILE <= job.count; i += TILE) linear_rows<TILE>(job, i, scratch, out);
+  for (; i < job.count; i++) linear_rows<1>(job, i, scratch, out);
+}
+
 // What comes before the activation, of ROWS pixels side by side.
 template <int ROWS>
 inline void before_activation(const Perceptron &job, const float *packed, int64_t y, int64_t x, int64_t pixel, int p,
@@ -895,7 +953,7 @@ void add_activations(const Perceptron &job, const Layer &layer, int64_t y, int64
 void perceptron(const Perceptron &job, int64_t line, int64_t line_end, float *out, float *scratch) {
   const Grid &grid = job.grid;
   Layer layer = lay_out(job, scratch);
-  pack_layer(job.weight, job.channels, 1, job.hidden, job.channels, layer.forward);
+  pack_layer(job.weight, job.weight_stride, 1, job.hidden, job.channels, layer.forward);
   int64_t padded = panels(job.hidden) * PANEL;
   for (; line < line_end; line++) {
     std::memset(layer.patch_sums, 0, sizeof(float) * grid.columns * padded);
@@ -988,8 +1046,8 @@ void perceptron_grad(const Perceptron &job, const float *grad, int64_t line, int
   const Grid &grid = job.grid;
   Layer layer = lay_out(job, scratch);
   int64_t stride = row_stride(panels(job.hidden) * PANEL);
-  pack_layer(job.weight, job.channels, 1, job.hidden, job.channels, layer.forward);
-  if (grad_x) pack_layer(job.weight, 1, job.channels, job.channels, job.hidden, layer.backward);
+  pack_layer(job.weight, job.weight_stride, 1, job.hidden, job.channels, layer.forward);
+  if (grad_x) pack_layer(job.weight, 1, job.weight_stride, job.channels, job.hidden, layer.backward);
   for (; line < line_end; line++) {
     int64_t image = line / grid.rows, top = line % grid.rows * grid.side;
     int64_t bottom = least(top + grid.side, grid.height);
@@ -1022,8 +1080,9 @@ void perceptron_grad(const Perceptron &job, const float *grad, int64_t line, int
 
 extern const Kernels TABLE;
 const Kernels TABLE = {
-    NAME,    convolve_scratch, convolve,    panels,      weight_grad_scratch, weight_grad,     affine,
-    moments, affine_sums,      affine_grad, perceptron_scratch,  perceptron,  perceptron_grad,
+    NAME,    convolve_scratch, convolve,    panels,         weight_grad_scratch, weight_grad,        affine,
+    moments, affine_sums,      affine_grad, linear_scratch, linear,              perceptron_scratch, perceptron,
+    perceptron_grad,
 };
 
 }  // namespace pcenet
