@@ -233,8 +233,8 @@ std::vector<Task> share_out(const Sorted &sorted, const Convolution &job) {
   for (size_t e = 0; e + 1 < sorted.begin.size(); e++) {
     int64_t first = sorted.begin[e], load = sorted.begin[e + 1] - first;
     if (!load) continue;
-    int64_t pieces = std::clamp<int64_t>((load * wanted + total - 1) / total, 1,
-                                         std::max<int64_t>(1, load * pixels / least_pixels));
+    int64_t most = std::clamp<int64_t>(load * pixels / least_pixels, 1, load);
+    int64_t pieces = std::clamp<int64_t>((load * wanted + total - 1) / total, 1, most);
     for (int64_t i = 0; i < pieces; i++)
       tasks.push_back({int(e), first + load * i / pieces, first + load * (i + 1) / pieces, 0, int(panels)});
   }
@@ -259,12 +259,12 @@ void run(const Convolution &job, const std::vector<Task> &tasks) {
   std::atomic<size_t> next{0};
   int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks.size());
   auto work = [&] {
-    Task before = {-1, 0, 0, 0, 0};
-    for (size_t i; (i = next.fetch_add(1)) < tasks.size();) {
+    Task before = {};
+    bool packed = false;
+    for (size_t i; (i = next.fetch_add(1)) < tasks.size(); before = tasks[i]) {
       const Task &t = tasks[i];
-      bool packed = t.expert == before.expert && t.panel == before.panel && t.panel_end == before.panel_end;
-      kernels->convolve(job, t.expert, t.first, t.last, t.panel, t.panel_end, false, packed, scratch(size));
-      before = t;
+      packed = packed && t.expert == before.expert && t.panel == before.panel && t.panel_end == before.panel_end;
+      packed = kernels->convolve(job, t.expert, t.first, t.last, t.panel, t.panel_end, false, packed, scratch(size));
     }
   };
   if (threads <= 1) return work();

@@ -85,8 +85,8 @@ struct Kernels {
   int64_t (*convolve_scratch)(const Convolution &);
   // For the patches order[first..last) of one expert the panels [panel, panel_end) of output channels: the cells of the
   // patches are written; or, for an input gradient with neighbours, the ring around each is added to what is there.
-  // `packed` says that scratch holds this expert's kernel already.
-  void (*convolve)(const Convolution &, int expert, int64_t first, int64_t last, int panel, int panel_end, bool ring,
+  // `packed` says that scratch holds this expert's kernel already; what is returned, whether it does now.
+  bool (*convolve)(const Convolution &, int expert, int64_t first, int64_t last, int panel, int panel_end, bool ring,
                    bool packed, float *scratch);
   int (*panels)(int channels);
   int64_t (*weight_grad_scratch)(const WeightGrad &);

@@ -552,7 +552,7 @@ int64_t convolve_scratch(const Convolution &job) {
   return most(packed, few_scratch(job)) + 2 * sizeof(Chunk) / sizeof(float) + 16;
 }
 
-void convolve(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end, bool ring,
+bool convolve(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end, bool ring,
               bool packed, float *scratch) {
   Chunk *chunk = reinterpret_cast<Chunk *>(scratch), *next = chunk + 1;
   float *kernel = scratch + round_up(2 * sizeof(Chunk) / sizeof(float), 16);
@@ -560,7 +560,7 @@ void convolve(const Convolution &job, int expert, int64_t first, int64_t last, i
   walk.next(*chunk);
   bool few = chunk->count <= FEW && walk.position == last;
   if (few && !packed && job.direction == Direction::forward && reads_stretches(job))
-    return convolve_few(job, *chunk, expert, panel, panel_end, kernel);
+    return convolve_few(job, *chunk, expert, panel, panel_end, kernel), false;
   if (!packed) pack_kernel(job, expert, panel, panel_end, kernel);
   while (chunk->count) {
     walk.next(*next);
@@ -568,6 +568,7 @@ void convolve(const Convolution &job, int expert, int64_t first, int64_t last, i
     Chunk *done = chunk;
     chunk = next, next = done;
   }
+  return true;
 }
 
 // ---- Gradient for the weights ---------------------------------------------------------------------------------------
