@@ -408,16 +408,19 @@ void convolve_rest(const Tiles &tiles, const Pixel *pixels, int left) {
 struct Ahead {
   const Convolution &job;
   const Chunk &next;
-  int64_t line, per_tile;  // cache lines
+  int64_t per_tile, line;  // cache lines
+  int pixel;
 
-  Ahead(const Convolution &job, const Chunk &next, int64_t tiles) : job(job), next(next), line(0) {
-    per_tile = next.count * lines_of_pixel() / most(1, tiles) + 1;
+  Ahead(const Convolution &job, const Chunk &next, int64_t tiles) : job(job), next(next), line(0), pixel(0) {
+    per_tile = int64_t(next.count) * lines_of_pixel() / most(1, tiles) + 1;
   }
   int64_t lines_of_pixel() const { return (job.in_channels + 15) / 16; }
   void fetch() {
-    int64_t of_pixel = lines_of_pixel(), end = least(line + per_tile, next.count * of_pixel);
-    for (; line < end; line++)
-      __builtin_prefetch(job.in + int64_t(next.sorted[line / of_pixel].index) * job.in_channels + line % of_pixel * 16);
+    int64_t of_pixel = lines_of_pixel();
+    for (int64_t i = 0; i < per_tile && pixel < next.count; i++) {
+      __builtin_prefetch(job.in + int64_t(next.sorted[pixel].index) * job.in_channels + line * 16);
+      if (++line == of_pixel) line = 0, pixel++;
+    }
   }
 };
 
