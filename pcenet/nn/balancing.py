@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pcenet.ops import library
+from pcenet.ops.functional import transforming
+
 SWEEPS = 8
 DAMPING = 0.7  # undamped, all experts answering at once overshoot, and a clustered batch swings to and fro for ever
 
@@ -29,6 +32,9 @@ def balancing_bias(logits: Tensor, top_k: int = 1) -> Tensor:
     share = -(-num_patches * top_k // num_experts)
     if share >= num_patches or top_k == num_experts:  # too few patches to tell, or everybody gets all
         return logits.new_zeros(num_experts)
+    if logits.dtype == torch.float32 and library.takes(logits) and not transforming():
+        found: Tensor = torch.ops.pcenet.balancing_bias(logits.contiguous(), top_k, SWEEPS, DAMPING)
+        return found
     bias = -logits.mean(dim=0)
     for _ in range(SWEEPS):
         scores = logits + bias

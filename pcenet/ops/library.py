@@ -258,6 +258,10 @@ def _register_fakes() -> None:
     def _(grad: Tensor, x: Tensor, *others: Any) -> Tensor:
         return torch.empty_like(x)
 
+    @fake("balancing_bias")
+    def _(logits: Tensor, *others: Any) -> Tensor:
+        return floats(logits, logits.shape[1])
+
     @fake("expert_block")
     def _(x: Tensor, expert: Tensor, size: int, *others: Any) -> Tensor:
         return x.new_empty(*x.shape[:3], others[5].shape[1], dtype=summed(x, others[-1]))

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -634,6 +635,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_perceptron_backward(const Tenso
   return {grad_x, grad_weight, grad_rows, grad_columns};
 }
 
+// See pcenet.nn.balancing, whose loop this is. Each expert's leads over its best rival lie side by side.
+Tensor balancing_bias(const Tensor &logits, int64_t top_k, int64_t sweeps, double damping) {
+  Floats scores(logits, "logits");
+  int64_t patches = logits.size(0), experts = logits.size(1), share = (patches * top_k + experts - 1) / experts;
+  STD_TORCH_CHECK(top_k >= 1 && top_k < experts && share < patches, "too few patches or experts");
+  Tensor out = zero_floats(logits, {experts});
+  float *bias = floats_of(out);
+  const float *from = scores.data();
+  std::vector<double> mean(experts);
+  for (int64_t i = 0; i < patches; i++)
+    for (int64_t e = 0; e < experts; e++) mean[e] += from[i * experts + e];
+  for (int64_t e = 0; e < experts; e++) bias[e] = float(-mean[e] / patches);
+  std::vector<float> leads(patches * experts), borders(experts);
+  for (int64_t sweep = 0; sweep < sweeps; sweep++) {
+    torch::stable::parallel_for(0, patches, 1024, [&](int64_t i, int64_t end) {
+      std::vector<float> own(experts), best(top_k + 1);
+      for (; i < end; i++) {
+        for (int64_t e = 0; e < experts; e++) own[e] = from[i * experts + e] + bias[e];
+        std::partial_sort_copy(own.begin(), own.end(), best.begin(), best.end(), std::greater<float>());
+        float last_in = best[top_k - 1], first_out = best[top_k];
+        for (int64_t e = 0; e < experts; e++)
+          leads[e * patches + i] = own[e] - (own[e] >= last_in ? first_out : last_in);
+      }
+    });
+    in_parallel(experts, [&](int64_t e) {
+      auto begin = leads.begin() + e * patches, end = begin + patches, next = begin + share;
+      std::nth_element(begin, next, end, std::greater<float>());
+      borders[e] = 0.5f * (*std::min_element(begin, next) + *next);
+    });
+    double level = 0;
+    for (int64_t e = 0; e < experts; e++) bias[e] -= float(damping) * borders[e], level += bias[e];
+    for (int64_t e = 0; e < experts; e++) bias[e] -= float(level / experts);
+  }
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(pcenet, m) {
@@ -650,6 +687,7 @@ STABLE_TORCH_LIBRARY(pcenet, m) {
         "int num_experts, bool gelu, Tensor? gate, Tensor? centre) -> (Tensor, Tensor, Tensor)");
   m.def("patch_affine_input_grad(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, Tensor expert, int patch_size, "
         "bool gelu, Tensor? gate, Tensor? slope, Tensor? offset) -> Tensor");
+  m.def("balancing_bias(Tensor logits, int top_k, int sweeps, float damping) -> Tensor");
   m.def("expert_block(Tensor x, Tensor expert, int patch_size, Tensor weight1, Tensor? base1, Tensor[] norm1, "
         "float eps1, bool neighbours1, Tensor weight2, Tensor? base2, Tensor[] norm2, float eps2, bool neighbours2, "
         "Tensor? gate, Tensor? residual) -> Tensor");
@@ -666,6 +704,7 @@ STABLE_TORCH_LIBRARY_IMPL(pcenet, CPU, m) {
   m.impl("expert_moments", TORCH_BOX(&expert_moments));
   m.impl("patch_affine_sums", TORCH_BOX(&patch_affine_sums));
   m.impl("patch_affine_input_grad", TORCH_BOX(&patch_affine_input_grad));
+  m.impl("balancing_bias", TORCH_BOX(&balancing_bias));
   m.impl("expert_block", TORCH_BOX(&expert_block));
   m.impl("patch_perceptron", TORCH_BOX(&patch_perceptron));
   m.impl("patch_perceptron_backward", TORCH_BOX(&patch_perceptron_backward));
