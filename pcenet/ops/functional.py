@@ -50,7 +50,7 @@ def patch_conv2d(
     """
     x = _autocast(x)
     if not _compiled(x, weight):
-        return _reference_conv2d(x, _autocast(weight), base, expert, patch_size, neighbours)
+        return _reference_conv2d(x, weight, base, expert, patch_size, neighbours)
     out: Tensor = _PatchConv2d.apply(x, weight, base, expert, patch_size, neighbours)
     return out
 
@@ -58,8 +58,8 @@ def patch_conv2d(
 def _reference_conv2d(
     x: Tensor, weight: Tensor, base: Tensor | None, expert: Tensor, patch_size: int, neighbours: bool
 ) -> Tensor:
-    kernels = weight if base is None else weight + base.to(weight.dtype)
-    return reference.patch_conv2d(x, kernels, expert, patch_size, neighbours)
+    kernels = weight if base is None else weight + base
+    return reference.patch_conv2d(x, kernels.to(x.dtype), expert, patch_size, neighbours)
 
 
 def patch_conv2d_affine(
@@ -133,7 +133,7 @@ class Normed(NamedTuple):
     """What `expert_norm` returns: the map, and number, mean and biased variance of each expert's pixels."""
 
     out: Tensor
-    count: Tensor
+    number: Tensor
     mean: Tensor
     variance: Tensor
 
@@ -310,6 +310,11 @@ def _again(function: Callable[..., Tensor], ctx: Any, grad: Tensor, inputs: tupl
     return tuple(grads)
 
 
+def _typed(grad: Tensor | None, like: Tensor | None, needed: bool = True) -> Tensor | None:
+    """A gradient in the type of the tensor that it is of; None where there is no such tensor, or nobody asks."""
+    return grad.to(like.dtype) if needed and grad is not None and like is not None else None
+
+
 def _differentiable() -> bool:
     """Whether somebody wants gradients of the gradients that a backward pass computes."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -340,8 +345,8 @@ class _PatchConv2d(torch.autograd.Function):
         if needs_weight or needs_base:
             taps_last = OPS.patch_conv2d_weight_grad(grads, _pixels(x), *settings, weight.shape[0], weight.shape[3])
             of_experts = taps_last.permute(0, 1, 4, 2, 3)
-            grad_weight = of_experts.to(weight.dtype) if needs_weight else None
-            grad_base = of_experts.sum(0).to(base.dtype) if needs_base else None
+            grad_weight = _typed(of_experts, weight, needs_weight)
+            grad_base = _typed(of_experts.sum(0), base) if needs_base else None
         return grad_x, grad_weight, grad_base, None, None, None
 
 
@@ -387,13 +392,13 @@ class _PatchAffine(torch.autograd.Function):
             grad_x = _map(OPS.patch_affine_input_grad(grads, pixels, *affine, *settings)).to(x.dtype)
         return (
             grad_x,
-            grad_scale.to(scale.dtype) if need_scale else None,
-            grad_shift.to(shift.dtype) if need_shift else None,
+            _typed(grad_scale, scale, need_scale),
+            _typed(grad_shift, shift, need_shift),
             None,
             None,
             None,
-            grad_gate.to(gate.dtype) if need_gate else None,
-            grad.to(residual.dtype) if need_residual else None,
+            _typed(grad_gate, gate, need_gate),
+            _typed(grad, residual, need_residual),
         )
 
 
@@ -455,11 +460,11 @@ class _ExpertNorm(torch.autograd.Function):
             grad_x = _map(OPS.patch_affine_input_grad(grads, pixels, *affine, *settings)).to(x.dtype)
         return (
             grad_x,
-            (centred * rstd).to(weight.dtype),
-            plain.to(bias.dtype),
+            _typed(centred * rstd, weight),
+            _typed(plain, bias),
             None,
-            None if gate is None else grad_gate.to(gate.dtype),
-            None if residual is None else grad.to(residual.dtype),
+            _typed(grad_gate, gate),
+            _typed(grad, residual),
             *[None] * 6,
         )
 

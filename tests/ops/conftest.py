@@ -93,6 +93,27 @@ def kernels() -> Iterator[library.Library]:
     library.use(before.instructions or "reference")
 
 
+def use(name: str, request: pytest.FixtureRequest) -> str:
+    """Let a backend run, or skip aloud where this processor cannot."""
+    kernels = request.getfixturevalue("kernels")  # which restores what ran before
+    if name != "reference" and name not in kernels.runnable:
+        pytest.skip(f"NOT RUN, and not tested on this machine: {name}")
+    library.use(name)
+    return name
+
+
+@pytest.fixture(params=build.sets_here() or ["none"])
+def compiled(request: pytest.FixtureRequest) -> str:
+    """Each compiled instruction set, running."""
+    return use(request.param, request)
+
+
+@pytest.fixture(params=["reference", *build.sets_here()])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The reference and each compiled instruction set, running."""
+    return use(request.param, request)
+
+
 @pytest.fixture
 def output_of() -> Callable[..., str]:
     """What one of the compiler's tools prints."""
