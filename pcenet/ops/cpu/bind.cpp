@@ -11,6 +11,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -22,6 +23,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
 
 struct InstructionSet {
   const Kernels *kernels;
@@ -84,9 +86,20 @@ void in_parallel(int64_t count, const Task &task) {
 
 // ---- What comes from Python -----------------------------------------------------------------------------------------
 
+void check_sizes(const Tensor &tensor, const char *name, const Sizes &sizes) {
+  auto found = tensor.sizes();
+  bool fits = std::equal(found.begin(), found.end(), sizes.begin(), sizes.end());
+  std::string wanted;
+  for (int64_t size : sizes) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
+  STD_TORCH_CHECK(fits, name, " must be [", wanted, "]");
+}
+
 // A tensor's numbers as floats, contiguous: itself, or a copy of one in bfloat16.
 class Floats {
  public:
+  Floats(const Tensor &tensor, const char *name, const Sizes &sizes) : Floats(tensor, name) {
+    check_sizes(tensor, name, sizes);
+  }
   Floats(const Tensor &tensor, const char *name) : tensor_(tensor) {
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), name, " must be contiguous and on the CPU");
     if (tensor.scalar_type() == ScalarType::Float) {
@@ -113,8 +126,8 @@ class Floats {
 
 class MaybeFloats {
  public:
-  MaybeFloats(const Maybe &tensor, const char *name) {
-    if (tensor) floats_.emplace(*tensor, name);
+  MaybeFloats(const Maybe &tensor, const char *name, const Sizes &sizes) {
+    if (tensor) floats_.emplace(*tensor, name, sizes);
   }
   const float *data() const { return floats_ ? floats_->data() : nullptr; }
 
@@ -122,11 +135,11 @@ class MaybeFloats {
   std::optional<Floats> floats_;
 };
 
-Tensor empty_floats(const Tensor &like, std::vector<int64_t> sizes) {
+Tensor empty_floats(const Tensor &like, Sizes sizes) {
   return torch::stable::new_empty(like, sizes, ScalarType::Float);
 }
 
-Tensor zero_floats(const Tensor &like, std::vector<int64_t> sizes) {
+Tensor zero_floats(const Tensor &like, Sizes sizes) {
   return torch::stable::new_zeros(like, sizes, ScalarType::Float);
 }
 
@@ -156,6 +169,8 @@ Grid grid_of(const Tensor &pixels, int64_t side) {
   grid.columns = int((grid.width + side - 1) / side);
   return grid;
 }
+
+Sizes map_of(const Grid &grid, int64_t channels) { return {grid.batch, grid.height, grid.width, channels}; }
 
 int64_t patches_of(const Grid &grid) { return grid.batch * grid.rows * grid.columns; }
 
@@ -288,9 +303,10 @@ Tensor patch_conv2d(const Tensor &pixels, const Tensor &weight, const Maybe &bas
   Weight w(weight, base);
   Grid grid = grid_of(pixels, patch_size);
   STD_TORCH_CHECK(pixels.size(3) == w.in, "x has ", pixels.size(3), " channels, weight ", w.in);
-  MaybeFloats scales(scale, "scale"), shifts(shift, "shift"), gates(gate, "gate"), added(residual, "residual");
+  MaybeFloats scales(scale, "scale", {w.experts, w.out}), shifts(shift, "shift", {w.experts, w.out});
+  MaybeFloats gates(gate, "gate", {patches_of(grid)}), added(residual, "residual", map_of(grid, w.out));
   Sorted sorted(experts_of(expert, grid, w.experts), patches_of(grid), w.experts);
-  Tensor out = empty_floats(pixels, {grid.batch, grid.height, grid.width, w.out});
+  Tensor out = empty_floats(pixels, map_of(grid, w.out));
   Convolution job = convolution(grid, Direction::forward, neighbours, w);
   job.in = in.data(), job.out = floats_of(out), job.order = sorted.order.data();
   job.epilogue = {scales.data(), shifts.data(), gelu, gates.data(), added.data()};
@@ -330,7 +346,7 @@ Tensor patch_conv2d_input_grad(const Tensor &grad, const Tensor &weight, const M
   Grid grid = grid_of(grad, patch_size);
   STD_TORCH_CHECK(grad.size(3) == w.out, "grad has ", grad.size(3), " channels, weight ", w.out);
   Sorted sorted(experts_of(expert, grid, w.experts), patches_of(grid), w.experts);
-  Tensor out = empty_floats(grad, {grid.batch, grid.height, grid.width, w.in});
+  Tensor out = empty_floats(grad, map_of(grid, w.in));
   Convolution job = convolution(grid, Direction::input_grad, neighbours && w.kernel > 1, w);
   job.in = in.data(), job.out = floats_of(out), job.order = sorted.order.data();
   if (!sorted.complete()) fill(job.out, nullptr, out.numel());
@@ -342,8 +358,10 @@ Tensor patch_conv2d_input_grad(const Tensor &grad, const Tensor &weight, const M
 // [E, D, K, K, C]
 Tensor patch_conv2d_weight_grad(const Tensor &grad, const Tensor &pixels, const Tensor &expert, int64_t patch_size,
                                 bool neighbours, int64_t num_experts, int64_t kernel) {
-  Floats of_out(grad, "grad"), in(pixels, "x");
+  Floats in(pixels, "x");
   Grid grid = grid_of(pixels, patch_size);
+  STD_TORCH_CHECK(grad.dim() == 4 && (kernel == 1 || kernel == 3), "grad must be a map, and the kernel 1x1 or 3x3");
+  Floats of_out(grad, "grad", map_of(grid, grad.size(3)));
   Sorted sorted(experts_of(expert, grid, num_experts), patches_of(grid), num_experts);
   int64_t outs = grad.size(3), ins = pixels.size(3), row = kernel * kernel * ins;
   Tensor out = empty_floats(grad, {num_experts, outs, kernel, kernel, ins});
@@ -410,11 +428,12 @@ Tensor patch_affine(const Tensor &pixels, const Maybe &scale, const Maybe &shift
                     int64_t patch_size, bool gelu, const Maybe &gate, const Maybe &residual) {
   Floats x(pixels, "x");
   Grid grid = grid_of(pixels, patch_size);
-  MaybeFloats scales(scale, "scale"), shifts(shift, "shift"), gates(gate, "gate"), added(residual, "residual");
-  int64_t experts = scale ? scale->size(0) : shift ? shift->size(0) : INT32_MAX;
-  Affine job = {grid, int(pixels.size(3)), x.data(), experts_of(expert, grid, experts),
+  int64_t experts = scale ? scale->size(0) : shift ? shift->size(0) : INT32_MAX, channels = pixels.size(3);
+  MaybeFloats scales(scale, "scale", {experts, channels}), shifts(shift, "shift", {experts, channels});
+  MaybeFloats gates(gate, "gate", {patches_of(grid)}), added(residual, "residual", map_of(grid, channels));
+  Affine job = {grid, int(channels), x.data(), experts_of(expert, grid, experts),
                 {scales.data(), shifts.data(), gelu, gates.data(), added.data()}};
-  Tensor out = empty_floats(pixels, {grid.batch, grid.height, grid.width, pixels.size(3)});
+  Tensor out = empty_floats(pixels, map_of(grid, channels));
   float *to = floats_of(out);
   in_blocks(grid.batch * grid.rows, [&](int64_t, int64_t line, int64_t end) { kernels->affine(job, line, end, to); });
   return as_type(out, summed(pixels, residual));
@@ -466,10 +485,13 @@ std::tuple<Tensor, Tensor, Tensor> patch_affine_sums(const Tensor &grad, const T
                                                      const Maybe &shift, const Tensor &expert, int64_t patch_size,
                                                      int64_t num_experts, bool gelu, const Maybe &gate,
                                                      const Maybe &centre) {
-  Floats x(pixels, "x"), g(grad, "grad");
+  Floats x(pixels, "x");
   Grid grid = grid_of(pixels, patch_size);
-  MaybeFloats scales(scale, "scale"), shifts(shift, "shift"), gates(gate, "gate"), centres(centre, "centre");
   int64_t channels = pixels.size(3), size = num_experts * 2 * channels, lines = grid.batch * grid.rows;
+  Sizes table = {num_experts, channels};
+  Floats g(grad, "grad", map_of(grid, channels));
+  MaybeFloats scales(scale, "scale", table), shifts(shift, "shift", table), centres(centre, "centre", table);
+  MaybeFloats gates(gate, "gate", {patches_of(grid)});
   Affine job = {grid, int(channels), x.data(), experts_of(expert, grid, num_experts),
                 {scales.data(), shifts.data(), gelu, gates.data(), nullptr}};
   Tensor sums = zero_floats(pixels, {std::min(BLOCKS, lines), size}), grad_gate = zero_floats(pixels, {patches_of(grid)});
@@ -490,14 +512,17 @@ std::tuple<Tensor, Tensor, Tensor> patch_affine_sums(const Tensor &grad, const T
 Tensor patch_affine_input_grad(const Tensor &grad, const Tensor &pixels, const Maybe &scale, const Maybe &shift,
                                const Tensor &expert, int64_t patch_size, bool gelu, const Maybe &gate,
                                const Maybe &slope, const Maybe &offset) {
-  Floats x(pixels, "x"), g(grad, "grad");
+  Floats x(pixels, "x");
   Grid grid = grid_of(pixels, patch_size);
-  MaybeFloats scales(scale, "scale"), shifts(shift, "shift"), gates(gate, "gate"), slopes(slope, "slope"),
-      offsets(offset, "offset");
   int64_t experts = scale ? scale->size(0) : shift ? shift->size(0) : slope ? slope->size(0) : INT32_MAX;
-  Affine job = {grid, int(pixels.size(3)), x.data(), experts_of(expert, grid, experts),
+  int64_t channels = pixels.size(3);
+  Sizes table = {experts, channels};
+  Floats g(grad, "grad", map_of(grid, channels));
+  MaybeFloats scales(scale, "scale", table), shifts(shift, "shift", table), slopes(slope, "slope", table),
+      offsets(offset, "offset", table), gates(gate, "gate", {patches_of(grid)});
+  Affine job = {grid, int(channels), x.data(), experts_of(expert, grid, experts),
                 {scales.data(), shifts.data(), gelu, gates.data(), nullptr}};
-  Tensor out = empty_floats(pixels, {grid.batch, grid.height, grid.width, pixels.size(3)});
+  Tensor out = empty_floats(pixels, map_of(grid, channels));
   float *to = floats_of(out);
   in_blocks(grid.batch * grid.rows, [&](int64_t, int64_t line, int64_t end) {
     kernels->affine_grad(job, g.data(), slopes.data(), offsets.data(), line, end, to);
@@ -509,8 +534,10 @@ Tensor patch_affine_input_grad(const Tensor &grad, const Tensor &pixels, const M
 
 Tensor patch_perceptron(const Tensor &pixels, const Tensor &weight, const Tensor &rows, const Tensor &columns,
                         int64_t patch_size) {
-  Floats x(pixels, "x"), w(weight, "weight"), of_rows(rows, "rows"), of_columns(columns, "columns");
+  Floats x(pixels, "x"), w(weight, "weight");
   Grid grid = grid_of(pixels, patch_size);
+  check_sizes(weight, "weight", {weight.size(0), pixels.size(3)});
+  Floats of_rows(rows, "rows", {grid.height, weight.size(0)}), of_columns(columns, "columns", {grid.width, weight.size(0)});
   Perceptron job = {grid, int(weight.size(1)), int(weight.size(0)), x.data(), w.data(), of_rows.data(),
                     of_columns.data()};
   Tensor out = empty_floats(pixels, {patches_of(grid), job.hidden});
@@ -526,8 +553,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_perceptron_backward(const Tenso
                                                                      const Tensor &weight, const Tensor &rows,
                                                                      const Tensor &columns, int64_t patch_size,
                                                                      bool needs_x) {
-  Floats g(grad, "grad"), x(pixels, "x"), w(weight, "weight"), of_rows(rows, "rows"), of_columns(columns, "columns");
+  Floats x(pixels, "x"), w(weight, "weight");
   Grid grid = grid_of(pixels, patch_size);
+  check_sizes(weight, "weight", {weight.size(0), pixels.size(3)});
+  Floats of_rows(rows, "rows", {grid.height, weight.size(0)}), of_columns(columns, "columns", {grid.width, weight.size(0)});
+  Floats g(grad, "grad", {patches_of(grid), weight.size(0)});
   Perceptron job = {grid, int(weight.size(1)), int(weight.size(0)), x.data(), w.data(), of_rows.data(),
                     of_columns.data()};
   int64_t lines = grid.batch * grid.rows, hidden = job.hidden;
