@@ -78,7 +78,7 @@ def patch_conv2d_affine(
 ) -> Tensor:
     """`patch_conv2d` and then `patch_affine`; in one pass over the map where nothing needs a gradient."""
     x = _autocast(x)
-    if not _compiled(x, weight) or _tracked(x, weight, base, scale, shift, gate, residual):
+    if not _compiled(x, weight, residual) or _tracked(x, weight, base, scale, shift, gate, residual):
         out = patch_conv2d(x, weight, expert, patch_size, neighbours, base=base)
         return patch_affine(out, scale, shift, expert, patch_size, gelu=gelu, gate=gate, residual=residual)
     added = None if residual is None else _pixels(residual)
@@ -111,7 +111,7 @@ def patch_affine(
         gate: ``[N]``; None: 1.
         residual: ``[B, C, H, W]``; None: 0.
     """
-    if not _compiled(x):
+    if not _compiled(x, residual):
         return reference.patch_affine(x, scale, shift, expert, patch_size, gelu, gate, residual)
     out: Tensor = _PatchAffine.apply(x, scale, shift, expert, patch_size, gelu, gate, residual)
     return out
@@ -172,7 +172,7 @@ def expert_norm(
     settings = (patch_size, gelu, eps, total)
     # Running statistics are copied: they change before a backward pass asks for them.
     inputs = (x, weight, bias, expert, gate, residual, running_mean.clone(), running_var.clone())
-    if not _compiled(x) or weight.dtype == torch.float64:
+    if not _compiled(x, residual) or weight.dtype == torch.float64:
         return _reference_norm(*inputs, *settings)
     return Normed(*_ExpertNorm.apply(*inputs, *settings))
 
@@ -277,9 +277,9 @@ def _autocast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
 
 
-def _compiled(*tensors: Tensor) -> bool:
-    """Whether the compiled library computes an operator on these tensors."""
-    return library.takes(*tensors) and not transforming()
+def _compiled(*tensors: Tensor | None) -> bool:
+    """Whether the compiled library computes an operator on these tensors, those of them that there are."""
+    return library.takes(*(tensor for tensor in tensors if tensor is not None)) and not transforming()
 
 
 def _tracked(*tensors: Tensor | None) -> bool:
@@ -476,7 +476,8 @@ class _PatchPerceptron(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor, patch_size: int) -> Tensor:
         ctx.save_for_backward(x, weight, rows, columns)
         ctx.patch_size = patch_size
-        return OPS.patch_perceptron(_pixels(x), weight.contiguous(), rows, columns, patch_size)
+        layer = (each.contiguous() for each in (weight, rows, columns))
+        return OPS.patch_perceptron(_pixels(x), *layer, patch_size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -484,8 +485,7 @@ class _PatchPerceptron(torch.autograd.Function):
         if _differentiable():
             return _again(reference.patch_perceptron, ctx, grad, inputs)
         needs_x = ctx.needs_input_grad[0]
-        x, weight, rows, columns, patch_size = inputs
-        grad_x, *others = OPS.patch_perceptron_backward(
-            grad.contiguous(), _pixels(x), weight.contiguous(), rows, columns, patch_size, needs_x
-        )
+        x, *layer, patch_size = inputs
+        layer = [each.contiguous() for each in layer]
+        grad_x, *others = OPS.patch_perceptron_backward(grad.contiguous(), _pixels(x), *layer, patch_size, needs_x)
         return (_map(grad_x) if needs_x else None, *others, None)

@@ -351,7 +351,7 @@ Tensor patch_conv2d_input_grad(const Tensor &grad, const Tensor &weight, const M
   job.in = in.data(), job.out = floats_of(out), job.order = sorted.order.data();
   if (!sorted.complete()) fill(job.out, nullptr, out.numel());
   run(job, share_out(sorted, job));
-  if (job.neighbours) add_rings(job, sorted);
+  if (job.neighbours && sorted.begin.back()) add_rings(job, sorted);
   return as_type(out, grad.scalar_type());
 }
 
