@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import backends
 import pytest
 
 from pcenet.ops import build, library
@@ -102,13 +103,13 @@ def use(name: str, request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(params=build.sets_here() or ["none"])
+@pytest.fixture(params=backends.SETS)
 def compiled(request: pytest.FixtureRequest) -> str:
     """Each compiled instruction set, running."""
     return use(request.param, request)
 
 
-@pytest.fixture(params=["reference", *build.sets_here()])
+@pytest.fixture(params=backends.BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """The reference and each compiled instruction set, running."""
     return use(request.param, request)

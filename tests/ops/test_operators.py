@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import reference
 import torch
+from backends import BACKENDS
 from torch import Tensor
 
 from pcenet import ops
@@ -94,7 +95,9 @@ def laid_out(weight: Tensor, layout: str) -> Tensor:
     if layout == "channels last":
         return weight.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     if layout == "slice":
-        wider = weight.new_full((weight.shape[0], weight.shape[1] + 1, weight.shape[2] + 3, *weight.shape[3:]), math.nan)
+        wider = weight.new_full(
+            (weight.shape[0], weight.shape[1] + 1, weight.shape[2] + 3, *weight.shape[3:]), math.nan
+        )
         wider[:, 1:, 2:-1] = weight
         return wider[:, 1:, 2:-1]
     if layout == "uneven":
@@ -105,7 +108,7 @@ def laid_out(weight: Tensor, layout: str) -> Tensor:
 
 
 class Mode(NamedTuple):
-    """Types of maps and of parameters, and whether the reference alone computes in them."""
+    """Types of maps and of parameters."""
 
     maps: torch.dtype
     parameters: torch.dtype
@@ -119,10 +122,12 @@ MODES = {
 }
 
 
-@pytest.fixture(params=MODES)
-def mode(request: pytest.FixtureRequest, backend: str) -> Mode:
-    if request.param == "float64" and backend != "reference":
-        pytest.skip("in float64 the reference runs")
+KINDS = [(backend, mode) for backend in BACKENDS for mode in MODES if backend == "reference" or mode != "float64"]
+everywhere = pytest.mark.parametrize(("backend", "mode"), KINDS, indirect=True)
+
+
+@pytest.fixture
+def mode(request: pytest.FixtureRequest) -> Mode:
     return MODES[request.param]
 
 
@@ -165,6 +170,7 @@ def compare(
             assert ours.dtype == own[name].dtype, name
 
 
+@everywhere
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_convolution(case: Case, backend: str, mode: Mode) -> None:
     batch, height, width = case.size
@@ -194,7 +200,13 @@ def test_convolution(case: Case, backend: str, mode: Mode) -> None:
 PARTS = ("scale", "shift", "gelu", "gate", "residual")
 CHOSEN = ["", "scale", "shift gate", "gelu residual", "scale gelu gate", "shift gelu", "gate", " ".join(PARTS)]
 # S, size, C, E
-MAPS = [(1, (2, 3, 5), 5, 3), (2, (1, 7, 6), 24, 2), (3, (2, 8, 7), 70, 4), (4, (2, 9, 11), 8, 3), (24, (1, 25, 49), 5, 2)]
+MAPS = [
+    (1, (2, 3, 5), 5, 3),
+    (2, (1, 7, 6), 24, 2),
+    (3, (2, 8, 7), 70, 4),
+    (4, (2, 9, 11), 8, 3),
+    (24, (1, 25, 49), 5, 2),
+]
 NORM_MAPS = [*MAPS, (8, (3, 7, 8), 24, 5)]
 
 
@@ -215,6 +227,7 @@ def parts(chosen: str, case: Case, expert: list[int], mode: Mode) -> dict[str, T
     return {name: value if name in words else None for name, value in made.items()}
 
 
+@everywhere
 @pytest.mark.parametrize("chosen", CHOSEN)
 @pytest.mark.parametrize("shape", MAPS, ids=str)
 def test_affine_map(shape: Any, chosen: str, backend: str, mode: Mode) -> None:
@@ -231,9 +244,7 @@ def test_affine_map(shape: Any, chosen: str, backend: str, mode: Mode) -> None:
         return [out]
 
     def naive(x: Tensor, residual: Tensor | None, gate: Tensor | None, **affine: Any) -> list[Tensor]:
-        return [
-            reference.patch_affine(x, affine["scale"], affine["shift"], expert, case.side, gelu, gate, residual)
-        ]
+        return [reference.patch_affine(x, affine["scale"], affine["shift"], expert, case.side, gelu, gate, residual)]
 
     pixels = case.size[0] * case.size[1] * case.size[2]
     sums = {"scale": pixels, "shift": pixels, "gate": case.side**2 * case.channels}
@@ -268,6 +279,7 @@ def test_convolution_and_affine_map_in_one(kernel: int, chosen: str, compiled: s
         assert float((tracked.detach().double() - expected).abs().max()) <= allowed, name_of(case)
 
 
+@everywhere
 @pytest.mark.parametrize("chosen", ["", "gelu", "gate residual", "gelu gate residual"])
 @pytest.mark.parametrize("shape", NORM_MAPS, ids=str)
 def test_normalisation(shape: Any, chosen: str, backend: str, mode: Mode) -> None:
@@ -327,13 +339,12 @@ PERCEPTRONS = [
 ]
 
 
+@pytest.mark.parametrize(("backend", "mode"), [kind for kind in KINDS if "bfloat16" not in kind[1]], indirect=True)
 @pytest.mark.parametrize("shape", PERCEPTRONS, ids=str)
 def test_perceptron(shape: Any, backend: str, mode: Mode) -> None:
     side, (batch, height, width), channels, hidden = shape
     x = draw(batch, channels, height, width, dtype=mode.maps)
-    kind = torch.promote_types(mode.maps, torch.float32)
-    if mode.maps != kind:
-        x = x.to(kind)  # a router computes in float32
+    kind = mode.parameters
     inputs = {
         "x": x,
         "weight": draw(hidden, channels + 8, dtype=kind, scale=1 / math.sqrt(channels)),
@@ -350,4 +361,4 @@ def test_perceptron(shape: Any, backend: str, mode: Mode) -> None:
     pixels = batch * height * width
     terms = {"0": channels, "x": hidden, "weight": pixels, "rows": pixels, "columns": pixels}
     terms = {name: ROUNDINGS**2 + n for name, n in terms.items()}
-    compare(run, naive, inputs, terms, backend, Mode(kind, kind))
+    compare(run, naive, inputs, terms, backend, mode)

@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_an_error(name: str, compiled: str) -> None:
                 if may_be_less(name, index, axis, arguments):
                     getattr(torch.ops.pcenet, name)(*wrong)
                     continue
-                with pytest.raises(RuntimeError, match="must|has"):
+                with pytest.raises(RuntimeError, match=r"must|has"):
                     getattr(torch.ops.pcenet, name)(*wrong)
 
 
