@@ -316,6 +316,39 @@ def test_normalisation(shape: Any, chosen: str, backend: str, mode: Mode) -> Non
 
 
 @pytest.mark.parametrize("shape", NORM_MAPS, ids=str)
+def test_normalisation_over_processes(shape: Any, backend: str) -> None:
+    """Two processes with equal maps, whose sums are twice one's own: one of them has what one process with both maps
+    has for its half. The other's loss depends on the map as much as its own on the other's map, which here is the
+    same one; so its gradient is that of the own half by both. A parameter's gradient is the own half's, which whoever
+    trains together adds up."""
+    case = case_of(*shape)
+    expert = experts_of(case)
+    x = draw(case.size[0], case.channels, *case.size[1:], dtype=torch.float32)
+    running = torch.zeros(case.experts, case.channels), torch.ones(case.experts, case.channels)
+    affine = {name: draw(case.experts, case.channels, dtype=torch.float32) for name in ("weight", "bias")}
+    gate = draw(len(expert), dtype=torch.float32)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> list[Tensor]:
+        statistics = {"running_mean": running[0], "running_var": running[1], "eps": 1e-3}
+        more = {"gelu": True, "gate": gate, "total": lambda own: 2 * own}
+        normed = ops.expert_norm(x, weight, bias, torch.tensor(expert), case.side, **statistics, **more)
+        moments = reference.expert_moments(x.detach().double(), expert, case.side, case.experts)
+        assert torch.equal(normed.number.double(), 2 * moments[0])
+        torch.testing.assert_close(normed.mean.double(), moments[1], rtol=1e-5, atol=1e-6)
+        return [normed.out]
+
+    def naive(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> list[Tensor]:
+        statistics, gates = (running[0].double(), running[1].double()), torch.cat([gate, gate])
+        both = torch.cat([x, x])
+        out = reference.expert_norm(both, weight, bias, expert * 2, case.side, statistics, 1e-3, True, gates, None)
+        return [out[: len(x)]]
+
+    pixels = 2 * case.size[0] * case.size[1] * case.size[2]
+    terms = dict.fromkeys(("0", "x", "weight", "bias", "gate"), float(ROUNDINGS**2 + pixels))
+    compare(run, naive, {"x": x, **affine, "gate": gate}, terms, backend, MODES["float32"])
+
+
+@pytest.mark.parametrize("shape", NORM_MAPS, ids=str)
 def test_moments_far_from_zero(shape: Any, backend: str) -> None:
     """Squares of the values themselves would cancel: of a mean of 1000 and a variance of 1 nothing would be left."""
     case = case_of(*shape)
