@@ -316,6 +316,112 @@ def run_experts(
     return assemble(combined, where, size, side), running
 
 
+# The operators of `pcenet.ops`, on maps. ``expert`` has one entry per patch, -1 for nobody's.
+
+
+def patch_conv2d(
+    x: Tensor, weight: Tensor, base: Tensor | None, expert: list[int], side: int, neighbours: bool
+) -> Tensor:
+    """Each patch alone, cut out with its surroundings or without, by its expert's kernel; beyond the map lie zeros."""
+    where = places(x.shape[0], *x.shape[2:], side)
+    patches = []
+    for e, p in zip(expert, where, strict=True):
+        if e < 0:
+            patches.append(x.new_zeros(weight.shape[1], side, side))
+            continue
+        kernel, margin = weight[e] if base is None else weight[e] + base, weight.shape[-1] // 2
+        if neighbours:
+            patches.append(F.conv2d(window(x, p, side, margin)[None], kernel)[0])
+        else:
+            real = window(x, p, side)[:, : p.real_height, : p.real_width]
+            out = F.conv2d(real[None], kernel, padding=margin)[0]
+            patches.append(F.pad(out, (0, side - p.real_width, 0, side - p.real_height)))
+    return assemble(patches, where, (x.shape[0], *x.shape[2:]), side)
+
+
+def patch_affine(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    expert: list[int],
+    side: int,
+    activate: bool,
+    gate: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """``residual + gate * act(x * scale + shift)``, patch by patch; nobody's have the residual alone."""
+    where = places(x.shape[0], *x.shape[2:], side)
+    patches = []
+    for i, (e, p) in enumerate(zip(expert, where, strict=True)):
+        patch = window(x, p, side)
+        if e < 0:
+            patches.append(torch.zeros_like(patch))
+            continue
+        if scale is not None:
+            patch = patch * scale[e][:, None, None]
+        if shift is not None:
+            patch = patch + shift[e][:, None, None]
+        if activate:
+            patch = gelu(patch)
+        patches.append(patch if gate is None else patch * gate[i])
+    out = assemble(patches, where, (x.shape[0], *x.shape[2:]), side)
+    return out if residual is None else out + residual
+
+
+def expert_moments(x: Tensor, expert: list[int], side: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Number, mean and biased variance of each expert's pixels on the map; zeros where there are none."""
+    numbers, means, variances = [], [], []
+    for e in range(num_experts):
+        own = [
+            window(x, p, side)[:, : p.real_height, : p.real_width].flatten(1)
+            for chosen, p in zip(expert, places(x.shape[0], *x.shape[2:], side), strict=True)
+            if chosen == e
+        ]
+        values = torch.cat(own, dim=1) if own else x.new_zeros(x.shape[1], 1)
+        mean = values.sum(1) / values.shape[1]
+        numbers.append(x.new_tensor(float(values.shape[1] if own else 0)))
+        means.append(mean)
+        variances.append(((values - mean[:, None]) ** 2).sum(1) / values.shape[1])
+    return torch.stack(numbers), torch.stack(means), torch.stack(variances)
+
+
+def expert_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    expert: list[int],
+    side: int,
+    running: tuple[Tensor, Tensor],
+    eps: float,
+    activate: bool,
+    gate: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """Batch normalisation of each expert's pixels, by running statistics where there are fewer than two, and the
+    rest."""
+    scales, shifts = [], []
+    numbers, means, variances = expert_moments(x, expert, side, len(weight))
+    for e in range(len(weight)):
+        mean, variance = (means[e], variances[e]) if numbers[e] >= 2 else (running[0][e], running[1][e])
+        scales.append(weight[e] / torch.sqrt(variance + eps))
+        shifts.append(bias[e] - mean * scales[e])
+    return patch_affine(x, torch.stack(scales), torch.stack(shifts), expert, side, activate, gate, residual)
+
+
+def patch_perceptron(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
+    """``gelu(weight x + rows + columns)`` of each pixel of a patch that lies on the map; their mean."""
+    found = []
+    for p in places(x.shape[0], *x.shape[2:], side):
+        top, left = p.row * side, p.column * side
+        pixels = [
+            gelu(weight @ x[p.image, :, i, j] + rows[i] + columns[j])
+            for i in range(top, top + p.real_height)
+            for j in range(left, left + p.real_width)
+        ]
+        found.append(sum(pixels) / len(pixels))
+    return torch.stack(found)
+
+
 # The layer
 
 

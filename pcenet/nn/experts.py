@@ -243,7 +243,7 @@ class StackedBatchNorm(nn.BatchNorm2d):
             "call eval() on the batch normalisations, or torch.func.replace_all_batch_norm_modules_ on the network"
         )
         check_follows(self.running_mean, normed.mean, "running statistics", way_out)
-        enough, count = (normed.count >= 2)[:, None], normed.count[:, None]
+        enough, count = (normed.number >= 2)[:, None], normed.number[:, None]
         factor: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.num_batches_tracked is not None:
             batches = self.num_batches_tracked.add_(enough[:, 0])

@@ -51,7 +51,7 @@ def patch_conv2d(
     """
     x = _autocast(x)
     if not _compiled(x, weight):
-        return _reference_conv2d(x, _autocast(weight), base, expert, patch_size, neighbours)
+        return _reference_conv2d(x, weight, base, expert, patch_size, neighbours)
     inputs = (x, weight, base, expert, patch_size, neighbours)
     out: Tensor = _PatchConv2d.apply(*inputs) if _tracked(x, weight, base) else _conv2d(*inputs)
     return out
@@ -67,8 +67,8 @@ def _conv2d(
 def _reference_conv2d(
     x: Tensor, weight: Tensor, base: Tensor | None, expert: Tensor, patch_size: int, neighbours: bool
 ) -> Tensor:
-    kernels = weight if base is None else weight + base.to(weight.dtype)
-    return reference.patch_conv2d(x, kernels, expert, patch_size, neighbours)
+    kernels = weight if base is None else weight + base
+    return reference.patch_conv2d(x, kernels.to(x.dtype), expert, patch_size, neighbours)
 
 
 def patch_conv2d_affine(
@@ -87,7 +87,7 @@ def patch_conv2d_affine(
 ) -> Tensor:
     """`patch_conv2d` and then `patch_affine`; in one pass over the map where nothing needs a gradient."""
     x = _autocast(x)
-    if not _compiled(x, weight) or _tracked(x, weight, base, scale, shift, gate, residual):
+    if not _compiled(x, weight, residual) or _tracked(x, weight, base, scale, shift, gate, residual):
         out = patch_conv2d(x, weight, expert, patch_size, neighbours, base=base)
         return patch_affine(out, scale, shift, expert, patch_size, gelu=gelu, gate=gate, residual=residual)
     added = None if residual is None else _pixels(residual)
@@ -128,7 +128,7 @@ def expert_block(
     needs a gradient."""
     x = _autocast(x)
     tensors = (x, first.weight, first.base, *first.norm, second.weight, second.base, *second.norm)
-    if not _compiled(x, first.weight) or _tracked(*tensors, gate, residual):
+    if not _compiled(x, first.weight, residual) or _tracked(*tensors, gate, residual):
         affine = (affine_of(*first.norm, first.eps), affine_of(*second.norm, second.eps))
         hidden = patch_conv2d_affine(
             x, first.weight, expert, patch_size, first.neighbours, *affine[0], base=first.base, gelu=True
@@ -174,7 +174,7 @@ def patch_affine(
         gate: ``[N]``; None: 1.
         residual: ``[B, C, H, W]``; None: 0.
     """
-    if not _compiled(x):
+    if not _compiled(x, residual):
         return reference.patch_affine(x, scale, shift, expert, patch_size, gelu, gate, residual)
     inputs = (x, scale, shift, expert, patch_size, gelu, gate, residual)
     out: Tensor = _PatchAffine.apply(*inputs) if _tracked(x, scale, shift, gate, residual) else _affine(*inputs)
@@ -212,7 +212,7 @@ class Normed(NamedTuple):
     """What `expert_norm` returns: the map, and number, mean and biased variance of each expert's pixels."""
 
     out: Tensor
-    count: Tensor
+    number: Tensor
     mean: Tensor
     variance: Tensor
 
@@ -251,7 +251,7 @@ def expert_norm(
     settings = (patch_size, gelu, eps, total)
     # Running statistics are copied: they change before a backward pass asks for them.
     inputs = (x, weight, bias, expert, gate, residual, running_mean.clone(), running_var.clone())
-    if not _compiled(x) or weight.dtype == torch.float64:
+    if not _compiled(x, residual) or weight.dtype == torch.float64:
         return _reference_norm(*inputs, *settings)
     return Normed(*_ExpertNorm.apply(*inputs, *settings))
 
@@ -332,8 +332,8 @@ def patch_perceptron(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, colu
 
 
 def _perceptron(*inputs: Any) -> Tensor:
-    x, *others = inputs
-    out: Tensor = OPS.patch_perceptron(_pixels(x), *others)
+    x, *layer, patch_size = inputs
+    out: Tensor = OPS.patch_perceptron(_pixels(x), *(each.contiguous() for each in layer), patch_size)
     return out
 
 
@@ -374,9 +374,9 @@ def _autocast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
 
 
-def _compiled(x: Tensor, weight: Tensor | None = None) -> bool:
-    """Whether the compiled library computes an operator on a map, and on its experts' weights."""
-    return library.takes(x, weight) and not transforming()
+def _compiled(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the compiled library computes an operator on these tensors, those of them that there are."""
+    return library.takes(x, *others) and not transforming()
 
 
 def _tracked(*tensors: Tensor | None) -> bool:
@@ -405,6 +405,11 @@ def _again(function: Callable[..., Tensor], ctx: Any, grad: Tensor, inputs: tupl
     for index, value in zip(needed, found, strict=True):
         grads[index] = value
     return tuple(grads)
+
+
+def _typed(grad: Tensor | None, like: Tensor | None, needed: bool = True) -> Tensor | None:
+    """A gradient in the type of the tensor that it is of; None where there is no such tensor, or nobody asks."""
+    return grad.to(like.dtype) if needed and grad is not None and like is not None else None
 
 
 def _differentiable() -> bool:
@@ -436,8 +441,8 @@ class _PatchConv2d(torch.autograd.Function):
         if needs_weight or needs_base:
             taps_last = OPS.patch_conv2d_weight_grad(grads, _pixels(x), *settings, weight.shape[0], weight.shape[3])
             of_experts = taps_last.permute(0, 1, 4, 2, 3)
-            grad_weight = of_experts.to(weight.dtype) if needs_weight else None
-            grad_base = of_experts.sum(0).to(base.dtype) if needs_base else None
+            grad_weight = _typed(of_experts, weight, needs_weight)
+            grad_base = _typed(of_experts.sum(0), base) if needs_base else None
         return grad_x, grad_weight, grad_base, None, None, None
 
 
@@ -481,13 +486,13 @@ class _PatchAffine(torch.autograd.Function):
             grad_x = _map(OPS.patch_affine_input_grad(grads, pixels, *affine, *settings)).to(x.dtype)
         return (
             grad_x,
-            grad_scale.to(scale.dtype) if need_scale else None,
-            grad_shift.to(shift.dtype) if need_shift else None,
+            _typed(grad_scale, scale, need_scale),
+            _typed(grad_shift, shift, need_shift),
             None,
             None,
             None,
-            grad_gate.to(gate.dtype) if need_gate else None,
-            grad.to(residual.dtype) if need_residual else None,
+            _typed(grad_gate, gate, need_gate),
+            _typed(grad, residual, need_residual),
         )
 
 
@@ -549,11 +554,11 @@ class _ExpertNorm(torch.autograd.Function):
             grad_x = _map(OPS.patch_affine_input_grad(grads, pixels, *affine, *settings)).to(x.dtype)
         return (
             grad_x,
-            (centred * rstd).to(weight.dtype),
-            plain.to(bias.dtype),
+            _typed(centred * rstd, weight),
+            _typed(plain, bias),
             None,
-            None if gate is None else grad_gate.to(gate.dtype),
-            None if residual is None else grad.to(residual.dtype),
+            _typed(grad_gate, gate),
+            _typed(grad, residual),
             *[None] * 6,
         )
 
@@ -574,8 +579,9 @@ class _PatchPerceptron(torch.autograd.Function):
             return _again(_reference_perceptron, ctx, grad, inputs)
         x, weight, bias, rows, columns, patch_size = inputs
         needs_x = ctx.needs_input_grad[0]
+        layer = (each.contiguous() for each in (weight, bias, rows, columns))
         grad_x, of_content, of_rows, of_columns = OPS.patch_perceptron_backward(
-            grad.contiguous(), _pixels(x), weight, bias, rows, columns, patch_size, needs_x
+            grad.contiguous(), _pixels(x), *layer, patch_size, needs_x
         )
         of_position = of_rows.T @ rows + of_columns.T @ columns
         grad_weight = torch.cat((of_content, of_position), dim=1)

@@ -210,10 +210,9 @@ def _open(path: Path) -> Library | None:
     return Library(path, functions, sets, runnable)
 
 
-def takes(x: Tensor, weight: Tensor | None = None) -> bool:
-    """Whether the compiled operators compute on a map, and on weights of its type or float32."""
-    own = x.device.type == "cpu" and x.dtype in TYPES
-    return own and (weight is None or weight.dtype in TYPES) and compiled()
+def takes(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the compiled operators compute on a map, and on what belongs to it, where there is any."""
+    return x.device.type == "cpu" and all(t is None or t.dtype in TYPES for t in (x, *others)) and compiled()
 
 
 def _register_fakes() -> None:

@@ -142,6 +142,9 @@ def patch_affine(
             out = by(out, spread(own, x, patch_size))
     if gelu:
         out = F.gelu(out)
+    if scale is None:
+        served = (expert >= 0).to(dtype)
+        gate = served if gate is None else gate * served
     if gate is not None:
         out = out * spread(gate, x, patch_size)
     out = out.to(dtype)

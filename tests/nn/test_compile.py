@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pcenet.models.registry import create_network, list_models
 from pcenet.nn import PCELayer, Routing
 from pcenet.nn.routing import Router
+from pcenet.ops import library
 
 EXPERTS = 3
 
@@ -122,6 +123,73 @@ def test_evaluation_without_gradients_is_one_graph_for_every_routing() -> None:
         favour(compiled, step)
         with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile" if step else "default"):
             torch.testing.assert_close(compiled(x), layer(x), rtol=1e-9, atol=1e-10)
+
+
+@pytest.fixture
+def compiled_operators() -> Iterator[None]:
+    """They compute in float32, where there are any."""
+    before = library.choice()
+    try:
+        library.use("required")
+    except ValueError as error:
+        pytest.skip(f"NOT RUN, and not tested on this machine: no kernels ({error})")
+    yield
+    library.use(before.instructions or "reference")
+
+
+def float32_layer(border: str, patch_size: int, training: bool, **options: Any) -> PCELayer:
+    return make_layer(border, patch_size, training, **options).float()
+
+
+def maps(sizes: tuple[int, ...] = (2, 2, 2)) -> list[Tensor]:
+    """Maps of so many images; each is routed otherwise."""
+    return [scale * torch.randn(size, 3, 7, 6) for size, scale in zip(sizes, (1, 0.1, 3), strict=True)]
+
+
+# As above, but one by default.
+@pytest.mark.usefixtures("compiled_operators")
+@pytest.mark.parametrize(
+    ("border", "patch_size", "top_k", "training"),
+    [pytest.param(*case, marks=[] if case == QUICK[-1] else pytest.mark.slow) for case in CASES],
+)
+def test_compiled_operators_are_part_of_the_one_graph(border: str, patch_size: int, top_k: int, training: bool) -> None:
+    """The graph has the same operators in the same order: sums of its gradients alone may be taken in another one."""
+    layer = float32_layer(border, patch_size, training, top_k=top_k, balancing="batch")
+    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+    assert_same_steps(layer, compiled, maps(), 1e-4, 1e-5)
+    with torch.profiler.profile() as profile:
+        compiled(maps()[0]).sum().backward()
+    names = {event.name for event in profile.events()}
+    assert {"pcenet::patch_conv2d", "pcenet::patch_conv2d_weight_grad", "pcenet::patch_affine_sums"} <= names
+
+
+@pytest.mark.usefixtures("compiled_operators")
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_operators_take_any_number_of_images(training: bool) -> None:
+    """One graph for all of them, which torch makes when the number changes first."""
+    layer = float32_layer("exchange", 2, training)
+    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+    batches = [torch.randn(size, 3, 7, 6) for size in (2, 3, 5, 4)]
+    assert_same_steps(layer, compiled, batches, 1e-4, 1e-5, warm_up=2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_operators")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("border", ["halo", "exchange"])
+def test_compiled_operators_under_inductor(border: str, training: bool) -> None:
+    layer = float32_layer(border, 2, training, balancing="batch")
+    assert_same_steps(layer, torch.compile(copy.deepcopy(layer), fullgraph=True), maps(), 1e-4, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_operators")
+def test_compiled_operators_under_autocast_and_torch_compile() -> None:
+    layer = float32_layer("exchange", 2, True)
+    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_steps(layer, compiled, maps(), 1e-2, 1e-2)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import backends
 import pytest
 
 from pcenet.ops import build, library
@@ -91,6 +92,27 @@ def kernels() -> Iterator[library.Library]:
         fail_or_skip(f"no kernels: {error}")
     yield found
     library.use(before.instructions or "reference")
+
+
+def use(name: str, request: pytest.FixtureRequest) -> str:
+    """Let a backend run, or skip aloud where this processor cannot."""
+    kernels = request.getfixturevalue("kernels")  # which restores what ran before
+    if name != "reference" and name not in kernels.runnable:
+        pytest.skip(f"NOT RUN, and not tested on this machine: {name}")
+    library.use(name)
+    return name
+
+
+@pytest.fixture(params=backends.SETS)
+def compiled(request: pytest.FixtureRequest) -> str:
+    """Each compiled instruction set, running."""
+    return use(request.param, request)
+
+
+@pytest.fixture(params=backends.BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The reference and each compiled instruction set, running."""
+    return use(request.param, request)
 
 
 @pytest.fixture

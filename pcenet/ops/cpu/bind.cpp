@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -24,6 +25,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
 
 struct InstructionSet {
   const Kernels *kernels;
@@ -86,9 +88,20 @@ void in_parallel(int64_t count, const Task &task) {
 
 // ---- What comes from Python -----------------------------------------------------------------------------------------
 
+void check_sizes(const Tensor &tensor, const char *name, const Sizes &sizes) {
+  auto found = tensor.sizes();
+  bool fits = std::equal(found.begin(), found.end(), sizes.begin(), sizes.end());
+  std::string wanted;
+  for (int64_t size : sizes) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
+  STD_TORCH_CHECK(fits, name, " must be [", wanted, "]");
+}
+
 // A tensor's numbers as floats, contiguous: itself, or a copy of one in bfloat16.
 class Floats {
  public:
+  Floats(const Tensor &tensor, const char *name, const Sizes &sizes) : Floats(tensor, name) {
+    check_sizes(tensor, name, sizes);
+  }
   Floats(const Tensor &tensor, const char *name) : tensor_(tensor) {
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), name, " must be contiguous and on the CPU");
     if (tensor.scalar_type() == ScalarType::Float) {
@@ -115,8 +128,8 @@ class Floats {
 
 class MaybeFloats {
  public:
-  MaybeFloats(const Maybe &tensor, const char *name) {
-    if (tensor) floats_.emplace(*tensor, name);
+  MaybeFloats(const Maybe &tensor, const char *name, const Sizes &sizes) {
+    if (tensor) floats_.emplace(*tensor, name, sizes);
   }
   const float *data() const { return floats_ ? floats_->data() : nullptr; }
 
@@ -124,11 +137,11 @@ class MaybeFloats {
   std::optional<Floats> floats_;
 };
 
-Tensor empty_floats(const Tensor &like, std::vector<int64_t> sizes) {
+Tensor empty_floats(const Tensor &like, Sizes sizes) {
   return torch::stable::new_empty(like, sizes, ScalarType::Float);
 }
 
-Tensor zero_floats(const Tensor &like, std::vector<int64_t> sizes) {
+Tensor zero_floats(const Tensor &like, Sizes sizes) {
   return torch::stable::new_zeros(like, sizes, ScalarType::Float);
 }
 
@@ -158,6 +171,8 @@ Grid grid_of(const Tensor &pixels, int64_t side) {
   grid.columns = int((grid.width + side - 1) / side);
   return grid;
 }
+
+Sizes map_of(const Grid &grid, int64_t channels) { return {grid.batch, grid.height, grid.width, channels}; }
 
 int64_t patches_of(const Grid &grid) { return grid.batch * grid.rows * grid.columns; }
 
@@ -312,9 +327,10 @@ Tensor patch_conv2d(const Tensor &pixels, const Tensor &weight, const Maybe &bas
   Weight w(weight, base);
   Grid grid = grid_of(pixels, patch_size);
   STD_TORCH_CHECK(pixels.size(3) == w.in, "x has ", pixels.size(3), " channels, weight ", w.in);
-  MaybeFloats scales(scale, "scale"), shifts(shift, "shift"), gates(gate, "gate"), added(residual, "residual");
+  MaybeFloats scales(scale, "scale", {w.experts, w.out}), shifts(shift, "shift", {w.experts, w.out});
+  MaybeFloats gates(gate, "gate", {patches_of(grid)}), added(residual, "residual", map_of(grid, w.out));
   Sorted sorted(experts_of(expert, grid, w.experts), patches_of(grid), w.experts);
-  Tensor out = empty_floats(pixels, {grid.batch, grid.height, grid.width, w.out});
+  Tensor out = empty_floats(pixels, map_of(grid, w.out));
   convolve_into(floats_of(out), in.data(), grid, sorted, w, neighbours,
                 {scales.data(), shifts.data(), gelu, gates.data(), added.data()});
   return as_type(out, summed(pixels, residual));
@@ -324,11 +340,12 @@ Tensor patch_conv2d(const Tensor &pixels, const Tensor &weight, const Maybe &bas
 struct Normalisation {
   std::vector<float> scale, shift;
 
-  Normalisation(const std::vector<Tensor> &parts, double eps) {
+  Normalisation(const std::vector<Tensor> &parts, double eps, int64_t experts, int64_t channels) {
     STD_TORCH_CHECK(parts.size() == 4, "a normalisation has weight, bias, mean and variance");
-    Floats weight(parts[0], "weight"), bias(parts[1], "bias"), mean(parts[2], "mean"), variance(parts[3], "variance");
-    for (const Tensor &part : parts) STD_TORCH_CHECK(part.numel() == parts[0].numel(), "parts must have one shape");
-    scale.resize(parts[0].numel()), shift.resize(scale.size());
+    std::vector<int64_t> sizes = {experts, channels};
+    Floats weight(parts[0], "weight", sizes), bias(parts[1], "bias", sizes), mean(parts[2], "mean", sizes),
+        variance(parts[3], "variance", sizes);
+    scale.resize(experts * channels), shift.resize(scale.size());
     for (size_t i = 0; i < scale.size(); i++) {
       scale[i] = weight.data()[i] / std::sqrt(variance.data()[i] + float(eps));
       shift[i] = bias.data()[i] - mean.data()[i] * scale[i];
@@ -345,14 +362,11 @@ Tensor expert_block(const Tensor &pixels, const Tensor &expert, int64_t patch_si
   Grid grid = grid_of(pixels, patch_size);
   STD_TORCH_CHECK(pixels.size(3) == first.in && first.out == second.in && first.experts == second.experts,
                   "the channels of x and of both weights do not fit");
-  Normalisation affine1(norm1, eps1), affine2(norm2, eps2);
-  STD_TORCH_CHECK(int64_t(affine1.scale.size()) == first.experts * first.out &&
-                      int64_t(affine2.scale.size()) == second.experts * second.out,
-                  "normalisations must be [E, channels]");
-  MaybeFloats gates(gate, "gate"), added(residual, "residual");
+  Normalisation affine1(norm1, eps1, first.experts, first.out), affine2(norm2, eps2, second.experts, second.out);
+  MaybeFloats gates(gate, "gate", {patches_of(grid)}), added(residual, "residual", map_of(grid, second.out));
   Sorted sorted(experts_of(expert, grid, first.experts), patches_of(grid), first.experts);
-  Tensor hidden = empty_floats(pixels, {grid.batch, grid.height, grid.width, first.out});
-  Tensor out = empty_floats(pixels, {grid.batch, grid.height, grid.width, second.out});
+  Tensor hidden = empty_floats(pixels, map_of(grid, first.out));
+  Tensor out = empty_floats(pixels, map_of(grid, second.out));
   convolve_into(floats_of(hidden), in.data(), grid, sorted, first, neighbours1,
                 {affine1.scale.data(), affine1.shift.data(), true, nullptr, nullptr});
   convolve_into(floats_of(out), floats_of(hidden), grid, sorted, second, neighbours2,
@@ -391,20 +405,22 @@ Tensor patch_conv2d_input_grad(const Tensor &grad, const Tensor &weight, const M
   Grid grid = grid_of(grad, patch_size);
   STD_TORCH_CHECK(grad.size(3) == w.out, "grad has ", grad.size(3), " channels, weight ", w.out);
   Sorted sorted(experts_of(expert, grid, w.experts), patches_of(grid), w.experts);
-  Tensor out = empty_floats(grad, {grid.batch, grid.height, grid.width, w.in});
+  Tensor out = empty_floats(grad, map_of(grid, w.in));
   Convolution job = convolution(grid, Direction::input_grad, neighbours && w.kernel > 1, w);
   job.in = in.data(), job.out = floats_of(out), job.order = sorted.order.data();
   if (!sorted.complete()) fill(job.out, nullptr, out.numel());
   run(job, divided(share_out(sorted, job)));
-  if (job.neighbours) add_rings(job, sorted);
+  if (job.neighbours && sorted.begin.back()) add_rings(job, sorted);
   return as_type(out, grad.scalar_type());
 }
 
 // [E, D, K, K, C]
 Tensor patch_conv2d_weight_grad(const Tensor &grad, const Tensor &pixels, const Tensor &expert, int64_t patch_size,
                                 bool neighbours, int64_t num_experts, int64_t kernel) {
-  Floats of_out(grad, "grad"), in(pixels, "x");
+  Floats in(pixels, "x");
   Grid grid = grid_of(pixels, patch_size);
+  STD_TORCH_CHECK(grad.dim() == 4 && (kernel == 1 || kernel == 3), "grad must be a map, and the kernel 1x1 or 3x3");
+  Floats of_out(grad, "grad", map_of(grid, grad.size(3)));
   Sorted sorted(experts_of(expert, grid, num_experts), patches_of(grid), num_experts);
   int64_t outs = grad.size(3), ins = pixels.size(3), row = kernel * kernel * ins;
   Tensor out = empty_floats(grad, {num_experts, outs, kernel, kernel, ins});
@@ -471,11 +487,12 @@ Tensor patch_affine(const Tensor &pixels, const Maybe &scale, const Maybe &shift
                     int64_t patch_size, bool gelu, const Maybe &gate, const Maybe &residual) {
   Floats x(pixels, "x");
   Grid grid = grid_of(pixels, patch_size);
-  MaybeFloats scales(scale, "scale"), shifts(shift, "shift"), gates(gate, "gate"), added(residual, "residual");
-  int64_t experts = scale ? scale->size(0) : shift ? shift->size(0) : INT32_MAX;
-  Affine job = {grid, int(pixels.size(3)), x.data(), experts_of(expert, grid, experts),
+  int64_t experts = scale ? scale->size(0) : shift ? shift->size(0) : INT32_MAX, channels = pixels.size(3);
+  MaybeFloats scales(scale, "scale", {experts, channels}), shifts(shift, "shift", {experts, channels});
+  MaybeFloats gates(gate, "gate", {patches_of(grid)}), added(residual, "residual", map_of(grid, channels));
+  Affine job = {grid, int(channels), x.data(), experts_of(expert, grid, experts),
                 {scales.data(), shifts.data(), gelu, gates.data(), added.data()}};
-  Tensor out = empty_floats(pixels, {grid.batch, grid.height, grid.width, pixels.size(3)});
+  Tensor out = empty_floats(pixels, map_of(grid, channels));
   float *to = floats_of(out);
   in_blocks(grid.batch * grid.rows, [&](int64_t, int64_t line, int64_t end) { kernels->affine(job, line, end, to); });
   return as_type(out, summed(pixels, residual));
@@ -527,10 +544,13 @@ std::tuple<Tensor, Tensor, Tensor> patch_affine_sums(const Tensor &grad, const T
                                                      const Maybe &shift, const Tensor &expert, int64_t patch_size,
                                                      int64_t num_experts, bool gelu, const Maybe &gate,
                                                      const Maybe &centre) {
-  Floats x(pixels, "x"), g(grad, "grad");
+  Floats x(pixels, "x");
   Grid grid = grid_of(pixels, patch_size);
-  MaybeFloats scales(scale, "scale"), shifts(shift, "shift"), gates(gate, "gate"), centres(centre, "centre");
   int64_t channels = pixels.size(3), size = num_experts * 2 * channels, lines = grid.batch * grid.rows;
+  Sizes table = {num_experts, channels};
+  Floats g(grad, "grad", map_of(grid, channels));
+  MaybeFloats scales(scale, "scale", table), shifts(shift, "shift", table), centres(centre, "centre", table);
+  MaybeFloats gates(gate, "gate", {patches_of(grid)});
   Affine job = {grid, int(channels), x.data(), experts_of(expert, grid, num_experts),
                 {scales.data(), shifts.data(), gelu, gates.data(), nullptr}};
   Tensor sums = zero_floats(pixels, {std::min(BLOCKS, lines), size}), grad_gate = zero_floats(pixels, {patches_of(grid)});
@@ -551,14 +571,17 @@ std::tuple<Tensor, Tensor, Tensor> patch_affine_sums(const Tensor &grad, const T
 Tensor patch_affine_input_grad(const Tensor &grad, const Tensor &pixels, const Maybe &scale, const Maybe &shift,
                                const Tensor &expert, int64_t patch_size, bool gelu, const Maybe &gate,
                                const Maybe &slope, const Maybe &offset) {
-  Floats x(pixels, "x"), g(grad, "grad");
+  Floats x(pixels, "x");
   Grid grid = grid_of(pixels, patch_size);
-  MaybeFloats scales(scale, "scale"), shifts(shift, "shift"), gates(gate, "gate"), slopes(slope, "slope"),
-      offsets(offset, "offset");
   int64_t experts = scale ? scale->size(0) : shift ? shift->size(0) : slope ? slope->size(0) : INT32_MAX;
-  Affine job = {grid, int(pixels.size(3)), x.data(), experts_of(expert, grid, experts),
+  int64_t channels = pixels.size(3);
+  Sizes table = {experts, channels};
+  Floats g(grad, "grad", map_of(grid, channels));
+  MaybeFloats scales(scale, "scale", table), shifts(shift, "shift", table), slopes(slope, "slope", table),
+      offsets(offset, "offset", table), gates(gate, "gate", {patches_of(grid)});
+  Affine job = {grid, int(channels), x.data(), experts_of(expert, grid, experts),
                 {scales.data(), shifts.data(), gelu, gates.data(), nullptr}};
-  Tensor out = empty_floats(pixels, {grid.batch, grid.height, grid.width, pixels.size(3)});
+  Tensor out = empty_floats(pixels, map_of(grid, channels));
   float *to = floats_of(out);
   in_blocks(grid.batch * grid.rows, [&](int64_t, int64_t line, int64_t end) {
     kernels->affine_grad(job, g.data(), slopes.data(), offsets.data(), line, end, to);
@@ -574,11 +597,10 @@ struct Position {
 
   Position(const Grid &grid, int64_t channels, const Tensor &weight, const Tensor &bias, const Tensor &rows_,
            const Tensor &columns_) {
-    Floats w(weight, "weight"), b(bias, "bias"), of_rows(rows_, "rows"), of_columns(columns_, "columns");
     int64_t outs = weight.size(0), features = weight.size(1) - channels;
-    STD_TORCH_CHECK(features >= 0 && rows_.numel() == grid.height * features &&
-                        columns_.numel() == grid.width * features && bias.numel() == outs,
-                    "weight, bias, rows and columns do not fit the map");
+    STD_TORCH_CHECK(features >= 0, "weight has fewer inputs than x has channels, ", channels);
+    Floats w(weight, "weight"), b(bias, "bias", {outs}), of_rows(rows_, "rows", {grid.height, features}),
+        of_columns(columns_, "columns", {grid.width, features});
     rows.resize(grid.height * outs), columns.resize(grid.width * outs);
     Linear job = {grid.height, int(features), int(outs), of_rows.data(), w.data() + channels, weight.size(1), b.data()};
     kernels->linear(job, rows.data(), scratch(kernels->linear_scratch(job)));
@@ -608,8 +630,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_perceptron_backward(const Tenso
                                                                      const Tensor &weight, const Tensor &bias,
                                                                      const Tensor &rows, const Tensor &columns,
                                                                      int64_t patch_size, bool needs_x) {
-  Floats g(grad, "grad"), x(pixels, "x"), w(weight, "weight");
+  Floats x(pixels, "x"), w(weight, "weight");
   Grid grid = grid_of(pixels, patch_size);
+  Floats g(grad, "grad", {patches_of(grid), weight.size(0)});
   Position position(grid, pixels.size(3), weight, bias, rows, columns);
   Perceptron job = {grid, int(pixels.size(3)), int(weight.size(0)), x.data(), w.data(), weight.size(1),
                     position.rows.data(), position.columns.data()};

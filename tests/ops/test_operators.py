@@ -1,0 +1,403 @@
+"""Operators of every backend against naive loops over patches in float64: outputs and all gradients.
+
+Tolerances: a sum of n products in a type of precision eps is off by some ``eps * sqrt(n)`` of its size, because
+roundings fall up as often as down; twice that is allowed. What follows a sum (an activation, a factor, a difference)
+takes ten roundings more at most, GELU's approximation among them, which is good to 1e-7. In bfloat16 a compiled
+operator sums in float32 and rounds once; the reference rounds between its operators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import reference
+import torch
+from backends import BACKENDS
+from torch import Tensor
+
+from pcenet import ops
+
+ROUNDINGS = 10
+
+
+class Case(NamedTuple):
+    """A convolution.
+
+    Attributes:
+        side: S.
+        kernel: K.
+        neighbours: whether taps beyond a patch read.
+        size: B, H, W.
+        channels: C.
+        outs: D.
+        experts: E; where there are three or more, expert 1 has no patches.
+        layout: of the weight.
+        base: whether something is added to all kernels.
+        nobody: whether every fourth patch is nobody's.
+    """
+
+    side: int
+    kernel: int
+    neighbours: bool
+    size: tuple[int, int, int]
+    channels: int
+    outs: int
+    experts: int
+    layout: str
+    base: bool
+    nobody: bool
+
+
+CASES = [
+    Case(1, 3, True, (2, 5, 7), 5, 24, 4, "channels last", True, True),
+    Case(1, 3, False, (1, 6, 5), 24, 5, 3, "contiguous", False, False),
+    Case(1, 1, True, (1, 3, 5), 7, 5, 2, "uneven", True, True),
+    Case(2, 3, True, (2, 7, 6), 5, 70, 4, "slice", True, False),
+    Case(2, 3, False, (1, 4, 9), 8, 16, 3, "channels last", False, True),
+    Case(3, 3, True, (1, 8, 7), 24, 24, 2, "contiguous", True, False),
+    Case(3, 3, False, (2, 7, 7), 5, 8, 4, "slice", True, True),
+    Case(3, 1, False, (1, 8, 8), 24, 5, 3, "slice", False, True),
+    Case(4, 3, True, (2, 9, 11), 70, 24, 3, "channels last", False, True),
+    Case(4, 1, True, (2, 8, 8), 24, 70, 4, "contiguous", True, False),
+    Case(4, 3, True, (8, 12, 13), 5, 8, 2, "one", False, False),  # gradients of images in blocks
+    Case(4, 3, True, (1, 8, 7), 128, 128, 2, "contiguous", False, False),  # a weight's gradient in pieces
+    Case(8, 3, True, (1, 17, 13), 24, 70, 4, "slice", False, True),
+    Case(8, 3, False, (2, 11, 16), 16, 24, 3, "channels last", True, False),
+    Case(24, 3, True, (1, 25, 49), 5, 24, 3, "contiguous", True, True),  # a patch is more than a chunk
+    Case(24, 3, False, (2, 30, 20), 8, 5, 2, "uneven", False, False),
+    Case(5, 3, True, (3, 4, 3), 5, 5, 9, "channels last", True, False),  # fewer patches than experts, and smaller ones
+]
+
+
+def name_of(case: Case) -> str:
+    words = ["x".join(map(str, field)) if isinstance(field, tuple) else str(field) for field in case]
+    return "-".join(words).replace(" ", "_")
+
+
+def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Normal numbers that bfloat16 holds, too, so that all types start from the same ones."""
+    return (scale * torch.randn(shape)).bfloat16().to(dtype)
+
+
+def experts_of(case: Case) -> list[int]:
+    batch, height, width = case.size
+    number = batch * -(-height // case.side) * -(-width // case.side)
+    serving = [0, *range(2, case.experts)] if case.experts > 2 else list(range(case.experts))
+    found = [serving[i] for i in torch.randint(len(serving), (number,)).tolist()]
+    return [-1 if case.nobody and i % 4 == 1 else e for i, e in enumerate(found)]
+
+
+def laid_out(weight: Tensor, layout: str) -> Tensor:
+    """The same numbers, lying otherwise in memory."""
+    if layout == "channels last":
+        return weight.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    if layout == "slice":
+        wider = weight.new_full(
+            (weight.shape[0], weight.shape[1] + 1, weight.shape[2] + 3, *weight.shape[3:]), math.nan
+        )
+        wider[:, 1:, 2:-1] = weight
+        return wider[:, 1:, 2:-1]
+    if layout == "uneven":
+        return weight.transpose(3, 4).contiguous().transpose(3, 4)
+    if layout == "one":
+        return weight[:1].expand_as(weight)  # all experts alike
+    return weight
+
+
+class Mode(NamedTuple):
+    """Types of maps and of parameters."""
+
+    maps: torch.dtype
+    parameters: torch.dtype
+
+
+MODES = {
+    "float64": Mode(torch.float64, torch.float64),
+    "float32": Mode(torch.float32, torch.float32),
+    "bfloat16": Mode(torch.bfloat16, torch.bfloat16),
+    "bfloat16 maps": Mode(torch.bfloat16, torch.float32),
+}
+
+
+KINDS = [(backend, mode) for backend in BACKENDS for mode in MODES if backend == "reference" or mode != "float64"]
+everywhere = pytest.mark.parametrize(("backend", "mode"), KINDS, indirect=True)
+
+
+@pytest.fixture
+def mode(request: pytest.FixtureRequest) -> Mode:
+    return MODES[request.param]
+
+
+def tolerance(found: Tensor, expected: Tensor, terms: float, backend: str, mode: Mode) -> float:
+    """What is allowed, as said above; ``terms`` is n."""
+    largest = float(expected.detach().abs().max()) if expected.numel() else 0.0
+    if backend == "reference" and mode.maps == torch.bfloat16:
+        return 2 * torch.finfo(torch.bfloat16).eps * largest
+    sums = torch.float64 if mode.maps == torch.float64 else torch.float32
+    rounded = torch.finfo(torch.bfloat16).eps / 2 * largest if found.dtype == torch.bfloat16 else 0.0
+    return 2 * torch.finfo(sums).eps * math.sqrt(terms) * largest + rounded
+
+
+def compare(
+    run: Callable[..., Sequence[Tensor]],
+    naive: Callable[..., Sequence[Tensor]],
+    inputs: dict[str, Tensor | None],
+    terms: dict[str, float],
+    backend: str,
+    mode: Mode,
+) -> None:
+    """Outputs, by number, and gradients, by the name of an input, of an operator and of the naive loops."""
+    own = {name: x.detach().requires_grad_() for name, x in inputs.items() if x is not None}
+    exact = {name: x.detach().double().requires_grad_() for name, x in own.items()}
+    nothing = {name: None for name, x in inputs.items() if x is None}
+    found, expected = run(**own, **nothing), naive(**exact, **nothing)
+    directions = [draw(*out.shape, dtype=out.dtype) for out in found]
+    assert [out.shape for out in found] == [out.shape for out in expected]
+    pairs = {str(i): each for i, each in enumerate(zip(found, expected, strict=True))}
+    grads = torch.autograd.grad(found, list(own.values()), directions)
+    exact_grads = torch.autograd.grad(
+        expected, list(exact.values()), [each.double() for each in directions], materialize_grads=True
+    )
+    pairs |= dict(zip(own, zip(grads, exact_grads, strict=True), strict=True))
+    for name, (ours, right) in pairs.items():
+        allowed = tolerance(ours, right, terms[name], backend, mode)
+        difference = float((ours.detach().double() - right.detach()).abs().max())
+        assert difference <= allowed, f"{name} {tuple(ours.shape)}: off by {difference:.2e}, allowed {allowed:.2e}"
+        if name in own:
+            assert ours.dtype == own[name].dtype, name
+
+
+@everywhere
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_convolution(case: Case, backend: str, mode: Mode) -> None:
+    batch, height, width = case.size
+    taps, pixels = case.kernel**2, batch * height * width
+    expert = experts_of(case)
+    weight = draw(case.experts, case.outs, case.channels, case.kernel, case.kernel, dtype=mode.parameters)
+    base = draw(*weight.shape[1:], dtype=mode.parameters) if case.base else None
+    x = draw(batch, case.channels, height, width, dtype=mode.maps)
+    if case.layout == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+
+    def run(x: Tensor, weight: Tensor, base: Tensor | None) -> list[Tensor]:
+        lying = laid_out(weight, case.layout)
+        return [ops.patch_conv2d(x, lying, torch.tensor(expert), case.side, case.neighbours, base=base)]
+
+    def naive(x: Tensor, weight: Tensor, base: Tensor | None) -> list[Tensor]:
+        weight = weight[:1].expand_as(weight) if case.layout == "one" else weight
+        return [reference.patch_conv2d(x, weight, base, expert, case.side, case.neighbours)]
+
+    terms = {"0": case.channels * taps, "x": case.outs * taps, "weight": pixels, "base": pixels}
+    compare(run, naive, {"x": x, "weight": weight, "base": base}, terms, backend, mode)
+    [out] = run(x, weight, base)
+    assert out.stride(1) == 1  # channels-last, although the reference may have cut off its edge
+
+
+# What may be left out, and the activation; every pair of them occurs, and all and none.
+PARTS = ("scale", "shift", "gelu", "gate", "residual")
+CHOSEN = ["", "scale", "shift gate", "gelu residual", "scale gelu gate", "shift gelu", "gate", " ".join(PARTS)]
+# S, size, C, E
+MAPS = [
+    (1, (2, 3, 5), 5, 3),
+    (2, (1, 7, 6), 24, 2),
+    (3, (2, 8, 7), 70, 4),
+    (4, (2, 9, 11), 8, 3),
+    (24, (1, 25, 49), 5, 2),
+]
+NORM_MAPS = [*MAPS, (8, (3, 7, 8), 24, 5)]
+
+
+def half_of(shapes: Sequence[Any], chosen: Sequence[str]) -> list[tuple[Any, str]]:
+    """Every second pair of a shape and of parts, and all that have all parts."""
+    pairs = [(i + j, shape, parts) for i, shape in enumerate(shapes) for j, parts in enumerate(chosen)]
+    return [(shape, parts) for number, shape, parts in pairs if number % 2 == 0 or parts == chosen[-1]]
+
+
+def case_of(side: int, size: tuple[int, int, int], channels: int, experts: int) -> Case:
+    return Case(side, 3, True, size, channels, channels, experts, "contiguous", False, True)
+
+
+def parts(chosen: str, case: Case, expert: list[int], mode: Mode) -> dict[str, Tensor | None]:
+    """Inputs of an affine map; the gate is float32 beside bfloat16, and so is the residual beside one."""
+    words = chosen.split()
+    gates = torch.float64 if mode.maps == torch.float64 else torch.float32
+    made = {
+        "scale": draw(case.experts, case.outs, dtype=mode.parameters),
+        "shift": draw(case.experts, case.outs, dtype=mode.parameters),
+        "gate": draw(len(expert), dtype=gates),
+        "residual": draw(case.size[0], case.outs, *case.size[1:], dtype=mode.parameters),
+    }
+    return {name: value if name in words else None for name, value in made.items()}
+
+
+@everywhere
+@pytest.mark.parametrize(("shape", "chosen"), half_of(MAPS, CHOSEN), ids=str)
+def test_affine_map(shape: Any, chosen: str, backend: str, mode: Mode) -> None:
+    case = case_of(*shape)
+    expert, gelu = experts_of(case), "gelu" in chosen
+    x = draw(case.size[0], case.channels, *case.size[1:], dtype=mode.maps)
+    given = parts(chosen, case, expert, mode)
+
+    def run(x: Tensor, residual: Tensor | None, gate: Tensor | None, **affine: Any) -> list[Tensor]:
+        more = {"gelu": gelu, "gate": gate, "residual": residual}
+        out = ops.patch_affine(x, affine["scale"], affine["shift"], torch.tensor(expert), case.side, **more)
+        kinds = [mode.maps] if residual is None else [mode.maps, residual.dtype]
+        assert out.dtype == max(kinds, key=lambda kind: torch.finfo(kind).bits)
+        return [out]
+
+    def naive(x: Tensor, residual: Tensor | None, gate: Tensor | None, **affine: Any) -> list[Tensor]:
+        return [reference.patch_affine(x, affine["scale"], affine["shift"], expert, case.side, gelu, gate, residual)]
+
+    pixels = case.size[0] * case.size[1] * case.size[2]
+    sums = {"scale": pixels, "shift": pixels, "gate": case.side**2 * case.channels}
+    terms = {name: ROUNDINGS**2 + sums.get(name, 0) for name in ("0", "x", "residual", *sums)}
+    compare(run, naive, {"x": x, **given}, terms, backend, mode)
+
+
+@pytest.mark.parametrize("chosen", CHOSEN)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolution_and_affine_map_in_one(kernel: int, chosen: str, compiled: str) -> None:
+    """What runs where nothing needs a gradient; with one it is the two operators."""
+    for case in CASES:
+        if case.kernel != kernel:
+            continue
+        expert, mode = experts_of(case), MODES["float32"]
+        x = draw(case.size[0], case.channels, *case.size[1:], dtype=torch.float32)
+        weight = draw(case.experts, case.outs, case.channels, kernel, kernel, dtype=torch.float32)
+        weight = laid_out(weight / math.sqrt(case.channels * kernel**2), case.layout)
+        given, gelu = parts(chosen, case, expert, mode), "gelu" in chosen
+        affine, more = (given["scale"], given["shift"]), {name: given[name] for name in ("gate", "residual")}
+        settings = (torch.tensor(expert), case.side, case.neighbours)
+        found = ops.patch_conv2d_affine(x, weight, *settings, *affine, gelu=gelu, **more)
+        exact = {name: None if value is None else value.double() for name, value in given.items()}
+        out = reference.patch_conv2d(x.double(), weight.double(), None, expert, case.side, case.neighbours)
+        expected = reference.patch_affine(
+            out, exact["scale"], exact["shift"], expert, case.side, gelu, exact["gate"], exact["residual"]
+        )
+        allowed = tolerance(found, expected, case.channels * kernel**2 + ROUNDINGS**2, compiled, mode)
+        assert float((found.double() - expected).abs().max()) <= allowed, name_of(case)
+        tracked = ops.patch_conv2d_affine(x.requires_grad_(), weight, *settings, *affine, gelu=gelu, **more)
+        assert tracked.requires_grad
+        assert float((tracked.detach().double() - expected).abs().max()) <= allowed, name_of(case)
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ("shape", "chosen"), half_of(NORM_MAPS, ["", "gelu", "gate residual", "gelu gate residual"]), ids=str
+)
+def test_normalisation(shape: Any, chosen: str, backend: str, mode: Mode) -> None:
+    """Experts of no pixels and of one, which use running statistics, are among them."""
+    case = case_of(*shape)
+    expert, gelu = experts_of(case), "gelu" in chosen
+    if case.side == 1:
+        expert = [2 if i == 0 else min(e, 0) for i, e in enumerate(expert)]  # expert 2 has one pixel
+    kind = torch.float64 if mode.maps == torch.float64 else torch.float32
+    x = draw(case.size[0], case.channels, *case.size[1:], dtype=mode.maps) + 1
+    running = draw(case.experts, case.channels, dtype=kind), 0.5 + draw(case.experts, case.channels, dtype=kind).abs()
+    affine = {name: draw(case.experts, case.channels, dtype=kind) for name in ("weight", "bias")}
+    given = parts(chosen, case, expert, mode)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, residual: Tensor | None) -> list[Tensor]:
+        statistics = {"running_mean": running[0], "running_var": running[1], "eps": 1e-3}
+        more = {"gelu": gelu, "gate": gate, "residual": residual}
+        normed = ops.expert_norm(x, weight, bias, torch.tensor(expert), case.side, **statistics, **more)
+        moments = reference.expert_moments(x.detach().double(), expert, case.side, case.experts)
+        for found, expected in zip(normed[1:], moments, strict=True):
+            assert not found.requires_grad
+            assert found.dtype == kind
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+        return [normed.out]
+
+    def naive(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, residual: Tensor | None) -> list[Tensor]:
+        statistics = (running[0].double(), running[1].double())
+        return [reference.expert_norm(x, weight, bias, expert, case.side, statistics, 1e-3, gelu, gate, residual)]
+
+    pixels = case.size[0] * case.size[1] * case.size[2]
+    # Statistics are sums over pixels, and everything depends on them.
+    terms = dict.fromkeys(("0", "x", "weight", "bias", "gate", "residual"), float(ROUNDINGS**2 + pixels))
+    compare(run, naive, {"x": x, **affine, "gate": given["gate"], "residual": given["residual"]}, terms, backend, mode)
+
+
+@pytest.mark.parametrize("shape", NORM_MAPS, ids=str)
+def test_normalisation_over_processes(shape: Any, backend: str) -> None:
+    """Two processes with equal maps, whose sums are twice one's own: one of them has what one process with both maps
+    has for its half. The other's loss depends on the map as much as its own on the other's map, which here is the
+    same one; so its gradient is that of the own half by both. A parameter's gradient is the own half's, which whoever
+    trains together adds up."""
+    case = case_of(*shape)
+    expert = experts_of(case)
+    x = draw(case.size[0], case.channels, *case.size[1:], dtype=torch.float32)
+    running = torch.zeros(case.experts, case.channels), torch.ones(case.experts, case.channels)
+    affine = {name: draw(case.experts, case.channels, dtype=torch.float32) for name in ("weight", "bias")}
+    gate = draw(len(expert), dtype=torch.float32)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> list[Tensor]:
+        statistics = {"running_mean": running[0], "running_var": running[1], "eps": 1e-3}
+        more = {"gelu": True, "gate": gate, "total": lambda own: 2 * own}
+        normed = ops.expert_norm(x, weight, bias, torch.tensor(expert), case.side, **statistics, **more)
+        moments = reference.expert_moments(x.detach().double(), expert, case.side, case.experts)
+        assert torch.equal(normed.number.double(), 2 * moments[0])
+        torch.testing.assert_close(normed.mean.double(), moments[1], rtol=1e-5, atol=1e-6)
+        return [normed.out]
+
+    def naive(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> list[Tensor]:
+        statistics, gates = (running[0].double(), running[1].double()), torch.cat([gate, gate])
+        both = torch.cat([x, x])
+        out = reference.expert_norm(both, weight, bias, expert * 2, case.side, statistics, 1e-3, True, gates, None)
+        return [out[: len(x)]]
+
+    pixels = 2 * case.size[0] * case.size[1] * case.size[2]
+    terms = dict.fromkeys(("0", "x", "weight", "bias", "gate"), float(ROUNDINGS**2 + pixels))
+    compare(run, naive, {"x": x, **affine, "gate": gate}, terms, backend, MODES["float32"])
+
+
+@pytest.mark.parametrize("shape", NORM_MAPS, ids=str)
+def test_moments_far_from_zero(shape: Any, backend: str) -> None:
+    """Squares of the values themselves would cancel: of a mean of 1000 and a variance of 1 nothing would be left."""
+    case = case_of(*shape)
+    expert = experts_of(case)
+    x = 1000 + torch.randn(case.size[0], case.channels, *case.size[1:])
+    found = ops.expert_moments(x, torch.tensor(expert), case.side, case.experts)
+    expected = reference.expert_moments(x.double(), expert, case.side, case.experts)
+    for ours, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=0)
+
+
+# S, size, C, D
+PERCEPTRONS = [
+    (1, (2, 3, 5), 5, 16),
+    (2, (1, 7, 6), 24, 5),
+    (3, (2, 8, 7), 70, 24),
+    (4, (2, 9, 11), 8, 70),
+    (8, (1, 8, 16), 5, 32),
+    (24, (1, 25, 29), 5, 24),
+    (4, (1, 5, 100), 5, 8),  # a line is more than a stretch
+]
+
+
+@pytest.mark.parametrize(("backend", "mode"), [kind for kind in KINDS if "bfloat16" not in kind[1]], indirect=True)
+@pytest.mark.parametrize("shape", PERCEPTRONS, ids=str)
+def test_perceptron(shape: Any, backend: str, mode: Mode) -> None:
+    side, (batch, height, width), channels, hidden = shape
+    x = draw(batch, channels, height, width, dtype=mode.maps)
+    kind = mode.parameters
+    inputs = {
+        "x": x,
+        "weight": draw(hidden, channels + 8, dtype=kind, scale=1 / math.sqrt(channels)),
+        "rows": draw(height, hidden, dtype=kind),
+        "columns": draw(width, hidden, dtype=kind),
+    }
+
+    def run(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor) -> list[Tensor]:
+        return [ops.patch_perceptron(x, weight[:, :channels], rows, columns, side)]
+
+    def naive(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor) -> list[Tensor]:
+        return [reference.patch_perceptron(x, weight[:, :channels], rows, columns, side)]
+
+    pixels = batch * height * width
+    terms = {"0": channels, "x": hidden, "weight": pixels, "rows": pixels, "columns": pixels}
+    terms = {name: ROUNDINGS**2 + n for name, n in terms.items()}
+    compare(run, naive, inputs, terms, backend, mode)
