@@ -408,13 +408,13 @@ def expert_norm(
     return patch_affine(x, torch.stack(scales), torch.stack(shifts), expert, side, activate, gate, residual)
 
 
-def patch_perceptron(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
-    """``gelu(weight x + rows + columns)`` of each pixel of a patch that lies on the map; their mean."""
+def patch_perceptron(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
+    """``gelu(weight [x, row + column] + bias)`` of each pixel of a patch that lies on the map; their mean."""
     found = []
     for p in places(x.shape[0], *x.shape[2:], side):
         top, left = p.row * side, p.column * side
         pixels = [
-            gelu(weight @ x[p.image, :, i, j] + rows[i] + columns[j])
+            gelu(weight @ torch.cat((x[p.image, :, i, j], rows[i] + columns[j])) + bias)
             for i in range(top, top + p.real_height)
             for j in range(left, left + p.real_width)
         ]

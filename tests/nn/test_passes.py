@@ -21,7 +21,7 @@ from pcenet.ops import library
 CHANNELS, SIZE = 8, (2, 32, 32)  # maps have 16,384 numbers, everything else has fewer
 MAP = SIZE[0] * CHANNELS * SIZE[1] * SIZE[2]
 
-# A router makes one pass; an expert's convolution is one, and at evaluation so is everything that follows it. A batch
+# A router makes one pass; an expert's convolution is one, and at evaluation one call is the expert. A batch
 # normalisation reads its input for the moments, and again to be applied, with activation, gate value and shortcut.
 NORM = ["expert_moments", "patch_affine"]
 TRAINING = ["patch_perceptron", "patch_conv2d", *NORM, "patch_conv2d", *NORM]
@@ -58,7 +58,7 @@ class Calls(TorchDispatchMode):
             return found
         self.all.append(func._opname)
         sizes = [each.numel() for each in tree_leaves((args, kwargs, found)) if isinstance(each, Tensor)]
-        if func.namespace == "pcenet" or max(sizes, default=0) >= MAP:
+        if max(sizes, default=0) >= MAP or (func.namespace == "pcenet" and func._opname != "balancing_bias"):
             self.passes.append(func._opname)
         return found
 
@@ -79,7 +79,7 @@ LAYERS: dict[str, tuple[Any, list[str], list[str], list[str]]] = {
     **{
         f"layer, {border}": (
             lambda border=border: PCELayer(CHANNELS, CHANNELS, patch_size=4, border=border),
-            ["patch_perceptron", "patch_conv2d", "patch_conv2d"],
+            ["patch_perceptron", "expert_block"],
             TRAINING,
             [*BLOCK_BACK, "add", "patch_perceptron_backward", "add"],
         )
@@ -87,13 +87,13 @@ LAYERS: dict[str, tuple[Any, list[str], list[str], list[str]]] = {
     },
     "layer without shortcut": (
         lambda: PCELayer(CHANNELS, CHANNELS, patch_size=4, shortcut=False, shared_kernel=False),
-        ["patch_perceptron", "patch_conv2d", "patch_conv2d"],
+        ["patch_perceptron", "expert_block"],
         TRAINING,
         [*BLOCK_BACK, "patch_perceptron_backward", "add"],  # two gradients for the input
     ),
     "wider layer": (  # whose shortcut is a convolution
         lambda: PCELayer(CHANNELS, 2 * CHANNELS, patch_size=4),
-        ["patch_perceptron", "convolution", "patch_conv2d", "patch_conv2d"],
+        ["patch_perceptron", "convolution", "expert_block"],
         ["patch_perceptron", "convolution", *TRAINING[1:]],
         [*BLOCK_BACK, "convolution_backward", "add", "patch_perceptron_backward", "add"],
     ),

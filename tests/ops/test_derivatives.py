@@ -53,8 +53,9 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, residual: Tensor
     return ops.expert_norm(x, weight, bias, EXPERT, S, **statistics, eps=0.1, **more).out
 
 
-def perceptron(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    return ops.patch_perceptron(x, weight, rows, columns, S)
+def perceptron(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    rows, columns = (torch.linspace(-1, 1, 3 * size).view(size, 3).to(x.dtype) for size in (H, W))
+    return ops.patch_perceptron(x, weight, bias, rows, columns, S)
 
 
 def in_one(x: Tensor, weight: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ FUNCTIONS = {
     "affine": Function(affine, MAP, TABLE, TABLE, GATE, MAP),
     "gate": Function(gated, MAP, GATE),
     "norm": Function(norm, MAP, TABLE, TABLE, GATE, MAP),
-    "perceptron": Function(perceptron, MAP, (D, C), (H, D), (W, D)),
+    "perceptron": Function(perceptron, MAP, (D, C + 3), (D,)),
 }
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
 # Torch's own rules for forward derivatives are scripts.
@@ -229,15 +230,16 @@ def test_what_is_no_number_stays_in_its_patch(bad: float, backend: str) -> None:
     assert out.isfinite().all()
     active = ops.patch_affine(x, torch.ones(E, C), torch.zeros(E, C), expert, S, gelu=True)
     assert not active[..., :2, 2:].isfinite().any()
-    means = ops.patch_perceptron(x, torch.ones(D, C), torch.zeros(4, D), torch.zeros(4, D), S)
+    means = ops.patch_perceptron(x, torch.ones(D, C + 1), torch.zeros(D), torch.zeros(4, 1), torch.zeros(4, 1), S)
     assert means.isfinite().all(1).tolist() == [True, False, True, True]
 
 
 def test_rows_and_columns_of_any_layout(backend: str) -> None:
-    x, weight = torch.randn(1, C, 4, 4), torch.randn(D, C)
-    lines = torch.randn(D, 4)
-    expected = ops.patch_perceptron(x, weight, lines.T.contiguous(), torch.zeros(4, D), S)
-    torch.testing.assert_close(ops.patch_perceptron(x, weight, lines.T, torch.zeros(1, D).expand(4, D), S), expected)
+    x, weight, bias = torch.randn(1, C, 4, 4), torch.randn(D, C + 6), torch.randn(D)
+    lines = torch.randn(6, 4)
+    expected = ops.patch_perceptron(x, weight, bias, lines.T.contiguous(), torch.zeros(4, 6), S)
+    found = ops.patch_perceptron(x, weight, bias, lines.T, torch.zeros(1, 6).expand(4, 6), S)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_residual_of_any_type(backend: str) -> None:

@@ -368,36 +368,89 @@ def test_moments_far_from_zero(shape: Any, backend: str) -> None:
 
 # S, size, C, D
 PERCEPTRONS = [
-    (1, (2, 3, 5), 5, 16),
-    (2, (1, 7, 6), 24, 5),
-    (3, (2, 8, 7), 70, 24),
-    (4, (2, 9, 11), 8, 70),
-    (8, (1, 8, 16), 5, 32),
-    (24, (1, 25, 29), 5, 24),
-    (4, (1, 5, 100), 5, 8),  # a line is more than a stretch
+    (1, (2, 3, 5), 5, 16, 0),
+    (2, (1, 7, 6), 24, 5, 8),
+    (3, (2, 8, 7), 70, 24, 3),
+    (4, (2, 9, 11), 8, 70, 32),
+    (8, (1, 8, 16), 5, 32, 8),
+    (24, (1, 25, 29), 5, 24, 16),
+    (4, (1, 5, 100), 5, 8, 8),  # a line is more than a stretch
 ]
 
 
 @pytest.mark.parametrize(("backend", "mode"), [kind for kind in KINDS if "bfloat16" not in kind[1]], indirect=True)
 @pytest.mark.parametrize("shape", PERCEPTRONS, ids=str)
 def test_perceptron(shape: Any, backend: str, mode: Mode) -> None:
-    side, (batch, height, width), channels, hidden = shape
+    side, (batch, height, width), channels, hidden, features = shape
     x = draw(batch, channels, height, width, dtype=mode.maps)
     kind = mode.parameters
     inputs = {
         "x": x,
-        "weight": draw(hidden, channels + 8, dtype=kind, scale=1 / math.sqrt(channels)),
-        "rows": draw(height, hidden, dtype=kind),
-        "columns": draw(width, hidden, dtype=kind),
+        "weight": draw(hidden, channels + features, dtype=kind, scale=1 / math.sqrt(channels)),
+        "bias": draw(hidden, dtype=kind),
     }
+    # Features of positions are constants.
+    lines = [draw(size, features, dtype=kind).detach() for size in (height, width)]
 
-    def run(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor) -> list[Tensor]:
-        return [ops.patch_perceptron(x, weight[:, :channels], rows, columns, side)]
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        return [ops.patch_perceptron(x, weight, bias, *lines, side)]
 
-    def naive(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor) -> list[Tensor]:
-        return [reference.patch_perceptron(x, weight[:, :channels], rows, columns, side)]
+    def naive(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        return [reference.patch_perceptron(x, weight, bias, *(line.to(x.dtype) for line in lines), side)]
 
     pixels = batch * height * width
-    terms = {"0": channels, "x": hidden, "weight": pixels, "rows": pixels, "columns": pixels}
+    terms = {"0": channels + 2 * features, "x": hidden, "weight": pixels, "bias": pixels}
     terms = {name: ROUNDINGS**2 + n for name, n in terms.items()}
     compare(run, naive, inputs, terms, backend, mode)
+
+
+@pytest.mark.parametrize(("backend", "mode"), KINDS, indirect=True)
+@pytest.mark.parametrize(
+    ("side", "size", "channels", "hidden", "neighbours", "based"),
+    [
+        (4, (2, 9, 8), 5, 24, (True, True), True),
+        (1, (1, 3, 5), 24, 5, (True, False), True),  # a dozen pixels: each kernel is read where it lies
+        (2, (1, 7, 4), 24, 40, (True, True), False),
+        (3, (1, 4, 5), 16, 16, (False, False), True),
+        (8, (2, 16, 16), 8, 16, (False, True), False),
+    ],
+    ids=str,
+)
+def test_expert_block(
+    side: int,
+    size: tuple[int, int, int],
+    channels: int,
+    hidden: int,
+    neighbours: tuple[bool, bool],
+    based: bool,
+    backend: str,
+    mode: Mode,
+) -> None:
+    batch, height, width = size
+    kind, experts = mode.parameters, 3
+    number = batch * -(-height // side) * -(-width // side)
+    expert = torch.arange(number) % (experts + 1) - 1  # the first patch is nobody's
+
+    def part(ins: int, outs: int, sees: bool) -> ops.ConvNorm:
+        scale = 1 / math.sqrt(9 * ins)
+        weight = draw(experts * outs, ins, 3, 3, dtype=kind, scale=scale).detach()
+        weight = weight.contiguous(memory_format=torch.channels_last).unflatten(0, (experts, outs))
+        base = draw(outs, ins, 3, 3, dtype=kind, scale=scale).detach() if based else None
+        norm = [draw(experts, outs, dtype=kind).detach() for _ in range(3)]
+        return ops.ConvNorm(weight, base, sees, (*norm, 0.5 + draw(experts, outs, dtype=kind).detach().abs()), 0.01)
+
+    first, second = part(channels, hidden, neighbours[0]), part(hidden, channels, neighbours[1])
+    x = draw(batch, channels, height, width, dtype=mode.maps).detach()
+    gate, residual = draw(number, dtype=kind).detach(), draw(*x.shape, dtype=mode.maps).detach()
+    with torch.no_grad():
+        found = ops.expert_block(x, expert, side, first, second, gate=gate, residual=residual)
+    expected, owners = x.double(), expert.tolist()
+    for each, more in ((first, (True, None, None)), (second, (False, gate.double(), residual.double()))):
+        base = 0 if each.base is None else each.base.double()
+        expected = reference.patch_conv2d(expected, each.weight.double() + base, None, owners, side, each.neighbours)
+        weight, bias, mean, variance = (table.double() for table in each.norm)
+        scale = weight / torch.sqrt(variance + each.eps)
+        expected = reference.patch_affine(expected, scale, bias - mean * scale, owners, side, *more)
+    terms = 9 * (channels + hidden)
+    atol = 4 * math.sqrt(terms) * torch.finfo(mode.maps).eps * float(expected.abs().max())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=atol)

@@ -32,7 +32,9 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
     """Arguments of every operator, with what may be left out and without."""
     gate, weight, base = torch.randn(len(EXPERT)), torch.randn(E, D, C, 3, 3), torch.randn(D, C, 3, 3)
     sliced = torch.randn(E, D, 3, 3, C + 1).permute(0, 1, 4, 2, 3)[:, :, 1:]
-    layer = (torch.randn(D, C), torch.randn(H, D), torch.randn(W, D))
+    layer = (torch.randn(D, C + 4), torch.randn(D), torch.randn(H, 4), torch.randn(W, 4))
+    norm, wide = [per_expert(D).abs() for _ in range(4)], torch.randn(E, C, D, 3, 3)
+    last = [per_expert(C).abs() for _ in range(4)]
     none = (None, None, False, None, None)
     return {
         "patch_conv2d": [
@@ -66,6 +68,11 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
         "patch_affine_input_grad": [
             (pixels(C), pixels(C), per_expert(C), per_expert(C), EXPERT, S, True, gate, per_expert(C), per_expert(C)),
             (pixels(C), pixels(C, BFLOAT16), None, None, EXPERT, S, False, None, None, None),
+        ],
+        "balancing_bias": [(torch.randn(30, 4), 1, 8, 0.7), (torch.randn(30, 4), 2, 3, 0.5)],
+        "expert_block": [
+            (pixels(C), EXPERT, S, weight, base, norm, 1e-5, True, wide, None, last, 1e-3, False, gate, pixels(C)),
+            (pixels(C, BFLOAT16), EXPERT, S, weight, None, norm, 1e-5, False, wide, None, last, 1e-5, True, None, None),
         ],
         "patch_perceptron": [(pixels(C), *layer, S)],
         "patch_perceptron_backward": [

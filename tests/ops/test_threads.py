@@ -50,10 +50,10 @@ def everything(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
         "shift": leaf(experts, outs),
         "gate": leaf(number),
         "residual": leaf(batch, outs, height, width, kind=dtype),
-        "hidden": leaf(outs, channels),
-        "rows": leaf(height, outs),
-        "columns": leaf(width, outs),
+        "hidden": leaf(outs, channels + 4),
+        "bias": leaf(outs),
     }
+    lines = [torch.randn(size, 4, generator=draw) for size in (height, width)]
     part = {name: leaves[name] for name in ("gate", "residual")}
     affine = (leaves["scale"], leaves["shift"])
     conv = ops.patch_conv2d(x, weight, expert, side, bool(neighbours), base=leaves["base"])
@@ -64,7 +64,7 @@ def everything(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
         "norm": ops.expert_norm(conv, *affine, expert, side, **statistics, gelu=True, **part).out,
     }
     if dtype == torch.float32:
-        found["perceptron"] = ops.patch_perceptron(x, leaves["hidden"], leaves["rows"], leaves["columns"], side)
+        found["perceptron"] = ops.patch_perceptron(x, leaves["hidden"], leaves["bias"], *lines, side)
     for name, out in list(found.items()):
         direction = torch.randn(out.shape, generator=draw).to(out.dtype)
         grads = torch.autograd.grad(out, list(leaves.values()), direction, retain_graph=True, allow_unused=True)
@@ -74,6 +74,8 @@ def everything(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
         for gelu in (False, True):
             settings = (expert, side, bool(neighbours), *affine)
             found[f"at once {gelu}"] = ops.patch_conv2d_affine(x, weight, *settings, gelu=gelu, **part)
+        if dtype == torch.float32:
+            found["bias"] = torch.ops.pcenet.balancing_bias(torch.randn(500, 5, generator=draw), 2, 8, 0.7)
     return {name: value.detach() for name, value in found.items()}
 
 

@@ -361,7 +361,7 @@ Tensor expert_block(const Tensor &pixels, const Tensor &expert, int64_t patch_si
   Weight first(weight1, base1), second(weight2, base2);
   Grid grid = grid_of(pixels, patch_size);
   STD_TORCH_CHECK(pixels.size(3) == first.in && first.out == second.in && first.experts == second.experts,
-                  "the channels of x and of both weights do not fit");
+                  "the channels of x and both weights must fit");
   Normalisation affine1(norm1, eps1, first.experts, first.out), affine2(norm2, eps2, second.experts, second.out);
   MaybeFloats gates(gate, "gate", {patches_of(grid)}), added(residual, "residual", map_of(grid, second.out));
   Sorted sorted(experts_of(expert, grid, first.experts), patches_of(grid), first.experts);
