@@ -57,7 +57,8 @@ def run_choices(
     expert, gate = routing.by_choice
     if routing.top_k == 1:
         return run(x, expert, gate, residual)
-    out = run(x.repeat(routing.top_k, 1, 1, 1), expert, gate, None).unflatten(0, (routing.top_k, -1)).sum(0)
+    # Not x.repeat, which would give up channels-last.
+    out = run(torch.cat([x] * routing.top_k), expert, gate, None).unflatten(0, (routing.top_k, -1)).sum(0)
     return out if residual is None else residual + out
 
 
