@@ -60,6 +60,8 @@ def patch_conv2d_affine(
     residual: Tensor | None = None,
 ) -> Tensor:
     """`patch_conv2d` and then `patch_affine`; in one pass over the map where nothing needs a gradient."""
+    if (lowered := library.lowered()) is not None:
+        return lowered(x, weight, expert, patch_size, neighbours, scale, shift, gelu=gelu, gate=gate, residual=residual)
     x, weight = _autocast(x), _autocast(weight)
     if not _compiled(x, weight) or _tracked(x, weight, scale, shift, gate, residual):
         out = patch_conv2d(x, weight, expert, patch_size, neighbours)

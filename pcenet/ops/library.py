@@ -14,7 +14,8 @@ import ctypes
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ class Choice(NamedTuple):
 _library: Library | None = None
 _choice: Choice | None = None
 _lock = threading.RLock()
+_here = threading.local()
 
 
 def backend() -> str:
@@ -209,8 +211,28 @@ def _open(path: Path) -> Library | None:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the compiled operators compute on these tensors."""
+    """Whether the compiled operators compute on these tensors; not where torch.export looks on, whose programs run
+    without this package."""
+    if torch.compiler.is_exporting():
+        return False
     return compiled() and all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) for x in tensors)
+
+
+@contextmanager
+def lowering(convolution: Callable[..., Tensor]) -> Iterator[None]:
+    """Within, what torch.export traces in this thread has another function for `pcenet.ops.patch_conv2d_affine`, for a
+    runtime that has its own way."""
+    before = getattr(_here, "lowered", None)
+    _here.lowered = convolution
+    try:
+        yield
+    finally:
+        _here.lowered = before
+
+
+def lowered() -> Callable[..., Tensor] | None:
+    """The function that `lowering` set, while torch.export traces."""
+    return getattr(_here, "lowered", None) if torch.compiler.is_exporting() else None
 
 
 def _register_fakes() -> None:
