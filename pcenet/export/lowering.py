@@ -23,39 +23,67 @@ _POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)}
 FEW_TILES = 8
 
 
-def lowered_conv2d_affine(
-    x: Tensor,
-    weight: Tensor,
-    expert: Tensor,
-    patch_size: int,
-    neighbours: bool,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    *,
-    gelu: bool = False,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """`pcenet.ops.patch_conv2d_affine` for float32 where every patch has an expert, to be traced."""
-    kernel = weight.shape[-1]
-    tile = tile_of(patch_size, kernel, expert.shape[0], weight.shape[0])
-    pixels = x.permute(0, 2, 3, 1)
-    tiles = Tiles(pixels.shape[0], pixels.shape[1], pixels.shape[2], patch_size, tile, kernel, x.device)
-    owner, order = torch.sort(expert, stable=True)
-    counts = (expert == torch.arange(weight.shape[0], device=x.device)[:, None]).sum(1) * tiles.per_axis**2
-    if scale is not None:
-        weight = weight * scale[:, :, None, None, None]
-    kernels, transforms = tile_kernels(weight, tile)
-    shifts = [] if shift is None else _each(shift)
-    rows, reads = tiles.rows_of_map(pixels), tiles.reads(order, neighbours)
-    out = convolve_tiles(rows, reads, counts, kernels, shifts, transforms, gelu)
-    by_pixel = tiles.to_map(out, order)
-    if gate is not None:
-        by_pixel = by_pixel * gate.view(tiles.batch, tiles.rows, 1, tiles.columns, 1, 1)
-    out = by_pixel.flatten(3, 4).flatten(1, 2)[:, : tiles.height, : tiles.width]
-    if residual is not None:
-        out = residual.permute(0, 2, 3, 1) + out
-    return out.permute(0, 3, 1, 2)
+class Lowering:
+    """`pcenet.ops.patch_conv2d_affine` for float32 where every patch has an expert, to be traced; one for each trace.
+
+    A convolution of what another one has just put out reads it where it lies, sorted by expert: the map between them is
+    not written.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # a map, its rows and in which of them pixels are
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        expert: Tensor,
+        patch_size: int,
+        neighbours: bool,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        *,
+        base: Tensor | None = None,
+        gelu: bool = False,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """As `pcenet.ops.patch_conv2d_affine`."""
+        kernel = weight.shape[-1]
+        tile = tile_of(patch_size, kernel, expert.shape[0], weight.shape[0])
+        tiles = Tiles(x.shape[0], x.shape[2], x.shape[3], patch_size, tile, kernel, x.device)
+        owner, order = torch.sort(expert, stable=True)
+        counts = (expert == torch.arange(weight.shape[0], device=x.device)[:, None]).sum(1) * tiles.per_axis**2
+        if base is not None:
+            weight = weight + base
+        if scale is not None:
+            weight = weight * scale[:, :, None, None, None]
+        kernels, transforms = tile_kernels(weight, tile)
+        reads = tiles.reads(order, neighbours)
+        if self._last is not None and self._last[0] is x:
+            _, rows, places = self._last
+            reads = F.embedding(reads, tiles.padded(places[..., None]).flatten(0, 2)).squeeze(-1)
+        else:
+            rows = tiles.padded(x.permute(0, 2, 3, 1)).flatten(0, 2)
+        shifts = [] if shift is None or transforms else _each(shift)
+        rows = convolve_tiles(rows, reads, counts, kernels, shifts, transforms)
+        if shift is not None and transforms:
+            owners = F.pad(owner[:, None].expand(-1, tiles.per_axis**2).flatten(), (1, 0), value=len(kernels))
+            by_tile = F.pad(shift, (0, 0, 0, 1)).index_select(0, owners)
+            rows = (rows.view(tile**2, -1, rows.shape[1]) + by_tile).flatten(0, 1)
+        if gelu:
+            rows = F.gelu(rows)
+        places = tiles.places(order)
+        out = F.embedding(places, rows)
+        if gate is not None:
+            by_patch = out.view(x.shape[0], tiles.rows, patch_size, tiles.columns, patch_size, -1)
+            out = (by_patch * gate.view(x.shape[0], tiles.rows, 1, tiles.columns, 1, 1)).view_as(out)
+        out = out[:, : tiles.height, : tiles.width]
+        if residual is not None:
+            out = residual.permute(0, 2, 3, 1) + out
+        out = out.permute(0, 3, 1, 2)
+        self._last = (out, rows, places[:, : tiles.height, : tiles.width]) if gate is residual is None else None
+        return out
 
 
 def tile_of(patch_size: int, kernel_size: int, patches: int, num_experts: int) -> int:
@@ -114,14 +142,14 @@ class Tiles:
         """Zeros around the map, which itself is filled up to whole patches."""
         return self.kernel // 2
 
-    def rows_of_map(self, pixels: Tensor) -> Tensor:
-        """A map ``[B, H, W, C]`` as ``[Z, C]``; the first row is zeros where there is a margin."""
+    def padded(self, pixels: Tensor) -> Tensor:
+        """A map ``[B, H, W, C]`` with zeros around it."""
         m, below, right = self.margin, self.rows * self.side - self.height, self.columns * self.side - self.width
-        return F.pad(pixels, (0, 0, m, m + right, m, m + below)).flatten(0, 2)
+        return F.pad(pixels, (0, 0, m, m + right, m, m + below))
 
     def reads(self, order: Tensor, neighbours: bool) -> Tensor:
-        """The rows that the tiles of patches in ``order`` ``[N]`` read; without neighbours zeros for whatever lies
-        beyond the tile's patch."""
+        """Which pixels of the padded map, counted row by row, the tiles of patches in ``order`` ``[N]`` read; without
+        neighbours the first one, which is zero, for whatever lies beyond the tile's patch."""
         m, line = self.margin, self.columns * self.side + 2 * self.margin
         image, row, column = self._axes(self.batch, self.rows, self.columns)
         corner = (image * (self.rows * self.side + 2 * m) * line + (row * line + column) * self.side).flatten()
@@ -139,15 +167,16 @@ class Tiles:
         reads = start[:, None] + cells.T[:, None]
         return (reads if neighbours else torch.where(own.T[:, None], reads, 0)).flatten(1)
 
-    def to_map(self, out: Tensor, order: Tensor) -> Tensor:
-        """The output of `convolve_tiles`, of patches in ``order``, as ``[B, rows, S, columns, S, D]``."""
+    def places(self, order: Tensor) -> Tensor:
+        """Where the pixels of all patches lie in the output of `convolve_tiles` of patches in ``order``, ``[B, rows * S,
+        columns * S]``."""
         q, tile = self.per_axis, self.tile
         patches = torch.arange(order.shape[0], device=self.device)
         rank = order.scatter(0, order, patches)  # the inverse
         _, _, tile_row, cell_row, _, tile_column, cell_column = self._axes(1, 1, q, tile, 1, q, tile)
-        own = tile_row * q + tile_column + (cell_row * tile + cell_column) * (order.shape[0] * q**2)
+        own = 1 + tile_row * q + tile_column + (cell_row * tile + cell_column) * (order.shape[0] * q**2 + 1)
         places = rank.view(self.batch, self.rows, 1, 1, self.columns, 1, 1) * q**2 + own
-        return F.embedding(places.reshape(self.batch, self.rows, self.side, self.columns, self.side), out)
+        return places.reshape(self.batch, self.rows * self.side, self.columns * self.side)
 
     def _axes(self, *sizes: int) -> list[Tensor]:
         """For each axis the numbers of its cells, in a shape that makes all axes broadcast."""
@@ -179,7 +208,6 @@ def convolve_tiles(
     kernels: list[Tensor],
     shifts: list[Tensor],
     transforms: list[Tensor],
-    gelu: bool,
 ) -> Tensor:
     """Each expert's convolution of its own tiles, as one operator, whose shapes do not depend on the routing.
 
@@ -188,15 +216,14 @@ def convolve_tiles(
         reads: the rows that tiles read, as `Tiles` lists them.
         counts: ``[E]`` int64, tiles of each expert; their sum is M.
         kernels: an expert's ``[K**2 * C, D]`` where tiles are one pixel, else ``[R**2, C, D]``, transformed.
-        shifts: what each expert adds, ``[D]``; or none.
+        shifts: what each expert adds where tiles are one pixel, ``[D]``; or none.
         transforms: Winograd's matrices for reading ``[R**2, R**2]`` and writing ``[T**2, R**2]``; none where tiles are
             one pixel.
-        gelu: whether an activation follows.
 
     Returns:
-        ``[T**2 * M, D]``: a tile's first cell, of all tiles, then the second one.
+        ``[T**2 * (1 + M), D]``: a tile's first cell, of all tiles, then the second one; the first tile is zeros.
     """
-    parts = []
+    parts = [rows.new_zeros(len(transforms[1]) if transforms else 1, 1, kernels[0].shape[-1])]
     for expert, (own, kernel) in enumerate(
         zip(reads.split(counts.tolist(), dim=1 if transforms else 0), kernels, strict=True)
     ):
@@ -206,10 +233,10 @@ def convolve_tiles(
             products = (read @ windows.view(len(read), -1)).view(len(read), -1, rows.shape[1]) @ kernel
             out = (write @ products.flatten(1)).view(len(write), -1, kernel.shape[-1])
         else:
-            out = (windows.view(-1, len(kernel)) @ kernel)[None]
-        parts.append(out + shifts[expert] if shifts else out)
-    joined = torch.cat(parts, dim=1).flatten(0, 1)
-    return F.gelu(joined) if gelu else joined
+            product = windows.view(-1, len(kernel)) @ kernel
+            out = (product + shifts[expert] if shifts else product)[None]
+        parts.append(out)
+    return torch.cat(parts, dim=1).flatten(0, 1)
 
 
 @convolve_tiles.register_fake
@@ -220,10 +247,9 @@ def _(
     kernels: list[Tensor],
     shifts: list[Tensor],
     transforms: list[Tensor],
-    gelu: bool,
 ) -> Tensor:
     cells, tiles = (len(transforms[1]), reads.shape[1]) if transforms else (1, reads.shape[0])
-    return rows.new_empty(cells * tiles, kernels[0].shape[-1])
+    return rows.new_empty(cells * (1 + tiles), kernels[0].shape[-1])
 
 
 def winograd_matrices(side: int) -> tuple[Tensor, Tensor, Tensor]:

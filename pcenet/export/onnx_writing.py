@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnxscript import opset20 as op
@@ -16,7 +17,7 @@ from onnxscript.optimizer import fold_constants, remove_unused_nodes
 from torch import Tensor, nn
 
 from pcenet.export.evaluation import trace
-from pcenet.export.lowering import lowered_conv2d_affine
+from pcenet.export.lowering import Lowering
 from pcenet.ops.library import lowering
 
 OPSET = 20  # the first with Gelu
@@ -39,7 +40,7 @@ def to_onnx(
         output_names: of its outputs, in their order.
         metadata: texts that the file carries.
     """
-    with lowering(lowered_conv2d_affine):
+    with lowering(Lowering()):
         traced = trace(form, example, dynamic_shapes)
     program = torch.onnx.export(
         traced,
@@ -75,26 +76,25 @@ def _convolve_tiles(
     kernels: Sequence[Any],
     shifts: Sequence[Any],
     transforms: Sequence[Any],
-    gelu: bool,
 ) -> Any:
     """`pcenet.export.lowering.convolve_tiles`."""
-    axis, shared = (1 if transforms else 0), len(kernels) == 1
+    axis, shared, width = (1 if transforms else 0), len(kernels) == 1, kernels[0].shape[-1]
     own = [reads] if shared else op.Split(reads, counts, axis=axis, num_outputs=len(kernels))
-    parts = []
+    zeros = np.zeros((transforms[1].shape[0], 1, width) if transforms else (1, width), np.float32)
+    parts = [op.Constant(value=ir.serde.serialize_tensor(ir.tensor(zeros)))]
     for expert, (index, kernel) in enumerate(zip(own, kernels, strict=True)):
         windows = op.Gather(rows, index, axis=0)
         if transforms:
-            (read, write), (cells, channels, width) = transforms, kernel.shape
+            (read, write), (cells, channels, _) = transforms, kernel.shape
             inputs = op.MatMul(read, op.Reshape(windows, _shape(cells, -1)))
             products = op.MatMul(op.Reshape(inputs, _shape(cells, -1, channels)), kernel)
             out = op.MatMul(write, op.Reshape(products, _shape(cells, -1)))
             out = op.Reshape(out, _shape(write.shape[0], -1, width))
-            out = op.Add(out, shifts[expert]) if shifts else out
         else:
             out = op.Gemm(op.Reshape(windows, _shape(-1, kernel.shape[0])), kernel, *shifts[expert : expert + 1])
-        parts.append(op.Gelu(out) if gelu else out)
+        parts.append(out)
     joined = op.Concat(*parts, axis=axis)
-    return op.Reshape(joined, _shape(-1, kernels[0].shape[-1])) if transforms else joined
+    return op.Reshape(joined, _shape(-1, width)) if transforms else joined
 
 
 def _shape(*sizes: int) -> Any:
