@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pcenet
-from pcenet.export.checks import BOOST, SMALL_MARGIN, CheckReport, check_runner, list_names, sent_to_one
+from pcenet.export.checks import SMALL_MARGIN, CheckReport, check_runner, list_names, sent_to_one
 from pcenet.export.config import ExportConfig
 from pcenet.export.counting import count_multiply_adds
 from pcenet.export.evaluation import evaluation_form, trace

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pcenet.export.lowering import Lowering
 from pcenet.nn import routers_of
 from pcenet.nn.experts import SharedConv2d, StackedConv2d
+from pcenet.ops.library import lowering
 
 _NORMS = (torch.ops.aten.native_batch_norm.default, torch.ops.aten.cudnn_batch_norm.default)
 
@@ -68,15 +70,19 @@ def _put(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
     return root
 
 
-def trace(form: nn.Module, example: Tensor, dynamic_shapes: Mapping[int, Any]) -> torch.export.ExportedProgram:
+def trace(
+    form: nn.Module, example: Tensor, dynamic_shapes: Mapping[int, Any], *, opaque: bool = False
+) -> torch.export.ExportedProgram:
     """A network in evaluation form as a graph, for `torch.export.save` or an exporter.
 
     Args:
         form: the network.
         example: images ``[B, C, H, W]``.
         dynamic_shapes: the axes of the images whose size is left open, as for `torch.export.export`.
+        opaque: see `Lowering`; without it the graph holds torch's operators alone.
     """
-    return torch.export.export(form, (example,), dynamic_shapes=(dict(dynamic_shapes),), strict=False)
+    with lowering(Lowering(opaque)):
+        return torch.export.export(form, (example,), dynamic_shapes=(dict(dynamic_shapes),), strict=False)
 
 
 @torch.no_grad()

@@ -28,9 +28,14 @@ class Lowering:
 
     A convolution of what another one has just put out reads it where it lies, sorted by expert: the map between them is
     not written.
+
+    Args:
+        opaque: whether `convolve_tiles` is one operator to the tracer, which an exporter has to know how to write; else
+            it is torch's own ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, opaque: bool) -> None:
+        self._convolve = convolve_tiles_opaque if opaque else convolve_tiles
         self._last: tuple[Tensor, Tensor, Tensor] | None = None  # a map, its rows and in which of them pixels are
 
     def __call__(
@@ -66,7 +71,7 @@ class Lowering:
         else:
             rows = tiles.padded(x.permute(0, 2, 3, 1)).flatten(0, 2)
         shifts = [] if shift is None or transforms else _each(shift)
-        rows = convolve_tiles(rows, reads, counts, kernels, shifts, transforms)
+        rows = self._convolve(rows, reads, counts, kernels, shifts, transforms)
         if shift is not None and transforms:
             owners = F.pad(owner[:, None].expand(-1, tiles.per_axis**2).flatten(), (1, 0), value=len(kernels))
             by_tile = F.pad(shift, (0, 0, 0, 1)).index_select(0, owners)
@@ -157,9 +162,7 @@ class Tiles:
         tile_row, tile_column, tap_row, tap_column = self._axes(self.per_axis, self.per_axis, reach, reach)
         cell_row, cell_column = tile_row * self.tile + tap_row, tile_column * self.tile + tap_column
         inside = [(cell >= m) & (cell < self.side + m) for cell in (cell_row, cell_column)]
-        cells, own = (
-            part.flatten(2).flatten(0, 1) for part in (cell_row * line + cell_column, inside[0] & inside[1])
-        )
+        cells, own = (part.flatten(2).flatten(0, 1) for part in (cell_row * line + cell_column, inside[0] & inside[1]))
         start = corner.index_select(0, order)
         if self.tile == 1:
             reads = start[:, None, None] + cells
@@ -200,7 +203,6 @@ def _each(stacked: Tensor) -> list[Tensor]:
     return [stacked[index] for index in range(stacked.shape[0])]
 
 
-@torch.library.custom_op("pcenet_export::convolve_tiles", mutates_args=())
 def convolve_tiles(
     rows: Tensor,
     reads: Tensor,
@@ -209,7 +211,7 @@ def convolve_tiles(
     shifts: list[Tensor],
     transforms: list[Tensor],
 ) -> Tensor:
-    """Each expert's convolution of its own tiles, as one operator, whose shapes do not depend on the routing.
+    """Each expert's convolution of its own tiles.
 
     Args:
         rows: ``[Z, C]``.
@@ -224,9 +226,11 @@ def convolve_tiles(
         ``[T**2 * (1 + M), D]``: a tile's first cell, of all tiles, then the second one; the first tile is zeros.
     """
     parts = [rows.new_zeros(len(transforms[1]) if transforms else 1, 1, kernels[0].shape[-1])]
-    for expert, (own, kernel) in enumerate(
-        zip(reads.split(counts.tolist(), dim=1 if transforms else 0), kernels, strict=True)
-    ):
+    sizes: list[int] = counts.tolist()
+    for size in sizes:
+        torch._check(size >= 0)
+    split = reads.split(sizes, dim=1 if transforms else 0)
+    for expert, (own, kernel) in enumerate(zip(split, kernels, strict=True)):
         windows = rows.index_select(0, own.flatten())
         if transforms:
             read, write = transforms
@@ -239,7 +243,11 @@ def convolve_tiles(
     return torch.cat(parts, dim=1).flatten(0, 1)
 
 
-@convolve_tiles.register_fake
+# As one operator, whose shapes do not depend on the routing.
+convolve_tiles_opaque = torch.library.custom_op("pcenet_export::convolve_tiles", convolve_tiles, mutates_args=())
+
+
+@convolve_tiles_opaque.register_fake
 def _(
     rows: Tensor,
     reads: Tensor,

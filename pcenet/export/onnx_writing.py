@@ -17,8 +17,6 @@ from onnxscript.optimizer import fold_constants, remove_unused_nodes
 from torch import Tensor, nn
 
 from pcenet.export.evaluation import trace
-from pcenet.export.lowering import Lowering
-from pcenet.ops.library import lowering
 
 OPSET = 20  # the first with Gelu
 
@@ -40,10 +38,8 @@ def to_onnx(
         output_names: of its outputs, in their order.
         metadata: texts that the file carries.
     """
-    with lowering(Lowering()):
-        traced = trace(form, example, dynamic_shapes)
     program = torch.onnx.export(
-        traced,
+        trace(form, example, dynamic_shapes, opaque=True),
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
