@@ -171,8 +171,8 @@ class Tiles:
         return (reads if neighbours else torch.where(own.T[:, None], reads, 0)).flatten(1)
 
     def places(self, order: Tensor) -> Tensor:
-        """Where the pixels of all patches lie in the output of `convolve_tiles` of patches in ``order``, ``[B, rows * S,
-        columns * S]``."""
+        """In which rows of `convolve_tiles`' output the pixels of patches in ``order`` lie, ``[B, rows * S, columns *
+        S]``."""
         q, tile = self.per_axis, self.tile
         patches = torch.arange(order.shape[0], device=self.device)
         rank = order.scatter(0, order, patches)  # the inverse

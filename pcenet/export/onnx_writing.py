@@ -49,8 +49,8 @@ def to_onnx(
     )
     assert program is not None
     model = program.model
-    # Kernels are made of weights by nodes of the graph, which are computed here.
-    fold_constants(model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
+    # Kernels and positions are made by nodes of the graph, which are computed here; those of many outputs cannot be.
+    fold_constants(model, output_size_limit=sys.maxsize, should_fold=lambda node: node.op_type != "Split")
     remove_unused_nodes(model)
     for node in model.graph:
         # An operator's outputs have to be numbered while it is written; afterwards their sizes say how many there are.
