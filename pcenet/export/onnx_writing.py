@@ -77,7 +77,7 @@ def _convolve_tiles(
     axis, shared, width = (1 if transforms else 0), len(kernels) == 1, kernels[0].shape[-1]
     own = [reads] if shared else op.Split(reads, counts, axis=axis, num_outputs=len(kernels))
     zeros = np.zeros((transforms[1].shape[0], 1, width) if transforms else (1, width), np.float32)
-    parts = [op.Constant(value=ir.serde.serialize_tensor(ir.tensor(zeros)))]
+    parts: list[Any] = [op.Constant(value=ir.serde.serialize_tensor(ir.tensor(zeros)))]
     for expert, (index, kernel) in enumerate(zip(own, kernels, strict=True)):
         windows = op.Gather(rows, index, axis=0)
         if transforms:
@@ -89,7 +89,7 @@ def _convolve_tiles(
         else:
             out = op.Gemm(op.Reshape(windows, _shape(-1, kernel.shape[0])), kernel, *shifts[expert : expert + 1])
         parts.append(out)
-    joined = op.Concat(*parts, axis=axis)
+    joined: Any = op.Concat(*parts, axis=axis)
     return op.Reshape(joined, _shape(-1, width)) if transforms else joined
 
 
