@@ -34,7 +34,7 @@ ALLOWED = {
     "analysis": {"nn", "models", "data", "training"},
     "app": {"models", "nn", "data", "training", "analysis"},
     "inference": {"nn", "models", "data", "training", "analysis", "export"},
-    "export": {"nn", "models", "data", "training"},
+    "export": {"ops", "nn", "models", "data", "training"},
     "explain": {"nn", "models", "data", "training", "analysis", "inference"},
     "publish": {"nn", "models", "data", "training", "analysis"},
 }

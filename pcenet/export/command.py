@@ -6,7 +6,6 @@ import io
 import json
 import math
 import platform
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,14 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pcenet
-from pcenet.export.checks import BOOST, SMALL_MARGIN, CheckReport, check_runner, list_names, sent_to_one
+from pcenet.export.checks import SMALL_MARGIN, CheckReport, check_runner, list_names, sent_to_one
 from pcenet.export.config import ExportConfig
 from pcenet.export.counting import count_multiply_adds
-from pcenet.export.evaluation import evaluation_form
+from pcenet.export.evaluation import evaluation_form, trace
 from pcenet.export.files import EXTRA, METADATA, ExportedNet, Runner, output_names, require, run_with
-from pcenet.export.layers import routed_layers
 from pcenet.export.quantising import quantise
-from pcenet.export.routing import Choice, FixedRouter
 from pcenet.models import SavableModel, complexity, load_model
 from pcenet.nn import record_routing, routers_of
 from pcenet.texts import say
@@ -117,7 +114,7 @@ class Subject:
         self.open_batch, self.open_size = "batch" in config.open_axes, "size" in config.open_axes
         batch = 2 if self.open_batch else 1
         self.example = torch.randn(batch, 3, *self.size, generator=torch.Generator().manual_seed(0))
-        form = evaluation_form(model, self.example, same_shape=not self.config.open_axes)
+        form = evaluation_form(model, self.example)
         routed = [name for name, _ in routers_of(model)] if config.routing else []
         self.form = WithRouting(form).eval() if routed else form
         self.multiple = size_multiple(model, self.size) if self.open_size else None
@@ -166,7 +163,7 @@ class Subject:
             )
             onnx_ir.save(model, path)
             return
-        program = torch.export.export(self.form, (example,), dynamic_shapes=(shapes,), strict=False)
+        program = trace(self.form, example, shapes)
         content = io.BytesIO()
         torch.export.save(program, content, extra_files={EXTRA: json.dumps(self.metadata)})
         path.write_bytes(content.getvalue())
@@ -188,11 +185,8 @@ class Subject:
 
     def _sent_to_one(self, path: Path, expert: int) -> Runner:
         """The file, its routers changed as by `sent_to_one`."""
-        raised = {}
-        for name, module in self.form.named_modules():
-            if isinstance(module, FixedRouter):
-                raised[f"{name}.bias"] = bias = module.bias.detach().clone()
-                bias[expert] += BOOST
+        own, forced = self.form.state_dict(), sent_to_one(self.form, expert).state_dict()
+        raised = {name: tensor for name, tensor in forced.items() if not torch.equal(tensor, own[name])}
         return run_with(path, raised, trust_code=True)
 
 
@@ -210,20 +204,12 @@ class WithRouting(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images ``[B, C, H, W]`` to logits, then for each layer experts and gate values ``[B, rows, columns]`` (with a
         further axis of k where there are several)."""
-        choices: list[Choice] = []
-
-        def collect(_module: nn.Module, _args: Any, choice: Choice) -> None:
-            choices.append(choice)
-
-        with ExitStack() as stack:
-            for _, router in routed_layers(self.form):
-                stack.callback(router.register_forward_hook(collect).remove)
-            logits = self.form(x)
-        outputs: list[Tensor] = [logits]
-        for choice in choices:
-            weight = torch.ones_like(choice.expert, dtype=x.dtype) if choice.weight is None else choice.weight
-            shape = (*choice.grid, *([] if weight.shape[1] == 1 else [weight.shape[1]]))
-            outputs += [choice.expert.view(shape), weight.view(shape)]
+        with record_routing(self.form) as records:
+            outputs: list[Tensor] = [self.form(x)]
+        for name, _ in routers_of(self.form):
+            for routing in records[name]:
+                shape = (*routing.grid, *([] if routing.top_k == 1 else [routing.top_k]))
+                outputs += [routing.choice.view(shape), routing.choice_weight.view(shape)]
         return tuple(outputs)
 
 

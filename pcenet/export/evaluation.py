@@ -1,14 +1,14 @@
-"""The evaluation form of a network: the same function, made to be run and no longer trained.
+"""The evaluation form of a network: the same modules, made to be run and no longer trained.
 
-Normalisations are folded into the convolutions before them, what experts share is summed into their kernels, nothing is
-dropped, and every patch runs through its own experts alone, in operators that exporters know.
+What does not depend on the images is computed once: normalisations of the dense part are folded into the convolutions
+before them, and what experts share is summed into their kernels.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,63 +17,48 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pcenet.export.layers import FixedConv2d, FixedLayer
-from pcenet.models.blocks import ResidualBlock
-from pcenet.nn import PCEConv2d, PCELayer, record_routing
-from pcenet.nn.conv import leaders_of
+from pcenet.export.lowering import Lowering
+from pcenet.nn import routers_of
+from pcenet.nn.experts import SharedConv2d, StackedConv2d
+from pcenet.ops.library import lowering
 
 _NORMS = (torch.ops.aten.native_batch_norm.default, torch.ops.aten.cudnn_batch_norm.default)
 
 
-def evaluation_form(model: nn.Module, example: Tensor | None = None, *, same_shape: bool = False) -> nn.Module:
+def evaluation_form(model: nn.Module, example: Tensor | None = None) -> nn.Module:
     """A copy of a network in evaluation form, equal to it within rounding.
 
     Args:
         model: any network, with or without PCE layers, in float32; it is left as it is.
         example: images ``[B, C, H, W]`` of a size that it takes. The network is run on them, to see which batch
             normalisations of its dense part can be folded; None leaves those as they are.
-        same_shape: whether all images will come in the example's shape: experts with few patches then convolve pixel by
-            pixel, which is quicker than Winograd's algorithm for few.
 
     Raises:
-        ValueError: for a router that drops patches at evaluation; for ``same_shape`` without an example.
+        ValueError: for a router that drops patches at evaluation.
     """
-    if same_shape and example is None:
-        raise ValueError("same_shape=True needs an example, whose shape it is")
     form = copy.deepcopy(model).eval().requires_grad_(False)
-    convolutions: dict[PCEConv2d, FixedConv2d] = {}
-    leaders = leaders_of(form)
-    patches: defaultdict[str, float] = defaultdict(lambda: math.inf)
-    if same_shape and example is not None:
-        patches |= _patches_by_expert(form, example)
+    for _, router in routers_of(form):
+        if router.eval_capacity_factor is not None:
+            raise ValueError(
+                f"eval_capacity_factor={router.eval_capacity_factor}: a network in evaluation form drops nothing; load "
+                "it with eval_capacity_factor=None"
+            )
     for name, module in list(form.named_modules()):
-        if isinstance(module, PCELayer):
-            parent = form.get_submodule(name.rpartition(".")[0]) if name else None
-            if isinstance(parent, ResidualBlock):
-                form = _put(form, name.rpartition(".")[0], FixedLayer(module, name, patches[name], residual=True))
-            else:
-                form = _put(form, name, FixedLayer(module, name, patches[name]))
-        elif isinstance(module, PCEConv2d):
-            leader = convolutions[leaders[module]] if module in leaders else None
-            own = patches[name if leader is None else leader.name]
-            convolutions[module] = FixedConv2d(module, name, own, leader)
-            form = _put(form, name, convolutions[module])
+        if isinstance(module, SharedConv2d):
+            _put(form, name, _summed(module))
     if example is not None:
         fold_batch_norms(form, example)
     return form
 
 
 @torch.no_grad()
-def _patches_by_expert(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Under each layer's name how many patches of these images one of its experts serves on average, in the largest of
-    its passes."""
-    with record_routing(model) as records:
-        model(images)
-    return {
-        name: max(float(routing.load.float().mean()) for routing in routings)
-        for name, routings in records.items()
-        if routings
-    }
+def _summed(conv: SharedConv2d) -> StackedConv2d:
+    """The sums of what experts share and their differences."""
+    kernels = conv().detach()
+    num_experts, out_channels, in_channels, kernel_size, _ = kernels.shape
+    stacked = StackedConv2d(num_experts, in_channels, out_channels, kernel_size)
+    stacked.weight = nn.Parameter(kernels.clone(), requires_grad=False)
+    return stacked.eval()
 
 
 def _put(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
@@ -83,6 +68,21 @@ def _put(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
     parent, _, own = name.rpartition(".")
     setattr(root.get_submodule(parent), own, module)
     return root
+
+
+def trace(
+    form: nn.Module, example: Tensor, dynamic_shapes: Mapping[int, Any], *, opaque: bool = False
+) -> torch.export.ExportedProgram:
+    """A network in evaluation form as a graph, for `torch.export.save` or an exporter.
+
+    Args:
+        form: the network.
+        example: images ``[B, C, H, W]``.
+        dynamic_shapes: the axes of the images whose size is left open, as for `torch.export.export`.
+        opaque: see `Lowering`; without it the graph holds torch's operators alone.
+    """
+    with lowering(Lowering(opaque)):
+        return torch.export.export(form, (example,), dynamic_shapes=(dict(dynamic_shapes),), strict=False)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ def _run_program(program: torch.export.ExportedProgram, constants: Mapping[str, 
     module = program.module()
     with torch.no_grad():
         for name, value in constants.items():
-            module.get_parameter(name).copy_(value)
+            attrgetter(name)(module).copy_(value)
 
     def run(x: Tensor) -> list[Tensor]:
         out = module(x.contiguous())

@@ -5,6 +5,7 @@ What the exporter does not know, or writes with more nodes than are needed, is w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnxscript import opset20 as op
+from onnxscript.optimizer import fold_constants, remove_unused_nodes
 from torch import Tensor, nn
 
-from pcenet.export.convolving import TileConv
+from pcenet.export.evaluation import trace
 
 OPSET = 20  # the first with Gelu
 
@@ -36,22 +38,20 @@ def to_onnx(
         output_names: of its outputs, in their order.
         metadata: texts that the file carries.
     """
-    for module in form.modules():
-        if isinstance(module, TileConv):
-            module.opaque = True
     program = torch.onnx.export(
-        form,
-        (example,),
+        trace(form, example, dynamic_shapes, opaque=True),
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
         output_names=list(output_names),
-        dynamic_shapes=(dict(dynamic_shapes),),
         custom_translation_table=_TRANSLATIONS,
         verbose=False,
     )
     assert program is not None
     model = program.model
+    # Kernels and positions are made by nodes of the graph, which are computed here; those of many outputs cannot be.
+    fold_constants(model, output_size_limit=sys.maxsize, should_fold=lambda node: node.op_type != "Split")
+    remove_unused_nodes(model)
     for node in model.graph:
         # An operator's outputs have to be numbered while it is written; afterwards their sizes say how many there are.
         if node.op_type == "Split" and len(node.inputs) == 2:
@@ -69,33 +69,28 @@ def _convolve_tiles(
     rows: Any,
     reads: Any,
     counts: Any,
-    owners: Any,
-    weights: Sequence[Any],
-    biases: Sequence[Any],
+    kernels: Sequence[Any],
+    shifts: Sequence[Any],
     transforms: Sequence[Any],
 ) -> Any:
-    """`pcenet.export.convolving.convolve_tiles`."""
-    axis, width = (1 if transforms else 0), weights[0].shape[-1]
-    own = [reads] if len(weights) == 1 else op.Split(reads, counts, axis=axis, num_outputs=len(weights))
-    windows = [op.Gather(rows, index, axis=0) for index in own]
-    if not transforms:
-        parts = [
-            op.Gemm(op.Reshape(each, _shape(-1, weight.shape[0])), weight, bias)
-            for each, weight, bias in zip(windows, weights, biases, strict=True)
-        ]
-        return op.Concat(_zeros(1, width), *parts, axis=0)
-    (read, write), (cells, channels, _) = transforms, weights[0].shape
-    parts = [_zeros(write.shape[0], width)]
-    for each, weight in zip(windows, weights, strict=True):
-        inputs = op.MatMul(read, op.Reshape(each, _shape(cells, -1)))
-        products = op.MatMul(op.Reshape(inputs, _shape(cells, -1, channels)), weight)
-        parts.append(op.MatMul(write, op.Reshape(products, _shape(cells, -1))))
-    joined = op.Reshape(op.Concat(*parts, axis=1), _shape(write.shape[0], -1, width))
-    return op.Reshape(op.Add(joined, op.Gather(biases[0], owners, axis=0)), _shape(-1, width))
-
-
-def _zeros(*sizes: int) -> Any:
-    return op.Constant(value=ir.serde.serialize_tensor(ir.tensor(np.zeros(sizes, np.float32))))
+    """`pcenet.export.lowering.convolve_tiles`."""
+    axis, shared, width = (1 if transforms else 0), len(kernels) == 1, kernels[0].shape[-1]
+    own = [reads] if shared else op.Split(reads, counts, axis=axis, num_outputs=len(kernels))
+    zeros = np.zeros((transforms[1].shape[0], 1, width) if transforms else (1, width), np.float32)
+    parts: list[Any] = [op.Constant(value=ir.serde.serialize_tensor(ir.tensor(zeros)))]
+    for expert, (index, kernel) in enumerate(zip(own, kernels, strict=True)):
+        windows = op.Gather(rows, index, axis=0)
+        if transforms:
+            (read, write), (cells, channels, _) = transforms, kernel.shape
+            inputs = op.MatMul(read, op.Reshape(windows, _shape(cells, -1)))
+            products = op.MatMul(op.Reshape(inputs, _shape(cells, -1, channels)), kernel)
+            out = op.MatMul(write, op.Reshape(products, _shape(cells, -1)))
+            out = op.Reshape(out, _shape(write.shape[0], -1, width))
+        else:
+            out = op.Gemm(op.Reshape(windows, _shape(-1, kernel.shape[0])), kernel, *shifts[expert : expert + 1])
+        parts.append(out)
+    joined: Any = op.Concat(*parts, axis=axis)
+    return op.Reshape(joined, _shape(-1, width)) if transforms else joined
 
 
 def _shape(*sizes: int) -> Any:
@@ -104,5 +99,5 @@ def _shape(*sizes: int) -> Any:
 
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.sort.stable: _sort,
-    torch.ops.pcenet.convolve_tiles.default: _convolve_tiles,
+    torch.ops.pcenet_export.convolve_tiles.default: _convolve_tiles,
 }

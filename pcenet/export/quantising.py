@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,8 +53,8 @@ def quantise(path: Path, run: str, data: str, split: Split, threads: int | None)
     trained = open_trained(EvalConfig(run=run, data=data, split=split))
     before, score = _measure(path, trained, threads)
     model = onnx.load(str(path))
-    kept = {each.name for each in model.graph.initializer if ".router." in each.name or len(each.dims) > 2}
-    excluded = [node.name for node in model.graph.node if not set(node.input).isdisjoint(kept)]
+    deep = {each.name for each in model.graph.initializer if len(each.dims) > 2}
+    excluded = [node.name for node in model.graph.node if _of_router(node) or not deep.isdisjoint(node.input)]
     quantised = path.with_name(f"{path.stem}.int8{path.suffix}")
     root = logging.getLogger()
     root.addFilter(_other_than_advice)
@@ -75,6 +77,12 @@ def quantise(path: Path, run: str, data: str, split: Split, threads: int | None)
         root.removeFilter(_other_than_advice)
         quantised.unlink(missing_ok=True)
     return result
+
+
+def _of_router(node: Any) -> bool:
+    """Whether a router computes a node: torch's exporter notes the modules that it lies in."""
+    names = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "")
+    return any(name.split(".")[-1] == "router" for name in re.findall(r"'([^']*)'", names))
 
 
 def _other_than_advice(record: logging.LogRecord) -> bool:

@@ -86,14 +86,18 @@ def patch_conv2d_affine(
     residual: Tensor | None = None,
 ) -> Tensor:
     """`patch_conv2d` and then `patch_affine`; in one pass over the map where nothing needs a gradient."""
+    if (lowered := library.lowered()) is not None:
+        kernels = weight if base is None else weight + base
+        settings = (expert, patch_size, neighbours, scale, shift)
+        return lowered(x, kernels, *settings, gelu=gelu, gate=gate, residual=residual)
     x = _autocast(x)
     if not _compiled(x, weight, residual) or _tracked(x, weight, base, scale, shift, gate, residual):
         out = patch_conv2d(x, weight, expert, patch_size, neighbours, base=base)
         return patch_affine(out, scale, shift, expert, patch_size, gelu=gelu, gate=gate, residual=residual)
     added = None if residual is None else _pixels(residual)
-    kernels = (_kernel(weight), _kernel(base))
+    parts = (_kernel(weight), _kernel(base))
     parameters = (_floats(scale), _floats(shift), gelu, _floats(gate), added)
-    return _map(OPS.patch_conv2d(_pixels(x), *kernels, expert, patch_size, neighbours, *parameters))
+    return _map(OPS.patch_conv2d(_pixels(x), *parts, expert, patch_size, neighbours, *parameters))
 
 
 class ConvNorm(NamedTuple):

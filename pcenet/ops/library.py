@@ -14,7 +14,8 @@ import ctypes
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +61,7 @@ class Choice(NamedTuple):
 _library: Library | None = None
 _choice: Choice | None = None
 _lock = threading.RLock()
+_here = threading.local()
 
 
 def backend() -> str:
@@ -211,8 +213,27 @@ def _open(path: Path) -> Library | None:
 
 
 def takes(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the compiled operators compute on a map, and on what belongs to it, where there is any."""
-    return x.device.type == "cpu" and all(t is None or t.dtype in TYPES for t in (x, *others)) and compiled()
+    """Whether the compiled operators compute on a map, and on what belongs to it, where there is any; not where
+    torch.export looks on, whose programs run without this package."""
+    own = x.device.type == "cpu" and all(t is None or t.dtype in TYPES for t in (x, *others))
+    return own and not torch.compiler.is_exporting() and compiled()
+
+
+@contextmanager
+def lowering(convolution: Callable[..., Tensor]) -> Iterator[None]:
+    """Within, what torch.export traces in this thread has another function for `pcenet.ops.patch_conv2d_affine`, for a
+    runtime that has its own way."""
+    before = getattr(_here, "lowered", None)
+    _here.lowered = convolution
+    try:
+        yield
+    finally:
+        _here.lowered = before
+
+
+def lowered() -> Callable[..., Tensor] | None:
+    """The function that `lowering` set, while torch.export traces."""
+    return getattr(_here, "lowered", None) if torch.compiler.is_exporting() else None
 
 
 def _register_fakes() -> None:

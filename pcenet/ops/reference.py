@@ -175,7 +175,18 @@ def _whole(x: Tensor, side: int) -> Tensor:
 def patch_perceptron(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor, patch_size: int) -> Tensor:
     """See `pcenet.ops.patch_perceptron`."""
     content = F.linear(x.permute(0, 2, 3, 1), weight)
-    hidden = F.gelu(content + (rows[:, None] + columns)).permute(0, 3, 1, 2)
-    total = F.avg_pool2d(_whole(hidden, patch_size), patch_size, divisor_override=1)
-    counts = [(size - torch.arange(0, size, patch_size, device=x.device)).clamp(max=patch_size) for size in x.shape[2:]]
-    return (total / (counts[0][:, None] * counts[1])).permute(0, 2, 3, 1).flatten(0, 2)
+    hidden = F.gelu(content + (rows[:, None] + columns))
+    return _patch_means(hidden, x, patch_size)
+
+
+def _patch_means(pixels: Tensor, x: Tensor, side: int) -> Tensor:
+    """Pixels ``[B, H, W, D]`` to the means over each patch's real ones, ``[N, D]``."""
+    (rows, columns), (batch, height, width, channels) = grid_of(x, side), pixels.shape
+    below, right = rows * side - height, columns * side - width
+    if not (isinstance(below, int) and isinstance(right, int) and below == right == 0):
+        pixels = F.pad(pixels, (0, 0, 0, right, 0, below))
+    # Rows first: long stretches of memory are added.
+    lines = pixels.reshape(batch * rows, side, columns * side * channels).sum(1)
+    total = lines.view(batch, rows, columns, side, channels).sum(3)
+    counts = [(size - torch.arange(0, size, side, device=x.device)).clamp(max=side) for size in (height, width)]
+    return (total / (counts[0][:, None] * counts[1])[..., None]).flatten(0, 2)

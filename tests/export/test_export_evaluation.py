@@ -9,11 +9,11 @@ from exporting import trained_like
 from torch import nn
 from torch.nn.utils import prune
 
-from pcenet.export.convolving import TileConv
-from pcenet.export.evaluation import evaluation_form, fold_batch_norms
+from pcenet.export.evaluation import evaluation_form, fold_batch_norms, trace
 from pcenet.models import create_network
 from pcenet.nn import PCEConv2d, PCELayer
 from pcenet.nn.conv import leaders_of
+from pcenet.nn.experts import SharedConv2d, StackedBatchNorm
 from pcenet.upcycling import upcycle
 
 
@@ -36,17 +36,14 @@ from pcenet.upcycling import upcycle
     ],
     ids=str,
 )
-@pytest.mark.parametrize("same_shape", [False, True])
-def test_a_classifier_is_the_same_in_evaluation_form(tiny, changes, size, same_shape):
+def test_a_classifier_is_the_same_in_evaluation_form(tiny, changes, size):
     model = tiny(**changes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    images = torch.randn(1 if same_shape else 3, 3, *size)
-    form = evaluation_form(model, images, same_shape=same_shape)
+    images = torch.randn(3, 3, *size)
+    form = evaluation_form(model, images)
     with torch.no_grad():
         torch.testing.assert_close(form(images), model(images), rtol=1e-5, atol=1e-5)
-    assert not [module for module in form.modules() if isinstance(module, PCELayer)]
-    if not changes:  # an image has 4 or 9 patches of 4 px, fewer than 8 for each of two experts
-        assert [conv.tile for conv in tile_convolutions(form)] == ([1, 1] if same_shape else [4, 4]) + [1, 1]
+    assert not [module for module in form.modules() if isinstance(module, SharedConv2d)]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -58,7 +55,10 @@ def test_other_networks_are_the_same(name, left):
     with torch.no_grad():
         torch.testing.assert_close(form(images), model(images), rtol=1e-5, atol=2e-5)
     # The last normalisation follows a sum, not a convolution.
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in form.modules()) == left
+    dense = [
+        each for each in form.modules() if isinstance(each, nn.BatchNorm2d) and not isinstance(each, StackedBatchNorm)
+    ]
+    assert len(dense) == left
 
 
 def test_a_decoder_on_an_encoder_is_the_same():
@@ -69,11 +69,10 @@ def test_a_decoder_on_an_encoder_is_the_same():
         torch.testing.assert_close(form(images), model(images), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("same_shape", [False, True])
-def test_an_upcycled_network_is_the_same_and_followers_follow(same_shape):
+def test_an_upcycled_network_is_the_same_and_followers_follow():
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=3).eval()
-    images = torch.randn(1 if same_shape else 2, 3, 64, 64)
+    images = torch.randn(2, 3, 64, 64)
     upcycle(model, num_experts=3, example=images, layers=1.0)
     trained_like(model)
     with torch.no_grad():
@@ -81,12 +80,9 @@ def test_an_upcycled_network_is_the_same_and_followers_follow(same_shape):
             if isinstance(module, PCEConv2d):
                 module.kernels.difference.copy_(0.05 * torch.randn_like(module.kernels.difference))
     assert leaders_of(model)
-    form = evaluation_form(model, images, same_shape=same_shape)
+    form = evaluation_form(model, images)
     with torch.no_grad():
         torch.testing.assert_close(form(images), model(images), rtol=1e-5, atol=1e-5)
-    # One image has 4 patches of 8 px where a router is shared, 4 tiles each, for three experts.
-    leader, follower = (form.get_submodule(f"layer1.0.conv{number}").conv for number in (1, 2))
-    assert leader.tile == follower.tile == (1 if same_shape else 4)
 
 
 def test_a_layer_with_a_shortcut_of_its_own_is_the_same():
@@ -100,15 +96,6 @@ def test_a_layer_with_a_shortcut_of_its_own_is_the_same():
         form = evaluation_form(layer.eval())
         with torch.no_grad():
             torch.testing.assert_close(form(images), layer(images), rtol=1e-5, atol=1e-5)
-
-
-def tile_convolutions(form):
-    return [module for module in form.modules() if isinstance(module, TileConv)]
-
-
-def test_a_shape_needs_an_example(tiny):
-    with pytest.raises(ValueError, match="same_shape=True needs an example"):
-        evaluation_form(tiny(), same_shape=True)
 
 
 def test_dropping_at_evaluation_is_refused():
@@ -138,41 +125,27 @@ def test_only_what_alone_reads_a_convolution_is_folded():
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("same_shape", [False, True])
-def test_each_expert_multiplies_its_own_patches_alone(tiny, monkeypatch, same_shape):
-    rows = []
-    plain = TileConv.forward
-
-    def noted(self, source, reads, tiles):
-        rows.append((self.tile, tiles.counts.tolist(), reads.numel()))
-        return plain(self, source, reads, tiles)
-
-    monkeypatch.setattr(TileConv, "forward", noted)
-    images = torch.randn(2, 3, 16, 16)
-    evaluation_form(tiny(), images, same_shape=same_shape)(images)
-    # Maps of 8 x 8 in patches of 4 are 4 patches of one tile each; of 4 x 4 in patches of 1, 16 of one tile each. Eight
-    # tiles are few for several experts: of images that are always two, their 16 pixels are convolved one by one.
-    first = (1, 8 * 16, 8 * 16 * 9) if same_shape else (4, 8, 8 * 36)
-    called = [(tile, sum(counts), reads) for tile, counts, reads in rows[-4:]]
-    assert called == [first, first, (1, 32, 32 * 9), (1, 32, 32 * 9)]
-
-
-def test_weights_that_are_computed_are_taken_as_they_are_used_or_refused():
+def test_weights_that_are_computed_are_taken_as_they_are_used():
     model = trained_like(create_network("pce_nano", num_classes=3, widths=(8, 12, 16))).requires_grad_(False)
     images = torch.randn(1, 3, 32, 32)
     layer = next(module for module in model.modules() if isinstance(module, PCELayer))
     prune.random_unstructured(layer.experts.conv1, "shared", 0.5)
     layer.experts.conv1.shared_orig.mul_(2)  # as loading does: what was computed before is of yesterday
+    prune.random_unstructured(layer.router.hidden, "weight", 0.5)
+    layer.router.logits = nn.Sequential(layer.router.logits)
     with torch.no_grad():
         form = evaluation_form(model, images)
         torch.testing.assert_close(form(images), model(images), rtol=1e-4, atol=1e-4)
-    prune.random_unstructured(layer.router.hidden, "weight", 0.5)
-    with pytest.raises(ValueError, match=r"weight of a HiddenLayer is computed .*prune\.remove"):
-        evaluation_form(model, images)
-    prune.remove(layer.router.hidden, "weight")
-    layer.router.logits = nn.Sequential(layer.router.logits)
-    with pytest.raises(ValueError, match="a router's logits layer is a Sequential"):
-        evaluation_form(model, images)
+
+
+def test_a_program_holds_operators_of_torch_alone(tiny):
+    images = torch.randn(3, 3, 16, 16)
+    model = tiny()
+    program = trace(evaluation_form(model, images), images, {0: torch.export.Dim("batch")})
+    assert not [node for node in program.graph.nodes if "pcenet" in str(node.target)]
+    other = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(other), model(other), rtol=1e-5, atol=1e-5)
 
 
 def test_eps_is_that_of_the_network():
