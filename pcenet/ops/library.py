@@ -11,7 +11,9 @@ Where there is none everything runs on the reference, in plain torch. ``PCENET_O
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -208,7 +210,7 @@ def _open(path: Path) -> Library | None:
     names = [functions.pcenet_set(number) for number in range(len(build.SETS))]
     sets = tuple(name.decode() for name in names if name is not None)
     runnable = tuple(name for number, name in enumerate(sets) if functions.pcenet_runs(number))
-    _register_fakes()
+    _register()
     return Library(path, functions, sets, runnable)
 
 
@@ -234,6 +236,12 @@ def lowering(convolution: Callable[..., Tensor]) -> Iterator[None]:
 def lowered() -> Callable[..., Tensor] | None:
     """The function that `lowering` set, while torch.export traces."""
     return getattr(_here, "lowered", None) if torch.compiler.is_exporting() else None
+
+
+@functools.cache  # torch takes each once per process
+def _register() -> None:
+    _register_fakes()
+    _register_flops()
 
 
 def _register_fakes() -> None:
@@ -304,6 +312,45 @@ def _register_fakes() -> None:
         hidden = weight.shape[0]
         sizes = ((hidden, x.shape[3]), (x.shape[1], hidden), (x.shape[2], hidden))
         return floats(x, *(x.shape if needs_x else (0,))), *(floats(x, *size) for size in sizes)
+
+
+def _register_flops() -> None:
+    """Tell torch's FlopCounterMode what the operators multiply and add; it gives shapes in the place of tensors."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    def formula(name: str) -> Callable[[Callable[..., int]], Any]:
+        return register_flop_formula(getattr(torch.ops.pcenet, name))
+
+    def convolution(pixels: Any, weight: Any) -> int:
+        return 2 * math.prod(pixels[:3]) * math.prod(weight[1:])
+
+    @formula("patch_conv2d")
+    def _(x: Any, weight: Any, *others: Any, **_: Any) -> int:
+        return convolution(x, weight)
+
+    @formula("patch_conv2d_input_grad")
+    def _(grad: Any, weight: Any, *others: Any, **_: Any) -> int:
+        return convolution(grad, weight)
+
+    @formula("patch_conv2d_weight_grad")
+    def _(grad: Any, x: Any, expert: Any, size: int, neighbours: bool, experts: int, kernel: int, **_: Any) -> int:
+        return convolution(x, (experts, grad[3], x[3], kernel, kernel))
+
+    @formula("expert_block")
+    def _(x: Any, expert: Any, size: int, *parts: Any, **_: Any) -> int:
+        return convolution(x, parts[0]) + convolution(x, parts[5])
+
+    def perceptron(x: Any, weight: Any) -> int:
+        content, position = math.prod(x[:3]) * x[3], (x[1] + x[2]) * (weight[1] - x[3])
+        return int(2 * weight[0] * (content + position))
+
+    @formula("patch_perceptron")
+    def _(x: Any, weight: Any, *others: Any, **_: Any) -> int:
+        return perceptron(x, weight)
+
+    @formula("patch_perceptron_backward")
+    def _(grad: Any, x: Any, weight: Any, *others: Any, **_: Any) -> int:
+        return (2 + others[-1]) * perceptron(x, weight)  # computed again, for the weight, and perhaps for x
 
 
 def _renew_lock() -> None:
