@@ -72,8 +72,8 @@ class Routing:
 
     @property
     def by_choice(self) -> tuple[Tensor, Tensor]:
-        """Of all patches the expert, -1 where dropped (int64), and the factor of its output: ``[k * N]`` each, the best
-        choices of all patches first, then the second ones."""
+        """The expert of each choice, int64 and -1 where dropped, and the factor of its output, ``[k * N]`` each. The
+        best choices of all patches come first, then the second ones."""
         expert = torch.where(self.kept, self.choice, -1)
         return expert.T.flatten(), self.choice_weight.T.flatten()
 
