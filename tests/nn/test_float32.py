@@ -127,4 +127,7 @@ def test_replicas_in_threads(name: str) -> None:
         copies = [copy.deepcopy(layer) for _ in parts]
         with ThreadPoolExecutor(len(parts)) as pool:
             found = list(pool.map(torch.no_grad()(lambda own, part: own(part)), copies, parts))
-    assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * len(parts)
+    for own, right in zip(found, expected, strict=True):
+        # Bit for bit where kernels of ours run; torch's round as the threads of the thread that calls them have it.
+        exact = library.choice().instructions is not None
+        torch.testing.assert_close(own, right, **({"rtol": 0, "atol": 0} if exact else {}))
