@@ -123,3 +123,10 @@ def test_checkpointing_routes_the_same_twice() -> None:
 def test_unknown_balancing() -> None:
     with pytest.raises(ValueError, match=r"balancing='loss' .*'batch'.*'none'|balancing"):
         Router(3, 2, 3, balancing="loss")
+
+
+def test_logits_that_are_no_numbers_give_no_bias() -> None:
+    """A diverged network ends by its own check, not here."""
+    logits = torch.randn(500, 4)
+    logits[::3, 1] = float("nan")
+    assert not balancing_bias(logits).isfinite().any()

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -676,10 +677,19 @@ Tensor balancing_bias(const Tensor &logits, int64_t top_k, int64_t sweeps, doubl
       std::vector<float> own(experts), best(top_k + 1);
       for (; i < end; i++) {
         for (int64_t e = 0; e < experts; e++) own[e] = from[i * experts + e] + bias[e];
-        std::partial_sort_copy(own.begin(), own.end(), best.begin(), best.end(), std::greater<float>());
+        // The best top_k + 1 scores, which are few: each new one is moved to its place.
+        std::fill(best.begin(), best.end(), -std::numeric_limits<float>::infinity());
+        for (float score : own)
+          for (size_t place = best.size(); place-- > 0 && score > best[place];) {
+            if (place + 1 < best.size()) best[place + 1] = best[place];
+            best[place] = score;
+          }
         float last_in = best[top_k - 1], first_out = best[top_k];
-        for (int64_t e = 0; e < experts; e++)
-          leads[e * patches + i] = own[e] - (own[e] >= last_in ? first_out : last_in);
+        for (int64_t e = 0; e < experts; e++) {
+          float lead = own[e] - (own[e] >= last_in ? first_out : last_in);
+          // What is no number has no place in an order: selection would leave the array.
+          leads[e * patches + i] = lead == lead ? lead : std::numeric_limits<float>::infinity();
+        }
       }
     });
     in_parallel(experts, [&](int64_t e) {
