@@ -33,8 +33,8 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
 bench: $(VENV)/installed
-	$(BIN)/pcenet bench --threads 2 --against benchmarks/einsum_dispatch.py --json 'benchmarks/results/table-{kind}.json'
-	$(BIN)/pcenet bench --threads 2 --suite scaling --json 'benchmarks/results/scaling-{kind}.json' --plot docs/images/scaling.png
+	$(BIN)/pcenet bench --threads 2 --rounds 7 --against benchmarks/einsum_dispatch.py --json 'benchmarks/results/table-{kind}.json'
+	$(BIN)/pcenet bench --threads 2 --rounds 7 --suite scaling --json 'benchmarks/results/scaling-{kind}.json' --plot docs/images/scaling.png
 	$(BIN)/python benchmarks/report.py
 
 experiments: $(VENV)/installed

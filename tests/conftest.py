@@ -15,6 +15,7 @@ from hypothesis import settings
 from PIL import Image
 
 from pcenet import ops
+from pcenet.ops import library
 
 settings.register_profile("pcenet", derandomize=True, deadline=None, max_examples=15, database=None)
 settings.load_profile("pcenet")
@@ -41,6 +42,18 @@ def _one_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def compiled_operators() -> Iterator[None]:
+    """They compute in float32, where there are any."""
+    before = library.choice()
+    try:
+        library.use("required")
+    except ValueError as error:
+        pytest.skip(f"NOT RUN, and not tested on this machine: no kernels ({error})")
+    yield
+    library.use(before.instructions or "reference")
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ class Bench:
         measures: Sequence[str],
         line: Callable[[str, str], str | None] = lambda _measure, _border: None,
     ) -> None:
-        """A shape's layers, one for each border, beside the dense block and perhaps the rival."""
+        """A shape's layers, one per border, compared with the dense block and, if given, the rival."""
         compiled = self.config.compile
         dense = DenseLayer(shape.channels).to(self.device).to(memory_format=torch.channels_last)
         batches = self.layer_batches(shape)
@@ -160,7 +160,7 @@ class Bench:
                 self.add({**common, **about, "measure": measure}, figures)
 
     def growth(self, shape: Shape, few: int, many: int, precision: str, line: str) -> None:
-        """A layer with many experts beside one with few, at the same active work."""
+        """A layer with many experts compared with one with few, at the same active work."""
         batches = self.layer_batches(shape)
         layers = {count: make_layer(shape, count, "halo").to(self.device) for count in (few, many)}
         load = max(balance(layer, batches) for layer in layers.values())
@@ -192,7 +192,7 @@ class Bench:
         compiled: bool = False,
         lines: Mapping[str, str] | None = None,
     ) -> None:
-        """A network beside its dense twin.
+        """A network compared with its dense twin.
 
         Args:
             name: of the network.
@@ -207,7 +207,7 @@ class Bench:
         """
         twin = twin_of(name)
         if twin is None:
-            raise ValueError(f"models={name!r} has no dense twin to be measured beside; `pcenet models` lists those")
+            raise ValueError(f"models={name!r} has no dense twin to compare it with; `pcenet models` lists those")
         # Nothing is dropped, so that both do the same work.
         ours = create_network(name, num_classes=CLASSES, capacity_factor=None)
         dense = create_network(twin, num_classes=CLASSES)

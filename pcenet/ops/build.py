@@ -49,11 +49,10 @@ class InstructionSet(NamedTuple):
 
 
 AVX2 = ("-mavx2", "-mfma")
-AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 # Every unit isa_NAME.cpp has its line here; all other units run anywhere and get no flags of their own.
 SETS = {
-    "avx512_bf16": InstructionSet("x86_64", (*AVX512, "-mavx512bf16"), proven=False),
-    "avx512": InstructionSet("x86_64", AVX512, proven=False),
+    "avx512": InstructionSet("x86_64", (*AVX2, *AVX512), proven=False),
     "avx2": InstructionSet("x86_64", AVX2, proven=True),
     "neon": InstructionSet("aarch64", (), proven=False),
 }

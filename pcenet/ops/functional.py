@@ -6,7 +6,7 @@ Every operator takes and gives maps, whose shapes do not depend on who is whose;
 matter of a backend.
 
 Axes: B images, C channels in, D channels out, H x W the map, N patches, E experts, S patch side, K kernel side. With k
-experts per patch there are k*B images, one map for each choice: ``x.repeat(k, 1, 1, 1)`` and experts ``[k * N]``.
+experts per patch there are k*B images, one map for each choice: ``torch.cat([x] * k)`` and experts ``[k * N]``.
 
 Where the compiled library runs (`pcenet.ops.backend`), these are its operators with gradients of their own; everything
 else, second derivatives and transforms of `torch.func` among it, takes `pcenet.ops.reference`.
@@ -87,9 +87,8 @@ def patch_conv2d_affine(
 ) -> Tensor:
     """`patch_conv2d` and then `patch_affine`; in one pass over the map where nothing needs a gradient."""
     if (lowered := library.lowered()) is not None:
-        kernels = weight if base is None else weight + base
-        settings = (expert, patch_size, neighbours, scale, shift)
-        return lowered(x, kernels, *settings, gelu=gelu, gate=gate, residual=residual)
+        places = (expert, patch_size, neighbours)
+        return lowered(x, weight, *places, scale, shift, base=base, gelu=gelu, gate=gate, residual=residual)
     x = _autocast(x)
     if not _compiled(x, weight, residual) or _tracked(x, weight, base, scale, shift, gate, residual):
         out = patch_conv2d(x, weight, expert, patch_size, neighbours, base=base)
@@ -425,12 +424,11 @@ class _PatchConv2d(torch.autograd.Function):
     """`patch_conv2d` of the compiled library."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, base: Tensor | None, expert: Tensor, patch_size: int, neighbours: bool
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, base, expert)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, patch_size, neighbours = inputs
+        ctx.save_for_backward(*tensors)
         ctx.settings = (patch_size, neighbours)
-        return _conv2d(x, weight, base, expert, patch_size, neighbours)
+        return _conv2d(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -454,20 +452,10 @@ class _PatchAffine(torch.autograd.Function):
     """`patch_affine` of the compiled library."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        expert: Tensor,
-        patch_size: int,
-        gelu: bool,
-        gate: Tensor | None,
-        residual: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, scale, shift, expert, ctx.patch_size, ctx.gelu, gate, residual = inputs
         ctx.save_for_backward(x, scale, shift, expert, gate, residual)
-        ctx.patch_size, ctx.gelu = patch_size, gelu
-        return _affine(x, scale, shift, expert, patch_size, gelu, gate, residual)
+        return _affine(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -504,32 +492,16 @@ class _ExpertNorm(torch.autograd.Function):
     """`expert_norm` of the compiled library; its statistics are functions of x."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        expert: Tensor,
-        gate: Tensor | None,
-        residual: Tensor | None,
-        running_mean: Tensor,
-        running_var: Tensor,
-        patch_size: int,
-        gelu: bool,
-        eps: float,
-        total: Callable[[Tensor], Tensor] | None,
-    ) -> tuple[Tensor, ...]:
-        pixels = _pixels(x)
-        moments = OPS.expert_moments(pixels, expert, patch_size, len(weight))
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *tensors, patch_size, gelu, eps, total = inputs
+        x, weight, bias, expert, gate, residual, running_mean, running_var = tensors
+        moments = OPS.expert_moments(_pixels(x), expert, patch_size, len(weight))
         rstd, mean, share, moments = _standardising(moments, running_mean, running_var, eps, total)
-        ctx.save_for_backward(x, weight, bias, expert, gate, residual, running_mean, running_var, rstd, mean, share)
+        ctx.save_for_backward(*tensors, rstd, mean, share)
         ctx.settings = (patch_size, gelu, eps, total)
         scale = weight * rstd
-        added = None if residual is None else _pixels(residual)
-        parameters = (_floats(scale), _floats(bias - mean * scale), expert, patch_size, gelu, _floats(gate), added)
-        out = _map(OPS.patch_affine(pixels, *parameters))
         ctx.mark_non_differentiable(*moments)
-        return out, *moments
+        return _affine(x, scale, bias - mean * scale, expert, patch_size, gelu, gate, residual), *moments
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *of_moments: Tensor) -> tuple[Any, ...]:

@@ -30,8 +30,6 @@ VARIABLE = "PCENET_OPS"
 CHOICES = ("auto", "required", "reference", *build.SETS)
 OLDEST_TORCH = "2.10"  # its stable interface is what the library is compiled against
 REFERENCE_COST = 1.8  # times that pce_nano's training step takes on the reference, on a processor with AVX2
-
-
 TYPES = (torch.float32, torch.bfloat16)
 
 log = logging.getLogger(__name__)
@@ -89,7 +87,7 @@ def compiled() -> bool:
 
 
 # What torch.compiler.assume_constant_result does, which imports all of Dynamo first: seconds.
-compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+compiled._dynamo_marked_constant = True  # type: ignore[attr-defined] # a mark on a function
 
 
 def loaded() -> Library | None:

@@ -1,10 +1,10 @@
-"""The lowered convolution computes what the operator does."""
+"""The lowered convolution against the naive one, patch by patch."""
 
 import pytest
+import reference
 import torch
 
 from pcenet.export.lowering import Lowering
-from pcenet.ops import reference
 
 
 @pytest.mark.parametrize("opaque", [False, True])
@@ -24,10 +24,12 @@ def test_two_convolutions_one_after_the_other(side, kernel, neighbours, opaque):
     )
     places, lowered = (expert, side, neighbours), Lowering(opaque)
     hidden = lowered(x, first, *places, scale, shift, gelu=True)
-    out = lowered(hidden, second, *places, None, None, gate=gate, residual=residual)
-    expected = reference.patch_conv2d(x, first, *places)
-    expected = reference.patch_affine(expected, scale, shift, expert, side, True, None, None)
+    base = torch.randn(4, 7, kernel, kernel)
+    out = lowered(hidden, second, *places, None, None, base=base, gate=gate, residual=residual)
+    owners = expert.tolist()
+    expected = reference.patch_conv2d(x, first, None, owners, side, neighbours)
+    expected = reference.patch_affine(expected, scale, shift, owners, side, True, None, None)
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
-    expected = reference.patch_conv2d(expected, second, *places)
-    expected = reference.patch_affine(expected, None, None, expert, side, False, gate, residual)
+    expected = reference.patch_conv2d(expected, second, base, owners, side, neighbours)
+    expected = reference.patch_affine(expected, None, None, owners, side, False, gate, residual)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-3)

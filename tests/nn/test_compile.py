@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from pcenet.models.registry import create_network, list_models
 from pcenet.nn import PCELayer, Routing
 from pcenet.nn.routing import Router
-from pcenet.ops import library
 
 EXPERTS = 3
 
@@ -123,18 +122,6 @@ def test_evaluation_without_gradients_is_one_graph_for_every_routing() -> None:
         favour(compiled, step)
         with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile" if step else "default"):
             torch.testing.assert_close(compiled(x), layer(x), rtol=1e-9, atol=1e-10)
-
-
-@pytest.fixture
-def compiled_operators() -> Iterator[None]:
-    """They compute in float32, where there are any."""
-    before = library.choice()
-    try:
-        library.use("required")
-    except ValueError as error:
-        pytest.skip(f"NOT RUN, and not tested on this machine: no kernels ({error})")
-    yield
-    library.use(before.instructions or "reference")
 
 
 def float32_layer(border: str, patch_size: int, training: bool, **options: Any) -> PCELayer:

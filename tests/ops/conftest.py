@@ -79,7 +79,6 @@ def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a fresh process: nothing is loaded, nothing decided. Afterwards all is as it was."""
     monkeypatch.setattr(library, "_library", None)
     monkeypatch.setattr(library, "_choice", None)
-    monkeypatch.setattr(library, "_register_fakes", lambda: None)  # torch takes them once
 
 
 @pytest.fixture

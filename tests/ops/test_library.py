@@ -116,12 +116,12 @@ def test_what_never_ran_anywhere_runs_by_name_alone(kernels: library.Library, mo
 
 def test_better_sets_that_do_not_run(kernels: library.Library, monkeypatch: pytest.MonkeyPatch) -> None:
     worst = kernels.runnable[-1]
-    three = kernels._replace(sets=("avx512_bf16", "avx512", worst), runnable=("avx512", worst))
+    three = kernels._replace(sets=("neon", "avx512", worst), runnable=("avx512", worst))
     library.use(worst)
     monkeypatch.setattr(library, "_library", three)
     monkeypatch.setitem(build.SETS, "avx512", build.SETS["avx512"]._replace(proven=False))
     assert library.not_used() == {
-        "avx512_bf16": "not of this processor",
+        "neon": "not of this processor",
         "avx512": "never tested, PCENET_OPS=avx512 turns it on",
     }
     library.use("reference")
@@ -131,7 +131,9 @@ def test_better_sets_that_do_not_run(kernels: library.Library, monkeypatch: pyte
 @pytest.mark.parametrize("wrong", ["avx", "AVX2", "required ", "cuda"])
 def test_a_wrong_value_lists_what_there_is(wrong: str, undecided: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PCENET_OPS", wrong)
-    with pytest.raises(ValueError, match=f"^PCENET_OPS={wrong}: there is auto, required, reference, avx512_bf16, avx"):
+    with pytest.raises(
+        ValueError, match=f"^PCENET_OPS={wrong}: there is auto, required, reference, avx512, avx2, neon$"
+    ):
         ops.backend()
 
 

@@ -93,6 +93,19 @@ def test_threads_do_not_change_a_bit(shape: tuple[int, ...], dtype: torch.dtype,
         assert differing(everything(shape, dtype), expected) == [], f"{threads} threads"
 
 
+def test_threads_do_not_change_a_bit_of_small_patches(compiled: str) -> None:
+    """Patches of 16 pixels of which 4 lie on the map, shared out by the patch: no piece is taken for one of few pixels
+    because there are more threads. Kernels are channels-last, which those of few pixels are read in."""
+    x = torch.randn(96, 24, 1, 4)
+    weight = torch.randn(4 * 16, 24, 3, 3).contiguous(memory_format=torch.channels_last).unflatten(0, (4, 16))
+    expert = torch.arange(96) % 4
+    found = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        found.append(ops.patch_conv2d(x, weight, expert, 4))
+    assert [torch.equal(each, found[0]) for each in found] == [True] * 4
+
+
 def test_two_threads_at_once(compiled: str) -> None:
     """As of DataParallel, or of a server: each has memory of its own, and torch's threads serve one after the other."""
     expected = [everything(shape, torch.float32) for shape in SHAPES]

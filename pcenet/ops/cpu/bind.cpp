@@ -72,19 +72,24 @@ float *scratch(size_t size) {
   return memory.get();
 }
 
-// Runs tasks 0 to count, each by whichever thread is free.
+// Runs tasks 0 to count, each by whichever thread is free; make() gives a thread the function that does its tasks.
+template <class Make>
+void by_workers(int64_t count, const Make &make) {
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    auto task = make();
+    for (int64_t i; (i = next.fetch_add(1)) < count;) task(i);
+  };
+  int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  if (threads <= 1) return work();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; begin++) work();
+  });
+}
+
 template <class Task>
 void in_parallel(int64_t count, const Task &task) {
-  int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  if (threads <= 1) {
-    for (int64_t i = 0; i < count; i++) task(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; begin++)
-      for (int64_t i; (i = next.fetch_add(1)) < count;) task(i);
-  });
+  by_workers(count, [&] { return [&](int64_t i) { task(i); }; });
 }
 
 // ---- What comes from Python -----------------------------------------------------------------------------------------
@@ -241,54 +246,45 @@ struct Task {
   int panel, panel_end;
 };
 
-// An expert's patches in pieces, of which all experts together have a few per thread.
+// An expert's patches in pieces, of which all experts together have a few per thread. Where that makes fewer tasks than
+// threads, for a single image, they are divided by output channels.
 std::vector<Task> share_out(const Sorted &sorted, const Convolution &job) {
   constexpr int64_t least_pixels = 96;
   int64_t total = std::max<int64_t>(1, sorted.begin.back()), pixels = int64_t(job.grid.side) * job.grid.side;
-  int64_t wanted = 4 * torch::stable::get_num_threads(), panels = kernels->panels(job.out_channels);
-  std::vector<Task> tasks;
+  int64_t threads = torch::stable::get_num_threads();
+  int panels = kernels->panels(job.out_channels);
+  std::vector<Task> tasks, parts;
   for (size_t e = 0; e + 1 < sorted.begin.size(); e++) {
     int64_t first = sorted.begin[e], load = sorted.begin[e + 1] - first;
     if (!load) continue;
     int64_t most = std::clamp<int64_t>(load * pixels / least_pixels, 1, load);
-    int64_t pieces = std::clamp<int64_t>((load * wanted + total - 1) / total, 1, most);
+    int64_t pieces = std::clamp<int64_t>((load * 4 * threads + total - 1) / total, 1, most);
     for (int64_t i = 0; i < pieces; i++)
-      tasks.push_back({int(e), first + load * i / pieces, first + load * (i + 1) / pieces, 0, int(panels)});
+      tasks.push_back({int(e), first + load * i / pieces, first + load * (i + 1) / pieces, 0, panels});
   }
-  return tasks;
-}
-
-// Fewer tasks than threads, for a single image: they are divided by output channels.
-std::vector<Task> divided(const std::vector<Task> &tasks) {
-  int64_t threads = torch::stable::get_num_threads(), count = tasks.size();
+  int64_t count = tasks.size();
   if (count == 0 || count >= threads) return tasks;
-  std::vector<Task> parts;
-  for (const Task &t : tasks) {
-    int64_t groups = std::min<int64_t>(t.panel_end, (threads + count - 1) / count);
+  int64_t groups = std::min<int64_t>(panels, (threads + count - 1) / count);
+  for (const Task &t : tasks)
     for (int64_t g = 0; g < groups; g++)
-      parts.push_back({t.expert, t.first, t.last, int(t.panel_end * g / groups), int(t.panel_end * (g + 1) / groups)});
-  }
+      parts.push_back({t.expert, t.first, t.last, int(panels * g / groups), int(panels * (g + 1) / groups)});
   return parts;
 }
 
-void run(const Convolution &job, const std::vector<Task> &tasks) {
+void run(const Convolution &job, const Sorted &sorted) {
   int64_t size = kernels->convolve_scratch(job);
-  std::atomic<size_t> next{0};
-  int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks.size());
-  auto work = [&] {
-    Task before = {};
-    bool packed = false;
-    for (size_t i; (i = next.fetch_add(1)) < tasks.size(); before = tasks[i]) {
+  std::vector<Task> tasks = share_out(sorted, job);
+  by_workers(tasks.size(), [&] {
+    return [&, before = Task{-1, 0, 0, 0, 0}](int64_t i) mutable {
       const Task &t = tasks[i];
-      packed = packed && t.expert == before.expert && t.panel == before.panel && t.panel_end == before.panel_end;
-      packed = kernels->convolve(job, t.expert, t.first, t.last, t.panel, t.panel_end, false, packed, scratch(size));
-    }
-  };
-  if (threads <= 1) return work();
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(); });
+      bool packed = t.expert == before.expert && t.panel == before.panel && t.panel_end == before.panel_end;
+      kernels->convolve(job, t.expert, t.first, t.last, t.panel, t.panel_end, false, packed, scratch(size));
+      before = t;
+    };
+  });
 }
 
-Convolution convolution(const Grid &grid, Direction direction, bool neighbours, const Weight &w) {
+Convolution convolution(const Grid &grid, Direction direction, bool neighbours, const Weight &w, const Sorted &sorted) {
   bool forward = direction == Direction::forward;
   Convolution job = {};
   job.grid = grid, job.direction = direction, job.neighbours = neighbours, job.kernel = w.kernel;
@@ -297,6 +293,7 @@ Convolution convolution(const Grid &grid, Direction direction, bool neighbours, 
   job.base = {w.base, forward ? w.base_out_stride : w.base_in_stride, forward ? w.base_in_stride : w.base_out_stride,
               w.base_tap_stride};
   job.expert_stride = w.expert_stride;
+  job.order = sorted.order.data(), job.begin = sorted.begin.data();
   return job;
 }
 
@@ -315,10 +312,10 @@ ScalarType summed(const Tensor &pixels, const Maybe &residual) {
 // A convolution of `in` and what follows it, into `out`.
 void convolve_into(float *out, const float *in, const Grid &grid, const Sorted &sorted, const Weight &w,
                    bool neighbours, const Epilogue &epilogue) {
-  Convolution job = convolution(grid, Direction::forward, neighbours, w);
-  job.in = in, job.out = out, job.order = sorted.order.data(), job.epilogue = epilogue;
+  Convolution job = convolution(grid, Direction::forward, neighbours, w, sorted);
+  job.in = in, job.out = out, job.epilogue = epilogue;
   if (!sorted.complete()) fill(out, epilogue.residual, grid.batch * grid.height * grid.width * w.out);
-  run(job, divided(share_out(sorted, job)));
+  run(job, sorted);
 }
 
 Tensor patch_conv2d(const Tensor &pixels, const Tensor &weight, const Maybe &base, const Tensor &expert,
@@ -407,10 +404,10 @@ Tensor patch_conv2d_input_grad(const Tensor &grad, const Tensor &weight, const M
   STD_TORCH_CHECK(grad.size(3) == w.out, "grad has ", grad.size(3), " channels, weight ", w.out);
   Sorted sorted(experts_of(expert, grid, w.experts), patches_of(grid), w.experts);
   Tensor out = empty_floats(grad, map_of(grid, w.in));
-  Convolution job = convolution(grid, Direction::input_grad, neighbours && w.kernel > 1, w);
-  job.in = in.data(), job.out = floats_of(out), job.order = sorted.order.data();
+  Convolution job = convolution(grid, Direction::input_grad, neighbours && w.kernel > 1, w, sorted);
+  job.in = in.data(), job.out = floats_of(out);
   if (!sorted.complete()) fill(job.out, nullptr, out.numel());
-  run(job, divided(share_out(sorted, job)));
+  run(job, sorted);
   if (job.neighbours && sorted.begin.back()) add_rings(job, sorted);
   return as_type(out, grad.scalar_type());
 }

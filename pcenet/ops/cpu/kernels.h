@@ -41,6 +41,7 @@ struct Convolution {
   float *out;
   Epilogue epilogue;
   const int32_t *order;  // patches, sorted by expert
+  const int64_t *begin;  // [E + 1], where each expert's begin
 };
 
 // Gradient for the weights of one expert: grad_weight[out][tap][in], contiguous.
@@ -85,8 +86,8 @@ struct Kernels {
   int64_t (*convolve_scratch)(const Convolution &);
   // For the patches order[first..last) of one expert the panels [panel, panel_end) of output channels: the cells of the
   // patches are written; or, for an input gradient with neighbours, the ring around each is added to what is there.
-  // `packed` says that scratch holds this expert's kernel already; what is returned, whether it does now.
-  bool (*convolve)(const Convolution &, int expert, int64_t first, int64_t last, int panel, int panel_end, bool ring,
+  // `packed` says that scratch has been used for this expert and these panels last.
+  void (*convolve)(const Convolution &, int expert, int64_t first, int64_t last, int panel, int panel_end, bool ring,
                    bool packed, float *scratch);
   int (*panels)(int channels);
   int64_t (*weight_grad_scratch)(const WeightGrad &);

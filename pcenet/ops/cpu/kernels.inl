@@ -108,6 +108,7 @@ inline Gelu gelu_and_slope(Vector x) {
   return {x * below, below + x * n.density * 0.39894228f};
 }
 
+// Not gelu_and_slope(x).slope where it is needed: within a lambda g++ 12 ends with an internal error.
 inline Vector slope_of_gelu(Vector x) {
   Gelu both = gelu_and_slope(x);
   return both.slope;
@@ -555,15 +556,25 @@ int64_t convolve_scratch(const Convolution &job) {
   return most(packed, few_scratch(job)) + 2 * sizeof(Chunk) / sizeof(float) + 16;
 }
 
-bool convolve(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end, bool ring,
+// Asked of all of an expert's patches, not of a task's: sums are rounded otherwise, and how patches are shared out depends
+// on the threads.
+bool has_few_pixels(const Convolution &job, int expert) {
+  int64_t count = 0;
+  for (int64_t position = job.begin[expert]; position < job.begin[expert + 1] && count <= FEW; position++) {
+    Place place = place_of(job.grid, job.order[position]);
+    count += place.height * place.width;
+  }
+  return count <= FEW;
+}
+
+void convolve(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end, bool ring,
               bool packed, float *scratch) {
   Chunk *chunk = reinterpret_cast<Chunk *>(scratch), *next = chunk + 1;
   float *kernel = scratch + round_up(2 * sizeof(Chunk) / sizeof(float), 16);
   Walk walk = {job, first, last, ring, 0, 0, false};
   walk.next(*chunk);
-  bool few = chunk->count <= FEW && walk.position == last;
-  if (few && !packed && job.direction == Direction::forward && reads_stretches(job))
-    return convolve_few(job, *chunk, expert, panel, panel_end, kernel), false;
+  if (job.direction == Direction::forward && reads_stretches(job) && has_few_pixels(job, expert))
+    return convolve_few(job, *chunk, expert, panel, panel_end, kernel);
   if (!packed) pack_kernel(job, expert, panel, panel_end, kernel);
   while (chunk->count) {
     walk.next(*next);
@@ -571,7 +582,6 @@ bool convolve(const Convolution &job, int expert, int64_t first, int64_t last, i
     Chunk *done = chunk;
     chunk = next, next = done;
   }
-  return true;
 }
 
 // ---- Gradient for the weights ---------------------------------------------------------------------------------------
@@ -720,14 +730,6 @@ inline void for_runs(const Affine &job, int64_t line, int64_t line_end, const Wh
         what(job.expert[patch], patch, (image * grid.height + y) * grid.width + left, count);
       }
   }
-}
-
-// Calls what(channel, whole): for every vector of channels, whole but perhaps the last.
-template <class What>
-inline void for_channels(int channels, const What &what) {
-  int c = 0;
-  for (; c + VECTOR <= channels; c += VECTOR) what(c, VECTOR);
-  if (c < channels) what(c, channels - c);
 }
 
 // A panel's worth of what an expert has, or a constant.
