@@ -278,13 +278,13 @@ void run(const Convolution &job, const Sorted &sorted) {
     return [&, before = Task{-1, 0, 0, 0, 0}](int64_t i) mutable {
       const Task &t = tasks[i];
       bool packed = t.expert == before.expert && t.panel == before.panel && t.panel_end == before.panel_end;
-      kernels->convolve(job, t.expert, t.first, t.last, t.panel, t.panel_end, false, packed, scratch(size));
+      kernels->convolve(job, t.expert, t.first, t.last, t.panel, t.panel_end, packed, scratch(size));
       before = t;
     };
   });
 }
 
-Convolution convolution(const Grid &grid, Direction direction, bool neighbours, const Weight &w, const Sorted &sorted) {
+Convolution convolution(const Grid &grid, Direction direction, bool neighbours, const Weight &w) {
   bool forward = direction == Direction::forward;
   Convolution job = {};
   job.grid = grid, job.direction = direction, job.neighbours = neighbours, job.kernel = w.kernel;
@@ -293,7 +293,6 @@ Convolution convolution(const Grid &grid, Direction direction, bool neighbours, 
   job.base = {w.base, forward ? w.base_out_stride : w.base_in_stride, forward ? w.base_in_stride : w.base_out_stride,
               w.base_tap_stride};
   job.expert_stride = w.expert_stride;
-  job.order = sorted.order.data(), job.begin = sorted.begin.data();
   return job;
 }
 
@@ -312,8 +311,9 @@ ScalarType summed(const Tensor &pixels, const Maybe &residual) {
 // A convolution of `in` and what follows it, into `out`.
 void convolve_into(float *out, const float *in, const Grid &grid, const Sorted &sorted, const Weight &w,
                    bool neighbours, const Epilogue &epilogue) {
-  Convolution job = convolution(grid, Direction::forward, neighbours, w, sorted);
+  Convolution job = convolution(grid, Direction::forward, neighbours, w);
   job.in = in, job.out = out, job.epilogue = epilogue;
+  job.order = sorted.order.data(), job.begin = sorted.begin.data();
   if (!sorted.complete()) fill(out, epilogue.residual, grid.batch * grid.height * grid.width * w.out);
   run(job, sorted);
 }
@@ -372,28 +372,26 @@ Tensor expert_block(const Tensor &pixels, const Tensor &expert, int64_t patch_si
   return as_type(out, summed(pixels, residual));
 }
 
-// With neighbours a patch's gradients reach beyond it: what falls on others is added after all have written their own. A
-// task has whole images, in which it does one patch after the other; how images are divided does not depend on the
-// threads, so neither does the order of the sums.
-void add_rings(const Convolution &job, const Sorted &sorted) {
-  const Grid &grid = job.grid;
-  int64_t experts = sorted.begin.size() - 1, panels = kernels->panels(job.out_channels);
-  int64_t all_pixels = grid.batch * grid.height * grid.width;
-  int64_t blocks = std::clamp<int64_t>(all_pixels / (experts * 256), 1, std::min<int64_t>(16, grid.batch));
-  int64_t groups = std::clamp<int64_t>((8 + blocks - 1) / blocks, 1, panels);
-  int64_t size = kernels->convolve_scratch(job), per_image = int64_t(grid.rows) * grid.columns;
-  in_parallel(blocks * groups, [&](int64_t task) {
-    int64_t block = task / groups, group = task % groups;
-    int64_t image = grid.batch * block / blocks, image_end = grid.batch * (block + 1) / blocks;
-    for (int64_t e = 0; e < experts; e++) {
-      auto start = sorted.order.begin(), end = start + sorted.begin[e + 1];
-      auto first = std::lower_bound(start + sorted.begin[e], end, int32_t(image * per_image));
-      auto last = std::lower_bound(first, end, int32_t(image_end * per_image));
-      if (first != last)
-        kernels->convolve(job, int(e), first - start, last - start, int(panels * group / groups),
-                          int(panels * (group + 1) / groups), true, false, scratch(size));
-    }
-  });
+// With neighbours a patch's gradients reach beyond it: what falls on others lies in a ring around each until all have
+// written their own. Rings of small patches are larger than the map, so images are taken some at a time.
+void convolve_back(Convolution job, const Grid &grid, const int64_t *experts, int64_t num_experts, const Tensor &like) {
+  constexpr int64_t most_floats = 1 << 23;
+  int64_t per_image = int64_t(grid.rows) * grid.columns, pixels = grid.height * grid.width;
+  int64_t ring = job.neighbours ? per_image * (4 * grid.side + 4) * job.out_channels : 0;
+  int64_t at_once = std::clamp<int64_t>(most_floats / std::max<int64_t>(1, ring), 1, std::max<int64_t>(1, grid.batch));
+  Tensor rings = empty_floats(like, {at_once * ring});
+  for (int64_t image = 0; image < grid.batch; image += at_once) {
+    Convolution part = job;
+    part.grid.batch = std::min(at_once, grid.batch - image);
+    part.in += image * pixels * job.in_channels, part.out += image * pixels * job.out_channels;
+    part.ring = ring ? floats_of(rings) : nullptr;
+    const int64_t *own = experts + image * per_image;
+    Sorted sorted(own, patches_of(part.grid), num_experts);
+    part.order = sorted.order.data(), part.begin = sorted.begin.data();
+    if (!sorted.complete()) fill(part.out, nullptr, part.grid.batch * pixels * job.out_channels);
+    run(part, sorted);
+    if (ring) in_parallel(part.grid.batch, [&](int64_t i) { kernels->add_rings(part, own, i); });
+  }
 }
 
 Tensor patch_conv2d_input_grad(const Tensor &grad, const Tensor &weight, const Maybe &base, const Tensor &expert,
@@ -402,13 +400,10 @@ Tensor patch_conv2d_input_grad(const Tensor &grad, const Tensor &weight, const M
   Weight w(weight, base);
   Grid grid = grid_of(grad, patch_size);
   STD_TORCH_CHECK(grad.size(3) == w.out, "grad has ", grad.size(3), " channels, weight ", w.out);
-  Sorted sorted(experts_of(expert, grid, w.experts), patches_of(grid), w.experts);
   Tensor out = empty_floats(grad, map_of(grid, w.in));
-  Convolution job = convolution(grid, Direction::input_grad, neighbours && w.kernel > 1, w, sorted);
+  Convolution job = convolution(grid, Direction::input_grad, neighbours && w.kernel > 1, w);
   job.in = in.data(), job.out = floats_of(out);
-  if (!sorted.complete()) fill(job.out, nullptr, out.numel());
-  run(job, sorted);
-  if (job.neighbours && sorted.begin.back()) add_rings(job, sorted);
+  convolve_back(job, grid, experts_of(expert, grid, w.experts), w.experts, grad);
   return as_type(out, grad.scalar_type());
 }
 
@@ -448,7 +443,7 @@ Tensor patch_conv2d_weight_grad(const Tensor &grad, const Tensor &pixels, const 
       pieces.push_back({e, first + load * i / count, first + load * (i + 1) / count, 0, outs, i ? slots++ : -1});
   }
   Tensor extra = empty_floats(grad, {slots, outs * row});
-  int64_t size = kernels->weight_grad_scratch(job);
+  int64_t size = kernels->weight_grad_scratch(job, int(outs * row > large ? std::min(outs, at_once) : outs));
   float *beside = floats_of(extra);
   in_parallel(pieces.size(), [&](int64_t i) {
     const Piece &p = pieces[i];

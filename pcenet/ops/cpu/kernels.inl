@@ -1,11 +1,10 @@
 // The kernels, compiled once per instruction set: a unit defines VECTOR (floats in a register), TILE (pixels of a tile) and
 // NAME, and includes this file. Everything has internal linkage but the table at the end.
 //
-// A convolution runs in tiles of TILE pixels by PANEL output channels, whose sums stay in registers. The pixels of a tile
-// have the same taps that read something, so that nothing is multiplied by what lies beyond a patch or the map. The map
-// is regular: a tap is an offset that all pixels share, and neither gathers nor windows are needed.
+// Products run in blocks of TILE rows by PANEL columns, whose sums stay in registers.
 
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -18,9 +17,7 @@ typedef int32_t Integers __attribute__((vector_size(4 * VECTOR)));
 
 constexpr int WIDTH = 2;  // vectors of a panel
 constexpr int PANEL = WIDTH * VECTOR;
-constexpr int CHUNK = 512;  // pixels whose tiles are listed at a time
-constexpr int MOST_TAPS = 9;
-constexpr int SLICE = 128;  // input channels that are packed at a time
+constexpr int SLICE = 32;  // input channels that are packed at a time
 
 inline Vector load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
 inline void store(float *p, Vector v) { *reinterpret_cast<Unaligned *>(p) = v; }
@@ -52,6 +49,8 @@ inline void store_some(float *p, Vector v, int count) {
   store(buffer, v);
   for (int i = 0; i < count; i++) p[i] = buffer[i];
 }
+
+inline void add_to(float *p, Vector v, int count) { store_some(p, load_some(p, count) + v, count); }
 
 // exp(-x) for x >= 0: by 2**n times a polynomial of what is left, as in the Cephes library's expf.
 inline Vector exp_of_minus(Vector x) {
@@ -115,17 +114,117 @@ inline Vector slope_of_gelu(Vector x) {
 }
 
 // ---- Convolutions ---------------------------------------------------------------------------------------------------
+//
+// A patch is cut into tiles: squares of pixels, each with the window of cells that they read. A convolution brings the
+// windows of some tiles together, point by point, multiplies each point's rows by that point's part of the kernel, and
+// writes what the products add up to. A scheme says how cells become points:
+//
+// - Direct: a tile is a pixel, and points are the cells themselves.
+// - Winograd's F(2x2, 3x3): a tile has 2x2 pixels, and the 16 points are sums of the 4x4 cells that need 4 products for
+//   each pixel instead of 9 (Lavin and Gray, 2016).
+//
+// The gradients are the same steps turned round: what wrote pixels reads their gradients, what read cells adds to theirs.
 
-struct Pixel {
-  int32_t index, patch, kind;  // place in the map, patch, and which taps read something
+// A linear map along one axis of a square, applied along both.
+struct Axis {
+  int from, to;
 };
 
-// The pixels of a chunk, sorted by kind.
-struct Chunk {
-  Pixel found[CHUNK], sorted[CHUNK];
-  int start[65];
-  int count;
+template <int N>
+struct Same {
+  static constexpr Axis axis = {N, N};
+  static void line(const Vector *d, int step, Vector *v, int to) {
+    for (int i = 0; i < N; i++) v[i * to] = d[i * step];
+  }
 };
+
+struct Read {  // cells to points
+  static constexpr Axis axis = {4, 4};
+  static void line(const Vector *d, int step, Vector *v, int to) {
+    Vector a = d[0], b = d[step], c = d[2 * step], e = d[3 * step];
+    v[0] = a - c, v[to] = b + c, v[2 * to] = c - b, v[3 * to] = b - e;
+  }
+};
+
+struct ReadGrad {
+  static constexpr Axis axis = {4, 4};
+  static void line(const Vector *d, int step, Vector *v, int to) {
+    Vector a = d[0], b = d[step], c = d[2 * step], e = d[3 * step];
+    v[0] = a, v[to] = b - c + e, v[2 * to] = b + c - a, v[3 * to] = -e;
+  }
+};
+
+struct Write {  // points to pixels
+  static constexpr Axis axis = {4, 2};
+  static void line(const Vector *d, int step, Vector *v, int to) {
+    Vector a = d[0], b = d[step], c = d[2 * step], e = d[3 * step];
+    v[0] = a + b + c, v[to] = b - c - e;
+  }
+};
+
+struct WriteGrad {
+  static constexpr Axis axis = {2, 4};
+  static void line(const Vector *d, int step, Vector *v, int to) {
+    Vector a = d[0], b = d[step];
+    v[0] = a, v[to] = a + b, v[2 * to] = a - b, v[3 * to] = -b;
+  }
+};
+
+struct Weigh {  // taps to points
+  static constexpr Axis axis = {3, 4};
+  static void line(const Vector *d, int step, Vector *v, int to) {
+    Vector a = d[0], b = 0.5f * d[step], c = d[2 * step], mean = 0.5f * (a + c);
+    v[0] = a, v[to] = mean + b, v[2 * to] = mean - b, v[3 * to] = c;
+  }
+};
+
+struct WeighGrad {
+  static constexpr Axis axis = {4, 3};
+  static void line(const Vector *d, int step, Vector *v, int to) {
+    Vector a = d[0], b = d[step], c = d[2 * step], e = d[3 * step], mean = 0.5f * (b + c);
+    v[0] = a + mean, v[to] = 0.5f * (b - c), v[2 * to] = mean + e;
+  }
+};
+
+template <class Map>
+inline void along_both(const Vector *in, Vector *out) {
+  constexpr int from = Map::axis.from, to = Map::axis.to;
+  Vector half[from * to];
+#pragma GCC unroll 4
+  for (int i = 0; i < from; i++) Map::line(in + i * from, 1, half + i * to, 1);
+#pragma GCC unroll 4
+  for (int j = 0; j < to; j++) Map::line(half + j, to, out + j, to);
+}
+
+struct Winograd {
+  static constexpr int side = 2, window = 4, points = 16, taps = 9;
+  static constexpr bool sums = false;  // whether what the points give is added up
+  using Read = pcenet::Read;
+  using ReadGrad = pcenet::ReadGrad;
+  using Write = pcenet::Write;
+  using WriteGrad = pcenet::WriteGrad;
+  using Weigh = pcenet::Weigh;
+  using WeighGrad = pcenet::WeighGrad;
+};
+
+template <int KERNEL>
+struct Direct {
+  static constexpr int side = 1, window = KERNEL, points = KERNEL * KERNEL, taps = points;
+  static constexpr bool sums = true;
+  using Read = Same<KERNEL>;
+  using ReadGrad = Same<KERNEL>;
+  using Write = Same<1>;
+  using WriteGrad = Same<1>;
+  using Weigh = Same<KERNEL>;
+  using WeighGrad = Same<KERNEL>;
+};
+
+// Calls what(scheme) with the scheme for a convolution: patches of a pixel that see no neighbours have one tap.
+template <class What>
+auto with_scheme(const Grid &grid, int kernel, bool neighbours, const What &what) {
+  if (kernel == 1 || (grid.side == 1 && !neighbours)) return what(Direct<1>());
+  return grid.side == 1 ? what(Direct<3>()) : what(Winograd());
+}
 
 // A patch's place, and how much of it lies on the map.
 struct Place {
@@ -144,106 +243,139 @@ inline Place place_of(const Grid &grid, int64_t patch) {
   return place;
 }
 
-// Which of an axis's taps read something, as bits: for the cell at `cell`, those of cell - 1, cell and cell + 1 (or of
-// cell alone) that lie in [low, high).
-inline int taps_of(int kernel, int64_t cell, int64_t low, int64_t high) {
-  auto reads = [=](int64_t at) { return int(at >= low && at < high); };
-  return kernel == 1 ? reads(cell) : reads(cell - 1) | reads(cell) << 1 | reads(cell + 1) << 2;
-}
+// Rows and columns, counted from a tile's first pixel.
+struct Box {
+  int top, bottom, left, right;
+  bool holds(int y, int x) const { return y >= top && y < bottom && x >= left && x < right; }
+};
 
-// A walk over the cells that patches write: those of the patch, or of the ring around it.
+struct Tile {
+  int64_t pixel;  // its first
+  int patch, y, x;  // where in the patch
+  Box reads, owns;  // the cells that it may read, and those of its pixels that lie on the map
+};
+
+// A walk over the tiles of patches.
 struct Walk {
-  const Convolution &job;
+  const Grid &grid;
+  const int32_t *order;
   int64_t position, last;
-  bool ring;
-  int64_t line, column;
-  bool started;
+  bool neighbours;
+  int side, y = 0, x = 0;
 
-  // List the next cells; none where all were.
-  void next(Chunk &chunk);
-
- private:
-  bool list_line(const Place &place, int64_t patch, int64_t left, int64_t right, int64_t skip, Chunk &chunk);
+  int next(Tile *tiles, int most);
 };
 
-void sort_by_kind(Chunk &chunk) {
-  int counts[65] = {};
-  for (int i = 0; i < chunk.count; i++) counts[chunk.found[i].kind + 1]++;
-  for (int kind = 0; kind < 64; kind++) counts[kind + 1] += counts[kind];
-  std::memcpy(chunk.start, counts, sizeof counts);
-  for (int i = 0; i < chunk.count; i++) chunk.sorted[counts[chunk.found[i].kind]++] = chunk.found[i];
-}
-
-// The cells of a line, but for those from `column` 0 to `skip`; false where the chunk is full before its end.
-bool Walk::list_line(const Place &place, int64_t patch, int64_t left, int64_t right, int64_t skip, Chunk &chunk) {
-  const Grid &grid = job.grid;
-  bool all_of_map = job.neighbours && job.direction == Direction::forward;
-  int rows = all_of_map ? taps_of(job.kernel, place.top + line, 0, grid.height)
-                        : taps_of(job.kernel, line, 0, place.height);
-  int64_t low = all_of_map ? -place.left : 0, high = all_of_map ? grid.width - place.left : place.width;
-  int64_t start = (place.image * grid.height + place.top + line) * grid.width + place.left;
-  for (; column < right; column++) {
-    if (column >= 0 && column < skip) column = skip;
-    if (column >= right) break;
-    if (chunk.count == CHUNK) return false;
-    int columns = taps_of(job.kernel, column, low, high);
-    chunk.found[chunk.count++] = {int32_t(start + column), int32_t(patch), rows << 3 | columns};
+int Walk::next(Tile *tiles, int most) {
+  int count = 0;
+  for (; position < last; position++, y = 0) {
+    Place place = place_of(grid, order[position]);
+    Box all = {0, place.height, 0, place.width};
+    if (neighbours)
+      all = {int(-place.top), int(grid.height - place.top), int(-place.left), int(grid.width - place.left)};
+    int64_t first = (place.image * grid.height + place.top) * grid.width + place.left;
+    for (; y < place.height; y += side, x = 0)
+      for (; x < place.width; x += side) {
+        if (count == most) return count;
+        tiles[count++] = {first + y * grid.width + x, order[position], y, x,
+                          {all.top - y, all.bottom - y, all.left - x, all.right - x},
+                          {0, place.height - y, 0, place.width - x}};
+      }
   }
-  column = left;
-  return true;
+  return count;
 }
 
-void Walk::next(Chunk &chunk) {
-  const Grid &grid = job.grid;
-  int64_t around = ring ? job.kernel / 2 : 0;
-  bool full = false;
-  chunk.count = 0;
-  for (; position < last && !full; position += !full, started = full) {
-    int64_t patch = job.order[position];
-    Place place = place_of(grid, patch);
-    int64_t top = -least(around, place.top), left = -least(around, place.left);
-    int64_t bottom = least(place.height + around, grid.height - place.top);
-    int64_t right = least(place.width + around, grid.width - place.left);
-    if (!started) line = top, column = left;
-    for (; line < bottom; line++) {
-      bool beside = ring && line >= 0 && line < place.height;
-      full = !list_line(place, patch, left, right, beside ? place.width : 0, chunk);
-      if (full) break;
+// Where the cells of a square around or of a tile lie in a map; `nothing` for those that are not in the box.
+template <int SIDE>
+inline void find_cells(const float *map, int channels, int64_t width, const Tile &tile, const Box &box,
+                       const float *nothing, const float **cell) {
+  constexpr int before = SIDE > 2 ? 1 : 0;
+  for (int i = 0; i < SIDE; i++)
+    for (int j = 0; j < SIDE; j++) {
+      int y = i - before, x = j - before;
+      cell[i * SIDE + j] = box.holds(y, x) ? map + (tile.pixel + y * width + x) * channels : nothing;
     }
+}
+
+// Cells as points: of each point a row, `step` after the one before.
+template <class Map, bool WHOLE>
+inline void bring_channel(const float *const *cell, int c, int own, float *to, int64_t step) {
+  constexpr int cells = Map::axis.from * Map::axis.from, points = Map::axis.to * Map::axis.to;
+  Vector in[cells], out[points];
+#pragma GCC unroll 16
+  for (int k = 0; k < cells; k++) in[k] = WHOLE ? load(cell[k] + c) : load_some(cell[k] + c, own);
+  along_both<Map>(in, out);
+#pragma GCC unroll 16
+  for (int k = 0; k < points; k++) store(to + k * step + c, out[k]);
+}
+
+template <class Map>
+inline void bring(const float *const *cell, int channels, float *to, int64_t step) {
+  int c = 0;
+  for (; c + VECTOR <= channels; c += VECTOR) bring_channel<Map, true>(cell, c, VECTOR, to, step);
+  if (c < channels) bring_channel<Map, false>(cell, c, channels - c, to, step);
+}
+
+int panels(int channels) { return (channels + PANEL - 1) / PANEL; }
+
+// Rows of so many channels, whole panels: an odd number of cache lines, so that several do not share a place in it.
+int64_t row_stride(int channels) { return (int64_t(round_up(channels, PANEL)) + 15) / 16 / 2 * 32 + 16; }
+
+// Rows [point][tile][channel] of the tiles of a chunk.
+struct Rows {
+  float *data;
+  int64_t stride, step;  // from row to row, from point to point
+  const float *at(int point, int tile) const { return data + point * step + tile * stride; }
+};
+
+// Tiles of a chunk, so many that their points stay in the second cache.
+template <class Scheme>
+int chunk_size(int channels) {
+  constexpr int64_t budget = 1 << 16;
+  return int(most(2 * TILE, least(96, budget / (Scheme::points * row_stride(channels))))) / TILE * TILE;
+}
+
+constexpr int MOST_TILES = 96;
+
+// What a thread has of scratch, taken piece by piece.
+struct Room {
+  float *free;
+  int64_t taken = 0;
+  template <class T = float>
+  T *take(int64_t count) {
+    int64_t floats = (count * sizeof(T) / sizeof(float) + 15) / 16 * 16;
+    float *own = free;
+    if (free) free += floats;
+    taken += floats;
+    return reinterpret_cast<T *>(own);
   }
-  sort_by_kind(chunk);
-}
-
-// Taps side by side read numbers side by side: together they are one product.
-struct Run {
-  int tap, count;  // in floats
-  int64_t offset;  // in floats of the map that is read
 };
 
-struct Taps {
-  int count;
-  Run run[3];
-};
-
-Taps list_taps(const Convolution &job, int kind) {
-  Taps taps;
-  taps.count = 0;
-  int half = job.kernel / 2, columns = kind & 7;
-  if (!columns) return taps;
-  int first = __builtin_ctz(columns), number = __builtin_popcount(columns);  // those between are set
-  for (int row = 0; row < job.kernel; row++)
-    if (kind >> 3 >> row & 1)
-      taps.run[taps.count++] = {row * job.kernel + first, number * job.in_channels,
-                                ((row - half) * job.grid.width + first - half) * job.in_channels};
-  return taps;
+template <class Scheme>
+Rows take_rows(Room &room, int points, int tiles, int channels) {
+  int64_t stride = row_stride(channels), step = tiles * stride;
+  return {room.take(points * step), stride, step};
 }
 
-// Whether what an output channel reads of its kernel is one stretch of memory, [tap][in].
-bool reads_stretches(const Convolution &job) {
-  auto stretches = [&](const Layout &layout) {
-    return layout.in_stride == 1 && (job.kernel == 1 || layout.tap_stride == job.in_channels);
-  };
-  return stretches(job.weight) && (!job.base.data || stretches(job.base));
+template <class Scheme>
+void bring_windows(const Grid &grid, const float *map, int channels, const Tile *tiles, int count, const float *zeros,
+                   const Rows &rows) {
+  for (int t = 0; t < count; t++) {
+    const float *cell[Scheme::window * Scheme::window];
+    find_cells<Scheme::window>(map, channels, grid.width, tiles[t], tiles[t].reads, zeros, cell);
+    bring<typename Scheme::Read>(cell, channels, rows.data + t * rows.stride, rows.step);
+  }
+}
+
+// Of gradients, channels [first, end) of the tiles' pixels.
+template <class Scheme>
+void bring_pixels(const Grid &grid, const float *map, int channels, int first, int end, const Tile *tiles, int count,
+                  const float *zeros, const Rows &rows) {
+  for (int t = 0; t < count; t++) {
+    const float *cell[Scheme::side * Scheme::side];
+    find_cells<Scheme::side>(map + first, channels, grid.width, tiles[t], tiles[t].owns, zeros, cell);
+    bring<typename Scheme::WriteGrad>(cell, end - first, rows.data + t * rows.stride, rows.step);
+  }
 }
 
 // 8 x 8 numbers transposed: from rows of a stride to rows of another.
@@ -291,36 +423,43 @@ void pack_panel(const float *from, int64_t out_stride, int64_t in_stride, int co
       to[int64_t(i) * PANEL + o] = o < count ? from[o * out_stride + i * in_stride] : 0;
 }
 
-// An expert's kernel as [panel][tap][in][PANEL], taps in the order in which they read: an input gradient's is turned
-// round. Taps that lie one behind the other are packed like channels: long stretches of memory are read at a time.
-void pack_kernel(const Convolution &job, int expert, int panel, int panel_end, float *packed) {
-  int taps = job.kernel * job.kernel;
-  bool forward = job.direction == Direction::forward, joined = forward && reads_stretches(job);
-  int length = joined ? taps * job.in_channels : job.in_channels;
-  float base[SLICE * PANEL];
-  for (int p = panel; p < panel_end; p++)
-    for (int tap = 0; tap < (joined ? 1 : taps); tap++, packed += int64_t(length) * PANEL) {
-      int own = forward ? tap : taps - 1 - tap, count = least(PANEL, job.out_channels - p * PANEL);
-      auto pack = [&](const Layout &layout, int64_t start, int first, int end, float *to) {
-        const float *from = layout.data + start + p * PANEL * layout.out_stride + own * layout.tap_stride;
-        pack_panel(from + first * layout.in_stride, layout.out_stride, layout.in_stride, count, end - first, to);
+// An expert's kernel, the base added, as [panel][point][in][PANEL]; `taps` is room for a slice of it as [tap][in][PANEL].
+template <class Scheme>
+void pack_kernel(const Convolution &job, int expert, int panel, int panel_end, float *taps, float *packed) {
+  int first_tap = Scheme::taps == 1 ? job.kernel * job.kernel / 2 : 0, ins = job.in_channels;
+  float *of_base = taps + Scheme::taps * SLICE * PANEL;
+  for (int p = panel; p < panel_end; p++, packed += int64_t(Scheme::points) * ins * PANEL) {
+    int count = least(PANEL, job.out_channels - p * PANEL);
+    for (int i = 0; i < ins; i += SLICE) {
+      int own = least(SLICE, ins - i);
+      auto pack = [&](const Layout &layout, int64_t start, float *to) {
+        for (int tap = 0; tap < Scheme::taps; tap++)
+          pack_panel(layout.data + start + p * PANEL * layout.out_stride + i * layout.in_stride +
+                         (first_tap + tap) * layout.tap_stride,
+                     layout.out_stride, layout.in_stride, count, own, to + tap * SLICE * PANEL);
       };
-      for (int i = 0; i < length; i += SLICE) {
-        int end = least(length, i + SLICE);
-        float *to = packed + int64_t(i) * PANEL;
-        pack(job.weight, expert * job.expert_stride, i, end, to);
-        if (!job.base.data) continue;
-        pack(job.base, 0, i, end, base);
-        for (int64_t k = 0; k < int64_t(end - i) * PANEL; k += VECTOR) store(to + k, load(to + k) + load(base + k));
+      pack(job.weight, expert * job.expert_stride, taps);
+      if (job.base.data) pack(job.base, 0, of_base);
+      for (int at = 0; at < own * PANEL; at += VECTOR) {
+        Vector in[Scheme::taps], out[Scheme::points];
+#pragma GCC unroll 9
+        for (int tap = 0; tap < Scheme::taps; tap++) in[tap] = load(taps + tap * SLICE * PANEL + at);
+        if (job.base.data)
+          for (int tap = 0; tap < Scheme::taps; tap++) in[tap] += load(of_base + tap * SLICE * PANEL + at);
+        along_both<typename Scheme::Weigh>(in, out);
+        float *to = packed + int64_t(i) * PANEL + at;
+#pragma GCC unroll 16
+        for (int k = 0; k < Scheme::points; k++) store(to + int64_t(k) * ins * PANEL, out[k]);
       }
     }
+  }
 }
 
 // Sums of ROWS rows by a panel: sum over i of row[r][i] * packed[i].
 template <int ROWS>
-inline void multiply(const float *const *row, int64_t offset, const float *packed, int count, Vector (*sums)[WIDTH]) {
+inline void multiply(const float *const *row, const float *packed, int count, Vector (*sums)[WIDTH]) {
   const float *own[ROWS];
-  for (int r = 0; r < ROWS; r++) own[r] = row[r] + offset;
+  for (int r = 0; r < ROWS; r++) own[r] = row[r];
   for (int i = 0; i < count; i++, packed += PANEL) {
     Vector weights[WIDTH];
     for (int v = 0; v < WIDTH; v++) weights[v] = load(packed + v * VECTOR);
@@ -331,116 +470,204 @@ inline void multiply(const float *const *row, int64_t offset, const float *packe
   }
 }
 
-// What all tiles of a kind and panel have in common.
-struct Tiles {
-  const Convolution &job;
-  bool adds;
-  Taps taps;
-  const float *packed;
-  int expert, channel, count;
-};
-
-// What follows the products, for a whole tile at a time: one number's GELU is a long chain, those of many overlap.
+// to[r] = rows[r] times a panel, added where `adds`.
 template <int ROWS>
-inline void follow(const Tiles &tiles, const Pixel *pixels, Vector (&sums)[ROWS][WIDTH]) {
-  const Epilogue &after = tiles.job.epilogue;
-  int64_t of_expert = int64_t(tiles.expert) * tiles.job.out_channels + tiles.channel;
-  auto by_channel = [&](const float *table, const auto &apply) {
-    for (int v = 0; v < WIDTH; v++) {
-      Vector own = load_some(table + of_expert + v * VECTOR, tiles.count - v * VECTOR);
-      for (int r = 0; r < ROWS; r++) apply(sums[r][v], own);
-    }
-  };
-  if (after.scale) by_channel(after.scale, [](Vector &y, Vector own) { y *= own; });
-  if (after.shift) by_channel(after.shift, [](Vector &y, Vector own) { y += own; });
-  if (after.gelu)
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < WIDTH; v++) sums[r][v] = gelu(sums[r][v]);
-  if (after.gate)
-    for (int r = 0; r < ROWS; r++) {
-      Vector own = all(after.gate[pixels[r].patch]);
-      for (int v = 0; v < WIDTH; v++) sums[r][v] *= own;
-    }
-}
-
-template <int ROWS, bool WHOLE>
-inline void write(const Tiles &tiles, const Pixel *pixels, const Vector (&sums)[ROWS][WIDTH]) {
-  const Convolution &job = tiles.job;
-  for (int r = 0; r < ROWS; r++) {
-    int64_t place = int64_t(pixels[r].index) * job.out_channels + tiles.channel;
-    float *to = job.out + place;
-    const float *added = tiles.adds ? to : job.epilogue.residual ? job.epilogue.residual + place : nullptr;
-    for (int v = 0; v < WIDTH; v++) {
-      int at = v * VECTOR, own = WHOLE ? VECTOR : tiles.count - at;
-      Vector y = sums[r][v];
-      if (added) y += load_some(added + at, own);
-      store_some(to + at, y, own);
-    }
-  }
-}
-
-template <int ROWS>
-void convolve_tile(const Tiles &tiles, const Pixel *pixels) {
-  const Convolution &job = tiles.job;
+void multiply_rows(const float *rows, int64_t stride, const float *packed, int length, bool adds, float *to) {
   const float *row[ROWS];
-  for (int r = 0; r < ROWS; r++) row[r] = job.in + int64_t(pixels[r].index) * job.in_channels;
+  for (int r = 0; r < ROWS; r++) row[r] = rows + r * stride;
   Vector sums[ROWS][WIDTH];
   clear(sums);
-  for (int t = 0; t < tiles.taps.count; t++) {
-    const Run &run = tiles.taps.run[t];
-    multiply<ROWS>(row, run.offset, tiles.packed + int64_t(run.tap) * job.in_channels * PANEL, run.count, sums);
-  }
-  follow<ROWS>(tiles, pixels, sums);
-  if (tiles.count == PANEL) write<ROWS, true>(tiles, pixels, sums);
-  else write<ROWS, false>(tiles, pixels, sums);
+  if (adds)
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < WIDTH; v++) sums[r][v] = load(to + r * PANEL + v * VECTOR);
+  multiply<ROWS>(row, packed, length, sums);
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < WIDTH; v++) store(to + r * PANEL + v * VECTOR, sums[r][v]);
 }
 
-// The tile of what is left of a kind's pixels, fewer than TILE.
-template <int ROWS>
-void convolve_rest(const Tiles &tiles, const Pixel *pixels, int left) {
-  if constexpr (ROWS > 0) {
-    if (left == ROWS) return convolve_tile<ROWS>(tiles, pixels);
-    convolve_rest<ROWS - 1>(tiles, pixels, left);
+// Calls what(number) with the number of rows, at most MOST, as a constant.
+template <int MOST, class What>
+inline void with_rows(int rows, const What &what) {
+  if constexpr (MOST > 0) {
+    if (rows == MOST) return what(std::integral_constant<int, MOST>());
+    with_rows<MOST - 1>(rows, what);
   }
 }
 
-// Patches lie anywhere, so that the processor cannot foresee what is read next: while a chunk is computed the pixels of
-// the next one are fetched, some with each tile.
-struct Ahead {
-  const Convolution &job;
-  const Chunk &next;
-  int64_t per_tile, line;  // cache lines
-  int pixel;
+// Calls what(first, number) for `count` rows, TILE at a time.
+template <class What>
+inline void in_tiles(int count, const What &what) {
+  int first = 0;
+  for (; first + TILE <= count; first += TILE) what(first, std::integral_constant<int, TILE>());
+  with_rows<TILE - 1>(count - first, [&](auto number) { what(first, number); });
+}
 
-  Ahead(const Convolution &job, const Chunk &next, int64_t tiles) : job(job), next(next), line(0), pixel(0) {
-    per_tile = int64_t(next.count) * lines_of_pixel() / most(1, tiles) + 1;
-  }
-  int64_t lines_of_pixel() const { return (job.in_channels + 15) / 16; }
-  void fetch() {
-    int64_t of_pixel = lines_of_pixel();
-    for (int64_t i = 0; i < per_tile && pixel < next.count; i++) {
-      __builtin_prefetch(job.in + int64_t(next.sorted[pixel].index) * job.in_channels + line * 16);
-      if (++line == of_pixel) line = 0, pixel++;
+// The products of all points with one panel of the kernel, [point][tile][PANEL]; of the only point where they are summed.
+template <int POINTS, bool SUMS>
+void multiply_points(const Rows &rows, int count, const float *packed, int length, float *products) {
+  for (int k = 0; k < POINTS; k++)
+    in_tiles(count, [&](int t, auto number) {
+      float *to = products + ((SUMS ? 0 : k) * int64_t(MOST_TILES) + t) * PANEL;
+      multiply_rows<decltype(number)::value>(rows.at(k, t), rows.stride, packed + int64_t(k) * length * PANEL, length,
+                                             SUMS && k, to);
+    });
+}
+
+// What follows the products of a tile: residual + gate * act(scale * y + shift).
+template <int PIXELS>
+inline void follow(const Convolution &job, int expert, int patch, int channel, int own, Vector *y) {
+  const Epilogue &after = job.epilogue;
+  int64_t at = int64_t(expert) * job.out_channels + channel;
+  Vector scale = after.scale ? load_some(after.scale + at, own) : all(1);
+  Vector shift = after.shift ? load_some(after.shift + at, own) : Vector{};
+  for (int k = 0; k < PIXELS; k++) y[k] = y[k] * scale + shift;
+  if (after.gelu)
+    for (int k = 0; k < PIXELS; k++) y[k] = gelu(y[k]);
+  if (after.gate)
+    for (int k = 0; k < PIXELS; k++) y[k] *= after.gate[patch];
+}
+
+// The products of a panel as pixels of the tiles, from `channel` on.
+template <class Scheme>
+void write_pixels(const Convolution &job, int expert, const Tile *tiles, int count, const float *products, int channel) {
+  constexpr int points = Scheme::sums ? 1 : Scheme::points, side = Scheme::side, pixels = side * side;
+  for (int t = 0; t < count; t++)
+    for (int v = 0; v < PANEL; v += VECTOR) {
+      int own = job.out_channels - channel - v;
+      if (own <= 0) break;
+      Vector in[points], y[pixels];
+#pragma GCC unroll 16
+      for (int k = 0; k < points; k++) in[k] = load(products + (k * int64_t(MOST_TILES) + t) * PANEL + v);
+      along_both<typename Scheme::Write>(in, y);
+      follow<pixels>(job, expert, tiles[t].patch, channel + v, own, y);
+      for (int k = 0; k < pixels; k++) {
+        if (!tiles[t].owns.holds(k / side, k % side)) continue;
+        int64_t pixel = tiles[t].pixel + k / side * job.grid.width + k % side;
+        int64_t at = pixel * job.out_channels + channel + v;
+        if (job.epilogue.residual) y[k] += load_some(job.epilogue.residual + at, own);
+        store_some(job.out + at, y[k], own);
+      }
     }
+}
+
+// The cells of the ring around a patch, by number: the row above, the row below, the column before, the column behind.
+inline int ring_size(const Grid &grid) { return 4 * grid.side + 4; }
+
+inline int ring_cell(const Grid &grid, int y, int x) {
+  if (y < 0) return x + 1;
+  if (y >= grid.side) return grid.side + 2 + x + 1;
+  return 2 * (grid.side + 2) + (x < 0 ? 0 : grid.side) + y;
+}
+
+// Where a cell's gradient goes: to the map, to the ring around the patch, or nowhere.
+inline float *gradient_of(const Convolution &job, const Tile &tile, int y, int x) {
+  if (!tile.reads.holds(y, x)) return nullptr;
+  const Grid &grid = job.grid;
+  int in_y = tile.y + y, in_x = tile.x + x;
+  if (in_y >= 0 && in_y < grid.side && in_x >= 0 && in_x < grid.side)
+    return job.out + (tile.pixel + y * grid.width + x) * job.out_channels;
+  return job.ring + (int64_t(tile.patch) * ring_size(grid) + ring_cell(grid, in_y, in_x)) * job.out_channels;
+}
+
+// A tile that is its patch's first finds zeros in all cells of the patch and of its ring.
+void clear_cells(const Convolution &job, const Tile &tile, int channel, int channel_end) {
+  if (tile.y || tile.x) return;
+  size_t size = (channel_end - channel) * sizeof(float);
+  int around = job.ring ? 1 : 0;
+  for (int y = -around; y < tile.owns.bottom + around; y++)
+    for (int x = -around; x < tile.owns.right + around; x++)
+      if (float *cell = gradient_of(job, tile, y, x)) std::memset(cell + channel, 0, size);
+}
+
+// The products of a panel are added to the cells of the tiles' windows.
+template <class Scheme>
+void add_to_windows(const Convolution &job, const Tile *tiles, int count, const float *products, int channel) {
+  constexpr int points = Scheme::points, window = Scheme::window, before = window > 1 ? 1 : 0;
+  for (int t = 0; t < count; t++) {
+    float *cell[points];
+    for (int k = 0; k < points; k++) cell[k] = gradient_of(job, tiles[t], k / window - before, k % window - before);
+    for (int v = 0; v < PANEL; v += VECTOR) {
+      int own = job.out_channels - channel - v;
+      if (own <= 0) break;
+      Vector in[points], out[points];
+#pragma GCC unroll 16
+      for (int k = 0; k < points; k++) in[k] = load(products + (k * int64_t(MOST_TILES) + t) * PANEL + v);
+      along_both<typename Scheme::ReadGrad>(in, out);
+      for (int k = 0; k < points; k++)
+        if (cell[k]) add_to(cell[k] + channel + v, out[k], own);
+    }
+  }
+}
+
+// A thread's memory for a convolution.
+template <class Scheme>
+struct Memory {
+  int tiles;
+  Tile *tile;
+  float *zeros, *taps, *packed, *products;
+  Rows rows;
+
+  Memory(const Convolution &job, Room &room) {
+    int ins = job.in_channels;
+    bool forward = job.direction == Direction::forward;
+    tiles = chunk_size<Scheme>(ins);
+    tile = room.take<Tile>(tiles);
+    zeros = room.take(ins);
+    packed = room.take(int64_t(panels(job.out_channels)) * Scheme::points * ins * PANEL);  // first: kept between tasks
+    taps = room.take(2 * Scheme::taps * SLICE * PANEL);
+    products = room.take(int64_t(Scheme::points) * MOST_TILES * PANEL);
+    rows = take_rows<Scheme>(room, forward || !Scheme::sums ? Scheme::points : 1, tiles, ins);
+    if (!forward && Scheme::sums) rows.step = 0;  // a pixel's gradient is that of each of its points
   }
 };
 
-void convolve_chunk(const Convolution &job, bool adds, const Chunk &chunk, const Chunk &next, int expert, int panel,
-                    int panel_end, const float *kernel) {
-  int64_t size = int64_t(job.kernel) * job.kernel * job.in_channels * PANEL;
-  Ahead ahead(job, next, int64_t(chunk.count / TILE) * (panel_end - panel));
-  for (int kind = 0; kind < 64; kind++) {
-    int start = chunk.start[kind], end = chunk.start[kind + 1];
-    if (start == end) continue;
-    Taps taps = list_taps(job, kind);
+template <class Scheme>
+void convolve_in_tiles(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end,
+                       bool packed, float *scratch) {
+  constexpr int points = Scheme::points;
+  Room room = {scratch};
+  Memory<Scheme> memory(job, room);
+  bool forward = job.direction == Direction::forward;
+  std::memset(memory.zeros, 0, job.in_channels * sizeof(float));
+  if (!packed) pack_kernel<Scheme>(job, expert, panel, panel_end, memory.taps, memory.packed);
+  Walk walk = {job.grid, job.order, first, last, job.neighbours, Scheme::side};
+  while (int count = walk.next(memory.tile, memory.tiles)) {
+    if (forward) bring_windows<Scheme>(job.grid, job.in, job.in_channels, memory.tile, count, memory.zeros, memory.rows);
+    else bring_pixels<Scheme>(job.grid, job.in, job.in_channels, 0, job.in_channels, memory.tile, count, memory.zeros, memory.rows);
+    if (!forward)
+      for (int t = 0; t < count; t++)
+        clear_cells(job, memory.tile[t], panel * PANEL, least(panel_end * PANEL, job.out_channels));
     for (int p = panel; p < panel_end; p++) {
-      int channel = p * PANEL, count = least(PANEL, job.out_channels - channel), i = start;
-      Tiles tiles = {job, adds, taps, kernel + (p - panel) * size, expert, channel, count};
-      for (; i + TILE <= end; i += TILE) {
-        ahead.fetch();
-        convolve_tile<TILE>(tiles, chunk.sorted + i);
+      const float *kernel = memory.packed + (p - panel) * int64_t(points) * job.in_channels * PANEL;
+      if (forward) {
+        multiply_points<points, Scheme::sums>(memory.rows, count, kernel, job.in_channels, memory.products);
+        write_pixels<Scheme>(job, expert, memory.tile, count, memory.products, p * PANEL);
+      } else {
+        multiply_points<points, false>(memory.rows, count, kernel, job.in_channels, memory.products);
+        add_to_windows<Scheme>(job, memory.tile, count, memory.products, p * PANEL);
       }
-      convolve_rest<TILE - 1>(tiles, chunk.sorted + i, end - i);
+    }
+  }
+}
+
+// What falls on a patch's neighbours is added after all patches have been written, image by image and patch by patch.
+void add_rings(const Convolution &job, const int64_t *experts, int64_t image) {
+  const Grid &grid = job.grid;
+  int64_t per_image = int64_t(grid.rows) * grid.columns;
+  for (int64_t patch = image * per_image; patch < (image + 1) * per_image; patch++) {
+    if (experts[patch] < 0) continue;
+    Place place = place_of(grid, patch);
+    int64_t first = (image * grid.height + place.top) * grid.width + place.left;
+    for (int y = -1; y <= place.height; y++) {
+      if (place.top + y < 0 || place.top + y >= grid.height) continue;
+      bool beside = y >= 0 && y < place.height;
+      for (int x = -1; x <= place.width; x += beside ? place.width + 1 : 1) {
+        if (place.left + x < 0 || place.left + x >= grid.width) continue;
+        float *to = job.out + (first + y * grid.width + x) * job.out_channels;
+        const float *from = job.ring + (patch * ring_size(grid) + ring_cell(grid, y, x)) * job.out_channels;
+        for (int c = 0; c < job.out_channels; c += VECTOR)
+          add_to(to + c, load_some(from + c, job.out_channels - c), job.out_channels - c);
+      }
     }
   }
 }
@@ -450,28 +677,16 @@ void convolve_chunk(const Convolution &job, bool adds, const Chunk &chunk, const
 constexpr int FEW = 48, FEW_ROWS = 3, FEW_CHANNELS = 4;
 
 struct Few {
-  int64_t length;                // of a stretch
+  int64_t length;                 // of a stretch
   float *windows, *rows, *found;  // [FEW, length], [FEW_CHANNELS, length], [FEW, PANEL]
 };
 
-int64_t few_scratch(const Convolution &job) {
-  return int64_t(FEW + FEW_CHANNELS) * job.kernel * job.kernel * job.in_channels + FEW * PANEL;
-}
-
-void copy_windows(const Convolution &job, const Chunk &chunk, const Few &few) {
-  int half = job.kernel / 2, channels = job.in_channels;
-  for (int n = 0; n < chunk.count; n++) {
-    const Pixel &pixel = chunk.sorted[n];
-    float *to = few.windows + n * few.length;
-    for (int row = 0; row < job.kernel; row++)
-      for (int column = 0; column < job.kernel; column++, to += channels) {
-        int64_t read = pixel.index + (row - half) * job.grid.width + column - half;
-        if (pixel.kind >> 3 >> row & pixel.kind >> column & 1)
-          std::memcpy(to, job.in + read * channels, channels * sizeof(float));
-        else
-          std::memset(to, 0, channels * sizeof(float));
-      }
-  }
+// Whether what an output channel reads of its kernel is one stretch of memory, [tap][in].
+bool reads_stretches(const Convolution &job) {
+  auto stretches = [&](const Layout &layout) {
+    return layout.in_stride == 1 && (job.kernel == 1 || layout.tap_stride == job.in_channels);
+  };
+  return stretches(job.weight) && (!job.base.data || stretches(job.base));
 }
 
 inline float sum_of(Vector v) {
@@ -524,36 +739,40 @@ void find_rows(const Convolution &job, const Few &few, int expert, int out, int 
   }
 }
 
-void convolve_few(const Convolution &job, const Chunk &chunk, int expert, int panel, int panel_end, float *scratch) {
+template <int KERNEL>
+void convolve_few(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end,
+                  float *scratch) {
+  Room room = {scratch};
+  Tile *tiles = room.take<Tile>(FEW);
+  float *zeros = room.take(job.in_channels);
   Few few;
-  few.length = int64_t(job.kernel) * job.kernel * job.in_channels;
-  few.windows = scratch, few.rows = scratch + FEW * few.length, few.found = few.rows + FEW_CHANNELS * few.length;
-  copy_windows(job, chunk, few);
+  few.length = int64_t(KERNEL) * KERNEL * job.in_channels;
+  few.windows = room.take(FEW * few.length + VECTOR), few.rows = room.take(FEW_CHANNELS * few.length);
+  few.found = room.take(FEW * PANEL);
+  std::memset(zeros, 0, job.in_channels * sizeof(float));
+  Walk walk = {job.grid, job.order, first, last, job.neighbours, 1};
+  int count = walk.next(tiles, FEW);
+  // Points of a row lie side by side: a vector that reaches into the next one is written before it.
+  bring_windows<Direct<KERNEL>>(job.grid, job.in, job.in_channels, tiles, count, zeros,
+                                {few.windows, few.length, job.in_channels});
   for (int p = panel; p < panel_end; p++) {
-    int channel = p * PANEL, count = least(PANEL, job.out_channels - channel);
-    for (int d = 0; d < count; d += FEW_CHANNELS) {
-      int channels = least(FEW_CHANNELS, count - d), n = 0;
+    int channel = p * PANEL, outs = least(PANEL, job.out_channels - channel);
+    for (int d = 0; d < outs; d += FEW_CHANNELS) {
+      int channels = least(FEW_CHANNELS, outs - d), n = 0;
       const float *kernel[FEW_CHANNELS];
       find_rows(job, few, expert, channel + d, channels, kernel);
-      for (; n + FEW_ROWS <= chunk.count; n += FEW_ROWS) multiply_few<FEW_ROWS>(few, kernel, n, d, channels);
-      for (; n < chunk.count; n++) multiply_few<1>(few, kernel, n, d, channels);
+      for (; n + FEW_ROWS <= count; n += FEW_ROWS) multiply_few<FEW_ROWS>(few, kernel, n, d, channels);
+      for (; n < count; n++) multiply_few<1>(few, kernel, n, d, channels);
     }
-    Tiles tiles = {job, false, {}, nullptr, expert, channel, count};
-    for (int n = 0; n < chunk.count; n++) {
-      Vector sums[1][WIDTH];
-      for (int v = 0; v < WIDTH; v++)
-        sums[0][v] = load_some(few.found + n * PANEL + v * VECTOR, count - v * VECTOR);
-      follow<1>(tiles, chunk.sorted + n, sums);
-      write<1, false>(tiles, chunk.sorted + n, sums);
-    }
+    write_pixels<Direct<1>>(job, expert, tiles, count, few.found, channel);
   }
 }
 
-int panels(int channels) { return (channels + PANEL - 1) / PANEL; }
-
 int64_t convolve_scratch(const Convolution &job) {
-  int64_t packed = int64_t(panels(job.out_channels)) * job.kernel * job.kernel * job.in_channels * PANEL;
-  return most(packed, few_scratch(job)) + 2 * sizeof(Chunk) / sizeof(float) + 16;
+  Room room = {nullptr};
+  with_scheme(job.grid, job.kernel, job.neighbours, [&](auto scheme) { Memory<decltype(scheme)>(job, room); });
+  int64_t few = int64_t(FEW + FEW_CHANNELS) * job.kernel * job.kernel * job.in_channels + FEW * (PANEL + sizeof(Tile));
+  return most(room.taken, few + job.in_channels + 128);
 }
 
 // Asked of all of an expert's patches, not of a task's: sums are rounded otherwise, and how patches are shared out depends
@@ -567,151 +786,110 @@ bool has_few_pixels(const Convolution &job, int expert) {
   return count <= FEW;
 }
 
-void convolve(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end, bool ring,
-              bool packed, float *scratch) {
-  Chunk *chunk = reinterpret_cast<Chunk *>(scratch), *next = chunk + 1;
-  float *kernel = scratch + round_up(2 * sizeof(Chunk) / sizeof(float), 16);
-  Walk walk = {job, first, last, ring, 0, 0, false};
-  walk.next(*chunk);
-  if (job.direction == Direction::forward && reads_stretches(job) && has_few_pixels(job, expert))
-    return convolve_few(job, *chunk, expert, panel, panel_end, kernel);
-  if (!packed) pack_kernel(job, expert, panel, panel_end, kernel);
-  while (chunk->count) {
-    walk.next(*next);
-    convolve_chunk(job, ring, *chunk, *next, expert, panel, panel_end, kernel);
-    Chunk *done = chunk;
-    chunk = next, next = done;
+void convolve(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end, bool packed,
+              float *scratch) {
+  if (job.direction == Direction::forward && reads_stretches(job) && has_few_pixels(job, expert)) {
+    auto few = job.kernel == 1 ? convolve_few<1> : convolve_few<3>;
+    return few(job, expert, first, last, panel, panel_end, scratch);
   }
+  with_scheme(job.grid, job.kernel, job.neighbours, [&](auto scheme) {
+    convolve_in_tiles<decltype(scheme)>(job, expert, first, last, panel, panel_end, packed, scratch);
+  });
 }
 
 // ---- Gradient for the weights ---------------------------------------------------------------------------------------
 
-constexpr int PAIRS = 256;  // pixels of a chunk, at most
+// A thread's memory: rows of windows and of pixels' gradients, and sums [point][out][in].
+template <class Scheme>
+struct SumsMemory {
+  int tiles;
+  Tile *tile;
+  float *zeros, *sums;
+  Rows windows, grads;
 
-struct Pair {
-  int64_t grad, in;  // offsets in floats
+  SumsMemory(const WeightGrad &job, int outs, Room &room) {
+    tiles = chunk_size<Scheme>(int(most(outs, job.in_channels)));
+    tile = room.take<Tile>(tiles);
+    zeros = room.take(most(job.in_channels, job.out_channels));
+    windows = take_rows<Scheme>(room, Scheme::points, tiles, job.in_channels);
+    grads = take_rows<Scheme>(room, Scheme::sums ? 1 : Scheme::points, tiles, outs);
+    if (Scheme::sums) grads.step = 0;
+    sums = room.take(Scheme::points * outs * row_stride(job.in_channels));
+  }
 };
 
-// A chunk: the gradients of its pixels, packed, and for each tap which of them meet which pixels of the map.
-struct Pairs {
-  int64_t stride, room;
-  float *lines, *grads;
-  Pair *pairs;
-  int pixels, counts[MOST_TAPS];
-  bool first;  // of its expert: its sums are written, not added
-};
-
-// Rows of pixels are an odd number of cache lines, so that equal channels of several pixels do not share a place in it.
-int64_t row_stride(int channels) { return ((channels + 15) / 16 | 1) * 16; }
-
-int64_t weight_grad_scratch(const WeightGrad &job) {
-  return PAIRS * (PANEL + row_stride(job.out_channels)) + MOST_TAPS * PAIRS * sizeof(Pair) / sizeof(float) + 64;
+int64_t weight_grad_scratch(const WeightGrad &job, int outs) {
+  Room room = {nullptr};
+  with_scheme(job.grid, job.kernel, job.neighbours, [&](auto scheme) { SumsMemory<decltype(scheme)>(job, outs, room); });
+  return room.taken;
 }
 
-// Add pixel (y, x) of a patch.
-void add_pixel(const WeightGrad &job, const Place &place, int64_t y, int64_t x, int out, int out_end, Pairs &chunk) {
-  const Grid &grid = job.grid;
-  int half = job.kernel / 2;
-  int64_t pixel = (place.image * grid.height + place.top + y) * grid.width + place.left + x;
-  int rows = job.neighbours ? taps_of(job.kernel, place.top + y, 0, grid.height)
-                            : taps_of(job.kernel, y, 0, place.height);
-  int columns = job.neighbours ? taps_of(job.kernel, place.left + x, 0, grid.width)
-                               : taps_of(job.kernel, x, 0, place.width);
-  int64_t own = chunk.pixels++ * chunk.stride;
-  std::memcpy(chunk.grads + own, job.grad + pixel * job.out_channels + out, (out_end - out) * sizeof(float));
-  for (int row = 0, tap = 0; row < job.kernel; row++)
-    for (int column = 0; column < job.kernel; column++, tap++) {
-      if (!(rows >> row & columns >> column & 1)) continue;
-      int64_t read = pixel + (row - half) * grid.width + column - half;
-      chunk.pairs[tap * chunk.room + chunk.counts[tap]++] = {own, read * job.in_channels};
-    }
-}
-
-// grad_weight[r][...] of ROWS output channels by a panel of input channels, over the pairs of a tap.
+// to[r] += sum over tiles of grads[r] * x, for ROWS output channels by a panel of input channels.
 template <int ROWS>
-inline void multiply_pairs(const Pairs &chunk, int tap, int out, float *to, int64_t to_stride, int channels) {
-  const Pair *pairs = chunk.pairs + tap * chunk.room;
-  const float *grads = chunk.grads + out, *x = chunk.lines;
+inline void multiply_pairs(const float *grads, int64_t grads_stride, const float *x, int64_t x_stride, int count, float *to,
+                           int64_t stride) {
   Vector sums[ROWS][WIDTH];
-  clear(sums);
-  for (int i = 0, count = chunk.counts[tap]; i < count; i++, x += PANEL) {
-    const float *g = grads + pairs[i].grad;
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < WIDTH; v++) sums[r][v] = load(to + r * stride + v * VECTOR);
+  for (int i = 0; i < count; i++, x += x_stride, grads += grads_stride) {
     Vector values[WIDTH];
     for (int v = 0; v < WIDTH; v++) values[v] = load(x + v * VECTOR);
     for (int r = 0; r < ROWS; r++) {
-      Vector own = all(g[r]);
+      Vector own = all(grads[r]);
       for (int v = 0; v < WIDTH; v++) sums[r][v] += own * values[v];
     }
   }
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < WIDTH && v * VECTOR < channels; v++) {
-      float *own = to + r * to_stride + v * VECTOR;
-      Vector before = chunk.first ? Vector{} : load_some(own, channels - v * VECTOR);
-      store_some(own, before + sums[r][v], channels - v * VECTOR);
+    for (int v = 0; v < WIDTH; v++) store(to + r * stride + v * VECTOR, sums[r][v]);
+}
+
+// The sums as gradients of taps, [out][tap][in].
+template <class Scheme>
+void write_taps(const WeightGrad &job, int outs, const float *sums, float *grad_weight) {
+  int ins = job.in_channels, taps = job.kernel * job.kernel, first_tap = Scheme::taps == 1 ? taps / 2 : 0;
+  int64_t stride = row_stride(ins);
+  if (Scheme::taps < taps) std::memset(grad_weight, 0, sizeof(float) * outs * taps * ins);
+  for (int o = 0; o < outs; o++)
+    for (int c = 0; c < ins; c += VECTOR) {
+      Vector in[Scheme::points], out[Scheme::taps];
+#pragma GCC unroll 16
+      for (int k = 0; k < Scheme::points; k++) in[k] = load(sums + (int64_t(k) * outs + o) * stride + c);
+      along_both<typename Scheme::WeighGrad>(in, out);
+      for (int tap = 0; tap < Scheme::taps; tap++)
+        store_some(grad_weight + (int64_t(o) * taps + first_tap + tap) * ins + c, out[tap], ins - c);
     }
 }
 
-template <int ROWS>
-void multiply_rest(const Pairs &chunk, int tap, int out, int left, float *to, int64_t to_stride, int channels) {
-  if constexpr (ROWS > 0) {
-    if (left == ROWS) return multiply_pairs<ROWS>(chunk, tap, out, to, to_stride, channels);
-    multiply_rest<ROWS - 1>(chunk, tap, out, left, to, to_stride, channels);
+template <class Scheme>
+void sum_in_tiles(const WeightGrad &job, int64_t first, int64_t last, int out, int out_end, float *grad_weight,
+                  float *scratch) {
+  int outs = out_end - out, ins = job.in_channels;
+  Room room = {scratch};
+  SumsMemory<Scheme> memory(job, outs, room);
+  int64_t stride = row_stride(ins);
+  std::memset(memory.zeros, 0, most(ins, job.out_channels) * sizeof(float));
+  std::memset(memory.sums, 0, Scheme::points * outs * stride * sizeof(float));
+  Walk walk = {job.grid, job.order, first, last, job.neighbours, Scheme::side};
+  while (int count = walk.next(memory.tile, memory.tiles)) {
+    bring_windows<Scheme>(job.grid, job.in, ins, memory.tile, count, memory.zeros, memory.windows);
+    bring_pixels<Scheme>(job.grid, job.grad, job.out_channels, out, out_end, memory.tile, count, memory.zeros,
+                         memory.grads);
+    for (int k = 0; k < Scheme::points; k++)
+      for (int c = 0; c < ins; c += PANEL)
+        in_tiles(outs, [&](int o, auto number) {
+          multiply_pairs<decltype(number)::value>(memory.grads.at(k, 0) + o, memory.grads.stride,
+                                                  memory.windows.at(k, 0) + c, memory.windows.stride, count,
+                                                  memory.sums + (int64_t(k) * outs + o) * stride + c, stride);
+        });
   }
-}
-
-// A panel of what a tap's pairs read, side by side: all output channels multiply it.
-void pack_lines(const Pairs &chunk, int tap, const float *in, int channels) {
-  const Pair *pairs = chunk.pairs + tap * chunk.room;
-  for (int i = 0; i < chunk.counts[tap]; i++)
-    for (int v = 0; v < PANEL; v += VECTOR)
-      store(chunk.lines + int64_t(i) * PANEL + v, load_some(in + pairs[i].in + v, channels - v));
-}
-
-void multiply_chunk(const WeightGrad &job, Pairs &chunk, int outs, float *grad_weight) {
-  int taps = job.kernel * job.kernel;
-  int64_t stride = int64_t(taps) * job.in_channels;
-  for (int tap = 0; tap < taps; tap++)
-    for (int c = 0; c < job.in_channels; c += PANEL) {
-      int channels = least(PANEL, job.in_channels - c), r = 0;
-      float *to = grad_weight + int64_t(tap) * job.in_channels + c;
-      pack_lines(chunk, tap, job.in + c, channels);
-      for (; r + TILE <= outs; r += TILE) multiply_pairs<TILE>(chunk, tap, r, to + r * stride, stride, channels);
-      multiply_rest<TILE - 1>(chunk, tap, r, outs - r, to + r * stride, stride, channels);
-    }
-  chunk.pixels = 0, chunk.first = false;
-  std::memset(chunk.counts, 0, sizeof chunk.counts);
-}
-
-// Fetch what a line of a patch will need.
-void fetch_line(const WeightGrad &job, const Place &place, int line, int out, int out_end) {
-  if (line >= place.height) return;
-  int64_t pixel = (place.image * job.grid.height + place.top + line) * job.grid.width + place.left;
-  for (int x = 0; x < place.width; x++, pixel++) {
-    for (int c = 0; c < job.in_channels; c += 16) __builtin_prefetch(job.in + pixel * job.in_channels + c);
-    for (int c = out; c < out_end; c += 16) __builtin_prefetch(job.grad + pixel * job.out_channels + c);
-  }
+  write_taps<Scheme>(job, outs, memory.sums, grad_weight);
 }
 
 void weight_grad(const WeightGrad &job, int64_t first, int64_t last, int out, int out_end, float *grad_weight,
                  float *scratch) {
-  Pairs chunk = {};
-  chunk.stride = row_stride(out_end - out);
-  chunk.room = PAIRS, chunk.first = true;
-  chunk.lines = scratch;
-  chunk.grads = chunk.lines + PAIRS * PANEL;
-  chunk.pairs = reinterpret_cast<Pair *>(chunk.grads + PAIRS * chunk.stride);
-  for (int64_t position = first; position < last; position++) {
-    Place place = place_of(job.grid, job.order[position]);
-    Place next = place_of(job.grid, job.order[least(position + 1, last - 1)]);
-    for (int y = 0; y < place.height; y++) {
-      fetch_line(job, next, y, out, out_end);
-      for (int x = 0; x < place.width; x++) {
-        add_pixel(job, place, y, x, out, out_end, chunk);
-        if (chunk.pixels == PAIRS) multiply_chunk(job, chunk, out_end - out, grad_weight);
-      }
-    }
-  }
-  if (chunk.pixels) multiply_chunk(job, chunk, out_end - out, grad_weight);
+  with_scheme(job.grid, job.kernel, job.neighbours, [&](auto scheme) {
+    sum_in_tiles<decltype(scheme)>(job, first, last, out, out_end, grad_weight, scratch);
+  });
 }
 
 // ---- Maps: affine, moments, and their gradients ---------------------------------------------------------------------
@@ -774,8 +952,6 @@ void affine_lines(const Affine &job, int64_t line, int64_t line_end, float *out)
 void affine(const Affine &job, int64_t line, int64_t line_end, float *out) {
   (job.epilogue.gelu ? affine_lines<true> : affine_lines<false>)(job, line, line_end, out);
 }
-
-inline void add_to(float *p, Vector v, int count) { store_some(p, load_some(p, count) + v, count); }
 
 void moments(const Affine &job, const float *centre, int64_t line, int64_t line_end, float *sums) {
   int channels = job.channels;
@@ -907,7 +1083,7 @@ void linear_rows(const Linear &job, int64_t first, const float *packed, float *o
   for (int p = 0; p < panels(job.outs); p++) {
     Vector sums[ROWS][WIDTH];
     clear(sums);
-    multiply<ROWS>(row, 0, packed + int64_t(p) * job.ins * PANEL, job.ins, sums);
+    multiply<ROWS>(row, packed + int64_t(p) * job.ins * PANEL, job.ins, sums);
     for (int r = 0; r < ROWS; r++)
       for (int v = 0; v < WIDTH; v++) {
         int at = p * PANEL + v * VECTOR, own = job.outs - at;
@@ -937,7 +1113,7 @@ inline void before_activation(const Perceptron &job, const float *packed, int64_
                    load_some(job.columns + (x + r) * job.hidden + at, own);
     }
   }
-  multiply<ROWS>(row, 0, packed + int64_t(p) * job.channels * PANEL, job.channels, sums);
+  multiply<ROWS>(row, packed + int64_t(p) * job.channels * PANEL, job.channels, sums);
 }
 
 template <int ROWS>
@@ -1015,7 +1191,7 @@ void grads_of_pixels(const Perceptron &job, const Layer &layer, const float *gra
   for (int p = 0; p < panels(job.channels); p++) {
     Vector sums[ROWS][WIDTH];
     clear(sums);
-    multiply<ROWS>(row, 0, layer.backward + int64_t(p) * job.hidden * PANEL, job.hidden, sums);
+    multiply<ROWS>(row, layer.backward + int64_t(p) * job.hidden * PANEL, job.hidden, sums);
     for (int r = 0; r < ROWS; r++)
       for (int v = 0; v < WIDTH; v++) {
         int at = p * PANEL + v * VECTOR;
@@ -1086,7 +1262,7 @@ void perceptron_grad(const Perceptron &job, const float *grad, int64_t line, int
 
 extern const Kernels TABLE;
 const Kernels TABLE = {
-    NAME,    convolve_scratch, convolve,    panels,         weight_grad_scratch, weight_grad,        affine,
+    NAME,    convolve_scratch, convolve,    add_rings, panels,         weight_grad_scratch, weight_grad,        affine,
     moments, affine_sums,      affine_grad, linear_scratch, linear,              perceptron_scratch, perceptron,
     perceptron_grad,
 };
