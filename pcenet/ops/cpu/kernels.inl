@@ -328,14 +328,13 @@ struct Rows {
   const float *at(int point, int tile) const { return data + point * step + tile * stride; }
 };
 
-// Tiles of a chunk, so many that their points stay in the second cache.
+// Tiles of a chunk: so many that the points of both sides stay in the second cache, and enough for each number of the
+// kernel that is read to be used often.
 template <class Scheme>
-int chunk_size(int channels) {
-  constexpr int64_t budget = 1 << 16;
-  return int(most(2 * TILE, least(96, budget / (Scheme::points * row_stride(channels))))) / TILE * TILE;
+int chunk_size(int ins, int outs) {
+  constexpr int64_t budget = 1 << 17;
+  return int(most(48, least(96, budget / (Scheme::points * (row_stride(ins) + row_stride(outs)))))) / TILE * TILE;
 }
-
-constexpr int MOST_TILES = 96;
 
 // What a thread has of scratch, taken piece by piece.
 struct Room {
@@ -351,23 +350,23 @@ struct Room {
   }
 };
 
-template <class Scheme>
 Rows take_rows(Room &room, int points, int tiles, int channels) {
   int64_t stride = row_stride(channels), step = tiles * stride;
   return {room.take(points * step), stride, step};
 }
 
+// Channels [first, end) of what the tiles read.
 template <class Scheme>
-void bring_windows(const Grid &grid, const float *map, int channels, const Tile *tiles, int count, const float *zeros,
-                   const Rows &rows) {
+void bring_windows(const Grid &grid, const float *map, int channels, int first, int end, const Tile *tiles, int count,
+                   const float *zeros, const Rows &rows) {
   for (int t = 0; t < count; t++) {
     const float *cell[Scheme::window * Scheme::window];
-    find_cells<Scheme::window>(map, channels, grid.width, tiles[t], tiles[t].reads, zeros, cell);
-    bring<typename Scheme::Read>(cell, channels, rows.data + t * rows.stride, rows.step);
+    find_cells<Scheme::window>(map + first, channels, grid.width, tiles[t], tiles[t].reads, zeros, cell);
+    bring<typename Scheme::Read>(cell, end - first, rows.data + t * rows.stride, rows.step);
   }
 }
 
-// Of gradients, channels [first, end) of the tiles' pixels.
+// The same of the gradients of their pixels.
 template <class Scheme>
 void bring_pixels(const Grid &grid, const float *map, int channels, int first, int end, const Tile *tiles, int count,
                   const float *zeros, const Rows &rows) {
@@ -423,12 +422,13 @@ void pack_panel(const float *from, int64_t out_stride, int64_t in_stride, int co
       to[int64_t(i) * PANEL + o] = o < count ? from[o * out_stride + i * in_stride] : 0;
 }
 
-// An expert's kernel, the base added, as [panel][point][in][PANEL]; `taps` is room for a slice of it as [tap][in][PANEL].
+// An expert's kernel, the base added, as [point][panel][in][PANEL]; `taps` is room for a slice of it as [tap][in][PANEL].
 template <class Scheme>
 void pack_kernel(const Convolution &job, int expert, int panel, int panel_end, float *taps, float *packed) {
   int first_tap = Scheme::taps == 1 ? job.kernel * job.kernel / 2 : 0, ins = job.in_channels;
   float *of_base = taps + Scheme::taps * SLICE * PANEL;
-  for (int p = panel; p < panel_end; p++, packed += int64_t(Scheme::points) * ins * PANEL) {
+  int64_t size = int64_t(ins) * PANEL, step = (panel_end - panel) * size;
+  for (int p = panel; p < panel_end; p++, packed += size) {
     int count = least(PANEL, job.out_channels - p * PANEL);
     for (int i = 0; i < ins; i += SLICE) {
       int own = least(SLICE, ins - i);
@@ -449,7 +449,7 @@ void pack_kernel(const Convolution &job, int expert, int panel, int panel_end, f
         along_both<typename Scheme::Weigh>(in, out);
         float *to = packed + int64_t(i) * PANEL + at;
 #pragma GCC unroll 16
-        for (int k = 0; k < Scheme::points; k++) store(to + int64_t(k) * ins * PANEL, out[k]);
+        for (int k = 0; k < Scheme::points; k++) store(to + k * step, out[k]);
       }
     }
   }
@@ -472,17 +472,18 @@ inline void multiply(const float *const *row, const float *packed, int count, Ve
 
 // to[r] = rows[r] times a panel, added where `adds`.
 template <int ROWS>
-void multiply_rows(const float *rows, int64_t stride, const float *packed, int length, bool adds, float *to) {
+void multiply_rows(const float *rows, int64_t stride, const float *packed, int length, bool adds, float *to,
+                   int64_t to_stride) {
   const float *row[ROWS];
   for (int r = 0; r < ROWS; r++) row[r] = rows + r * stride;
   Vector sums[ROWS][WIDTH];
   clear(sums);
   if (adds)
     for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < WIDTH; v++) sums[r][v] = load(to + r * PANEL + v * VECTOR);
+      for (int v = 0; v < WIDTH; v++) sums[r][v] = load(to + r * to_stride + v * VECTOR);
   multiply<ROWS>(row, packed, length, sums);
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < WIDTH; v++) store(to + r * PANEL + v * VECTOR, sums[r][v]);
+    for (int v = 0; v < WIDTH; v++) store(to + r * to_stride + v * VECTOR, sums[r][v]);
 }
 
 // Calls what(number) with the number of rows, at most MOST, as a constant.
@@ -502,15 +503,16 @@ inline void in_tiles(int count, const What &what) {
   with_rows<TILE - 1>(count - first, [&](auto number) { what(first, number); });
 }
 
-// The products of all points with one panel of the kernel, [point][tile][PANEL]; of the only point where they are summed.
-template <int POINTS, bool SUMS>
-void multiply_points(const Rows &rows, int count, const float *packed, int length, float *products) {
-  for (int k = 0; k < POINTS; k++)
-    in_tiles(count, [&](int t, auto number) {
-      float *to = products + ((SUMS ? 0 : k) * int64_t(MOST_TILES) + t) * PANEL;
-      multiply_rows<decltype(number)::value>(rows.at(k, t), rows.stride, packed + int64_t(k) * length * PANEL, length,
-                                             SUMS && k, to);
-    });
+// The products of all points with the panels of the kernel, packed as [point][panel][in][PANEL]; added up where `sums`.
+void multiply_points(const Rows &rows, int count, int points, const float *packed, int panels, int length, bool sums,
+                     const Rows &products) {
+  for (int k = 0; k < points; k++)
+    for (int p = 0; p < panels; p++, packed += int64_t(length) * PANEL)
+      in_tiles(count, [&](int t, auto number) {
+        float *to = products.data + (sums ? 0 : k) * products.step + t * products.stride + p * PANEL;
+        multiply_rows<decltype(number)::value>(rows.at(k, t), rows.stride, packed, length, sums && k, to,
+                                               products.stride);
+      });
 }
 
 // What follows the products of a tile: residual + gate * act(scale * y + shift).
@@ -527,25 +529,23 @@ inline void follow(const Convolution &job, int expert, int patch, int channel, i
     for (int k = 0; k < PIXELS; k++) y[k] *= after.gate[patch];
 }
 
-// The products of a panel as pixels of the tiles, from `channel` on.
+// Products as the tiles' pixels, channels [channel, channel_end).
 template <class Scheme>
-void write_pixels(const Convolution &job, int expert, const Tile *tiles, int count, const float *products, int channel) {
+void write_pixels(const Convolution &job, int expert, const Tile *tiles, int count, const Rows &products, int channel,
+                  int channel_end) {
   constexpr int points = Scheme::sums ? 1 : Scheme::points, side = Scheme::side, pixels = side * side;
   for (int t = 0; t < count; t++)
-    for (int v = 0; v < PANEL; v += VECTOR) {
-      int own = job.out_channels - channel - v;
-      if (own <= 0) break;
+    for (int c = channel; c < channel_end; c += VECTOR) {
       Vector in[points], y[pixels];
 #pragma GCC unroll 16
-      for (int k = 0; k < points; k++) in[k] = load(products + (k * int64_t(MOST_TILES) + t) * PANEL + v);
+      for (int k = 0; k < points; k++) in[k] = load(products.at(k, t) + c - channel);
       along_both<typename Scheme::Write>(in, y);
-      follow<pixels>(job, expert, tiles[t].patch, channel + v, own, y);
+      follow<pixels>(job, expert, tiles[t].patch, c, channel_end - c, y);
       for (int k = 0; k < pixels; k++) {
         if (!tiles[t].owns.holds(k / side, k % side)) continue;
-        int64_t pixel = tiles[t].pixel + k / side * job.grid.width + k % side;
-        int64_t at = pixel * job.out_channels + channel + v;
-        if (job.epilogue.residual) y[k] += load_some(job.epilogue.residual + at, own);
-        store_some(job.out + at, y[k], own);
+        int64_t pixel = tiles[t].pixel + k / side * job.grid.width + k % side, at = pixel * job.out_channels + c;
+        if (job.epilogue.residual) y[k] += load_some(job.epilogue.residual + at, channel_end - c);
+        store_some(job.out + at, y[k], channel_end - c);
       }
     }
 }
@@ -579,74 +579,65 @@ void clear_cells(const Convolution &job, const Tile &tile, int channel, int chan
       if (float *cell = gradient_of(job, tile, y, x)) std::memset(cell + channel, 0, size);
 }
 
-// The products of a panel are added to the cells of the tiles' windows.
+// Products are added to the cells of the tiles' windows.
 template <class Scheme>
-void add_to_windows(const Convolution &job, const Tile *tiles, int count, const float *products, int channel) {
+void add_to_windows(const Convolution &job, const Tile *tiles, int count, const Rows &products, int channel,
+                    int channel_end) {
   constexpr int points = Scheme::points, window = Scheme::window, before = window > 1 ? 1 : 0;
   for (int t = 0; t < count; t++) {
+    clear_cells(job, tiles[t], channel, channel_end);
     float *cell[points];
     for (int k = 0; k < points; k++) cell[k] = gradient_of(job, tiles[t], k / window - before, k % window - before);
-    for (int v = 0; v < PANEL; v += VECTOR) {
-      int own = job.out_channels - channel - v;
-      if (own <= 0) break;
+    for (int c = channel; c < channel_end; c += VECTOR) {
       Vector in[points], out[points];
 #pragma GCC unroll 16
-      for (int k = 0; k < points; k++) in[k] = load(products + (k * int64_t(MOST_TILES) + t) * PANEL + v);
+      for (int k = 0; k < points; k++) in[k] = load(products.at(k, t) + c - channel);
       along_both<typename Scheme::ReadGrad>(in, out);
       for (int k = 0; k < points; k++)
-        if (cell[k]) add_to(cell[k] + channel + v, out[k], own);
+        if (cell[k]) add_to(cell[k] + c, out[k], channel_end - c);
     }
   }
 }
 
-// A thread's memory for a convolution.
+// A thread's memory for a convolution: what is packed comes first and stays between tasks.
 template <class Scheme>
 struct Memory {
+  float *packed, *taps, *zeros;
   int tiles;
   Tile *tile;
-  float *zeros, *taps, *packed, *products;
-  Rows rows;
+  Rows rows, products;
 
   Memory(const Convolution &job, Room &room) {
-    int ins = job.in_channels;
-    bool forward = job.direction == Direction::forward;
-    tiles = chunk_size<Scheme>(ins);
-    tile = room.take<Tile>(tiles);
-    zeros = room.take(ins);
-    packed = room.take(int64_t(panels(job.out_channels)) * Scheme::points * ins * PANEL);  // first: kept between tasks
+    int ins = job.in_channels, outs = job.out_channels;
+    bool forward = job.direction == Direction::forward, one = Scheme::sums;
+    packed = room.take(int64_t(panels(outs)) * Scheme::points * ins * PANEL);
     taps = room.take(2 * Scheme::taps * SLICE * PANEL);
-    products = room.take(int64_t(Scheme::points) * MOST_TILES * PANEL);
-    rows = take_rows<Scheme>(room, forward || !Scheme::sums ? Scheme::points : 1, tiles, ins);
-    if (!forward && Scheme::sums) rows.step = 0;  // a pixel's gradient is that of each of its points
+    zeros = room.take(ins);
+    tiles = chunk_size<Scheme>(ins, outs);
+    tile = room.take<Tile>(tiles);
+    rows = take_rows(room, forward || !one ? Scheme::points : 1, tiles, ins);
+    products = take_rows(room, forward && one ? 1 : Scheme::points, tiles, outs);
+    if (!forward && one) rows.step = 0;  // a pixel's gradient is that of each of its points
   }
 };
 
 template <class Scheme>
 void convolve_in_tiles(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end,
                        bool packed, float *scratch) {
-  constexpr int points = Scheme::points;
   Room room = {scratch};
   Memory<Scheme> memory(job, room);
   bool forward = job.direction == Direction::forward;
-  std::memset(memory.zeros, 0, job.in_channels * sizeof(float));
+  int ins = job.in_channels, channel = panel * PANEL, channel_end = least(panel_end * PANEL, job.out_channels);
+  std::memset(memory.zeros, 0, ins * sizeof(float));
   if (!packed) pack_kernel<Scheme>(job, expert, panel, panel_end, memory.taps, memory.packed);
   Walk walk = {job.grid, job.order, first, last, job.neighbours, Scheme::side};
   while (int count = walk.next(memory.tile, memory.tiles)) {
-    if (forward) bring_windows<Scheme>(job.grid, job.in, job.in_channels, memory.tile, count, memory.zeros, memory.rows);
-    else bring_pixels<Scheme>(job.grid, job.in, job.in_channels, 0, job.in_channels, memory.tile, count, memory.zeros, memory.rows);
-    if (!forward)
-      for (int t = 0; t < count; t++)
-        clear_cells(job, memory.tile[t], panel * PANEL, least(panel_end * PANEL, job.out_channels));
-    for (int p = panel; p < panel_end; p++) {
-      const float *kernel = memory.packed + (p - panel) * int64_t(points) * job.in_channels * PANEL;
-      if (forward) {
-        multiply_points<points, Scheme::sums>(memory.rows, count, kernel, job.in_channels, memory.products);
-        write_pixels<Scheme>(job, expert, memory.tile, count, memory.products, p * PANEL);
-      } else {
-        multiply_points<points, false>(memory.rows, count, kernel, job.in_channels, memory.products);
-        add_to_windows<Scheme>(job, memory.tile, count, memory.products, p * PANEL);
-      }
-    }
+    auto bring = forward ? bring_windows<Scheme> : bring_pixels<Scheme>;
+    bring(job.grid, job.in, ins, 0, ins, memory.tile, count, memory.zeros, memory.rows);
+    multiply_points(memory.rows, count, Scheme::points, memory.packed, panel_end - panel, ins, forward && Scheme::sums,
+                    memory.products);
+    if (forward) write_pixels<Scheme>(job, expert, memory.tile, count, memory.products, channel, channel_end);
+    else add_to_windows<Scheme>(job, memory.tile, count, memory.products, channel, channel_end);
   }
 }
 
@@ -753,7 +744,7 @@ void convolve_few(const Convolution &job, int expert, int64_t first, int64_t las
   Walk walk = {job.grid, job.order, first, last, job.neighbours, 1};
   int count = walk.next(tiles, FEW);
   // Points of a row lie side by side: a vector that reaches into the next one is written before it.
-  bring_windows<Direct<KERNEL>>(job.grid, job.in, job.in_channels, tiles, count, zeros,
+  bring_windows<Direct<KERNEL>>(job.grid, job.in, job.in_channels, 0, job.in_channels, tiles, count, zeros,
                                 {few.windows, few.length, job.in_channels});
   for (int p = panel; p < panel_end; p++) {
     int channel = p * PANEL, outs = least(PANEL, job.out_channels - channel);
@@ -764,7 +755,7 @@ void convolve_few(const Convolution &job, int expert, int64_t first, int64_t las
       for (; n + FEW_ROWS <= count; n += FEW_ROWS) multiply_few<FEW_ROWS>(few, kernel, n, d, channels);
       for (; n < count; n++) multiply_few<1>(few, kernel, n, d, channels);
     }
-    write_pixels<Direct<1>>(job, expert, tiles, count, few.found, channel);
+    write_pixels<Direct<1>>(job, expert, tiles, count, {few.found, PANEL, 0}, channel, channel + outs);
   }
 }
 
@@ -808,11 +799,11 @@ struct SumsMemory {
   Rows windows, grads;
 
   SumsMemory(const WeightGrad &job, int outs, Room &room) {
-    tiles = chunk_size<Scheme>(int(most(outs, job.in_channels)));
+    tiles = chunk_size<Scheme>(job.in_channels, outs);
     tile = room.take<Tile>(tiles);
     zeros = room.take(most(job.in_channels, job.out_channels));
-    windows = take_rows<Scheme>(room, Scheme::points, tiles, job.in_channels);
-    grads = take_rows<Scheme>(room, Scheme::sums ? 1 : Scheme::points, tiles, outs);
+    windows = take_rows(room, Scheme::points, tiles, job.in_channels);
+    grads = take_rows(room, Scheme::sums ? 1 : Scheme::points, tiles, outs);
     if (Scheme::sums) grads.step = 0;
     sums = room.take(Scheme::points * outs * row_stride(job.in_channels));
   }
@@ -871,7 +862,7 @@ void sum_in_tiles(const WeightGrad &job, int64_t first, int64_t last, int out, i
   std::memset(memory.sums, 0, Scheme::points * outs * stride * sizeof(float));
   Walk walk = {job.grid, job.order, first, last, job.neighbours, Scheme::side};
   while (int count = walk.next(memory.tile, memory.tiles)) {
-    bring_windows<Scheme>(job.grid, job.in, ins, memory.tile, count, memory.zeros, memory.windows);
+    bring_windows<Scheme>(job.grid, job.in, ins, 0, ins, memory.tile, count, memory.zeros, memory.windows);
     bring_pixels<Scheme>(job.grid, job.grad, job.out_channels, out, out_end, memory.tile, count, memory.zeros,
                          memory.grads);
     for (int k = 0; k < Scheme::points; k++)
