@@ -232,10 +232,10 @@ struct Place {
   int height, width;
 };
 
-inline Place place_of(const Grid &grid, int64_t patch) {
-  int64_t in_image = patch % (int64_t(grid.rows) * grid.columns);
+inline Place place_of(const Grid &grid, int patch) {
+  int per_image = grid.rows * grid.columns, in_image = patch % per_image;
   Place place;
-  place.image = patch / (int64_t(grid.rows) * grid.columns);
+  place.image = patch / per_image;
   place.top = in_image / grid.columns * grid.side;
   place.left = in_image % grid.columns * grid.side;
   place.height = least(grid.side, grid.height - place.top);
@@ -325,7 +325,7 @@ int64_t row_stride(int channels) { return (int64_t(round_up(channels, PANEL)) + 
 struct Rows {
   float *data;
   int64_t stride, step;  // from row to row, from point to point
-  const float *at(int point, int tile) const { return data + point * step + tile * stride; }
+  float *at(int point, int tile) const { return data + point * step + tile * stride; }
 };
 
 // Tiles of a chunk: so many that the points of both sides stay in the second cache, and enough for each number of the
@@ -470,20 +470,25 @@ inline void multiply(const float *const *row, const float *packed, int count, Ve
   }
 }
 
-// to[r] = rows[r] times a panel, added where `adds`.
+// A row to be multiplied by all panels of a point, and where that goes.
+struct Product {
+  const float *row;
+  float *to;
+};
+
+// ROWS of them, panel `p`, of which `own` numbers are written; added to what is there where `adds`.
 template <int ROWS>
-void multiply_rows(const float *rows, int64_t stride, const float *packed, int length, bool adds, float *to,
-                   int64_t to_stride) {
+void multiply_rows(const Product *products, int p, const float *packed, int length, bool adds, int own) {
   const float *row[ROWS];
-  for (int r = 0; r < ROWS; r++) row[r] = rows + r * stride;
+  for (int r = 0; r < ROWS; r++) row[r] = products[r].row;
   Vector sums[ROWS][WIDTH];
   clear(sums);
   if (adds)
     for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < WIDTH; v++) sums[r][v] = load(to + r * to_stride + v * VECTOR);
+      for (int v = 0; v < WIDTH; v++) sums[r][v] = load(products[r].to + p * PANEL + v * VECTOR);
   multiply<ROWS>(row, packed, length, sums);
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < WIDTH; v++) store(to + r * to_stride + v * VECTOR, sums[r][v]);
+    for (int v = 0; v < WIDTH; v++) store_some(products[r].to + p * PANEL + v * VECTOR, sums[r][v], own - v * VECTOR);
 }
 
 // Calls what(number) with the number of rows, at most MOST, as a constant.
@@ -503,15 +508,21 @@ inline void in_tiles(int count, const What &what) {
   with_rows<TILE - 1>(count - first, [&](auto number) { what(first, number); });
 }
 
-// The products of all points with the panels of the kernel, packed as [point][panel][in][PANEL]; added up where `sums`.
-void multiply_points(const Rows &rows, int count, int points, const float *packed, int panels, int length, bool sums,
-                     const Rows &products) {
-  for (int k = 0; k < points; k++)
-    for (int p = 0; p < panels; p++, packed += int64_t(length) * PANEL)
-      in_tiles(count, [&](int t, auto number) {
-        float *to = products.data + (sums ? 0 : k) * products.step + t * products.stride + p * PANEL;
-        multiply_rows<decltype(number)::value>(rows.at(k, t), rows.stride, packed, length, sums && k, to,
-                                               products.stride);
+// The products of all points.
+struct Points {
+  Product *products;  // [point][room]
+  int room, counts[16];
+  void clear() { std::memset(counts, 0, sizeof counts); }
+  void add(int point, const float *row, float *to) { products[point * room + counts[point]++] = {row, to}; }
+};
+
+// All products, with panels packed as [point][panel][in][PANEL]; `width` numbers of a result are written.
+void multiply_points(const Points &points, int number, const float *packed, int length, bool adds, int width) {
+  for (int k = 0; k < number; k++)
+    for (int p = 0; p < panels(width); p++, packed += int64_t(length) * PANEL)
+      in_tiles(points.counts[k], [&](int first, auto rows) {
+        multiply_rows<decltype(rows)::value>(points.products + k * points.room + first, p, packed, length, adds,
+                                             width - p * PANEL);
       });
 }
 
@@ -605,39 +616,65 @@ struct Memory {
   float *packed, *taps, *zeros;
   int tiles;
   Tile *tile;
-  Rows rows, products;
+  Points points;
+  Rows rows, results;
 
   Memory(const Convolution &job, Room &room) {
-    int ins = job.in_channels, outs = job.out_channels;
-    bool forward = job.direction == Direction::forward, one = Scheme::sums;
-    packed = room.take(int64_t(panels(outs)) * Scheme::points * ins * PANEL);
+    int ins = job.in_channels, outs = job.out_channels, number = Scheme::points;
+    packed = room.take(int64_t(panels(outs)) * number * ins * PANEL);
     taps = room.take(2 * Scheme::taps * SLICE * PANEL);
     zeros = room.take(ins);
     tiles = chunk_size<Scheme>(ins, outs);
     tile = room.take<Tile>(tiles);
-    rows = take_rows(room, forward || !one ? Scheme::points : 1, tiles, ins);
-    products = take_rows(room, forward && one ? 1 : Scheme::points, tiles, outs);
-    if (!forward && one) rows.step = 0;  // a pixel's gradient is that of each of its points
+    points.products = room.take<Product>(number * tiles), points.room = tiles;
+    if (!Scheme::sums) rows = take_rows(room, number, tiles, ins);
+    results = take_rows(room, Scheme::sums ? 1 : number, tiles, outs);
   }
 };
+
+// Which rows are multiplied: those of points, or where points are cells these themselves, where they lie.
+template <class Scheme>
+void list_products(const Convolution &job, int count, int channel, const Memory<Scheme> &memory, Points &points) {
+  constexpr int window = Scheme::window, before = window / 3;
+  points.clear();
+  for (int t = 0; t < count; t++) {
+    const Tile &tile = memory.tile[t];
+    const float *pixel = job.in + tile.pixel * job.in_channels;
+    for (int k = 0; k < Scheme::points; k++) {
+      int y = k / window - before, x = k % window - before;
+      if (!Scheme::sums)
+        points.add(k, memory.rows.at(k, t), memory.results.at(k, t));
+      else if (!tile.reads.holds(y, x))
+        continue;
+      else if (job.direction == Direction::forward)
+        points.add(k, pixel + (y * job.grid.width + x) * job.in_channels, memory.results.at(0, t));
+      else
+        points.add(k, pixel, gradient_of(job, tile, y, x) + channel);
+    }
+  }
+}
 
 template <class Scheme>
 void convolve_in_tiles(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end,
                        bool packed, float *scratch) {
   Room room = {scratch};
   Memory<Scheme> memory(job, room);
-  bool forward = job.direction == Direction::forward;
+  bool forward = job.direction == Direction::forward, sums = forward && Scheme::sums;
   int ins = job.in_channels, channel = panel * PANEL, channel_end = least(panel_end * PANEL, job.out_channels);
+  int width = Scheme::sums && !forward ? channel_end - channel : (panel_end - panel) * PANEL;
   std::memset(memory.zeros, 0, ins * sizeof(float));
   if (!packed) pack_kernel<Scheme>(job, expert, panel, panel_end, memory.taps, memory.packed);
   Walk walk = {job.grid, job.order, first, last, job.neighbours, Scheme::side};
   while (int count = walk.next(memory.tile, memory.tiles)) {
-    auto bring = forward ? bring_windows<Scheme> : bring_pixels<Scheme>;
-    bring(job.grid, job.in, ins, 0, ins, memory.tile, count, memory.zeros, memory.rows);
-    multiply_points(memory.rows, count, Scheme::points, memory.packed, panel_end - panel, ins, forward && Scheme::sums,
-                    memory.products);
-    if (forward) write_pixels<Scheme>(job, expert, memory.tile, count, memory.products, channel, channel_end);
-    else add_to_windows<Scheme>(job, memory.tile, count, memory.products, channel, channel_end);
+    if (!Scheme::sums) {
+      auto bring = forward ? bring_windows<Scheme> : bring_pixels<Scheme>;
+      bring(job.grid, job.in, ins, 0, ins, memory.tile, count, memory.zeros, memory.rows);
+    }
+    list_products(job, count, channel, memory, memory.points);
+    if (sums) std::memset(memory.results.data, 0, count * memory.results.stride * sizeof(float));
+    multiply_points(memory.points, Scheme::points, memory.packed, ins, sums, width);
+    if (forward) write_pixels<Scheme>(job, expert, memory.tile, count, memory.results, channel, channel_end);
+    else if (!Scheme::sums) add_to_windows<Scheme>(job, memory.tile, count, memory.results, channel, channel_end);
   }
 }
 
