@@ -372,26 +372,26 @@ Tensor expert_block(const Tensor &pixels, const Tensor &expert, int64_t patch_si
   return as_type(out, summed(pixels, residual));
 }
 
-// With neighbours a patch's gradients reach beyond it: what falls on others lies in a ring around each until all have
-// written their own. Rings of small patches are larger than the map, so images are taken some at a time.
-void convolve_back(Convolution job, const Grid &grid, const int64_t *experts, int64_t num_experts, const Tensor &like) {
-  constexpr int64_t most_floats = 1 << 23;
-  int64_t per_image = int64_t(grid.rows) * grid.columns, pixels = grid.height * grid.width;
-  int64_t ring = job.neighbours ? per_image * (4 * grid.side + 4) * job.out_channels : 0;
-  int64_t at_once = std::clamp<int64_t>(most_floats / std::max<int64_t>(1, ring), 1, std::max<int64_t>(1, grid.batch));
-  Tensor rings = empty_floats(like, {at_once * ring});
-  for (int64_t image = 0; image < grid.batch; image += at_once) {
-    Convolution part = job;
-    part.grid.batch = std::min(at_once, grid.batch - image);
-    part.in += image * pixels * job.in_channels, part.out += image * pixels * job.out_channels;
-    part.ring = ring ? floats_of(rings) : nullptr;
-    const int64_t *own = experts + image * per_image;
-    Sorted sorted(own, patches_of(part.grid), num_experts);
-    part.order = sorted.order.data(), part.begin = sorted.begin.data();
-    if (!sorted.complete()) fill(part.out, nullptr, part.grid.batch * pixels * job.out_channels);
-    run(part, sorted);
-    if (ring) in_parallel(part.grid.batch, [&](int64_t i) { kernels->add_rings(part, own, i); });
-  }
+// With neighbours a patch's gradients reach beyond it, so that no two threads may have patches of one image. A cell's sum
+// is by expert and then by patch, however images are shared out.
+void run_back(const Convolution &job, const Sorted &sorted) {
+  const Grid &grid = job.grid;
+  int64_t experts = sorted.begin.size() - 1, panels = kernels->panels(job.out_channels);
+  int64_t threads = torch::stable::get_num_threads(), blocks = std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, grid.batch));
+  int64_t groups = std::clamp<int64_t>((threads + blocks - 1) / blocks, 1, panels);
+  int64_t size = kernels->convolve_scratch(job), per_image = int64_t(grid.rows) * grid.columns;
+  in_parallel(blocks * groups, [&](int64_t task) {
+    int64_t block = task / groups, group = task % groups;
+    int64_t image = grid.batch * block / blocks, image_end = grid.batch * (block + 1) / blocks;
+    for (int64_t e = 0; e < experts; e++) {
+      auto start = sorted.order.begin(), end = start + sorted.begin[e + 1];
+      auto first = std::lower_bound(start + sorted.begin[e], end, int32_t(image * per_image));
+      auto last = std::lower_bound(first, end, int32_t(image_end * per_image));
+      if (first != last)
+        kernels->convolve(job, int(e), first - start, last - start, int(panels * group / groups),
+                          int(panels * (group + 1) / groups), false, scratch(size));
+    }
+  });
 }
 
 Tensor patch_conv2d_input_grad(const Tensor &grad, const Tensor &weight, const Maybe &base, const Tensor &expert,
@@ -400,10 +400,12 @@ Tensor patch_conv2d_input_grad(const Tensor &grad, const Tensor &weight, const M
   Weight w(weight, base);
   Grid grid = grid_of(grad, patch_size);
   STD_TORCH_CHECK(grad.size(3) == w.out, "grad has ", grad.size(3), " channels, weight ", w.out);
-  Tensor out = empty_floats(grad, map_of(grid, w.in));
+  Tensor out = zero_floats(grad, map_of(grid, w.in));
   Convolution job = convolution(grid, Direction::input_grad, neighbours && w.kernel > 1, w);
   job.in = in.data(), job.out = floats_of(out);
-  convolve_back(job, grid, experts_of(expert, grid, w.experts), w.experts, grad);
+  Sorted sorted(experts_of(expert, grid, w.experts), patches_of(grid), w.experts);
+  job.order = sorted.order.data(), job.begin = sorted.begin.data();
+  run_back(job, sorted);
   return as_type(out, grad.scalar_type());
 }
 

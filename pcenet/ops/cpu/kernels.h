@@ -40,7 +40,6 @@ struct Convolution {
   int64_t expert_stride;
   float *out;
   Epilogue epilogue;
-  float *ring;  // for an input gradient with neighbours [N, 4 side + 4, channels], what falls beyond each patch
   const int32_t *order;  // patches, sorted by expert
   const int64_t *begin;  // [E + 1], where each expert's begin
 };
@@ -85,12 +84,11 @@ struct Kernels {
   const char *name;
   // Scratch, in floats, that a thread needs for the tasks of a kind.
   int64_t (*convolve_scratch)(const Convolution &);
-  // For the patches order[first..last) of one expert the panels [panel, panel_end) of output channels, and their rings.
+  // For the patches order[first..last) of one expert the panels [panel, panel_end) of output channels: written, or for an
+  // input gradient, which with neighbours reaches beyond a patch, added.
   // `packed` says that scratch has been used for this expert and these panels last.
   void (*convolve)(const Convolution &, int expert, int64_t first, int64_t last, int panel, int panel_end, bool packed,
                    float *scratch);
-  // Adds the rings of an image's patches to the map.
-  void (*add_rings)(const Convolution &, const int64_t *experts, int64_t image);
   int (*panels)(int channels);
   int64_t (*weight_grad_scratch)(const WeightGrad &, int outs);
   // Output channels [out, out_end) of the patches order[first..last), at least one, into grad_weight [out..., taps, in].

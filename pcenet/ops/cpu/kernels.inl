@@ -485,7 +485,8 @@ void multiply_rows(const Product *products, int p, const float *packed, int leng
   clear(sums);
   if (adds)
     for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < WIDTH; v++) sums[r][v] = load(products[r].to + p * PANEL + v * VECTOR);
+      for (int v = 0; v < WIDTH; v++)
+        sums[r][v] = load_some(products[r].to + p * PANEL + v * VECTOR, own - v * VECTOR);
   multiply<ROWS>(row, packed, length, sums);
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < WIDTH; v++) store_some(products[r].to + p * PANEL + v * VECTOR, sums[r][v], own - v * VECTOR);
@@ -561,44 +562,18 @@ void write_pixels(const Convolution &job, int expert, const Tile *tiles, int cou
     }
 }
 
-// The cells of the ring around a patch, by number: the row above, the row below, the column before, the column behind.
-inline int ring_size(const Grid &grid) { return 4 * grid.side + 4; }
-
-inline int ring_cell(const Grid &grid, int y, int x) {
-  if (y < 0) return x + 1;
-  if (y >= grid.side) return grid.side + 2 + x + 1;
-  return 2 * (grid.side + 2) + (x < 0 ? 0 : grid.side) + y;
-}
-
-// Where a cell's gradient goes: to the map, to the ring around the patch, or nowhere.
-inline float *gradient_of(const Convolution &job, const Tile &tile, int y, int x) {
-  if (!tile.reads.holds(y, x)) return nullptr;
-  const Grid &grid = job.grid;
-  int in_y = tile.y + y, in_x = tile.x + x;
-  if (in_y >= 0 && in_y < grid.side && in_x >= 0 && in_x < grid.side)
-    return job.out + (tile.pixel + y * grid.width + x) * job.out_channels;
-  return job.ring + (int64_t(tile.patch) * ring_size(grid) + ring_cell(grid, in_y, in_x)) * job.out_channels;
-}
-
-// A tile that is its patch's first finds zeros in all cells of the patch and of its ring.
-void clear_cells(const Convolution &job, const Tile &tile, int channel, int channel_end) {
-  if (tile.y || tile.x) return;
-  size_t size = (channel_end - channel) * sizeof(float);
-  int around = job.ring ? 1 : 0;
-  for (int y = -around; y < tile.owns.bottom + around; y++)
-    for (int x = -around; x < tile.owns.right + around; x++)
-      if (float *cell = gradient_of(job, tile, y, x)) std::memset(cell + channel, 0, size);
-}
-
 // Products are added to the cells of the tiles' windows.
 template <class Scheme>
 void add_to_windows(const Convolution &job, const Tile *tiles, int count, const Rows &products, int channel,
                     int channel_end) {
   constexpr int points = Scheme::points, window = Scheme::window, before = window > 1 ? 1 : 0;
   for (int t = 0; t < count; t++) {
-    clear_cells(job, tiles[t], channel, channel_end);
     float *cell[points];
-    for (int k = 0; k < points; k++) cell[k] = gradient_of(job, tiles[t], k / window - before, k % window - before);
+    for (int k = 0; k < points; k++) {
+      int y = k / window - before, x = k % window - before;
+      int64_t pixel = tiles[t].pixel + y * job.grid.width + x;
+      cell[k] = tiles[t].reads.holds(y, x) ? job.out + pixel * job.out_channels : nullptr;
+    }
     for (int c = channel; c < channel_end; c += VECTOR) {
       Vector in[points], out[points];
 #pragma GCC unroll 16
@@ -639,17 +614,17 @@ void list_products(const Convolution &job, int count, int channel, const Memory<
   points.clear();
   for (int t = 0; t < count; t++) {
     const Tile &tile = memory.tile[t];
-    const float *pixel = job.in + tile.pixel * job.in_channels;
     for (int k = 0; k < Scheme::points; k++) {
       int y = k / window - before, x = k % window - before;
+      int64_t cell = tile.pixel + y * job.grid.width + x;
       if (!Scheme::sums)
         points.add(k, memory.rows.at(k, t), memory.results.at(k, t));
       else if (!tile.reads.holds(y, x))
         continue;
       else if (job.direction == Direction::forward)
-        points.add(k, pixel + (y * job.grid.width + x) * job.in_channels, memory.results.at(0, t));
+        points.add(k, job.in + cell * job.in_channels, memory.results.at(0, t));
       else
-        points.add(k, pixel, gradient_of(job, tile, y, x) + channel);
+        points.add(k, job.in + tile.pixel * job.in_channels, job.out + cell * job.out_channels + channel);
     }
   }
 }
@@ -659,7 +634,7 @@ void convolve_in_tiles(const Convolution &job, int expert, int64_t first, int64_
                        bool packed, float *scratch) {
   Room room = {scratch};
   Memory<Scheme> memory(job, room);
-  bool forward = job.direction == Direction::forward, sums = forward && Scheme::sums;
+  bool forward = job.direction == Direction::forward;
   int ins = job.in_channels, channel = panel * PANEL, channel_end = least(panel_end * PANEL, job.out_channels);
   int width = Scheme::sums && !forward ? channel_end - channel : (panel_end - panel) * PANEL;
   std::memset(memory.zeros, 0, ins * sizeof(float));
@@ -671,32 +646,10 @@ void convolve_in_tiles(const Convolution &job, int expert, int64_t first, int64_
       bring(job.grid, job.in, ins, 0, ins, memory.tile, count, memory.zeros, memory.rows);
     }
     list_products(job, count, channel, memory, memory.points);
-    if (sums) std::memset(memory.results.data, 0, count * memory.results.stride * sizeof(float));
-    multiply_points(memory.points, Scheme::points, memory.packed, ins, sums, width);
+    if (Scheme::sums && forward) std::memset(memory.results.data, 0, count * memory.results.stride * sizeof(float));
+    multiply_points(memory.points, Scheme::points, memory.packed, ins, Scheme::sums, width);
     if (forward) write_pixels<Scheme>(job, expert, memory.tile, count, memory.results, channel, channel_end);
     else if (!Scheme::sums) add_to_windows<Scheme>(job, memory.tile, count, memory.results, channel, channel_end);
-  }
-}
-
-// What falls on a patch's neighbours is added after all patches have been written, image by image and patch by patch.
-void add_rings(const Convolution &job, const int64_t *experts, int64_t image) {
-  const Grid &grid = job.grid;
-  int64_t per_image = int64_t(grid.rows) * grid.columns;
-  for (int64_t patch = image * per_image; patch < (image + 1) * per_image; patch++) {
-    if (experts[patch] < 0) continue;
-    Place place = place_of(grid, patch);
-    int64_t first = (image * grid.height + place.top) * grid.width + place.left;
-    for (int y = -1; y <= place.height; y++) {
-      if (place.top + y < 0 || place.top + y >= grid.height) continue;
-      bool beside = y >= 0 && y < place.height;
-      for (int x = -1; x <= place.width; x += beside ? place.width + 1 : 1) {
-        if (place.left + x < 0 || place.left + x >= grid.width) continue;
-        float *to = job.out + (first + y * grid.width + x) * job.out_channels;
-        const float *from = job.ring + (patch * ring_size(grid) + ring_cell(grid, y, x)) * job.out_channels;
-        for (int c = 0; c < job.out_channels; c += VECTOR)
-          add_to(to + c, load_some(from + c, job.out_channels - c), job.out_channels - c);
-      }
-    }
   }
 }
 
@@ -1290,7 +1243,7 @@ void perceptron_grad(const Perceptron &job, const float *grad, int64_t line, int
 
 extern const Kernels TABLE;
 const Kernels TABLE = {
-    NAME,    convolve_scratch, convolve,    add_rings, panels,         weight_grad_scratch, weight_grad,        affine,
+    NAME,    convolve_scratch, convolve,    panels,         weight_grad_scratch, weight_grad,        affine,
     moments, affine_sums,      affine_grad, linear_scratch, linear,              perceptron_scratch, perceptron,
     perceptron_grad,
 };
