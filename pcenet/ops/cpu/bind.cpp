@@ -653,6 +653,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_perceptron_backward(const Tenso
   return {grad_x, grad_weight, grad_rows, grad_columns};
 }
 
+// The mean of the numbers of rank share - 1 and share, from 0, the largest first. Ranks are found by the leading bits of
+// numbers, as integers in the same order, so that few are left to be compared.
+float border_of(const float *values, int64_t count, int64_t share) {
+  constexpr int shift = 20;
+  auto place = [](float value) {
+    int32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return uint32_t(bits ^ (bits >> 31 | INT32_MIN)) >> shift;
+  };
+  int32_t counts[1 << (32 - shift)] = {};
+  for (int64_t i = 0; i < count; i++) counts[place(values[i])]++;
+  uint32_t low = 1 << (32 - shift);
+  int64_t above = 0, at_least = 0;  // numbers whose bits are above those of rank share - 1, and not below those of `share`
+  while (at_least < share) above = at_least, at_least += counts[--low];
+  uint32_t high = low;
+  while (at_least <= share) at_least += counts[--low];
+  std::vector<float> near;
+  near.reserve(at_least - above);
+  for (int64_t i = 0; i < count; i++)
+    if (uint32_t own = place(values[i]); own >= low && own <= high) near.push_back(values[i]);
+  auto next = near.begin() + (share - above);
+  std::nth_element(near.begin(), next, near.end(), std::greater<float>());
+  return 0.5f * (*std::min_element(near.begin(), next) + *next);
+}
+
 // See pcenet.nn.balancing, whose loop this is. Each expert's leads over its best rival lie side by side.
 Tensor balancing_bias(const Tensor &logits, int64_t top_k, int64_t sweeps, double damping) {
   Floats scores(logits, "logits");
@@ -671,12 +696,12 @@ Tensor balancing_bias(const Tensor &logits, int64_t top_k, int64_t sweeps, doubl
       std::vector<float> own(experts), best(top_k + 1);
       for (; i < end; i++) {
         for (int64_t e = 0; e < experts; e++) own[e] = from[i * experts + e] + bias[e];
-        // The best top_k + 1 scores, which are few: each new one is moved to its place.
+        // The best top_k + 1 scores, which are few: each new one takes its place, without a branch to guess.
         std::fill(best.begin(), best.end(), -std::numeric_limits<float>::infinity());
         for (float score : own)
-          for (size_t place = best.size(); place-- > 0 && score > best[place];) {
-            if (place + 1 < best.size()) best[place + 1] = best[place];
-            best[place] = score;
+          for (float &place : best) {
+            float better = std::max(place, score);
+            score = std::min(place, score), place = better;
           }
         float last_in = best[top_k - 1], first_out = best[top_k];
         for (int64_t e = 0; e < experts; e++) {
@@ -686,11 +711,7 @@ Tensor balancing_bias(const Tensor &logits, int64_t top_k, int64_t sweeps, doubl
         }
       }
     });
-    in_parallel(experts, [&](int64_t e) {
-      auto begin = leads.begin() + e * patches, end = begin + patches, next = begin + share;
-      std::nth_element(begin, next, end, std::greater<float>());
-      borders[e] = 0.5f * (*std::min_element(begin, next) + *next);
-    });
+    in_parallel(experts, [&](int64_t e) { borders[e] = border_of(leads.data() + e * patches, patches, share); });
     double level = 0;
     for (int64_t e = 0; e < experts; e++) bias[e] -= float(damping) * borders[e], level += bias[e];
     for (int64_t e = 0; e < experts; e++) bias[e] -= float(level / experts);
