@@ -422,13 +422,13 @@ void pack_panel(const float *from, int64_t out_stride, int64_t in_stride, int co
       to[int64_t(i) * PANEL + o] = o < count ? from[o * out_stride + i * in_stride] : 0;
 }
 
-// An expert's kernel, the base added, as [point][panel][in][PANEL]; `taps` is room for a slice of it as [tap][in][PANEL].
+// An expert's kernel, the base added, as [panel][point][in][PANEL]; `taps` is room for a slice of it as [tap][in][PANEL].
 template <class Scheme>
 void pack_kernel(const Convolution &job, int expert, int panel, int panel_end, float *taps, float *packed) {
   int first_tap = Scheme::taps == 1 ? job.kernel * job.kernel / 2 : 0, ins = job.in_channels;
   float *of_base = taps + Scheme::taps * SLICE * PANEL;
-  int64_t size = int64_t(ins) * PANEL, step = (panel_end - panel) * size;
-  for (int p = panel; p < panel_end; p++, packed += size) {
+  int64_t step = int64_t(ins) * PANEL;
+  for (int p = panel; p < panel_end; p++, packed += Scheme::points * step) {
     int count = least(PANEL, job.out_channels - p * PANEL);
     for (int i = 0; i < ins; i += SLICE) {
       int own = least(SLICE, ins - i);
@@ -509,21 +509,22 @@ inline void in_tiles(int count, const What &what) {
   with_rows<TILE - 1>(count - first, [&](auto number) { what(first, number); });
 }
 
-// The products of all points.
+// Products by what they are multiplied with: a part of each panel, `length` rows from `start` on.
 struct Points {
+  static constexpr int most = 16;
   Product *products;  // [point][room]
-  int room, counts[16];
-  void clear() { std::memset(counts, 0, sizeof counts); }
+  int room, counts[most], start[most], length[most];
   void add(int point, const float *row, float *to) { products[point * room + counts[point]++] = {row, to}; }
 };
 
-// All products, with panels packed as [point][panel][in][PANEL]; `width` numbers of a result are written.
-void multiply_points(const Points &points, int number, const float *packed, int length, bool adds, int width) {
-  for (int k = 0; k < number; k++)
-    for (int p = 0; p < panels(width); p++, packed += int64_t(length) * PANEL)
+// All of them, with panels of `size` numbers; `width` numbers of a result are written.
+void multiply_points(const Points &points, const float *packed, int64_t size, bool adds, int width) {
+  for (int k = 0; k < Points::most; k++)
+    for (int p = 0; points.counts[k] && p < panels(width); p++)
       in_tiles(points.counts[k], [&](int first, auto rows) {
-        multiply_rows<decltype(rows)::value>(points.products + k * points.room + first, p, packed, length, adds,
-                                             width - p * PANEL);
+        multiply_rows<decltype(rows)::value>(points.products + k * points.room + first, p,
+                                             packed + p * size + int64_t(points.start[k]) * PANEL, points.length[k],
+                                             adds, width - p * PANEL);
       });
 }
 
@@ -601,30 +602,48 @@ struct Memory {
     zeros = room.take(ins);
     tiles = chunk_size<Scheme>(ins, outs);
     tile = room.take<Tile>(tiles);
-    points.products = room.take<Product>(number * tiles), points.room = tiles;
+    points.products = room.take<Product>(Points::most * tiles), points.room = tiles;
     if (!Scheme::sums) rows = take_rows(room, number, tiles, ins);
     results = take_rows(room, Scheme::sums ? 1 : number, tiles, outs);
   }
 };
 
-// Which rows are multiplied: those of points, or where points are cells these themselves, where they lie.
+// A pixel's cells side by side are one row, multiplied by their taps together: which there are is a matter of the columns
+// before and behind.
+template <int WINDOW>
+void list_cells(const Convolution &job, const Tile &tile, float *to, Points &points) {
+  constexpr int before = WINDOW / 2;
+  for (int i = 0; i < WINDOW; i++) {
+    if (!tile.reads.holds(i - before, 0)) continue;
+    int none_before = before && !tile.reads.holds(0, -1), none_behind = before && !tile.reads.holds(0, 1);
+    int kind = i * 4 + none_before * 2 + none_behind, ins = job.in_channels;
+    points.start[kind] = (i * WINDOW + none_before) * ins;
+    points.length[kind] = (WINDOW - none_before - none_behind) * ins;
+    points.add(kind, job.in + (tile.pixel + (i - before) * job.grid.width + none_before - before) * ins, to);
+  }
+}
+
+// What is multiplied: the rows of points; or, where these are cells, cells where they lie, and into a gradient's cells.
 template <class Scheme>
 void list_products(const Convolution &job, int count, int channel, const Memory<Scheme> &memory, Points &points) {
   constexpr int window = Scheme::window, before = window / 3;
-  points.clear();
+  bool forward = job.direction == Direction::forward;
+  std::memset(points.counts, 0, sizeof points.counts);
+  for (int k = 0; k < Scheme::points && !(Scheme::sums && forward); k++)
+    points.start[k] = k * job.in_channels, points.length[k] = job.in_channels;
   for (int t = 0; t < count; t++) {
     const Tile &tile = memory.tile[t];
+    if (Scheme::sums && forward) {
+      list_cells<window>(job, tile, memory.results.at(0, t), points);
+      continue;
+    }
     for (int k = 0; k < Scheme::points; k++) {
       int y = k / window - before, x = k % window - before;
-      int64_t cell = tile.pixel + y * job.grid.width + x;
       if (!Scheme::sums)
         points.add(k, memory.rows.at(k, t), memory.results.at(k, t));
-      else if (!tile.reads.holds(y, x))
-        continue;
-      else if (job.direction == Direction::forward)
-        points.add(k, job.in + cell * job.in_channels, memory.results.at(0, t));
-      else
-        points.add(k, job.in + tile.pixel * job.in_channels, job.out + cell * job.out_channels + channel);
+      else if (tile.reads.holds(y, x))
+        points.add(k, job.in + tile.pixel * job.in_channels,
+                   job.out + (tile.pixel + y * job.grid.width + x) * job.out_channels + channel);
     }
   }
 }
@@ -647,7 +666,7 @@ void convolve_in_tiles(const Convolution &job, int expert, int64_t first, int64_
     }
     list_products(job, count, channel, memory, memory.points);
     if (Scheme::sums && forward) std::memset(memory.results.data, 0, count * memory.results.stride * sizeof(float));
-    multiply_points(memory.points, Scheme::points, memory.packed, ins, Scheme::sums, width);
+    multiply_points(memory.points, memory.packed, int64_t(Scheme::points) * ins * PANEL, Scheme::sums, width);
     if (forward) write_pixels<Scheme>(job, expert, memory.tile, count, memory.results, channel, channel_end);
     else if (!Scheme::sums) add_to_windows<Scheme>(job, memory.tile, count, memory.results, channel, channel_end);
   }
