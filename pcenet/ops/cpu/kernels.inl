@@ -600,7 +600,7 @@ struct Memory {
     packed = room.take(int64_t(panels(outs)) * number * ins * PANEL);
     taps = room.take(2 * Scheme::taps * SLICE * PANEL);
     zeros = room.take(ins);
-    tiles = chunk_size<Scheme>(ins, outs);
+    tiles = Scheme::sums ? 96 : chunk_size<Scheme>(ins, outs);
     tile = room.take<Tile>(tiles);
     points.products = room.take<Product>(Points::most * tiles), points.room = tiles;
     if (!Scheme::sums) rows = take_rows(room, number, tiles, ins);
