@@ -31,7 +31,7 @@ FLAGS = (
     *("-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # LibTorch's stable interface as of 2.10
 )
-LINK = ("-shared", "-Wl,-z,defs", "-ltorch_cpu")
+LINK = ("-shared", "-s", "-Wl,-z,defs", "-ltorch_cpu")
 
 
 class InstructionSet(NamedTuple):
