@@ -1046,27 +1046,7 @@ void affine_grad(const Affine &job, const float *grad, const float *slope, const
 
 // ---- The router's first layer ---------------------------------------------------------------------------------------
 
-// The weights for both directions as panels, hidden values of a chunk of pixels and their gradients.
-struct Layer {
-  float *forward, *backward, *grads, *patch_sums;
-};
-
-constexpr int STRETCH = 96;  // pixels whose gradients are kept for the products
-
-int64_t perceptron_scratch(const Perceptron &job) {
-  int64_t hidden = panels(job.hidden) * PANEL, channels = panels(job.channels) * PANEL;
-  return hidden * job.channels + channels * job.hidden + STRETCH * row_stride(hidden) + job.grid.columns * hidden + 64;
-}
-
-Layer lay_out(const Perceptron &job, float *scratch) {
-  int64_t hidden = panels(job.hidden) * PANEL, channels = panels(job.channels) * PANEL;
-  Layer layer;
-  layer.forward = scratch;
-  layer.backward = layer.forward + hidden * job.channels;
-  layer.grads = layer.backward + channels * job.hidden;
-  layer.patch_sums = layer.grads + STRETCH * row_stride(hidden);
-  return layer;
-}
+constexpr int STRETCH = 96;  // pixels side by side, or rows, that are computed at a time
 
 void pack_layer(const float *weight, int64_t out_stride, int64_t in_stride, int outs, int ins, float *to) {
   for (int p = 0; p < panels(outs); p++)
@@ -1074,188 +1054,158 @@ void pack_layer(const float *weight, int64_t out_stride, int64_t in_stride, int 
                to + int64_t(p) * ins * PANEL);
 }
 
-int64_t linear_scratch(const Linear &job) { return int64_t(panels(job.outs)) * PANEL * job.ins; }
+// Rows of `ins` numbers times a packed layer, into or added to rows of `outs` numbers.
+void multiply_layer(Points &points, const float *rows, int64_t stride, int count, const float *packed, int ins, bool adds,
+                    float *to, int64_t to_stride, int outs) {
+  std::memset(points.counts, 0, sizeof points.counts);
+  points.start[0] = 0, points.length[0] = ins;
+  for (int i = 0; i < count; i++) points.add(0, rows + i * stride, to + i * to_stride);
+  multiply_points(points, packed, int64_t(ins) * PANEL, adds, outs);
+}
 
-template <int ROWS>
-void linear_rows(const Linear &job, int64_t first, const float *packed, float *out) {
-  const float *row[ROWS];
-  for (int r = 0; r < ROWS; r++) row[r] = job.in + (first + r) * job.ins;
-  for (int p = 0; p < panels(job.outs); p++) {
-    Vector sums[ROWS][WIDTH];
-    clear(sums);
-    multiply<ROWS>(row, packed + int64_t(p) * job.ins * PANEL, job.ins, sums);
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < WIDTH; v++) {
-        int at = p * PANEL + v * VECTOR, own = job.outs - at;
-        Vector y = job.bias ? sums[r][v] + load_some(job.bias + at, own) : sums[r][v];
-        store_some(out + (first + r) * job.outs + at, y, own);
-      }
-  }
+Points take_points(Room &room, int most) {
+  Points points;
+  points.products = room.take<Product>(most), points.room = most;
+  return points;
+}
+
+int64_t linear_scratch(const Linear &job) {
+  Room room = {nullptr};
+  take_points(room, STRETCH);
+  room.take(int64_t(panels(job.outs)) * PANEL * job.ins);
+  return room.taken;
 }
 
 void linear(const Linear &job, float *out, float *scratch) {
-  pack_layer(job.weight, job.weight_stride, 1, job.outs, job.ins, scratch);
-  int64_t i = 0;
-  for (; i + TILE <= job.count; i += TILE) linear_rows<TILE>(job, i, scratch, out);
-  for (; i < job.count; i++) linear_rows<1>(job, i, scratch, out);
+  Room room = {scratch};
+  Points points = take_points(room, STRETCH);
+  float *packed = room.take(int64_t(panels(job.outs)) * PANEL * job.ins);
+  pack_layer(job.weight, job.weight_stride, 1, job.outs, job.ins, packed);
+  for (int64_t i = 0; i < job.count; i += STRETCH) {
+    int count = least(STRETCH, job.count - i);
+    float *to = out + i * job.outs;
+    for (int k = 0; k < count * job.outs; k++) to[k] = job.bias ? job.bias[k % job.outs] : 0;
+    multiply_layer(points, job.in + i * job.ins, job.ins, count, packed, job.ins, true, to, job.outs, job.outs);
+  }
 }
 
-// What comes before the activation, of ROWS pixels side by side.
-template <int ROWS>
-inline void before_activation(const Perceptron &job, const float *packed, int64_t y, int64_t x, int64_t pixel, int p,
-                              Vector (*sums)[WIDTH]) {
-  const float *row[ROWS];
-  for (int r = 0; r < ROWS; r++) {
-    row[r] = job.x + (pixel + r) * job.channels;
-    for (int v = 0; v < WIDTH; v++) {
-      int at = p * PANEL + v * VECTOR, own = most(0, job.hidden - at);
-      sums[r][v] = load_some(job.rows + y * job.hidden + at, own) +
-                   load_some(job.columns + (x + r) * job.hidden + at, own);
-    }
+// A thread's memory: the layer's weights for both directions; of a stretch of pixels the hidden values, before the
+// activation or their gradients, and what is read; sums by patch, and of the weights' gradient [hidden][channel].
+struct LayerMemory {
+  Points points;
+  float *forward, *backward, *patches, *weights;
+  Rows hidden, inputs;
+
+  LayerMemory(const Perceptron &job, Room &room) {
+    int64_t width = row_stride(job.hidden);
+    points = take_points(room, STRETCH);
+    forward = room.take(width * job.channels), backward = room.take(row_stride(job.channels) * job.hidden);
+    patches = room.take(job.grid.columns * width), weights = room.take(job.hidden * row_stride(job.channels));
+    hidden = take_rows(room, 1, STRETCH, job.hidden), inputs = take_rows(room, 1, STRETCH, job.channels);
   }
-  multiply<ROWS>(row, packed + int64_t(p) * job.channels * PANEL, job.channels, sums);
+};
+
+int64_t perceptron_scratch(const Perceptron &job) {
+  Room room = {nullptr};
+  LayerMemory(job, room);
+  return room.taken;
 }
 
-template <int ROWS>
-void add_activations(const Perceptron &job, const Layer &layer, int64_t y, int64_t x, int64_t pixel) {
-  for (int p = 0; p < panels(job.hidden); p++) {
-    Vector sums[ROWS][WIDTH];
-    before_activation<ROWS>(job, layer.forward, y, x, pixel, p, sums);
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < WIDTH; v++) sums[r][v] = gelu(sums[r][v]);
-    int64_t column = x / job.grid.side, left = job.grid.side - x % job.grid.side;
-    for (int r = 0; r < ROWS; r++, left--) {
-      if (!left) column++, left = job.grid.side;
-      float *to = layer.patch_sums + column * panels(job.hidden) * PANEL + p * PANEL;
-      for (int v = 0; v < WIDTH; v++) store(to + v * VECTOR, load(to + v * VECTOR) + sums[r][v]);
+// Calls what(y, x, pixel, count) for stretches of pixels of lines of patches, with their hidden values.
+template <class What>
+void for_stretches(const Perceptron &job, int64_t line, LayerMemory &memory, const What &what) {
+  const Grid &grid = job.grid;
+  int64_t image = line / grid.rows, top = line % grid.rows * grid.side, bottom = least(top + grid.side, grid.height);
+  for (int64_t y = top; y < bottom; y++)
+    for (int64_t x = 0; x < grid.width; x += STRETCH) {
+      int64_t pixel = (image * grid.height + y) * grid.width + x;
+      int count = least(STRETCH, grid.width - x);
+      for (int i = 0; i < count; i++)
+        for (int h = 0; h < panels(job.hidden) * PANEL; h += VECTOR) {
+          int own = job.hidden - h;
+          store(memory.hidden.at(0, i) + h,
+                load_some(job.rows + y * job.hidden + h, own) + load_some(job.columns + (x + i) * job.hidden + h, own));
+        }
+      multiply_layer(memory.points, job.x + pixel * job.channels, job.channels, count, memory.forward, job.channels, true,
+                     memory.hidden.data, memory.hidden.stride, panels(job.hidden) * PANEL);
+      what(y, x, pixel, count);
     }
-  }
+}
+
+// The share of a pixel in the mean over its patch.
+inline float share_of(const Grid &grid, int64_t line, int64_t column) {
+  int64_t top = line % grid.rows * grid.side, left = column * grid.side;
+  return 1.0f / (least(grid.side, grid.height - top) * least(grid.side, grid.width - left));
 }
 
 void perceptron(const Perceptron &job, int64_t line, int64_t line_end, float *out, float *scratch) {
   const Grid &grid = job.grid;
-  Layer layer = lay_out(job, scratch);
-  pack_layer(job.weight, job.weight_stride, 1, job.hidden, job.channels, layer.forward);
-  int64_t padded = panels(job.hidden) * PANEL;
+  Room room = {scratch};
+  LayerMemory memory(job, room);
+  int64_t width = row_stride(job.hidden);
+  pack_layer(job.weight, job.weight_stride, 1, job.hidden, job.channels, memory.forward);
   for (; line < line_end; line++) {
-    std::memset(layer.patch_sums, 0, sizeof(float) * grid.columns * padded);
-    int64_t image = line / grid.rows, top = line % grid.rows * grid.side;
-    int64_t bottom = least(top + grid.side, grid.height);
-    for (int64_t y = top; y < bottom; y++) {
-      int64_t first = (image * grid.height + y) * grid.width, x = 0;
-      for (; x + TILE <= grid.width; x += TILE) add_activations<TILE>(job, layer, y, x, first + x);
-      for (; x < grid.width; x++) add_activations<1>(job, layer, y, x, first + x);
-    }
+    std::memset(memory.patches, 0, sizeof(float) * grid.columns * width);
+    for_stretches(job, line, memory, [&](int64_t, int64_t x, int64_t, int count) {
+      for (int i = 0; i < count; i++) {
+        float *sums = memory.patches + (x + i) / grid.side * width;
+        const float *own = memory.hidden.at(0, i);
+        for (int h = 0; h < job.hidden; h += VECTOR) store(sums + h, load(sums + h) + gelu(load(own + h)));
+      }
+    });
     for (int column = 0; column < grid.columns; column++) {
-      int64_t width = least(grid.side, grid.width - int64_t(column) * grid.side);
-      float share = 1.0f / (width * (bottom - top));
-      float *to = out + (line * grid.columns + column) * job.hidden;
-      for (int h = 0; h < job.hidden; h++) to[h] = layer.patch_sums[column * padded + h] * share;
+      float share = share_of(grid, line, column), *to = out + (line * grid.columns + column) * job.hidden;
+      for (int h = 0; h < job.hidden; h++) to[h] = memory.patches[column * width + h] * share;
     }
   }
 }
 
-// Gradients before the activation of ROWS pixels, into rows of layer.grads.
-template <int ROWS>
-void grads_before(const Perceptron &job, const Layer &layer, const float *grad, int64_t line, float share_of_line,
-                  int64_t y, int64_t x, int64_t pixel, float *to, float *grad_row, float *grad_columns) {
-  const Grid &grid = job.grid;
-  int64_t stride = row_stride(panels(job.hidden) * PANEL);
-  for (int p = 0; p < panels(job.hidden); p++) {
-    Vector sums[ROWS][WIDTH];
-    before_activation<ROWS>(job, layer.forward, y, x, pixel, p, sums);
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < WIDTH; v++) sums[r][v] = slope_of_gelu(sums[r][v]);
-    int64_t column = x / grid.side, left = grid.side - x % grid.side;
-    for (int r = 0; r < ROWS; r++, left--) {
-      if (!left) column++, left = grid.side;
-      Vector share = all(share_of_line / least(grid.side, grid.width - column * grid.side));
-      const float *from = grad + (line * grid.columns + column) * job.hidden;
-      for (int v = 0; v < WIDTH; v++) {
-        int at = p * PANEL + v * VECTOR, own = most(0, job.hidden - at);
-        Vector g = load_some(from + at, own) * sums[r][v] * share;
-        store(to + r * stride + at, g);
-        if (own == 0) continue;
-        add_to(grad_row + at, g, own);
-        add_to(grad_columns + (x + r) * job.hidden + at, g, own);
-      }
+// The hidden values of a stretch become gradients, which are added to those of the row and of the columns.
+void grads_of_hidden(const Perceptron &job, const float *grad, int64_t line, int64_t y, int64_t x, int count,
+                     const LayerMemory &memory, float *grad_rows, float *grad_columns) {
+  for (int i = 0; i < count; i++) {
+    int64_t column = (x + i) / job.grid.side;
+    Vector share = all(share_of(job.grid, line, column));
+    const float *from = grad + (line * job.grid.columns + column) * job.hidden;
+    for (int h = 0; h < job.hidden; h += VECTOR) {
+      int own = job.hidden - h;
+      float *hidden = memory.hidden.at(0, i) + h;
+      Vector g = load_some(from + h, own) * slope_of_gelu(load(hidden)) * share;
+      store(hidden, g);
+      add_to(grad_rows + y * job.hidden + h, g, own);
+      add_to(grad_columns + (x + i) * job.hidden + h, g, own);
     }
-  }
-}
-
-template <int ROWS>
-void grads_of_pixels(const Perceptron &job, const Layer &layer, const float *grads, int64_t pixel, float *grad_x) {
-  int64_t stride = row_stride(panels(job.hidden) * PANEL);
-  const float *row[ROWS];
-  for (int r = 0; r < ROWS; r++) row[r] = grads + r * stride;
-  for (int p = 0; p < panels(job.channels); p++) {
-    Vector sums[ROWS][WIDTH];
-    clear(sums);
-    multiply<ROWS>(row, layer.backward + int64_t(p) * job.hidden * PANEL, job.hidden, sums);
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < WIDTH; v++) {
-        int at = p * PANEL + v * VECTOR;
-        if (at < job.channels) store_some(grad_x + (pixel + r) * job.channels + at, sums[r][v], job.channels - at);
-      }
-  }
-}
-
-// grad_weight += grads' x, over `count` pixels side by side.
-template <int ROWS>
-void grads_of_weight(const Perceptron &job, const float *grads, int64_t pixel, int count, float *grad_weight) {
-  int64_t stride = row_stride(panels(job.hidden) * PANEL);
-  for (int c = 0; c < job.channels; c += PANEL) {
-    Vector sums[ROWS][WIDTH];
-    clear(sums);
-    for (int i = 0; i < count; i++) {
-      const float *x = job.x + (pixel + i) * job.channels + c;
-      Vector values[WIDTH];
-      for (int v = 0; v < WIDTH; v++)
-        values[v] = load_some(x + v * VECTOR, most(0, job.channels - c - v * VECTOR));
-      for (int r = 0; r < ROWS; r++) {
-        Vector own = all(grads[i * stride + r]);
-        for (int v = 0; v < WIDTH; v++) sums[r][v] += own * values[v];
-      }
-    }
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < WIDTH && c + v * VECTOR < job.channels; v++)
-        add_to(grad_weight + int64_t(r) * job.channels + c + v * VECTOR, sums[r][v], job.channels - c - v * VECTOR);
   }
 }
 
 void perceptron_grad(const Perceptron &job, const float *grad, int64_t line, int64_t line_end, float *grad_x,
                      float *grad_weight, float *grad_rows, float *grad_columns, float *scratch) {
-  const Grid &grid = job.grid;
-  Layer layer = lay_out(job, scratch);
-  int64_t stride = row_stride(panels(job.hidden) * PANEL);
-  pack_layer(job.weight, job.weight_stride, 1, job.hidden, job.channels, layer.forward);
-  if (grad_x) pack_layer(job.weight, 1, job.weight_stride, job.channels, job.hidden, layer.backward);
-  for (; line < line_end; line++) {
-    int64_t image = line / grid.rows, top = line % grid.rows * grid.side;
-    int64_t bottom = least(top + grid.side, grid.height);
-    float share = 1.0f / (bottom - top);
-    for (int64_t y = top; y < bottom; y++)
-      for (int64_t start = 0; start < grid.width; start += STRETCH) {
-        int count = least(STRETCH, grid.width - start), i = 0;
-        int64_t first = (image * grid.height + y) * grid.width + start;
-        float *row = grad_rows + y * job.hidden;
-        for (; i + TILE <= count; i += TILE)
-          grads_before<TILE>(job, layer, grad, line, share, y, start + i, first + i, layer.grads + i * stride, row,
-                             grad_columns);
-        for (; i < count; i++)
-          grads_before<1>(job, layer, grad, line, share, y, start + i, first + i, layer.grads + i * stride, row,
-                          grad_columns);
-        int h = 0;
-        for (; h + TILE <= job.hidden; h += TILE)
-          grads_of_weight<TILE>(job, layer.grads + h, first, count, grad_weight + int64_t(h) * job.channels);
-        for (; h < job.hidden; h++)
-          grads_of_weight<1>(job, layer.grads + h, first, count, grad_weight + int64_t(h) * job.channels);
-        if (!grad_x) continue;
-        for (i = 0; i + TILE <= count; i += TILE)
-          grads_of_pixels<TILE>(job, layer, layer.grads + i * stride, first + i, grad_x);
-        for (; i < count; i++) grads_of_pixels<1>(job, layer, layer.grads + i * stride, first + i, grad_x);
+  Room room = {scratch};
+  LayerMemory memory(job, room);
+  int channels = job.channels;
+  int64_t stride = memory.inputs.stride;
+  pack_layer(job.weight, job.weight_stride, 1, job.hidden, channels, memory.forward);
+  if (grad_x) pack_layer(job.weight, 1, job.weight_stride, channels, job.hidden, memory.backward);
+  std::memset(memory.weights, 0, sizeof(float) * job.hidden * stride);
+  for (; line < line_end; line++)
+    for_stretches(job, line, memory, [&](int64_t y, int64_t x, int64_t pixel, int count) {
+      grads_of_hidden(job, grad, line, y, x, count, memory, grad_rows, grad_columns);
+      for (int i = 0; i < count; i++) {
+        const float *cell = job.x + (pixel + i) * channels;
+        bring<Same<1>>(&cell, channels, memory.inputs.at(0, i), 0);
       }
-  }
+      for (int c = 0; c < channels; c += PANEL)
+        in_tiles(job.hidden, [&](int h, auto rows) {
+          multiply_pairs<decltype(rows)::value>(memory.hidden.data + h, memory.hidden.stride, memory.inputs.data + c,
+                                                stride, count, memory.weights + h * stride + c, stride);
+        });
+      if (grad_x)
+        multiply_layer(memory.points, memory.hidden.data, memory.hidden.stride, count, memory.backward, job.hidden, false,
+                       grad_x + pixel * channels, channels, channels);
+    });
+  for (int h = 0; h < job.hidden; h++)
+    for (int c = 0; c < channels; c += VECTOR)
+      add_to(grad_weight + int64_t(h) * channels + c, load(memory.weights + h * stride + c), channels - c);
 }
 
 }  // namespace
