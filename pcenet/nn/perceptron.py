@@ -67,9 +67,12 @@ class HiddenLayer(nn.Module):
         x, weight, bias = x.to(dtype), self.weight.to(dtype).flatten(1), self.bias.to(dtype)
         if self.gate_input == "flat":
             return F.gelu(F.linear(self.extractor(x).flatten(1), weight, bias))
+        return patch_perceptron(x, weight, bias, *self.lines(x), self.patch_size)
+
+    def lines(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of the rows ``[H, 8K]`` and columns ``[W, 8K]`` of a map, in its type."""
         size = (x.shape[2], x.shape[3])
-        lines = position_lines(*size, self.patch_size, self.num_bands, dtype=dtype, device=x.device)
-        return patch_perceptron(x, weight, bias, *lines, self.patch_size)
+        return position_lines(*size, self.patch_size, self.num_bands, dtype=x.dtype, device=x.device)
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of the module's settings."""

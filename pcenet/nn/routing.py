@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pcenet.nn.balancing import balancing_bias
-from pcenet.nn.checks import check_at_least, check_choice, check_follows, is_number, is_whole
+from pcenet.nn.checks import check_at_least, check_choice, check_follows, is_number, is_plain, is_whole
 from pcenet.nn.patches import Grid, grid_of
 from pcenet.nn.perceptron import GateInput, HiddenLayer, LogitsLayer
 from pcenet.nn.processes import gather_rows, process_count, sum_over_processes
+from pcenet.ops import centred, patch_logits
+from pcenet.ops.functional import autocast_enabled
 
 Gate = Literal["prob", "straight_through"]
 Balancing = Literal["batch", "none"]
@@ -320,21 +322,24 @@ class Router(nn.Module):
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """The logits ``[N, E]`` of a map ``[B, C, H, W]``, differentiable, in float32 at least."""
-        device = x.device.type
-        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if cast else nullcontext():
+        with torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext():
             hidden = self.hidden(x.to(torch.promote_types(x.dtype, torch.float32)))
             logits: Tensor = self.logits(hidden)
             return logits
 
     def forward(self, x: Tensor) -> Routing:
         """Route the patches of a map ``[B, C, H, W]``."""
-        logits = self.compute_logits(x)
-        if self.training and self.perturb is not None:
-            logits = self.perturb(logits)
         grid = grid_of(x, self.patch_size)
-        if self.expert_bias is not None:
-            logits = self._balanced(logits, grid.batch)
+        if self._is_fixed(x):
+            first = (self.hidden.weight.flatten(1), self.hidden.bias, *self.hidden.lines(x))
+            second, balance = (self.logits.weight, self.logits.bias), (self.expert_bias, self.centring)
+            logits = patch_logits(x, first, self.patch_size, *second, expert_bias=balance[0], centring=balance[1])
+        else:
+            logits = self.compute_logits(x)
+            if self.training and self.perturb is not None:
+                logits = self.perturb(logits)
+            if self.expert_bias is not None:
+                logits = self._balanced(logits, grid.batch)
         return route(
             logits,
             grid,
@@ -344,15 +349,20 @@ class Router(nn.Module):
             temperature=self.temperature,
         )
 
+    def _is_fixed(self, x: Tensor) -> bool:
+        """Whether logits are those of the layers in float32 and the bias at evaluation, and nobody looks between."""
+        if self.training or self.gate_input != "pixels" or autocast_enabled(x):
+            return False
+        if not is_plain(self.hidden, HiddenLayer) or not is_plain(self.logits, LogitsLayer):
+            return False
+        return x.dtype == self.hidden.weight.dtype == self.logits.weight.dtype == torch.float32
+
     def _balanced(self, logits: Tensor, images: int) -> Tensor:
         """Logits with the bias that evens out the loads."""
         assert self.expert_bias is not None
         assert self.centring is not None
         if not self.training:
-            of_image = logits.unflatten(0, (images, -1))
-            level, bias = of_image.mean(1, keepdim=True), self.expert_bias.to(logits.dtype)
-            shift = torch.addcmul(bias, level, self.centring.to(logits.dtype), value=-1)
-            return (of_image + shift).flatten(0, 1)
+            return centred(logits, images, self.expert_bias, self.centring)
         bias = balancing_bias(gather_rows(logits) if self.synchronised else logits.detach(), self.top_k)
         mean = logits.mean(dim=0)
         if self.synchronised:

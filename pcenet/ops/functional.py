@@ -334,6 +334,48 @@ def patch_perceptron(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, colu
     return out
 
 
+def patch_logits(
+    x: Tensor,
+    hidden: tuple[Tensor, Tensor, Tensor, Tensor],
+    patch_size: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    expert_bias: Tensor | None = None,
+    centring: Tensor | None = None,
+) -> Tensor:
+    """What a router computes at evaluation: the second layer of the perceptron, then `centred`; in one call where
+    nothing needs a gradient.
+
+    Args:
+        x: ``[B, C, H, W]``.
+        hidden: weight, bias, rows and columns of `patch_perceptron`.
+        patch_size: S.
+        weight: ``[E, D]``.
+        bias: ``[E]``.
+        expert_bias: see `centred`; None: logits stay as they are.
+        centring: likewise; where there is a bias.
+
+    Returns:
+        ``[N, E]``.
+    """
+    tensors = (x, *hidden, weight, bias)
+    if _compiled(*tensors) and x.dtype == torch.float32 and not _tracked(*tensors):
+        first, second = [each.contiguous() for each in hidden], (weight.contiguous(), bias)
+        out: Tensor = OPS.patch_logits(_pixels(x), *first, patch_size, *second, expert_bias, centring)
+        return out
+    logits = F.linear(patch_perceptron(x, *hidden, patch_size), weight, bias)
+    return logits if expert_bias is None or centring is None else centred(logits, x.shape[0], expert_bias, centring)
+
+
+def centred(logits: Tensor, images: int, expert_bias: Tensor, centring: Tensor) -> Tensor:
+    """Logits ``[N, E]`` less ``centring`` times their mean over each image, and each expert's bias ``[E]`` added."""
+    of_image = logits.unflatten(0, (images, -1))
+    level = of_image.mean(1, keepdim=True)
+    shift = torch.addcmul(expert_bias.to(logits.dtype), level, centring.to(logits.dtype), value=-1)
+    return (of_image + shift).flatten(0, 1)
+
+
 def _perceptron(*inputs: Any) -> Tensor:
     x, *layer, patch_size = inputs
     out: Tensor = OPS.patch_perceptron(_pixels(x), *(each.contiguous() for each in layer), patch_size)
@@ -370,11 +412,16 @@ def _floats(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether operators on the device of a tensor are to run in another type."""
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    if not autocast_enabled(x) or x.dtype == torch.float64:
         return x
-    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _compiled(x: Tensor, *others: Tensor | None) -> bool:

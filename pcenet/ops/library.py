@@ -292,9 +292,16 @@ def _register_fakes() -> None:
     def _(x: Tensor, expert: Tensor, size: int, *others: Any) -> Tensor:
         return x.new_empty(*x.shape[:3], others[5].shape[1], dtype=summed(x, others[-1]))
 
+    def patches(x: Tensor, size: int) -> int:
+        return x.shape[0] * -(-x.shape[1] // size) * -(-x.shape[2] // size)
+
     @fake("patch_perceptron")
     def _(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, size: int) -> Tensor:
-        return floats(x, x.shape[0] * -(-x.shape[1] // size) * -(-x.shape[2] // size), weight.shape[0])
+        return floats(x, patches(x, size), weight.shape[0])
+
+    @fake("patch_logits")
+    def _(x: Tensor, *others: Any) -> Tensor:
+        return floats(x, patches(x, others[4]), others[6].shape[0])
 
     @fake("patch_perceptron_backward")
     def _(
@@ -345,6 +352,10 @@ def _register_flops() -> None:
     @formula("patch_perceptron")
     def _(x: Any, weight: Any, *others: Any, **_: Any) -> int:
         return perceptron(x, weight)
+
+    @formula("patch_logits")
+    def _(x: Any, weight: Any, *others: Any, out_val: Any = None, out_shape: Any = None, **_: Any) -> int:
+        return perceptron(x, weight) + 2 * math.prod(out_shape) * weight[0]
 
     @formula("patch_perceptron_backward")
     def _(grad: Any, x: Any, weight: Any, *others: Any, **_: Any) -> int:

@@ -69,7 +69,7 @@ LAYERS: dict[str, tuple[Any, list[str], list[str], list[str]]] = {
     **{
         f"layer, {border}": (
             lambda border=border: PCELayer(CHANNELS, CHANNELS, patch_size=4, border=border),
-            ["patch_perceptron", "expert_block"],
+            ["patch_logits", "expert_block"],
             TRAINING,
             [*BLOCK_BACK, "add", "patch_perceptron_backward", "add"],
         )
@@ -77,19 +77,19 @@ LAYERS: dict[str, tuple[Any, list[str], list[str], list[str]]] = {
     },
     "layer without shortcut": (
         lambda: PCELayer(CHANNELS, CHANNELS, patch_size=4, shortcut=False, shared_kernel=False),
-        ["patch_perceptron", "expert_block"],
+        ["patch_logits", "expert_block"],
         TRAINING,
         [*BLOCK_BACK, "patch_perceptron_backward", "add"],  # two gradients for the input
     ),
     "wider layer": (  # whose shortcut is a convolution
         lambda: PCELayer(CHANNELS, 2 * CHANNELS, patch_size=4),
-        ["patch_perceptron", "convolution", "expert_block"],
+        ["patch_logits", "convolution", "expert_block"],
         ["patch_perceptron", "convolution", *TRAINING[1:]],
         [*BLOCK_BACK, "convolution_backward", "add", "patch_perceptron_backward", "add"],
     ),
     "convolution": (  # its bias and gate are one more pass where gradients are needed
         lambda: PCEConv2d(CHANNELS, CHANNELS, patch_size=4),
-        ["patch_perceptron", "patch_conv2d"],
+        ["patch_logits", "patch_conv2d"],
         ["patch_perceptron", "patch_conv2d", "patch_affine"],
         [*NORM_BACK, *CONV_BACK, "patch_perceptron_backward", "add"],
     ),
@@ -129,9 +129,9 @@ def test_the_first_layers_input_needs_no_gradient() -> None:
     check("backwards", calls, [*BLOCK_BACK[:-2], "patch_conv2d_weight_grad", "patch_perceptron_backward"])
 
 
-# Calls of a few numbers each, which at batch 1 are the time. A router: two types, the operator, the product to logits;
-# the mean over an image, subtracted, and a bias; softmax, argmax, gather; and two for who is served.
-ROUTER = 2 + 1 + 1 + 3 + 3 + 2
+# Calls of a few numbers each, which at batch 1 are the time. A router: the operator; softmax, argmax, gather; and two for
+# who is served.
+ROUTER = 1 + 3 + 2
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ CASES = [
     Case(3, 3, False, (2, 7, 7), 5, 8, 4, "slice", True, True),
     Case(3, 1, False, (1, 8, 8), 24, 5, 3, "slice", False, True),
     Case(4, 3, True, (2, 9, 11), 70, 24, 3, "channels last", False, True),
+    Case(2, 3, True, (1, 6, 6), 70, 24, 3, "channels last", True, False),  # few pixels, channels that fill no vector
     Case(4, 1, True, (2, 8, 8), 24, 70, 4, "contiguous", True, False),
     Case(4, 3, True, (8, 12, 13), 5, 8, 2, "one", False, False),  # gradients of images in blocks
     Case(4, 3, True, (1, 8, 7), 128, 128, 2, "contiguous", False, False),  # a weight's gradient in pieces
@@ -402,6 +403,26 @@ def test_perceptron(shape: Any, backend: str, mode: Mode) -> None:
     terms = {"0": channels + 2 * features, "x": hidden, "weight": pixels, "bias": pixels}
     terms = {name: ROUNDINGS**2 + n for name, n in terms.items()}
     compare(run, naive, inputs, terms, backend, mode)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("shape", PERCEPTRONS, ids=str)
+def test_logits(shape: Any, balanced: bool, backend: str) -> None:
+    """A router at evaluation, all in one: the second layer on the first one's means, image by image."""
+    side, (batch, height, width), channels, hidden, features = shape
+    experts, share = 3, 0.25
+    sizes = ((batch, channels, height, width), (hidden, channels + features), (hidden,), (height, features))
+    x, weight, bias, *lines = (draw(*size, dtype=torch.float32) for size in (*sizes, (width, features)))
+    second, added, per_expert = (torch.randn(size) for size in ((experts, hidden), experts, experts))
+    balance = {"expert_bias": per_expert, "centring": torch.tensor(share)} if balanced else {}
+    with torch.no_grad():
+        found = ops.patch_logits(x, (weight, bias, *lines), side, second, added, **balance)
+        means = reference.patch_perceptron(*(each.double() for each in (x, weight, bias, *lines)), side)
+        expected = torch.stack([second.double() @ patch + added for patch in means])
+        if balanced:
+            for image in expected.chunk(batch):
+                image += per_expert - share * sum(image.clone()) / len(image)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("backend", "mode"), KINDS, indirect=True)

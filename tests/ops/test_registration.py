@@ -75,6 +75,10 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
             (pixels(C, BFLOAT16), EXPERT, S, weight, None, norm, 1e-5, False, wide, None, last, 1e-5, True, None, None),
         ],
         "patch_perceptron": [(pixels(C), *layer, S)],
+        "patch_logits": [
+            (pixels(C), *layer, S, torch.randn(E, D), torch.randn(E), torch.randn(E), torch.tensor(0.6)),
+            (pixels(C), *layer, S, torch.randn(E, D), torch.randn(E), None, None),
+        ],
         "patch_perceptron_backward": [
             (torch.randn(len(EXPERT), D), pixels(C), *layer, S, True),
             (torch.randn(len(EXPERT), D), pixels(C), *layer, S, False),

@@ -620,6 +620,32 @@ Tensor patch_perceptron(const Tensor &pixels, const Tensor &weight, const Tensor
   return out;
 }
 
+// What a router computes at evaluation: a second layer [E, D] on these means, less `centring` times its mean over each
+// image, and an expert's bias [E].
+Tensor patch_logits(const Tensor &pixels, const Tensor &weight, const Tensor &bias, const Tensor &rows,
+                    const Tensor &columns, int64_t patch_size, const Tensor &weight2, const Tensor &bias2,
+                    const Maybe &expert_bias, const Maybe &centring) {
+  Tensor hidden = patch_perceptron(pixels, weight, bias, rows, columns, patch_size);
+  int64_t patches = hidden.size(0), outs = hidden.size(1), experts = bias2.numel(), images = pixels.size(0);
+  Floats in(hidden, "hidden"), w(weight2, "weight2", {experts, outs}), b(bias2, "bias2", {experts});
+  MaybeFloats shift(expert_bias, "expert_bias", {experts}), share(centring, "centring", {});
+  STD_TORCH_CHECK(!shift.data() == !share.data(), "expert_bias must have its centring");
+  Tensor out = empty_floats(pixels, {patches, experts});
+  float *to = floats_of(out);
+  Linear job = {patches, int(outs), int(experts), in.data(), w.data(), outs, b.data()};
+  kernels->linear(job, to, scratch(kernels->linear_scratch(job)));
+  if (!shift.data()) return out;
+  int64_t per_image = images ? patches / images : 0;
+  for (int64_t image = 0; image < images; image++, to += per_image * experts)
+    for (int64_t e = 0; e < experts; e++) {
+      double level = 0;
+      for (int64_t i = 0; i < per_image; i++) level += to[i * experts + e];
+      float added = shift.data()[e] - *share.data() * float(level / per_image);
+      for (int64_t i = 0; i < per_image; i++) to[i * experts + e] += added;
+    }
+  return out;
+}
+
 // Gradients for x, for weight's part [D, C] for the content, and for what rows [H, D] and columns [W, D] add.
 std::tuple<Tensor, Tensor, Tensor, Tensor> patch_perceptron_backward(const Tensor &grad, const Tensor &pixels,
                                                                      const Tensor &weight, const Tensor &bias,
@@ -740,6 +766,8 @@ STABLE_TORCH_LIBRARY(pcenet, m) {
         "float eps1, bool neighbours1, Tensor weight2, Tensor? base2, Tensor[] norm2, float eps2, bool neighbours2, "
         "Tensor? gate, Tensor? residual) -> Tensor");
   m.def("patch_perceptron(Tensor x, Tensor weight, Tensor bias, Tensor rows, Tensor columns, int patch_size) -> Tensor");
+  m.def("patch_logits(Tensor x, Tensor weight, Tensor bias, Tensor rows, Tensor columns, int patch_size, Tensor weight2, "
+        "Tensor bias2, Tensor? expert_bias, Tensor? centring) -> Tensor");
   m.def("patch_perceptron_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor rows, Tensor columns, "
         "int patch_size, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor)");
 }
@@ -755,6 +783,7 @@ STABLE_TORCH_LIBRARY_IMPL(pcenet, CPU, m) {
   m.impl("balancing_bias", TORCH_BOX(&balancing_bias));
   m.impl("expert_block", TORCH_BOX(&expert_block));
   m.impl("patch_perceptron", TORCH_BOX(&patch_perceptron));
+  m.impl("patch_logits", TORCH_BOX(&patch_logits));
   m.impl("patch_perceptron_backward", TORCH_BOX(&patch_perceptron_backward));
 }
 

@@ -674,7 +674,7 @@ void convolve_in_tiles(const Convolution &job, int expert, int64_t first, int64_
 
 // For few pixels packing a kernel takes longer than using it: each of its numbers is read once, where it lies, for all of
 // them. What a pixel reads is copied side by side, and an output is one product of two stretches.
-constexpr int FEW = 48, FEW_ROWS = 3, FEW_CHANNELS = 4;
+constexpr int FEW = 60, FEW_ROWS = 3, FEW_CHANNELS = 4;
 
 struct Few {
   int64_t length;                 // of a stretch
@@ -747,14 +747,17 @@ void convolve_few(const Convolution &job, int expert, int64_t first, int64_t las
   float *zeros = room.take(job.in_channels);
   Few few;
   few.length = int64_t(KERNEL) * KERNEL * job.in_channels;
-  few.windows = room.take(FEW * few.length + VECTOR), few.rows = room.take(FEW_CHANNELS * few.length);
+  few.windows = room.take(FEW * few.length), few.rows = room.take(FEW_CHANNELS * few.length);
   few.found = room.take(FEW * PANEL);
   std::memset(zeros, 0, job.in_channels * sizeof(float));
   Walk walk = {job.grid, job.order, first, last, job.neighbours, 1};
   int count = walk.next(tiles, FEW);
-  // Points of a row lie side by side: a vector that reaches into the next one is written before it.
-  bring_windows<Direct<KERNEL>>(job.grid, job.in, job.in_channels, 0, job.in_channels, tiles, count, zeros,
-                                {few.windows, few.length, job.in_channels});
+  for (int t = 0; t < count; t++) {
+    const float *cell[KERNEL * KERNEL];
+    find_cells<KERNEL>(job.in, job.in_channels, job.grid.width, tiles[t], tiles[t].reads, zeros, cell);
+    for (int k = 0; k < KERNEL * KERNEL; k++)  // no more than it has: what follows lies right behind
+      std::memcpy(few.windows + t * few.length + k * job.in_channels, cell[k], job.in_channels * sizeof(float));
+  }
   for (int p = panel; p < panel_end; p++) {
     int channel = p * PANEL, outs = least(PANEL, job.out_channels - channel);
     for (int d = 0; d < outs; d += FEW_CHANNELS) {
