@@ -129,8 +129,8 @@ def test_the_first_layers_input_needs_no_gradient() -> None:
     check("backwards", calls, [*BLOCK_BACK[:-2], "patch_conv2d_weight_grad", "patch_perceptron_backward"])
 
 
-# Calls of a few numbers each, which at batch 1 are the time. A router: the operator; softmax, argmax, gather; and two for
-# who is served.
+# Calls of a few numbers each, which at batch 1 are the time. A router: the operator; softmax, argmax, gather; and two
+# for who is served.
 ROUTER = 1 + 3 + 2
 
 

@@ -377,7 +377,8 @@ Tensor expert_block(const Tensor &pixels, const Tensor &expert, int64_t patch_si
 void run_back(const Convolution &job, const Sorted &sorted) {
   const Grid &grid = job.grid;
   int64_t experts = sorted.begin.size() - 1, panels = kernels->panels(job.out_channels);
-  int64_t threads = torch::stable::get_num_threads(), blocks = std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, grid.batch));
+  int64_t threads = torch::stable::get_num_threads();
+  int64_t blocks = std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, grid.batch));
   int64_t groups = std::clamp<int64_t>((threads + blocks - 1) / blocks, 1, panels);
   int64_t size = kernels->convolve_scratch(job), per_image = int64_t(grid.rows) * grid.columns;
   in_parallel(blocks * groups, [&](int64_t task) {
@@ -691,7 +692,7 @@ float border_of(const float *values, int64_t count, int64_t share) {
   int32_t counts[1 << (32 - shift)] = {};
   for (int64_t i = 0; i < count; i++) counts[place(values[i])]++;
   uint32_t low = 1 << (32 - shift);
-  int64_t above = 0, at_least = 0;  // numbers whose bits are above those of rank share - 1, and not below those of `share`
+  int64_t above = 0, at_least = 0;  // how many numbers are above those of rank share - 1; and not below those of `share`
   while (at_least < share) above = at_least, at_least += counts[--low];
   uint32_t high = low;
   while (at_least <= share) at_least += counts[--low];

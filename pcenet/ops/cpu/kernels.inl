@@ -829,8 +829,8 @@ int64_t weight_grad_scratch(const WeightGrad &job, int outs) {
 
 // to[r] += sum over tiles of grads[r] * x, for ROWS output channels by a panel of input channels.
 template <int ROWS>
-inline void multiply_pairs(const float *grads, int64_t grads_stride, const float *x, int64_t x_stride, int count, float *to,
-                           int64_t stride) {
+inline void multiply_pairs(const float *grads, int64_t grads_stride, const float *x, int64_t x_stride, int count,
+                           float *to, int64_t stride) {
   Vector sums[ROWS][WIDTH];
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < WIDTH; v++) sums[r][v] = load(to + r * stride + v * VECTOR);
