@@ -351,7 +351,7 @@ struct Room {
 };
 
 Rows take_rows(Room &room, int points, int tiles, int channels) {
-  int64_t stride = row_stride(channels), step = tiles * stride;
+  int64_t stride = row_stride(channels), step = tiles * stride + 16;
   return {room.take(points * step), stride, step};
 }
 
@@ -422,12 +422,19 @@ void pack_panel(const float *from, int64_t out_stride, int64_t in_stride, int co
       to[int64_t(i) * PANEL + o] = o < count ? from[o * out_stride + i * in_stride] : 0;
 }
 
+// Rows of a packed kernel that a point has. One more than are used, lest all points begin at the same place of the cache;
+// but those that are one product lie side by side.
+template <class Scheme>
+int64_t rows_of_point(int ins) {
+  return Scheme::sums ? ins : ins + 1;
+}
+
 // An expert's kernel, the base added, as [panel][point][in][PANEL]; `taps` is room for a slice of it as [tap][in][PANEL].
 template <class Scheme>
 void pack_kernel(const Convolution &job, int expert, int panel, int panel_end, float *taps, float *packed) {
   int first_tap = Scheme::taps == 1 ? job.kernel * job.kernel / 2 : 0, ins = job.in_channels;
   float *of_base = taps + Scheme::taps * SLICE * PANEL;
-  int64_t step = int64_t(ins) * PANEL;
+  int64_t step = rows_of_point<Scheme>(ins) * PANEL;
   for (int p = panel; p < panel_end; p++, packed += Scheme::points * step) {
     int count = least(PANEL, job.out_channels - p * PANEL);
     for (int i = 0; i < ins; i += SLICE) {
@@ -597,7 +604,7 @@ struct Memory {
 
   Memory(const Convolution &job, Room &room) {
     int ins = job.in_channels, outs = job.out_channels, number = Scheme::points;
-    packed = room.take(int64_t(panels(outs)) * number * ins * PANEL);
+    packed = room.take(panels(outs) * number * rows_of_point<Scheme>(ins) * PANEL);
     taps = room.take(2 * Scheme::taps * SLICE * PANEL);
     zeros = room.take(ins);
     tiles = Scheme::sums ? 96 : chunk_size<Scheme>(ins, outs);
@@ -630,7 +637,7 @@ void list_products(const Convolution &job, int count, int channel, const Memory<
   bool forward = job.direction == Direction::forward;
   std::memset(points.counts, 0, sizeof points.counts);
   for (int k = 0; k < Scheme::points && !(Scheme::sums && forward); k++)
-    points.start[k] = k * job.in_channels, points.length[k] = job.in_channels;
+    points.start[k] = k * rows_of_point<Scheme>(job.in_channels), points.length[k] = job.in_channels;
   for (int t = 0; t < count; t++) {
     const Tile &tile = memory.tile[t];
     if (Scheme::sums && forward) {
@@ -666,7 +673,7 @@ void convolve_in_tiles(const Convolution &job, int expert, int64_t first, int64_
     }
     list_products(job, count, channel, memory, memory.points);
     if (Scheme::sums && forward) std::memset(memory.results.data, 0, count * memory.results.stride * sizeof(float));
-    multiply_points(memory.points, memory.packed, int64_t(Scheme::points) * ins * PANEL, Scheme::sums, width);
+    multiply_points(memory.points, memory.packed, Scheme::points * rows_of_point<Scheme>(ins) * PANEL, Scheme::sums, width);
     if (forward) write_pixels<Scheme>(job, expert, memory.tile, count, memory.results, channel, channel_end);
     else if (!Scheme::sums) add_to_windows<Scheme>(job, memory.tile, count, memory.results, channel, channel_end);
   }
@@ -802,13 +809,13 @@ void convolve(const Convolution &job, int expert, int64_t first, int64_t last, i
 
 // ---- Gradient for the weights ---------------------------------------------------------------------------------------
 
-// A thread's memory: rows of windows and of pixels' gradients, and sums [point][out][in].
+// A thread's memory: rows of windows and of pixels' gradients, and sums, rows by output channel.
 template <class Scheme>
 struct SumsMemory {
   int tiles;
   Tile *tile;
-  float *zeros, *sums;
-  Rows windows, grads;
+  float *zeros;
+  Rows windows, grads, sums;
 
   SumsMemory(const WeightGrad &job, int outs, Room &room) {
     tiles = chunk_size<Scheme>(job.in_channels, outs);
@@ -817,7 +824,7 @@ struct SumsMemory {
     windows = take_rows(room, Scheme::points, tiles, job.in_channels);
     grads = take_rows(room, Scheme::sums ? 1 : Scheme::points, tiles, outs);
     if (Scheme::sums) grads.step = 0;
-    sums = room.take(Scheme::points * outs * row_stride(job.in_channels));
+    sums = take_rows(room, Scheme::points, outs, job.in_channels);
   }
 };
 
@@ -827,13 +834,15 @@ int64_t weight_grad_scratch(const WeightGrad &job, int outs) {
   return room.taken;
 }
 
-// to[r] += sum over tiles of grads[r] * x, for ROWS output channels by a panel of input channels.
+// to[r] = sum over tiles of grads[r] * x, for ROWS output channels by a panel of input channels; added where `adds`.
 template <int ROWS>
 inline void multiply_pairs(const float *grads, int64_t grads_stride, const float *x, int64_t x_stride, int count,
-                           float *to, int64_t stride) {
+                           bool adds, float *to, int64_t stride) {
   Vector sums[ROWS][WIDTH];
-  for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < WIDTH; v++) sums[r][v] = load(to + r * stride + v * VECTOR);
+  clear(sums);
+  if (adds)
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < WIDTH; v++) sums[r][v] = load(to + r * stride + v * VECTOR);
   for (int i = 0; i < count; i++, x += x_stride, grads += grads_stride) {
     Vector values[WIDTH];
     for (int v = 0; v < WIDTH; v++) values[v] = load(x + v * VECTOR);
@@ -848,15 +857,14 @@ inline void multiply_pairs(const float *grads, int64_t grads_stride, const float
 
 // The sums as gradients of taps, [out][tap][in].
 template <class Scheme>
-void write_taps(const WeightGrad &job, int outs, const float *sums, float *grad_weight) {
+void write_taps(const WeightGrad &job, int outs, const Rows &sums, float *grad_weight) {
   int ins = job.in_channels, taps = job.kernel * job.kernel, first_tap = Scheme::taps == 1 ? taps / 2 : 0;
-  int64_t stride = row_stride(ins);
   if (Scheme::taps < taps) std::memset(grad_weight, 0, sizeof(float) * outs * taps * ins);
   for (int o = 0; o < outs; o++)
     for (int c = 0; c < ins; c += VECTOR) {
       Vector in[Scheme::points], out[Scheme::taps];
 #pragma GCC unroll 16
-      for (int k = 0; k < Scheme::points; k++) in[k] = load(sums + (int64_t(k) * outs + o) * stride + c);
+      for (int k = 0; k < Scheme::points; k++) in[k] = load(sums.at(k, o) + c);
       along_both<typename Scheme::WeighGrad>(in, out);
       for (int tap = 0; tap < Scheme::taps; tap++)
         store_some(grad_weight + (int64_t(o) * taps + first_tap + tap) * ins + c, out[tap], ins - c);
@@ -869,9 +877,8 @@ void sum_in_tiles(const WeightGrad &job, int64_t first, int64_t last, int out, i
   int outs = out_end - out, ins = job.in_channels;
   Room room = {scratch};
   SumsMemory<Scheme> memory(job, outs, room);
-  int64_t stride = row_stride(ins);
+  bool adds = false;
   std::memset(memory.zeros, 0, most(ins, job.out_channels) * sizeof(float));
-  std::memset(memory.sums, 0, Scheme::points * outs * stride * sizeof(float));
   Walk walk = {job.grid, job.order, first, last, job.neighbours, Scheme::side};
   while (int count = walk.next(memory.tile, memory.tiles)) {
     bring_windows<Scheme>(job.grid, job.in, ins, 0, ins, memory.tile, count, memory.zeros, memory.windows);
@@ -881,9 +888,10 @@ void sum_in_tiles(const WeightGrad &job, int64_t first, int64_t last, int out, i
       for (int c = 0; c < ins; c += PANEL)
         in_tiles(outs, [&](int o, auto number) {
           multiply_pairs<decltype(number)::value>(memory.grads.at(k, 0) + o, memory.grads.stride,
-                                                  memory.windows.at(k, 0) + c, memory.windows.stride, count,
-                                                  memory.sums + (int64_t(k) * outs + o) * stride + c, stride);
+                                                  memory.windows.at(k, 0) + c, memory.windows.stride, count, adds,
+                                                  memory.sums.at(k, o) + c, memory.sums.stride);
         });
+    adds = true;
   }
   write_taps<Scheme>(job, outs, memory.sums, grad_weight);
 }
@@ -1200,7 +1208,7 @@ void perceptron_grad(const Perceptron &job, const float *grad, int64_t line, int
       for (int c = 0; c < channels; c += PANEL)
         in_tiles(job.hidden, [&](int h, auto rows) {
           multiply_pairs<decltype(rows)::value>(memory.hidden.data + h, memory.hidden.stride, memory.inputs.data + c,
-                                                stride, count, memory.weights + h * stride + c, stride);
+                                                stride, count, true, memory.weights + h * stride + c, stride);
         });
       if (grad_x)
         multiply_layer(memory.points, memory.hidden.data, memory.hidden.stride, count, memory.backward, job.hidden, false,
