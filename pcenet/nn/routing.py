@@ -350,7 +350,7 @@ class Router(nn.Module):
         )
 
     def _is_fixed(self, x: Tensor) -> bool:
-        """Whether logits are those of the layers in float32 and the bias at evaluation, and nobody looks between."""
+        """Whether one operator may compute the logits: at evaluation, in float32, with no hook on either layer."""
         if self.training or self.gate_input != "pixels" or autocast_enabled(x):
             return False
         if not is_plain(self.hidden, HiddenLayer) or not is_plain(self.logits, LogitsLayer):

@@ -362,7 +362,7 @@ def patch_logits(
     tensors = (x, *hidden, weight, bias)
     if _compiled(*tensors) and x.dtype == torch.float32 and not _tracked(*tensors):
         first, second = [each.contiguous() for each in hidden], (weight.contiguous(), bias)
-        out: Tensor = OPS.patch_logits(_pixels(x), *first, patch_size, *second, expert_bias, centring)
+        out: Tensor = OPS.patch_logits(_pixels(x), *first, patch_size, *second, _floats(expert_bias), _floats(centring))
         return out
     logits = F.linear(patch_perceptron(x, *hidden, patch_size), weight, bias)
     return logits if expert_bias is None or centring is None else centred(logits, x.shape[0], expert_bias, centring)

@@ -686,6 +686,14 @@ constexpr int FEW = 60, FEW_ROWS = 3, FEW_CHANNELS = 4;
 struct Few {
   int64_t length;                 // of a stretch
   float *windows, *rows, *found;  // [FEW, length], [FEW_CHANNELS, length], [FEW, PANEL]
+  float *zeros;
+  Tile *tiles;
+
+  Few(const Convolution &job, Room &room) {
+    length = int64_t(job.kernel) * job.kernel * job.in_channels;
+    windows = room.take(FEW * length), rows = room.take(FEW_CHANNELS * length), found = room.take(FEW * PANEL);
+    zeros = room.take(job.in_channels), tiles = room.take<Tile>(FEW);
+  }
 };
 
 // Whether what an output channel reads of its kernel is one stretch of memory, [tap][in].
@@ -750,18 +758,14 @@ template <int KERNEL>
 void convolve_few(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end,
                   float *scratch) {
   Room room = {scratch};
-  Tile *tiles = room.take<Tile>(FEW);
-  float *zeros = room.take(job.in_channels);
-  Few few;
-  few.length = int64_t(KERNEL) * KERNEL * job.in_channels;
-  few.windows = room.take(FEW * few.length), few.rows = room.take(FEW_CHANNELS * few.length);
-  few.found = room.take(FEW * PANEL);
-  std::memset(zeros, 0, job.in_channels * sizeof(float));
+  Few few(job, room);
+  Tile *tiles = few.tiles;
+  std::memset(few.zeros, 0, job.in_channels * sizeof(float));
   Walk walk = {job.grid, job.order, first, last, job.neighbours, 1};
   int count = walk.next(tiles, FEW);
   for (int t = 0; t < count; t++) {
     const float *cell[KERNEL * KERNEL];
-    find_cells<KERNEL>(job.in, job.in_channels, job.grid.width, tiles[t], tiles[t].reads, zeros, cell);
+    find_cells<KERNEL>(job.in, job.in_channels, job.grid.width, tiles[t], tiles[t].reads, few.zeros, cell);
     for (int k = 0; k < KERNEL * KERNEL; k++)  // no more than it has: what follows lies right behind
       std::memcpy(few.windows + t * few.length + k * job.in_channels, cell[k], job.in_channels * sizeof(float));
   }
@@ -779,10 +783,10 @@ void convolve_few(const Convolution &job, int expert, int64_t first, int64_t las
 }
 
 int64_t convolve_scratch(const Convolution &job) {
-  Room room = {nullptr};
+  Room room = {nullptr}, of_few = {nullptr};
   with_scheme(job.grid, job.kernel, job.neighbours, [&](auto scheme) { Memory<decltype(scheme)>(job, room); });
-  int64_t few = int64_t(FEW + FEW_CHANNELS) * job.kernel * job.kernel * job.in_channels + FEW * (PANEL + sizeof(Tile));
-  return most(room.taken, few + job.in_channels + 128);
+  Few(job, of_few);
+  return most(room.taken, of_few.taken);
 }
 
 // Asked of all of an expert's patches, not of a task's: sums are rounded otherwise, and how patches are shared out depends
