@@ -1,5 +1,5 @@
 """The experts' convolution as gathers and matrix products, which every runtime does at full speed: what an ONNX file
-has in the place of `pcenet.ops.patch_conv2d_affine`.
+has in the place of `pcenet.ops.patch_conv2d`.
 
 A patch is cut into tiles: of 4x4 or 2x2 pixels where they divide it and are many, by Winograd's algorithm, at a quarter
 or less than half of the products; else of one pixel, whose convolution is a matrix product of what it reads. Pixels of
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcenet.ops import Affine
+
 TILES = (4, 2, 1)
 # The points of Winograd's algorithm for tiles of 2 and 4. The usual ones of 4, with 1 and 2 instead of 2/3 and 3/2,
 # double the rounding errors.
@@ -24,7 +26,7 @@ FEW_TILES = 8
 
 
 class Lowering:
-    """`pcenet.ops.patch_conv2d_affine` for float32 where every patch has an expert, to be traced; one for each trace.
+    """`pcenet.ops.patch_conv2d` for float32 where every patch has an expert, to be traced; one for each trace.
 
     A convolution of what another one has just put out reads it where it lies, sorted by expert: the map between them is
     not written.
@@ -45,15 +47,12 @@ class Lowering:
         expert: Tensor,
         patch_size: int,
         neighbours: bool,
-        scale: Tensor | None,
-        shift: Tensor | None,
         *,
-        base: Tensor | None = None,
-        gelu: bool = False,
-        gate: Tensor | None = None,
-        residual: Tensor | None = None,
+        base: Tensor | None,
+        then: Affine,
     ) -> Tensor:
-        """As `pcenet.ops.patch_conv2d_affine`."""
+        """As `pcenet.ops.patch_conv2d`."""
+        scale, shift, gelu, gate, residual = then
         kernel = weight.shape[-1]
         tile = tile_of(patch_size, kernel, expert.shape[0], weight.shape[0])
         tiles = Tiles(x.shape[0], x.shape[2], x.shape[3], patch_size, tile, kernel, x.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pcenet.ops import library
-from pcenet.ops.functional import transforming
+from pcenet.ops.compiled import transforming
 
 SWEEPS = 8
 DAMPING = 0.7  # undamped, all experts answering at once overshoot, and a clustered batch swings to and fro for ever

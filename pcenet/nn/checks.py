@@ -7,7 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from pcenet.ops.functional import transforming
+from pcenet.ops.compiled import transforming
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:

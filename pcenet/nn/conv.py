@@ -14,7 +14,7 @@ from pcenet.nn.checks import check_at_least, is_number
 from pcenet.nn.experts import SharedConv2d, StackedConv2d, kernel_parts, run_choices
 from pcenet.nn.patches import check_grid, check_map
 from pcenet.nn.routing import Router, Routing
-from pcenet.ops import patch_conv2d_affine
+from pcenet.ops import Affine, patch_conv2d
 
 KERNEL_SIZES = (1, 3)
 # Where a layer's router differs from `Router`: the layer starts as the convolution that it replaces.
@@ -162,9 +162,8 @@ class PCEConv2d(nn.Module):
         weight, base = kernel_parts(self.kernels)
 
         def run(x: Tensor, expert: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
-            return patch_conv2d_affine(
-                x, weight, expert, self.patch_size, True, None, self.bias, base=base, gate=gate, residual=residual
-            )
+            then = Affine(shift=self.bias, gate=gate, residual=residual)
+            return patch_conv2d(x, weight, expert, self.patch_size, base=base, then=then)
 
         return run_choices(run, x, routing)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pcenet.nn.checks import check_at_least, check_follows, is_number, is_plain
 from pcenet.nn.processes import sum_over_processes
 from pcenet.nn.routing import Routing
-from pcenet.ops import ConvNorm, Normed, affine_of, expert_block, expert_norm, patch_affine, patch_conv2d
+from pcenet.ops import Affine, ConvNorm, Normed, affine_of, expert_block, expert_norm, patch_affine, patch_conv2d
 
 Border = Literal["zero", "halo", "exchange"]
 NORM_EPS = 1e-5
@@ -206,26 +206,16 @@ class StackedBatchNorm(nn.BatchNorm2d):
             x: the map.
             expert: ``[N]`` int64, whose each patch is, -1 for nobody's.
             patch_size: S.
-            gelu: whether an activation follows, as in `pcenet.ops.patch_affine`; so are the next two.
+            gelu: whether an activation follows, as in `pcenet.ops.Affine`; so are the next two.
             gate: ``[N]``.
             residual: ``[B, C, H, W]``.
         """
-        then: dict[str, Any] = {"gelu": gelu, "gate": gate, "residual": residual}
         if not self.uses_batch:
-            return patch_affine(x, *affine_of(*self.by_running, self.eps), expert, patch_size, **then)
-        mean, variance = self._running()
-        normed = expert_norm(
-            x,
-            self.weight,
-            self.bias,
-            expert,
-            patch_size,
-            running_mean=mean,
-            running_var=variance,
-            eps=self.eps,
-            total=sum_over_processes if self.synchronised else None,
-            **then,
-        )
+            affine = Affine(*affine_of(*self.by_running, self.eps), gelu, gate, residual)
+            return patch_affine(x, expert, patch_size, affine)
+        places, total = (expert, patch_size), sum_over_processes if self.synchronised else None
+        then: dict[str, Any] = {"gelu": gelu, "gate": gate, "residual": residual, "total": total}
+        normed = expert_norm(x, self.weight, self.bias, *places, self._running(), self.eps, **then)
         if self.training and self.track_running_stats and self.running_mean is not None:
             self._follow(normed)
         return normed.out
@@ -343,7 +333,7 @@ class ConvExperts(nn.Module):
                 ConvNorm(weight1, base1, first, self.norm1.by_running, self.norm1.eps),
                 ConvNorm(weight2, base2, second, self.norm2.by_running, self.norm2.eps),
             )
-            return expert_block(x, expert, patch_size, *block, gate=gate, residual=residual)
+            return expert_block(x, expert, patch_size, *block, gate, residual)
         hidden = self.drop(self.norm1(patch_conv2d(x, weight1, *places, first, base=base1), *places, True))
         hidden = patch_conv2d(hidden, weight2, *places, second, base=base2)
         out: Tensor = self.norm2(hidden, *places, False, gate, residual)

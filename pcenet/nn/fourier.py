@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from pcenet.ops.functional import transforming
+from pcenet.ops.compiled import transforming
 
 
 def centre_coordinates(n: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:

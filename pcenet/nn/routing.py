@@ -20,7 +20,7 @@ from pcenet.nn.patches import Grid, grid_of
 from pcenet.nn.perceptron import GateInput, HiddenLayer, LogitsLayer
 from pcenet.nn.processes import gather_rows, process_count, sum_over_processes
 from pcenet.ops import centred, patch_logits
-from pcenet.ops.functional import autocast_enabled
+from pcenet.ops.compiled import autocast_enabled
 
 Gate = Literal["prob", "straight_through"]
 Balancing = Literal["batch", "none"]
@@ -333,7 +333,7 @@ class Router(nn.Module):
         if self._is_fixed(x):
             first = (self.hidden.weight.flatten(1), self.hidden.bias, *self.hidden.lines(x))
             second, balance = (self.logits.weight, self.logits.bias), (self.expert_bias, self.centring)
-            logits = patch_logits(x, first, self.patch_size, *second, expert_bias=balance[0], centring=balance[1])
+            logits = patch_logits(x, first, self.patch_size, *second, *balance)
         else:
             logits = self.compute_logits(x)
             if self.training and self.perturb is not None:

@@ -10,13 +10,14 @@ from pcenet.ops.functional import (
     expert_norm,
     patch_affine,
     patch_conv2d,
-    patch_conv2d_affine,
     patch_logits,
     patch_perceptron,
 )
 from pcenet.ops.library import backend, why_reference
+from pcenet.ops.reference import Affine
 
 __all__ = [
+    "Affine",
     "ConvNorm",
     "Normed",
     "affine_of",
@@ -27,7 +28,6 @@ __all__ = [
     "expert_norm",
     "patch_affine",
     "patch_conv2d",
-    "patch_conv2d_affine",
     "patch_logits",
     "patch_perceptron",
     "why_reference",

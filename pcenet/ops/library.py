@@ -221,7 +221,7 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
 
 @contextmanager
 def lowering(convolution: Callable[..., Tensor]) -> Iterator[None]:
-    """Within, what torch.export traces in this thread has another function for `pcenet.ops.patch_conv2d_affine`, for a
+    """Within, what torch.export traces in this thread has another function for `pcenet.ops.patch_conv2d`, for a
     runtime that has its own way."""
     before = getattr(_here, "lowered", None)
     _here.lowered = convolution
@@ -238,128 +238,75 @@ def lowered() -> Callable[..., Tensor] | None:
 
 @functools.cache  # torch takes each once per process
 def _register() -> None:
-    _register_fakes()
-    _register_flops()
-
-
-def _register_fakes() -> None:
-    """Tell torch's tracers the shapes of what the operators return. Maps are pixels ``[B, H, W, C]``."""
-
-    def fake(name: str) -> Callable[[Callable[..., Any]], Any]:
-        return torch.library.register_fake(f"pcenet::{name}")
-
-    def floats(like: Tensor, *sizes: Any) -> Tensor:
-        return like.new_empty(sizes, dtype=torch.float32)
-
-    def summed(x: Tensor, residual: Tensor | None) -> torch.dtype:
-        return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-
-    @fake("patch_conv2d")
-    def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-        return x.new_empty(*x.shape[:3], weight.shape[1], dtype=summed(x, others[-1]))
-
-    @fake("patch_conv2d_input_grad")
-    def _(grad: Tensor, weight: Tensor, *others: Any) -> Tensor:
-        return grad.new_empty(*grad.shape[:3], weight.shape[2])
-
-    @fake("patch_conv2d_weight_grad")
-    def _(grad: Tensor, x: Tensor, expert: Tensor, size: int, neighbours: bool, experts: int, kernel: int) -> Tensor:
-        return floats(x, experts, grad.shape[3], kernel, kernel, x.shape[3])
-
-    @fake("patch_affine")
-    def _(x: Tensor, *others: Any) -> Tensor:
-        return torch.empty_like(x, dtype=summed(x, others[-1]))
-
-    @fake("expert_moments")
-    def _(x: Tensor, expert: Tensor, size: int, experts: int) -> tuple[Tensor, ...]:
-        return floats(x, experts), floats(x, experts, x.shape[3]), floats(x, experts, x.shape[3])
-
-    @fake("patch_affine_sums")
-    def _(
-        grad: Tensor, x: Tensor, scale: Any, shift: Any, expert: Tensor, size: int, experts: int, *others: Any
-    ) -> tuple[Tensor, ...]:
-        return floats(x, experts, x.shape[3]), floats(x, experts, x.shape[3]), floats(x, expert.shape[0])
-
-    @fake("patch_affine_input_grad")
-    def _(grad: Tensor, x: Tensor, *others: Any) -> Tensor:
-        return torch.empty_like(x)
-
-    @fake("balancing_bias")
-    def _(logits: Tensor, *others: Any) -> Tensor:
-        return floats(logits, logits.shape[1])
-
-    @fake("expert_block")
-    def _(x: Tensor, expert: Tensor, size: int, *others: Any) -> Tensor:
-        return x.new_empty(*x.shape[:3], others[5].shape[1], dtype=summed(x, others[-1]))
-
-    def patches(x: Tensor, size: int) -> int:
-        return x.shape[0] * -(-x.shape[1] // size) * -(-x.shape[2] // size)
-
-    @fake("patch_perceptron")
-    def _(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, size: int) -> Tensor:
-        return floats(x, patches(x, size), weight.shape[0])
-
-    @fake("patch_logits")
-    def _(x: Tensor, *others: Any) -> Tensor:
-        return floats(x, patches(x, others[4]), others[6].shape[0])
-
-    @fake("patch_perceptron_backward")
-    def _(
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        size: int,
-        needs_x: bool,
-    ) -> tuple[Tensor, ...]:
-        hidden = weight.shape[0]
-        sizes = ((hidden, x.shape[3]), (x.shape[1], hidden), (x.shape[2], hidden))
-        return floats(x, *(x.shape if needs_x else (0,))), *(floats(x, *size) for size in sizes)
-
-
-def _register_flops() -> None:
-    """Tell torch's FlopCounterMode what the operators multiply and add; it gives shapes in the place of tensors."""
+    """Tell torch's tracers what shapes the operators return, all in float32, and its FlopCounterMode what they multiply
+    and add."""
     from torch.utils.flop_counter import register_flop_formula
 
-    def formula(name: str) -> Callable[[Callable[..., int]], Any]:
-        return register_flop_formula(getattr(torch.ops.pcenet, name))
+    for name, shapes in SHAPES.items():
 
-    def convolution(pixels: Any, weight: Any) -> int:
-        return 2 * math.prod(pixels[:3]) * math.prod(weight[1:])
+        def fake(*inputs: Any, shapes: Callable[..., Any] = shapes) -> Any:
+            found = shapes(*inputs)
+            outs = [inputs[0].new_empty(shape, dtype=torch.float32) for shape in found]
+            return outs[0] if len(outs) == 1 else tuple(outs)
 
-    @formula("patch_conv2d")
-    def _(x: Any, weight: Any, *others: Any, **_: Any) -> int:
-        return convolution(x, weight)
+        torch.library.register_fake(f"pcenet::{name}", fake)
+    for name, flops in FLOPS.items():
 
-    @formula("patch_conv2d_input_grad")
-    def _(grad: Any, weight: Any, *others: Any, **_: Any) -> int:
-        return convolution(grad, weight)
+        def formula(*shapes: Any, flops: Callable[..., int] = flops, **_: Any) -> int:
+            return flops(*shapes)
 
-    @formula("patch_conv2d_weight_grad")
-    def _(grad: Any, x: Any, expert: Any, size: int, neighbours: bool, experts: int, kernel: int, **_: Any) -> int:
-        return convolution(x, (experts, grad[3], x[3], kernel, kernel))
+        register_flop_formula(getattr(torch.ops.pcenet, name))(formula)
 
-    @formula("expert_block")
-    def _(x: Any, expert: Any, size: int, *parts: Any, **_: Any) -> int:
-        return convolution(x, parts[0]) + convolution(x, parts[5])
 
-    def perceptron(x: Any, weight: Any) -> int:
-        content, position = math.prod(x[:3]) * x[3], (x[1] + x[2]) * (weight[1] - x[3])
-        return int(2 * weight[0] * (content + position))
+def _patches(x: Any, size: int) -> int:
+    return x[0] * -(-x[1] // size) * -(-x[2] // size)
 
-    @formula("patch_perceptron")
-    def _(x: Any, weight: Any, *others: Any, **_: Any) -> int:
-        return perceptron(x, weight)
 
-    @formula("patch_logits")
-    def _(x: Any, weight: Any, *others: Any, out_val: Any = None, out_shape: Any = None, **_: Any) -> int:
-        return perceptron(x, weight) + 2 * math.prod(out_shape) * weight[0]
+# Of each operator's inputs, the shapes of its outputs. Maps are pixels [B, H, W, C].
+SHAPES: dict[str, Callable[..., Any]] = {
+    "patch_conv2d": lambda x, weight, *_: [(*x.shape[:3], weight.shape[1])],
+    "patch_conv2d_input_grad": lambda grad, weight, *_: [(*grad.shape[:3], weight.shape[2])],
+    "patch_conv2d_weight_grad": lambda grad, x, _, __, ___, experts, kernel: [
+        (experts, grad.shape[3], kernel, kernel, x.shape[3])
+    ],
+    "patch_affine": lambda x, *_: [x.shape],
+    "expert_moments": lambda x, _, __, experts: [(experts,), *[(experts, x.shape[3])] * 2],
+    "patch_affine_sums": lambda _, x, expert, __, experts, *___: [*[(experts, x.shape[3])] * 2, expert.shape],
+    "patch_affine_input_grad": lambda _, x, *__: [x.shape],
+    "balancing_bias": lambda logits, *_: [logits.shape[1:]],
+    "expert_block": lambda x, _, __, *parts: [(*x.shape[:3], parts[5].shape[1])],
+    "patch_perceptron": lambda x, weight, *others: [(_patches(x.shape, others[3]), weight.shape[0])],
+    "patch_logits": lambda x, *others: [(_patches(x.shape, others[4]), others[5].shape[0])],
+    "patch_perceptron_backward": lambda _, x, weight, *others: [
+        x.shape if others[-1] else (0,),
+        (weight.shape[0], x.shape[3]),
+        *[(size, weight.shape[0]) for size in x.shape[1:3]],
+    ],
+}
 
-    @formula("patch_perceptron_backward")
-    def _(grad: Any, x: Any, weight: Any, *others: Any, **_: Any) -> int:
-        return (2 + others[-1]) * perceptron(x, weight)  # computed again, for the weight, and perhaps for x
+
+def _convolution_flops(pixels: Any, weight: Any) -> int:
+    return 2 * math.prod(pixels[:3]) * math.prod(weight[1:])
+
+
+def _perceptron_flops(x: Any, weight: Any) -> int:
+    content, position = math.prod(x[:3]) * x[3], (x[1] + x[2]) * (weight[1] - x[3])
+    return 2 * weight[0] * (content + position)
+
+
+# Likewise, of their shapes.
+FLOPS: dict[str, Callable[..., int]] = {
+    "patch_conv2d": lambda x, weight, *_: _convolution_flops(x, weight),
+    "patch_conv2d_input_grad": lambda grad, weight, *_: _convolution_flops(grad, weight),
+    "patch_conv2d_weight_grad": lambda grad, x, *others: _convolution_flops(x, (0, grad[3], x[3], *[others[-1]] * 2)),
+    "expert_block": lambda x, _, __, *parts: _convolution_flops(x, parts[0]) + _convolution_flops(x, parts[5]),
+    "patch_perceptron": lambda x, weight, *_: _perceptron_flops(x, weight),
+    "patch_logits": lambda x, weight, *others: (
+        _perceptron_flops(x, weight) + 2 * _patches(x, others[3]) * math.prod(others[4])
+    ),
+    # The first layer is computed again, then for the weight, and perhaps for x.
+    "patch_perceptron_backward": lambda _, x, weight, *others: (2 + others[-1]) * _perceptron_flops(x, weight),
+}
 
 
 def _renew_lock() -> None:

@@ -6,7 +6,8 @@ and every block is convolved with its expert's kernel. Axes as in `pcenet.ops.fu
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,24 @@ from torch import Tensor
 # Up to this side a convolution is a matrix product of what each pixel reads: libraries' convolutions of so little fall
 # to a third of their speed.
 MATRIX_SIDE = 2
+
+
+class Affine(NamedTuple):
+    """``residual + gate * act(x * scale + shift)`` of a map x; of a patch that is nobody's, the residual alone.
+
+    Attributes:
+        scale: ``[E, C]``; None: 1.
+        shift: ``[E, C]``; None: 0.
+        gelu: whether act is GELU, or the identity.
+        gate: ``[N]``; None: 1.
+        residual: ``[B, C, H, W]``; None: 0.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    gelu: bool = False
+    gate: Tensor | None = None
+    residual: Tensor | None = None
 
 
 class Slots(NamedTuple):
@@ -51,9 +70,12 @@ def fill_slots(expert: Tensor, num_experts: int) -> Slots:
     return Slots(patch, of_block, slot.scatter(0, order, slot))
 
 
-def patch_conv2d(x: Tensor, weight: Tensor, expert: Tensor, patch_size: int, neighbours: bool) -> Tensor:
+def patch_conv2d(
+    x: Tensor, weight: Tensor, base: Tensor | None, expert: Tensor, patch_size: int, neighbours: bool
+) -> Tensor:
     """See `pcenet.ops.patch_conv2d`."""
     side, kernel = patch_size, weight.shape[-1]
+    weight = (weight if base is None else weight + base).to(x.dtype)
     slots = fill_slots(expert, len(weight))
     by_block = weight.index_select(0, slots.expert)
     blocks = by_block.shape[0]
@@ -125,10 +147,10 @@ def spread(per_patch: Tensor, x: Tensor, side: int) -> Tensor:
 
 def patch_affine(
     x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
     expert: Tensor,
     patch_size: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
     gelu: bool,
     gate: Tensor | None,
     residual: Tensor | None,
@@ -172,10 +194,65 @@ def _whole(x: Tensor, side: int) -> Tensor:
     return F.pad(x, (0, columns * side - x.shape[3], 0, rows * side - x.shape[2]))
 
 
-def patch_perceptron(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor, patch_size: int) -> Tensor:
+class Standard(NamedTuple):
+    """What standardises each expert's pixels: the factor and the mean, ``[E, C]``; and what share a pixel has of them,
+    ``[E, 1]``, 0 where they are running statistics."""
+
+    rstd: Tensor
+    mean: Tensor
+    share: Tensor
+
+
+Moments = tuple[Tensor, Tensor, Tensor]
+Total = Callable[[Tensor], Tensor]
+
+
+def standardise(
+    moments: Moments, running_mean: Tensor, running_var: Tensor, eps: float, total: Total | None
+) -> tuple[Standard, Moments]:
+    """By the moments of each expert's pixels, or by running ones for an expert of fewer than 2; and the moments, of all
+    processes where there is a total."""
+    if total is not None:
+        moments = _total_moments(*moments, total)
+    count, mean, variance = moments
+    enough = (count >= 2)[:, None]
+    mean = torch.where(enough, mean, running_mean.to(mean.dtype))
+    variance = torch.where(enough, variance, running_var.to(variance.dtype))
+    share = torch.where(enough, count.clamp(min=1).reciprocal()[:, None], 0.0)
+    return Standard(torch.rsqrt(variance + eps), mean, share), moments
+
+
+def _total_moments(count: Tensor, mean: Tensor, variance: Tensor, total: Total) -> Moments:
+    """Moments of the values of all processes: first the means, then squares around the common one."""
+    own = torch.cat((count[:, None], mean * count[:, None]), dim=1)
+    everybody = total(own)
+    all_count, all_mean = everybody[:, 0], everybody[:, 1:] / everybody[:, :1].clamp(min=1)
+    squares = total((variance + (mean - all_mean).square()) * count[:, None])
+    return all_count, all_mean, squares / all_count.clamp(min=1)[:, None]
+
+
+def expert_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    expert: Tensor,
+    patch_size: int,
+    gelu: bool,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    *statistics: Any,
+) -> tuple[Tensor, Moments]:
+    """See `pcenet.ops.expert_norm`; ``statistics`` is what `standardise` needs beside moments."""
+    (rstd, mean, _), moments = standardise(expert_moments(x, expert, patch_size, len(weight)), *statistics)
+    scale = rstd * weight
+    return patch_affine(x, expert, patch_size, scale, bias - mean * scale, gelu, gate, residual), moments
+
+
+def patch_perceptron(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, patch_size: int) -> Tensor:
     """See `pcenet.ops.patch_perceptron`."""
-    content = F.linear(x.permute(0, 2, 3, 1), weight)
-    hidden = F.gelu(content + (rows[:, None] + columns))
+    content, position = weight[:, : x.shape[1]], weight[:, x.shape[1] :]
+    lines = F.linear(rows, position, bias)[:, None] + F.linear(columns, position)
+    hidden = F.gelu(F.linear(x.permute(0, 2, 3, 1), content) + lines)
     return _patch_means(hidden, x, patch_size)
 
 

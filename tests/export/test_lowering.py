@@ -5,6 +5,7 @@ import reference
 import torch
 
 from pcenet.export.lowering import Lowering
+from pcenet.ops import Affine
 
 
 @pytest.mark.parametrize("opaque", [False, True])
@@ -23,9 +24,9 @@ def test_two_convolutions_one_after_the_other(side, kernel, neighbours, opaque):
         torch.randn(3, 4, 9, 11),
     )
     places, lowered = (expert, side, neighbours), Lowering(opaque)
-    hidden = lowered(x, first, *places, scale, shift, gelu=True)
+    hidden = lowered(x, first, *places, base=None, then=Affine(scale, shift, gelu=True))
     base = torch.randn(4, 7, kernel, kernel)
-    out = lowered(hidden, second, *places, None, None, base=base, gate=gate, residual=residual)
+    out = lowered(hidden, second, *places, base=base, then=Affine(gate=gate, residual=residual))
     owners = expert.tolist()
     expected = reference.patch_conv2d(x, first, None, owners, side, neighbours)
     expected = reference.patch_affine(expected, scale, shift, owners, side, True, None, None)

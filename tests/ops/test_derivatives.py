@@ -40,17 +40,17 @@ def conv(neighbours: bool) -> Callable[..., Tensor]:
 
 
 def affine(x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
-    return ops.patch_affine(x, scale, shift, EXPERT, S, gelu=True, gate=gate, residual=residual)
+    return ops.patch_affine(x, EXPERT, S, ops.Affine(scale, shift, True, gate, residual))
 
 
 def gated(x: Tensor, gate: Tensor) -> Tensor:
-    return ops.patch_affine(x, None, None, EXPERT, S, gate=gate)
+    return ops.patch_affine(x, EXPERT, S, ops.Affine(gate=gate))
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
-    statistics = {"running_mean": torch.zeros(E, C, dtype=weight.dtype), "running_var": weight.detach() * 0 + 1}
+    running = (torch.zeros(E, C, dtype=weight.dtype), weight.detach() * 0 + 1)
     more = {"gelu": True, "gate": gate, "residual": residual}
-    return ops.expert_norm(x, weight, bias, EXPERT, S, **statistics, eps=0.1, **more).out
+    return ops.expert_norm(x, weight, bias, EXPERT, S, running, 0.1, **more).out
 
 
 def perceptron(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def perceptron(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def in_one(x: Tensor, weight: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
-    return ops.patch_conv2d_affine(x, weight, EXPERT, S, True, None, shift, gate=gate)
+    return ops.patch_conv2d(x, weight, EXPERT, S, then=ops.Affine(shift=shift, gate=gate))
 
 
 MAP, OUT, TABLE, GATE = (B, C, H, W), (B, D, H, W), (E, C), (len(EXPERT),)
@@ -212,7 +212,7 @@ def test_no_image(name: str, compiled: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_map_with_an_input_twice(compiled: str) -> None:
     """An input that is its own shortcut has both gradients: 2 x for the sum of squares' half of x + x."""
     x = torch.randn(B, C, H, W, requires_grad=True)
-    out = ops.patch_affine(x, None, None, torch.zeros(4, dtype=torch.int64), S, residual=x)
+    out = ops.patch_affine(x, torch.zeros(4, dtype=torch.int64), S, ops.Affine(residual=x))
     for create_graph in (False, True):
         [grad] = torch.autograd.grad(out.sum(), x, retain_graph=True, create_graph=create_graph)
         assert torch.equal(grad, torch.full_like(x, 2))
@@ -228,7 +228,7 @@ def test_what_is_no_number_stays_in_its_patch(bad: float, backend: str) -> None:
     assert not out[..., :2, 2:].isfinite().any()
     out[..., :2, 2:] = 0
     assert out.isfinite().all()
-    active = ops.patch_affine(x, torch.ones(E, C), torch.zeros(E, C), expert, S, gelu=True)
+    active = ops.patch_affine(x, expert, S, ops.Affine(torch.ones(E, C), torch.zeros(E, C), gelu=True))
     assert not active[..., :2, 2:].isfinite().any()
     means = ops.patch_perceptron(x, torch.ones(D, C + 1), torch.zeros(D), torch.zeros(4, 1), torch.zeros(4, 1), S)
     assert means.isfinite().all(1).tolist() == [True, False, True, True]
@@ -249,10 +249,10 @@ def test_a_residual_of_any_type(backend: str) -> None:
         x = torch.randn(1, C, 4, 4).to(maps)
         for kind in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             residual = torch.randn(1, C, 4, 4).to(kind)
-            out = ops.patch_affine(x, torch.ones(E, C), None, expert, S, residual=residual)
+            out = ops.patch_affine(x, expert, S, ops.Affine(torch.ones(E, C), residual=residual))
             assert out.dtype == torch.promote_types(maps, kind)
             torch.testing.assert_close(out, residual + x, rtol=1e-2, atol=1e-2)
             with torch.no_grad():
                 weight = torch.zeros(E, C, C, 1, 1).to(maps)
-                out = ops.patch_conv2d_affine(x, weight, expert, S, True, None, None, residual=residual)
+                out = ops.patch_conv2d(x, weight, expert, S, then=ops.Affine(residual=residual))
             assert torch.equal(out, residual.to(torch.promote_types(maps, kind)))

@@ -243,8 +243,8 @@ def test_affine_map(shape: Any, chosen: str, backend: str, mode: Mode) -> None:
     given = parts(chosen, case, expert, mode)
 
     def run(x: Tensor, residual: Tensor | None, gate: Tensor | None, **affine: Any) -> list[Tensor]:
-        more = {"gelu": gelu, "gate": gate, "residual": residual}
-        out = ops.patch_affine(x, affine["scale"], affine["shift"], torch.tensor(expert), case.side, **more)
+        parts = ops.Affine(affine["scale"], affine["shift"], gelu, gate, residual)
+        out = ops.patch_affine(x, torch.tensor(expert), case.side, parts)
         kinds = [mode.maps] if residual is None else [mode.maps, residual.dtype]
         assert out.dtype == max(kinds, key=lambda kind: torch.finfo(kind).bits)
         return [out]
@@ -270,9 +270,9 @@ def test_convolution_and_affine_map_in_one(kernel: int, chosen: str, compiled: s
         weight = draw(case.experts, case.outs, case.channels, kernel, kernel, dtype=torch.float32)
         weight = laid_out(weight / math.sqrt(case.channels * kernel**2), case.layout)
         given, gelu = parts(chosen, case, expert, mode), "gelu" in chosen
-        affine, more = (given["scale"], given["shift"]), {name: given[name] for name in ("gate", "residual")}
+        then = ops.Affine(**given, gelu=gelu)
         settings = (torch.tensor(expert), case.side, case.neighbours)
-        found = ops.patch_conv2d_affine(x, weight, *settings, *affine, gelu=gelu, **more)
+        found = ops.patch_conv2d(x, weight, *settings, then=then)
         exact = {name: None if value is None else value.double() for name, value in given.items()}
         out = reference.patch_conv2d(x.double(), weight.double(), None, expert, case.side, case.neighbours)
         expected = reference.patch_affine(
@@ -280,7 +280,7 @@ def test_convolution_and_affine_map_in_one(kernel: int, chosen: str, compiled: s
         )
         allowed = tolerance(found, expected, case.channels * kernel**2 + ROUNDINGS**2, compiled, mode)
         assert float((found.double() - expected).abs().max()) <= allowed, name_of(case)
-        tracked = ops.patch_conv2d_affine(x.requires_grad_(), weight, *settings, *affine, gelu=gelu, **more)
+        tracked = ops.patch_conv2d(x.requires_grad_(), weight, *settings, then=then)
         assert tracked.requires_grad
         assert float((tracked.detach().double() - expected).abs().max()) <= allowed, name_of(case)
 
@@ -302,9 +302,8 @@ def test_normalisation(shape: Any, chosen: str, backend: str, mode: Mode) -> Non
     given = parts(chosen, case, expert, mode)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, residual: Tensor | None) -> list[Tensor]:
-        statistics = {"running_mean": running[0], "running_var": running[1], "eps": 1e-3}
         more = {"gelu": gelu, "gate": gate, "residual": residual}
-        normed = ops.expert_norm(x, weight, bias, torch.tensor(expert), case.side, **statistics, **more)
+        normed = ops.expert_norm(x, weight, bias, torch.tensor(expert), case.side, running, 1e-3, **more)
         moments = reference.expert_moments(x.detach().double(), expert, case.side, case.experts)
         for found, expected in zip(normed[1:], moments, strict=True):
             assert not found.requires_grad
@@ -336,9 +335,8 @@ def test_normalisation_over_processes(shape: Any, backend: str) -> None:
     gate = draw(len(expert), dtype=torch.float32)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> list[Tensor]:
-        statistics = {"running_mean": running[0], "running_var": running[1], "eps": 1e-3}
         more = {"gelu": True, "gate": gate, "total": lambda own: 2 * own}
-        normed = ops.expert_norm(x, weight, bias, torch.tensor(expert), case.side, **statistics, **more)
+        normed = ops.expert_norm(x, weight, bias, torch.tensor(expert), case.side, running, 1e-3, **more)
         moments = reference.expert_moments(x.detach().double(), expert, case.side, case.experts)
         assert torch.equal(normed.number.double(), 2 * moments[0])
         torch.testing.assert_close(normed.mean.double(), moments[1], rtol=1e-5, atol=1e-6)

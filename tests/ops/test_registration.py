@@ -17,11 +17,10 @@ from pcenet import ops
 
 B, H, W, C, D, E, S = 2, 5, 7, 5, 6, 3, 2
 EXPERT = torch.arange(B * 3 * 4) % 4 - 1
-BFLOAT16 = torch.bfloat16
 
 
-def pixels(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(B, H, W, channels).to(dtype)
+def pixels(channels: int) -> Tensor:
+    return torch.randn(B, H, W, channels)
 
 
 def per_expert(channels: int) -> Tensor:
@@ -41,38 +40,34 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
             (pixels(C), weight, base, EXPERT, S, True, per_expert(D), per_expert(D), True, gate, pixels(D)),
             (pixels(C), sliced, None, EXPERT, S, False, *none),
             (pixels(C), torch.randn(E, D, C, 1, 1), None, EXPERT, S, True, *none),
-            (pixels(C, BFLOAT16), weight, None, EXPERT, S, True, *none),
-            (pixels(C, BFLOAT16), weight, None, EXPERT, S, True, None, per_expert(D), False, gate, pixels(D)),
+            (pixels(C), weight, None, EXPERT, S, True, None, per_expert(D), False, gate, pixels(D)),
         ],
         "patch_conv2d_input_grad": [
             (pixels(D), weight, base, EXPERT, S, True),
             (pixels(D), sliced, None, EXPERT, S, False),
-            (pixels(D, BFLOAT16), weight, None, EXPERT, S, True),
         ],
         "patch_conv2d_weight_grad": [
             (pixels(D), pixels(C), EXPERT, S, True, E, 3),
             (pixels(D), pixels(C), EXPERT, S, False, E, 1),
-            (pixels(D, BFLOAT16), pixels(C, BFLOAT16), EXPERT, S, True, E, 3),
         ],
         "patch_affine": [
-            (pixels(C), per_expert(C), per_expert(C), EXPERT, S, True, gate, pixels(C)),
-            (pixels(C), None, None, EXPERT, S, False, None, None),
-            (pixels(C, BFLOAT16), per_expert(C), None, EXPERT, S, True, None, pixels(C)),
-            (pixels(C, BFLOAT16), None, per_expert(C), EXPERT, S, True, None, pixels(C, BFLOAT16)),
+            (pixels(C), EXPERT, S, per_expert(C), per_expert(C), True, gate, pixels(C)),
+            (pixels(C), EXPERT, S, *none),
+            (pixels(C), EXPERT, S, None, per_expert(C), True, None, pixels(C)),
         ],
-        "expert_moments": [(pixels(C), EXPERT, S, E), (pixels(C, BFLOAT16), EXPERT, S, E)],
+        "expert_moments": [(pixels(C), EXPERT, S, E)],
         "patch_affine_sums": [
-            (pixels(C), pixels(C), per_expert(C), per_expert(C), EXPERT, S, E, True, gate, per_expert(C)),
-            (pixels(C), pixels(C, BFLOAT16), None, None, EXPERT, S, E, False, None, None),
+            (pixels(C), pixels(C), EXPERT, S, E, per_expert(C), per_expert(C), True, gate, per_expert(C)),
+            (pixels(C), pixels(C), EXPERT, S, E, *none),
         ],
         "patch_affine_input_grad": [
-            (pixels(C), pixels(C), per_expert(C), per_expert(C), EXPERT, S, True, gate, per_expert(C), per_expert(C)),
-            (pixels(C), pixels(C, BFLOAT16), None, None, EXPERT, S, False, None, None, None),
+            (pixels(C), pixels(C), EXPERT, S, per_expert(C), per_expert(C), True, gate, per_expert(C), per_expert(C)),
+            (pixels(C), pixels(C), EXPERT, S, *none, None),
         ],
         "balancing_bias": [(torch.randn(30, 4), 1, 8, 0.7), (torch.randn(30, 4), 2, 3, 0.5)],
         "expert_block": [
             (pixels(C), EXPERT, S, weight, base, norm, 1e-5, True, wide, None, last, 1e-3, False, gate, pixels(C)),
-            (pixels(C, BFLOAT16), EXPERT, S, weight, None, norm, 1e-5, False, wide, None, last, 1e-5, True, None, None),
+            (pixels(C), EXPERT, S, weight, None, norm, 1e-5, False, wide, None, last, 1e-5, True, None, None),
         ],
         "patch_perceptron": [(pixels(C), *layer, S)],
         "patch_logits": [

@@ -57,11 +57,11 @@ def everything(shape: tuple[int, ...], dtype: torch.dtype, backwards: bool = Tru
     part = {name: leaves[name] for name in ("gate", "residual")}
     affine = (leaves["scale"], leaves["shift"])
     conv = ops.patch_conv2d(x, weight, expert, side, bool(neighbours), base=leaves["base"])
-    statistics = {"running_mean": torch.zeros(experts, outs), "running_var": torch.ones(experts, outs), "eps": 1e-5}
+    statistics = ((torch.zeros(experts, outs), torch.ones(experts, outs)), 1e-5)
     found = {
         "conv": conv,
-        "affine": ops.patch_affine(conv, *affine, expert, side, gelu=True, **part),
-        "norm": ops.expert_norm(conv, *affine, expert, side, **statistics, gelu=True, **part).out,
+        "affine": ops.patch_affine(conv, expert, side, ops.Affine(*affine, gelu=True, **part)),
+        "norm": ops.expert_norm(conv, *affine, expert, side, *statistics, gelu=True, **part).out,
     }
     if dtype == torch.float32:
         found["perceptron"] = ops.patch_perceptron(x, leaves["hidden"], leaves["bias"], *lines, side)
@@ -72,8 +72,8 @@ def everything(shape: tuple[int, ...], dtype: torch.dtype, backwards: bool = Tru
     found |= dict(zip(("number", "mean", "variance"), ops.expert_moments(conv, expert, side, experts), strict=True))
     with torch.no_grad():
         for gelu in (False, True):
-            settings = (expert, side, bool(neighbours), *affine)
-            found[f"at once {gelu}"] = ops.patch_conv2d_affine(x, weight, *settings, gelu=gelu, **part)
+            settings = (expert, side, bool(neighbours))
+            found[f"at once {gelu}"] = ops.patch_conv2d(x, weight, *settings, then=ops.Affine(*affine, gelu, **part))
         if dtype == torch.float32:
             found["bias"] = torch.ops.pcenet.balancing_bias(torch.randn(500, 5, generator=draw), 2, 8, 0.7)
     return {name: value.detach() for name, value in found.items()}

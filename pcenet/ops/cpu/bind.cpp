@@ -94,80 +94,28 @@ void in_parallel(int64_t count, const Task &task) {
 
 // ---- What comes from Python -----------------------------------------------------------------------------------------
 
-void check_sizes(const Tensor &tensor, const char *name, const Sizes &sizes) {
+// A tensor's numbers.
+const float *floats(const Tensor &tensor, const char *name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_cpu() && tensor.is_contiguous(), name,
+                  " must be float32, contiguous and on the CPU");
+  return static_cast<const float *>(tensor.const_data_ptr());
+}
+
+const float *floats(const Tensor &tensor, const char *name, const Sizes &sizes) {
   auto found = tensor.sizes();
-  bool fits = std::equal(found.begin(), found.end(), sizes.begin(), sizes.end());
   std::string wanted;
   for (int64_t size : sizes) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
-  STD_TORCH_CHECK(fits, name, " must be [", wanted, "]");
+  STD_TORCH_CHECK(std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()), name, " must be [", wanted, "]");
+  return floats(tensor, name);
 }
 
-// A tensor's numbers as floats, contiguous: itself, or a copy of one in bfloat16.
-class Floats {
- public:
-  Floats(const Tensor &tensor, const char *name, const Sizes &sizes) : Floats(tensor, name) {
-    check_sizes(tensor, name, sizes);
-  }
-  Floats(const Tensor &tensor, const char *name) : tensor_(tensor) {
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), name, " must be contiguous and on the CPU");
-    if (tensor.scalar_type() == ScalarType::Float) {
-      data_ = static_cast<const float *>(tensor.const_data_ptr());
-      return;
-    }
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16, name, " must be float32 or bfloat16");
-    int64_t count = tensor.numel();
-    copy_ = torch::stable::new_empty(tensor, tensor.sizes(), ScalarType::Float);
-    auto from = static_cast<const uint16_t *>(tensor.const_data_ptr());
-    auto to = static_cast<uint32_t *>(copy_->mutable_data_ptr());
-    torch::stable::parallel_for(0, count, 1 << 16, [&](int64_t i, int64_t end) {
-      for (; i < end; i++) to[i] = uint32_t(from[i]) << 16;
-    });
-    data_ = static_cast<const float *>(copy_->const_data_ptr());
-  }
-  const float *data() const { return data_; }
-
- private:
-  Tensor tensor_;
-  Maybe copy_;
-  const float *data_;
-};
-
-class MaybeFloats {
- public:
-  MaybeFloats(const Maybe &tensor, const char *name, const Sizes &sizes) {
-    if (tensor) floats_.emplace(*tensor, name, sizes);
-  }
-  const float *data() const { return floats_ ? floats_->data() : nullptr; }
-
- private:
-  std::optional<Floats> floats_;
-};
-
-Tensor empty_floats(const Tensor &like, Sizes sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+const float *floats(const Maybe &tensor, const char *name, const Sizes &sizes) {
+  return tensor ? floats(*tensor, name, sizes) : nullptr;
 }
 
-Tensor zero_floats(const Tensor &like, Sizes sizes) {
-  return torch::stable::new_zeros(like, sizes, ScalarType::Float);
-}
-
+Tensor empty(const Tensor &like, Sizes sizes) { return torch::stable::new_empty(like, sizes); }
+Tensor zeros(const Tensor &like, Sizes sizes) { return torch::stable::new_zeros(like, sizes); }
 float *floats_of(const Tensor &tensor) { return static_cast<float *>(tensor.mutable_data_ptr()); }
-
-// The tensor, or its numbers in bfloat16, rounded to nearest even.
-Tensor as_type(const Tensor &tensor, ScalarType type) {
-  if (type == ScalarType::Float) return tensor;
-  Tensor out = torch::stable::new_empty(tensor, tensor.sizes(), type);
-  auto from = static_cast<const uint32_t *>(tensor.const_data_ptr());
-  auto to = static_cast<uint16_t *>(out.mutable_data_ptr());
-  torch::stable::parallel_for(0, tensor.numel(), 1 << 16, [&](int64_t i, int64_t end) {
-    for (; i < end; i++) {
-      uint32_t bits = from[i], rounded = bits + 0x7fff + (bits >> 16 & 1);
-      bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-      to[i] = is_nan ? uint16_t(bits >> 16 | 64) : uint16_t(rounded >> 16);
-    }
-  });
-  return out;
-}
 
 Grid grid_of(const Tensor &pixels, int64_t side) {
   STD_TORCH_CHECK(pixels.dim() == 4 && side > 0, "a map must be [B, H, W, C], and patch_size positive");
@@ -180,7 +128,8 @@ Grid grid_of(const Tensor &pixels, int64_t side) {
 
 Sizes map_of(const Grid &grid, int64_t channels) { return {grid.batch, grid.height, grid.width, channels}; }
 
-int64_t patches_of(const Grid &grid) { return grid.batch * grid.rows * grid.columns; }
+int64_t lines_of(const Grid &grid) { return grid.batch * grid.rows; }
+int64_t patches_of(const Grid &grid) { return lines_of(grid) * grid.columns; }
 
 const int64_t *experts_of(const Tensor &expert, const Grid &grid, int64_t num_experts) {
   STD_TORCH_CHECK(expert.scalar_type() == ScalarType::Long && expert.is_contiguous() && expert.is_cpu(),
@@ -302,12 +251,6 @@ void fill(float *out, const float *residual, int64_t count) {
   else std::memset(out, 0, count * sizeof(float));
 }
 
-// What a map and a shortcut add up to.
-ScalarType summed(const Tensor &pixels, const Maybe &residual) {
-  bool wide = residual && residual->scalar_type() == ScalarType::Float;
-  return wide ? ScalarType::Float : pixels.scalar_type();
-}
-
 // A convolution of `in` and what follows it, into `out`.
 void convolve_into(float *out, const float *in, const Grid &grid, const Sorted &sorted, const Weight &w,
                    bool neighbours, const Epilogue &epilogue) {
@@ -321,17 +264,16 @@ void convolve_into(float *out, const float *in, const Grid &grid, const Sorted &
 Tensor patch_conv2d(const Tensor &pixels, const Tensor &weight, const Maybe &base, const Tensor &expert,
                     int64_t patch_size, bool neighbours, const Maybe &scale, const Maybe &shift, bool gelu,
                     const Maybe &gate, const Maybe &residual) {
-  Floats in(pixels, "x");
   Weight w(weight, base);
   Grid grid = grid_of(pixels, patch_size);
   STD_TORCH_CHECK(pixels.size(3) == w.in, "x has ", pixels.size(3), " channels, weight ", w.in);
-  MaybeFloats scales(scale, "scale", {w.experts, w.out}), shifts(shift, "shift", {w.experts, w.out});
-  MaybeFloats gates(gate, "gate", {patches_of(grid)}), added(residual, "residual", map_of(grid, w.out));
+  Sizes table = {w.experts, w.out}, map = map_of(grid, w.out);
+  Epilogue epilogue = {floats(scale, "scale", table), floats(shift, "shift", table), gelu,
+                       floats(gate, "gate", {patches_of(grid)}), floats(residual, "residual", map)};
   Sorted sorted(experts_of(expert, grid, w.experts), patches_of(grid), w.experts);
-  Tensor out = empty_floats(pixels, map_of(grid, w.out));
-  convolve_into(floats_of(out), in.data(), grid, sorted, w, neighbours,
-                {scales.data(), shifts.data(), gelu, gates.data(), added.data()});
-  return as_type(out, summed(pixels, residual));
+  Tensor out = empty(pixels, map);
+  convolve_into(floats_of(out), floats(pixels, "x"), grid, sorted, w, neighbours, epilogue);
+  return out;
 }
 
 // A batch normalisation by running statistics [weight, bias, mean, variance] as a scale and a shift.
@@ -340,13 +282,13 @@ struct Normalisation {
 
   Normalisation(const std::vector<Tensor> &parts, double eps, int64_t experts, int64_t channels) {
     STD_TORCH_CHECK(parts.size() == 4, "a normalisation has weight, bias, mean and variance");
-    std::vector<int64_t> sizes = {experts, channels};
-    Floats weight(parts[0], "weight", sizes), bias(parts[1], "bias", sizes), mean(parts[2], "mean", sizes),
-        variance(parts[3], "variance", sizes);
+    Sizes table = {experts, channels};
+    const float *weight = floats(parts[0], "weight", table), *bias = floats(parts[1], "bias", table),
+                *mean = floats(parts[2], "mean", table), *variance = floats(parts[3], "variance", table);
     scale.resize(experts * channels), shift.resize(scale.size());
     for (size_t i = 0; i < scale.size(); i++) {
-      scale[i] = weight.data()[i] / std::sqrt(variance.data()[i] + float(eps));
-      shift[i] = bias.data()[i] - mean.data()[i] * scale[i];
+      scale[i] = weight[i] / std::sqrt(variance[i] + float(eps));
+      shift[i] = bias[i] - mean[i] * scale[i];
     }
   }
 };
@@ -355,21 +297,20 @@ Tensor expert_block(const Tensor &pixels, const Tensor &expert, int64_t patch_si
                     const Maybe &base1, const std::vector<Tensor> &norm1, double eps1, bool neighbours1,
                     const Tensor &weight2, const Maybe &base2, const std::vector<Tensor> &norm2, double eps2,
                     bool neighbours2, const Maybe &gate, const Maybe &residual) {
-  Floats in(pixels, "x");
   Weight first(weight1, base1), second(weight2, base2);
   Grid grid = grid_of(pixels, patch_size);
   STD_TORCH_CHECK(pixels.size(3) == first.in && first.out == second.in && first.experts == second.experts,
                   "the channels of x and both weights must fit");
   Normalisation affine1(norm1, eps1, first.experts, first.out), affine2(norm2, eps2, second.experts, second.out);
-  MaybeFloats gates(gate, "gate", {patches_of(grid)}), added(residual, "residual", map_of(grid, second.out));
+  Sizes map = map_of(grid, second.out);
   Sorted sorted(experts_of(expert, grid, first.experts), patches_of(grid), first.experts);
-  Tensor hidden = empty_floats(pixels, map_of(grid, first.out));
-  Tensor out = empty_floats(pixels, map_of(grid, second.out));
-  convolve_into(floats_of(hidden), in.data(), grid, sorted, first, neighbours1,
+  Tensor hidden = empty(pixels, map_of(grid, first.out)), out = empty(pixels, map);
+  convolve_into(floats_of(hidden), floats(pixels, "x"), grid, sorted, first, neighbours1,
                 {affine1.scale.data(), affine1.shift.data(), true, nullptr, nullptr});
   convolve_into(floats_of(out), floats_of(hidden), grid, sorted, second, neighbours2,
-                {affine2.scale.data(), affine2.shift.data(), false, gates.data(), added.data()});
-  return as_type(out, summed(pixels, residual));
+                {affine2.scale.data(), affine2.shift.data(), false, floats(gate, "gate", {patches_of(grid)}),
+                 floats(residual, "residual", map)});
+  return out;
 }
 
 // With neighbours a patch's gradients reach beyond it, so that no two threads may have patches of one image. A cell's sum
@@ -397,31 +338,29 @@ void run_back(const Convolution &job, const Sorted &sorted) {
 
 Tensor patch_conv2d_input_grad(const Tensor &grad, const Tensor &weight, const Maybe &base, const Tensor &expert,
                                int64_t patch_size, bool neighbours) {
-  Floats in(grad, "grad");
   Weight w(weight, base);
   Grid grid = grid_of(grad, patch_size);
   STD_TORCH_CHECK(grad.size(3) == w.out, "grad has ", grad.size(3), " channels, weight ", w.out);
-  Tensor out = zero_floats(grad, map_of(grid, w.in));
-  Convolution job = convolution(grid, Direction::input_grad, neighbours && w.kernel > 1, w);
-  job.in = in.data(), job.out = floats_of(out);
+  Tensor out = zeros(grad, map_of(grid, w.in));
   Sorted sorted(experts_of(expert, grid, w.experts), patches_of(grid), w.experts);
+  Convolution job = convolution(grid, Direction::input_grad, neighbours && w.kernel > 1, w);
+  job.in = floats(grad, "grad"), job.out = floats_of(out);
   job.order = sorted.order.data(), job.begin = sorted.begin.data();
   run_back(job, sorted);
-  return as_type(out, grad.scalar_type());
+  return out;
 }
 
 // [E, D, K, K, C]
 Tensor patch_conv2d_weight_grad(const Tensor &grad, const Tensor &pixels, const Tensor &expert, int64_t patch_size,
                                 bool neighbours, int64_t num_experts, int64_t kernel) {
-  Floats in(pixels, "x");
   Grid grid = grid_of(pixels, patch_size);
   STD_TORCH_CHECK(grad.dim() == 4 && (kernel == 1 || kernel == 3), "grad must be a map, and the kernel 1x1 or 3x3");
-  Floats of_out(grad, "grad", map_of(grid, grad.size(3)));
   Sorted sorted(experts_of(expert, grid, num_experts), patches_of(grid), num_experts);
   int64_t outs = grad.size(3), ins = pixels.size(3), row = kernel * kernel * ins;
-  Tensor out = empty_floats(grad, {num_experts, outs, kernel, kernel, ins});
+  Tensor out = empty(grad, {num_experts, outs, kernel, kernel, ins});
   float *to = floats_of(out);
-  WeightGrad job = {grid, neighbours, int(kernel), int(ins), int(outs), in.data(), of_out.data(), sorted.order.data()};
+  WeightGrad job = {grid, neighbours, int(kernel), int(ins), int(outs), floats(pixels, "x"),
+                    floats(grad, "grad", map_of(grid, outs)), sorted.order.data()};
 
   // Large kernels are cut by output channels, the patches of small ones into pieces whose sums are added in order.
   constexpr int64_t wanted = 16, large = 1 << 17, at_once = 96;
@@ -445,7 +384,7 @@ Tensor patch_conv2d_weight_grad(const Tensor &grad, const Tensor &pixels, const 
     for (int64_t i = 0; i < count; i++)
       pieces.push_back({e, first + load * i / count, first + load * (i + 1) / count, 0, outs, i ? slots++ : -1});
   }
-  Tensor extra = empty_floats(grad, {slots, outs * row});
+  Tensor extra = empty(grad, {slots, outs * row});
   int64_t size = kernels->weight_grad_scratch(job, int(outs * row > large ? std::min(outs, at_once) : outs));
   float *beside = floats_of(extra);
   in_parallel(pieces.size(), [&](int64_t i) {
@@ -470,152 +409,153 @@ void in_blocks(int64_t lines, const Block &block) {
   in_parallel(blocks, [&](int64_t b) { block(b, lines * b / blocks, lines * (b + 1) / blocks); });
 }
 
-// What blocks of lines have added up, added in order.
-std::vector<double> total_of(const Tensor &sums, int64_t size) {
+// What blocks of lines add up, [E, 2, C] or whatever has so many numbers, added in order: block(sums, line, line_end).
+template <class Block>
+std::vector<double> sums_of(int64_t lines, int64_t size, const Block &block) {
+  int64_t blocks = std::min(BLOCKS, lines);
+  std::vector<float> sums(blocks * size);
+  in_blocks(lines, [&](int64_t b, int64_t line, int64_t end) { block(sums.data() + b * size, line, end); });
   std::vector<double> total(size);
-  auto from = static_cast<const float *>(sums.const_data_ptr());
-  for (int64_t b = 0; b < sums.size(0); b++)
-    for (int64_t i = 0; i < size; i++) total[i] += from[b * size + i];
+  for (int64_t b = 0; b < blocks; b++)
+    for (int64_t i = 0; i < size; i++) total[i] += sums[b * size + i];
   return total;
 }
 
-Tensor patch_affine(const Tensor &pixels, const Maybe &scale, const Maybe &shift, const Tensor &expert,
-                    int64_t patch_size, bool gelu, const Maybe &gate, const Maybe &residual) {
-  Floats x(pixels, "x");
+// Numbers [first, ...) of a total as a tensor.
+Tensor part_of(const std::vector<double> &total, int64_t first, const Tensor &like, Sizes sizes) {
+  Tensor out = empty(like, sizes);
+  std::copy_n(total.begin() + first, out.numel(), floats_of(out));
+  return out;
+}
+
+// An affine map of x; without any table nobody says how many experts there are.
+Affine affine_of(const Tensor &pixels, const Tensor &expert, int64_t patch_size, int64_t experts, const Maybe &scale,
+                 const Maybe &shift, bool gelu, const Maybe &gate, const Maybe &residual) {
   Grid grid = grid_of(pixels, patch_size);
-  int64_t experts = scale ? scale->size(0) : shift ? shift->size(0) : INT32_MAX, channels = pixels.size(3);
-  MaybeFloats scales(scale, "scale", {experts, channels}), shifts(shift, "shift", {experts, channels});
-  MaybeFloats gates(gate, "gate", {patches_of(grid)}), added(residual, "residual", map_of(grid, channels));
-  Affine job = {grid, int(channels), x.data(), experts_of(expert, grid, experts),
-                {scales.data(), shifts.data(), gelu, gates.data(), added.data()}};
-  Tensor out = empty_floats(pixels, map_of(grid, channels));
+  int64_t channels = pixels.size(3);
+  Sizes table = {experts, channels};
+  return {grid, int(channels), experts, floats(pixels, "x"), experts_of(expert, grid, experts),
+          {floats(scale, "scale", table), floats(shift, "shift", table), gelu,
+           floats(gate, "gate", {patches_of(grid)}), floats(residual, "residual", map_of(grid, channels))}};
+}
+
+int64_t experts_in(const Maybe &scale, const Maybe &shift) {
+  return scale ? scale->size(0) : shift ? shift->size(0) : INT32_MAX;
+}
+
+Tensor patch_affine(const Tensor &pixels, const Tensor &expert, int64_t patch_size, const Maybe &scale,
+                    const Maybe &shift, bool gelu, const Maybe &gate, const Maybe &residual) {
+  Affine job = affine_of(pixels, expert, patch_size, experts_in(scale, shift), scale, shift, gelu, gate, residual);
+  Tensor out = empty(pixels, map_of(job.grid, job.channels));
   float *to = floats_of(out);
-  in_blocks(grid.batch * grid.rows, [&](int64_t, int64_t line, int64_t end) { kernels->affine(job, line, end, to); });
-  return as_type(out, summed(pixels, residual));
+  in_blocks(lines_of(job.grid), [&](int64_t, int64_t line, int64_t end) { kernels->affine(job, line, end, to); });
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> expert_moments(const Tensor &pixels, const Tensor &expert, int64_t patch_size,
                                                   int64_t num_experts) {
-  Floats x(pixels, "x");
-  Grid grid = grid_of(pixels, patch_size);
-  int64_t channels = pixels.size(3), size = num_experts * 2 * channels;
-  const int64_t *experts = experts_of(expert, grid, num_experts);
+  Affine job = affine_of(pixels, expert, patch_size, num_experts, {}, {}, false, {}, {});
+  const Grid &grid = job.grid;
+  int64_t channels = job.channels;
   // Sums are of differences from an expert's first pixel: those of the values themselves would cancel.
   std::vector<float> centre(num_experts * channels);
   std::vector<int64_t> count(num_experts);
   for (int64_t patch = 0; patch < patches_of(grid); patch++) {
-    int64_t e = experts[patch], line = patch / grid.columns;
+    int64_t e = job.expert[patch], line = patch / grid.columns;
     if (e < 0) continue;
     int64_t top = line % grid.rows * grid.side, left = patch % grid.columns * grid.side;
     if (!count[e]) {
       int64_t pixel = (line / grid.rows * grid.height + top) * grid.width + left;
-      std::copy_n(x.data() + pixel * channels, channels, centre.begin() + e * channels);
+      std::copy_n(job.x + pixel * channels, channels, centre.begin() + e * channels);
     }
     count[e] += std::min<int64_t>(grid.side, grid.height - top) * std::min<int64_t>(grid.side, grid.width - left);
   }
-  Affine job = {grid, int(channels), x.data(), experts, {}};
-  int64_t lines = grid.batch * grid.rows;
-  Tensor sums = zero_floats(pixels, {std::min(BLOCKS, lines), size});
-  float *to = floats_of(sums);
-  in_blocks(lines, [&](int64_t b, int64_t line, int64_t end) {
-    kernels->moments(job, centre.data(), line, end, to + b * size);
+  auto sums = sums_of(lines_of(grid), num_experts * 2 * channels, [&](float *own, int64_t line, int64_t end) {
+    kernels->moments(job, centre.data(), line, end, own);
   });
-  std::vector<double> total = total_of(sums, size);
-  Tensor counts = empty_floats(pixels, {num_experts}), mean = zero_floats(pixels, {num_experts, channels});
-  Tensor variance = zero_floats(pixels, {num_experts, channels});
+  Tensor counts = empty(pixels, {num_experts}), mean = zeros(pixels, {num_experts, channels}),
+         variance = zeros(pixels, {num_experts, channels});
   for (int64_t e = 0; e < num_experts; e++) {
     floats_of(counts)[e] = float(count[e]);
-    if (!count[e]) continue;
-    for (int64_t c = 0; c < channels; c++) {
-      double middle = total[2 * e * channels + c] / count[e], square = total[(2 * e + 1) * channels + c] / count[e];
-      floats_of(mean)[e * channels + c] = float(centre[e * channels + c] + middle);
-      floats_of(variance)[e * channels + c] = float(std::max(0.0, square - middle * middle));
+    for (int64_t i = e * channels; count[e] && i < (e + 1) * channels; i++) {
+      double middle = sums[i] / count[e], square = sums[num_experts * channels + i] / count[e];
+      floats_of(mean)[i] = float(centre[i] + middle);
+      floats_of(variance)[i] = float(std::max(0.0, square - middle * middle));
     }
   }
   return {counts, mean, variance};
 }
 
 // Of g, the gradient before the affine map, the sums of g and of g * (x - centre) [E, C]; and the gate's gradient [N].
-std::tuple<Tensor, Tensor, Tensor> patch_affine_sums(const Tensor &grad, const Tensor &pixels, const Maybe &scale,
-                                                     const Maybe &shift, const Tensor &expert, int64_t patch_size,
-                                                     int64_t num_experts, bool gelu, const Maybe &gate,
+std::tuple<Tensor, Tensor, Tensor> patch_affine_sums(const Tensor &grad, const Tensor &pixels, const Tensor &expert,
+                                                     int64_t patch_size, int64_t num_experts, const Maybe &scale,
+                                                     const Maybe &shift, bool gelu, const Maybe &gate,
                                                      const Maybe &centre) {
-  Floats x(pixels, "x");
-  Grid grid = grid_of(pixels, patch_size);
-  int64_t channels = pixels.size(3), size = num_experts * 2 * channels, lines = grid.batch * grid.rows;
-  Sizes table = {num_experts, channels};
-  Floats g(grad, "grad", map_of(grid, channels));
-  MaybeFloats scales(scale, "scale", table), shifts(shift, "shift", table), centres(centre, "centre", table);
-  MaybeFloats gates(gate, "gate", {patches_of(grid)});
-  Affine job = {grid, int(channels), x.data(), experts_of(expert, grid, num_experts),
-                {scales.data(), shifts.data(), gelu, gates.data(), nullptr}};
-  Tensor sums = zero_floats(pixels, {std::min(BLOCKS, lines), size}), grad_gate = zero_floats(pixels, {patches_of(grid)});
-  float *to = floats_of(sums), *of_gate = floats_of(grad_gate);
-  in_blocks(lines, [&](int64_t b, int64_t line, int64_t end) {
-    kernels->affine_sums(job, g.data(), centres.data(), line, end, to + b * size, of_gate);
+  Affine job = affine_of(pixels, expert, patch_size, num_experts, scale, shift, gelu, gate, {});
+  Sizes table = {num_experts, job.channels};
+  const float *g = floats(grad, "grad", map_of(job.grid, job.channels)), *middle = floats(centre, "centre", table);
+  Tensor grad_gate = zeros(pixels, {patches_of(job.grid)});
+  float *of_gate = floats_of(grad_gate);
+  auto sums = sums_of(lines_of(job.grid), 2 * num_experts * job.channels, [&](float *own, int64_t line, int64_t end) {
+    kernels->affine_sums(job, g, middle, line, end, own, of_gate);
   });
-  std::vector<double> total = total_of(sums, size);
-  Tensor plain = empty_floats(pixels, {num_experts, channels}), centred = empty_floats(pixels, {num_experts, channels});
-  for (int64_t e = 0; e < num_experts; e++)
-    for (int64_t c = 0; c < channels; c++) {
-      floats_of(plain)[e * channels + c] = float(total[2 * e * channels + c]);
-      floats_of(centred)[e * channels + c] = float(total[(2 * e + 1) * channels + c]);
-    }
-  return {plain, centred, grad_gate};
+  return {part_of(sums, 0, pixels, table), part_of(sums, num_experts * job.channels, pixels, table), grad_gate};
 }
 
-Tensor patch_affine_input_grad(const Tensor &grad, const Tensor &pixels, const Maybe &scale, const Maybe &shift,
-                               const Tensor &expert, int64_t patch_size, bool gelu, const Maybe &gate,
-                               const Maybe &slope, const Maybe &offset) {
-  Floats x(pixels, "x");
-  Grid grid = grid_of(pixels, patch_size);
-  int64_t experts = scale ? scale->size(0) : shift ? shift->size(0) : slope ? slope->size(0) : INT32_MAX;
-  int64_t channels = pixels.size(3);
-  Sizes table = {experts, channels};
-  Floats g(grad, "grad", map_of(grid, channels));
-  MaybeFloats scales(scale, "scale", table), shifts(shift, "shift", table), slopes(slope, "slope", table),
-      offsets(offset, "offset", table), gates(gate, "gate", {patches_of(grid)});
-  Affine job = {grid, int(channels), x.data(), experts_of(expert, grid, experts),
-                {scales.data(), shifts.data(), gelu, gates.data(), nullptr}};
-  Tensor out = empty_floats(pixels, map_of(grid, channels));
+Tensor patch_affine_input_grad(const Tensor &grad, const Tensor &pixels, const Tensor &expert, int64_t patch_size,
+                               const Maybe &scale, const Maybe &shift, bool gelu, const Maybe &gate, const Maybe &slope,
+                               const Maybe &offset) {
+  int64_t experts = experts_in(scale ? scale : shift, slope ? slope : offset);
+  Affine job = affine_of(pixels, expert, patch_size, experts, scale, shift, gelu, gate, {});
+  Sizes table = {experts, job.channels}, map = map_of(job.grid, job.channels);
+  const float *g = floats(grad, "grad", map), *of_x = floats(slope, "slope", table),
+              *rest = floats(offset, "offset", table);
+  Tensor out = empty(pixels, map);
   float *to = floats_of(out);
-  in_blocks(grid.batch * grid.rows, [&](int64_t, int64_t line, int64_t end) {
-    kernels->affine_grad(job, g.data(), slopes.data(), offsets.data(), line, end, to);
+  in_blocks(lines_of(job.grid), [&](int64_t, int64_t line, int64_t end) {
+    kernels->affine_grad(job, g, of_x, rest, line, end, to);
   });
-  return as_type(out, pixels.scalar_type());
+  return out;
 }
 
 // ---- The router -----------------------------------------------------------------------------------------------------
 
-// What rows and columns add before the activation: features [H, F] and [W, F] by the last F columns of weight [D, C + F].
-struct Position {
-  std::vector<float> rows, columns;
+// out = bias + weight in: rows of `ins` numbers times weight [outs, weight_stride].
+void linear(const float *in, int64_t count, const float *weight, int64_t weight_stride, int64_t ins, int64_t outs,
+            const float *bias, float *out) {
+  Linear job = {count, int(ins), int(outs), in, weight, weight_stride, bias};
+  kernels->linear(job, out, scratch(kernels->linear_scratch(job)));
+}
 
-  Position(const Grid &grid, int64_t channels, const Tensor &weight, const Tensor &bias, const Tensor &rows_,
-           const Tensor &columns_) {
-    int64_t outs = weight.size(0), features = weight.size(1) - channels;
+// The router's first layer. What rows and columns add before the activation comes from features [H, F] and [W, F] by the
+// last F columns of weight [D, C + F].
+struct FirstLayer {
+  std::vector<float> rows, columns;
+  Perceptron job;
+
+  FirstLayer(const Tensor &pixels, const Tensor &weight, const Tensor &bias, const Tensor &of_rows,
+             const Tensor &of_columns, int64_t patch_size) {
+    Grid grid = grid_of(pixels, patch_size);
+    int64_t channels = pixels.size(3), outs = weight.size(0), width = weight.size(1), features = width - channels;
     STD_TORCH_CHECK(features >= 0, "weight has fewer inputs than x has channels, ", channels);
-    Floats w(weight, "weight"), b(bias, "bias", {outs}), of_rows(rows_, "rows", {grid.height, features}),
-        of_columns(columns_, "columns", {grid.width, features});
+    const float *w = floats(weight, "weight");
     rows.resize(grid.height * outs), columns.resize(grid.width * outs);
-    Linear job = {grid.height, int(features), int(outs), of_rows.data(), w.data() + channels, weight.size(1), b.data()};
-    kernels->linear(job, rows.data(), scratch(kernels->linear_scratch(job)));
-    job.count = grid.width, job.in = of_columns.data(), job.bias = nullptr;
-    kernels->linear(job, columns.data(), scratch(kernels->linear_scratch(job)));
+    linear(floats(of_rows, "rows", {grid.height, features}), grid.height, w + channels, width, features, outs,
+           floats(bias, "bias", {outs}), rows.data());
+    linear(floats(of_columns, "columns", {grid.width, features}), grid.width, w + channels, width, features, outs,
+           nullptr, columns.data());
+    job = {grid, int(channels), int(outs), floats(pixels, "x"), w, width, rows.data(), columns.data()};
   }
 };
 
 Tensor patch_perceptron(const Tensor &pixels, const Tensor &weight, const Tensor &bias, const Tensor &rows,
                         const Tensor &columns, int64_t patch_size) {
-  Floats x(pixels, "x"), w(weight, "weight");
-  Grid grid = grid_of(pixels, patch_size);
-  Position position(grid, pixels.size(3), weight, bias, rows, columns);
-  Perceptron job = {grid, int(pixels.size(3)), int(weight.size(0)), x.data(), w.data(), weight.size(1),
-                    position.rows.data(), position.columns.data()};
-  Tensor out = empty_floats(pixels, {patches_of(grid), job.hidden});
+  FirstLayer layer(pixels, weight, bias, rows, columns, patch_size);
+  const Perceptron &job = layer.job;
+  Tensor out = empty(pixels, {patches_of(job.grid), job.hidden});
   int64_t size = kernels->perceptron_scratch(job);
   float *to = floats_of(out);
-  in_blocks(grid.batch * grid.rows, [&](int64_t, int64_t line, int64_t end) {
+  in_blocks(lines_of(job.grid), [&](int64_t, int64_t line, int64_t end) {
     kernels->perceptron(job, line, end, to, scratch(size));
   });
   return out;
@@ -628,20 +568,19 @@ Tensor patch_logits(const Tensor &pixels, const Tensor &weight, const Tensor &bi
                     const Maybe &expert_bias, const Maybe &centring) {
   Tensor hidden = patch_perceptron(pixels, weight, bias, rows, columns, patch_size);
   int64_t patches = hidden.size(0), outs = hidden.size(1), experts = bias2.numel(), images = pixels.size(0);
-  Floats in(hidden, "hidden"), w(weight2, "weight2", {experts, outs}), b(bias2, "bias2", {experts});
-  MaybeFloats shift(expert_bias, "expert_bias", {experts}), share(centring, "centring", {});
-  STD_TORCH_CHECK(!shift.data() == !share.data(), "expert_bias must have its centring");
-  Tensor out = empty_floats(pixels, {patches, experts});
+  const float *shift = floats(expert_bias, "expert_bias", {experts}), *share = floats(centring, "centring", {});
+  STD_TORCH_CHECK(!shift == !share, "expert_bias must have its centring");
+  Tensor out = empty(pixels, {patches, experts});
   float *to = floats_of(out);
-  Linear job = {patches, int(outs), int(experts), in.data(), w.data(), outs, b.data()};
-  kernels->linear(job, to, scratch(kernels->linear_scratch(job)));
-  if (!shift.data()) return out;
+  linear(floats_of(hidden), patches, floats(weight2, "weight2", {experts, outs}), outs, outs, experts,
+         floats(bias2, "bias2", {experts}), to);
+  if (!shift) return out;
   int64_t per_image = images ? patches / images : 0;
   for (int64_t image = 0; image < images; image++, to += per_image * experts)
     for (int64_t e = 0; e < experts; e++) {
       double level = 0;
       for (int64_t i = 0; i < per_image; i++) level += to[i * experts + e];
-      float added = shift.data()[e] - *share.data() * float(level / per_image);
+      float added = shift[e] - *share * float(level / per_image);
       for (int64_t i = 0; i < per_image; i++) to[i * experts + e] += added;
     }
   return out;
@@ -652,32 +591,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_perceptron_backward(const Tenso
                                                                      const Tensor &weight, const Tensor &bias,
                                                                      const Tensor &rows, const Tensor &columns,
                                                                      int64_t patch_size, bool needs_x) {
-  Floats x(pixels, "x"), w(weight, "weight");
-  Grid grid = grid_of(pixels, patch_size);
-  Floats g(grad, "grad", {patches_of(grid), weight.size(0)});
-  Position position(grid, pixels.size(3), weight, bias, rows, columns);
-  Perceptron job = {grid, int(pixels.size(3)), int(weight.size(0)), x.data(), w.data(), weight.size(1),
-                    position.rows.data(), position.columns.data()};
-  int64_t lines = grid.batch * grid.rows, hidden = job.hidden;
-  int64_t of_weight = hidden * job.channels, in_rows = grid.height * hidden, in_columns = grid.width * hidden;
-  int64_t size = of_weight + in_rows + in_columns;
-  Tensor sums = zero_floats(pixels, {std::min(BLOCKS, lines), size});
-  Tensor grad_x = needs_x ? empty_floats(pixels, {grid.batch, grid.height, grid.width, job.channels})
-                          : empty_floats(pixels, {0});
-  float *to = floats_of(sums), *for_x = needs_x ? floats_of(grad_x) : nullptr;
-  int64_t own = kernels->perceptron_scratch(job);
-  in_blocks(lines, [&](int64_t b, int64_t line, int64_t end) {
-    float *block = to + b * size;
-    kernels->perceptron_grad(job, g.data(), line, end, for_x, block, block + of_weight, block + of_weight + in_rows,
-                             scratch(own));
+  FirstLayer layer(pixels, weight, bias, rows, columns, patch_size);
+  const Perceptron &job = layer.job;
+  const Grid &grid = job.grid;
+  const float *g = floats(grad, "grad", {patches_of(grid), job.hidden});
+  int64_t hidden = job.hidden, of_rows = hidden * job.channels, of_columns = of_rows + grid.height * hidden;
+  Tensor grad_x = empty(pixels, needs_x ? map_of(grid, job.channels) : Sizes{0});
+  float *for_x = needs_x ? floats_of(grad_x) : nullptr;
+  int64_t size = kernels->perceptron_scratch(job);
+  auto sums = sums_of(lines_of(grid), of_columns + grid.width * hidden, [&](float *own, int64_t line, int64_t end) {
+    kernels->perceptron_grad(job, g, line, end, for_x, own, own + of_rows, own + of_columns, scratch(size));
   });
-  std::vector<double> total = total_of(sums, size);
-  Tensor grad_weight = empty_floats(pixels, {hidden, job.channels});
-  Tensor grad_rows = empty_floats(pixels, {grid.height, hidden}), grad_columns = empty_floats(pixels, {grid.width, hidden});
-  std::copy_n(total.begin(), of_weight, floats_of(grad_weight));
-  std::copy_n(total.begin() + of_weight, in_rows, floats_of(grad_rows));
-  std::copy_n(total.begin() + of_weight + in_rows, in_columns, floats_of(grad_columns));
-  return {grad_x, grad_weight, grad_rows, grad_columns};
+  return {grad_x, part_of(sums, 0, pixels, {hidden, job.channels}), part_of(sums, of_rows, pixels, {grid.height, hidden}),
+          part_of(sums, of_columns, pixels, {grid.width, hidden})};
 }
 
 // The mean of the numbers of rank share - 1 and share, from 0, the largest first. Ranks are found by the leading bits of
@@ -707,12 +633,11 @@ float border_of(const float *values, int64_t count, int64_t share) {
 
 // See pcenet.nn.balancing, whose loop this is. Each expert's leads over its best rival lie side by side.
 Tensor balancing_bias(const Tensor &logits, int64_t top_k, int64_t sweeps, double damping) {
-  Floats scores(logits, "logits");
   int64_t patches = logits.size(0), experts = logits.size(1), share = (patches * top_k + experts - 1) / experts;
   STD_TORCH_CHECK(top_k >= 1 && top_k < experts && share < patches, "too few patches or experts");
-  Tensor out = zero_floats(logits, {experts});
+  Tensor out = zeros(logits, {experts});
   float *bias = floats_of(out);
-  const float *from = scores.data();
+  const float *from = floats(logits, "logits");
   std::vector<double> mean(experts);
   for (int64_t i = 0; i < patches; i++)
     for (int64_t e = 0; e < experts; e++) mean[e] += from[i * experts + e];
@@ -755,12 +680,12 @@ STABLE_TORCH_LIBRARY(pcenet, m) {
         "bool neighbours) -> Tensor");
   m.def("patch_conv2d_weight_grad(Tensor grad, Tensor x, Tensor expert, int patch_size, bool neighbours, "
         "int num_experts, int kernel_size) -> Tensor");
-  m.def("patch_affine(Tensor x, Tensor? scale, Tensor? shift, Tensor expert, int patch_size, bool gelu, Tensor? gate, "
+  m.def("patch_affine(Tensor x, Tensor expert, int patch_size, Tensor? scale, Tensor? shift, bool gelu, Tensor? gate, "
         "Tensor? residual) -> Tensor");
   m.def("expert_moments(Tensor x, Tensor expert, int patch_size, int num_experts) -> (Tensor, Tensor, Tensor)");
-  m.def("patch_affine_sums(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, Tensor expert, int patch_size, "
-        "int num_experts, bool gelu, Tensor? gate, Tensor? centre) -> (Tensor, Tensor, Tensor)");
-  m.def("patch_affine_input_grad(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, Tensor expert, int patch_size, "
+  m.def("patch_affine_sums(Tensor grad, Tensor x, Tensor expert, int patch_size, int num_experts, Tensor? scale, "
+        "Tensor? shift, bool gelu, Tensor? gate, Tensor? centre) -> (Tensor, Tensor, Tensor)");
+  m.def("patch_affine_input_grad(Tensor grad, Tensor x, Tensor expert, int patch_size, Tensor? scale, Tensor? shift, "
         "bool gelu, Tensor? gate, Tensor? slope, Tensor? offset) -> Tensor");
   m.def("balancing_bias(Tensor logits, int top_k, int sweeps, float damping) -> Tensor");
   m.def("expert_block(Tensor x, Tensor expert, int patch_size, Tensor weight1, Tensor? base1, Tensor[] norm1, "

@@ -57,6 +57,7 @@ struct WeightGrad {
 struct Affine {
   Grid grid;
   int channels;
+  int64_t experts;
   const float *x;
   const int64_t *expert;  // [N], -1 for nobody's
   Epilogue epilogue;
@@ -96,9 +97,9 @@ struct Kernels {
                       float *scratch);
   // Lines of patches [line, line_end) of a map, numbered through all images.
   void (*affine)(const Affine &, int64_t line, int64_t line_end, float *out);
-  // Sums of x - centre and of its square, [E, 2, C], added.
+  // Sums of x - centre and of its square, [2, E, C], added.
   void (*moments)(const Affine &, const float *centre, int64_t line, int64_t line_end, float *sums);
-  // Of g = gate * act' * grad the sums of g and of g * (x - centre), [E, 2, C], added, and the gate's gradient.
+  // Of g = gate * act' * grad the sums of g and of g * (x - centre), [2, E, C], added, and the gate's gradient.
   void (*affine_sums)(const Affine &, const float *grad, const float *centre, int64_t line, int64_t line_end,
                       float *sums, float *grad_gate);
   // scale * g + slope * x + offset.

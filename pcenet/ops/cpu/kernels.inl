@@ -980,8 +980,8 @@ void moments(const Affine &job, const float *centre, int64_t line, int64_t line_
         plain += d;
         squares += d * d;
       }
-      add_to(sums + 2 * expert * channels + c, plain, own);
-      add_to(sums + (2 * expert + 1) * channels + c, squares, own);
+      add_to(sums + expert * channels + c, plain, own);
+      add_to(sums + (job.experts + expert) * channels + c, squares, own);
     }
   });
 }
@@ -1011,8 +1011,8 @@ void affine_sums_lines(const Affine &job, const float *grad, const float *centre
         plain += g;
         centred += g * (x - mid);
       }
-      add_to(sums + 2 * expert * channels + c, plain * gate, own);
-      add_to(sums + (2 * expert + 1) * channels + c, centred * gate, own);
+      add_to(sums + expert * channels + c, plain * gate, own);
+      add_to(sums + (job.experts + expert) * channels + c, centred * gate, own);
     }
     grad_gate[patch] += sum_of(for_gate);
   });
