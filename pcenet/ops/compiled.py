@@ -71,8 +71,9 @@ def _floats(x: Tensor | None) -> Tensor | None:
 def _parts(x: Tensor, affine: Affine | None) -> tuple[tuple[Any, ...], torch.dtype]:
     """An affine map as the library takes it, and the type of what it makes of x."""
     scale, shift, gelu, gate, residual = affine or Affine()
-    same = residual is None or residual.dtype == x.dtype
-    dtype = x.dtype if same else torch.promote_types(x.dtype, residual.dtype)
+    dtype = x.dtype
+    if residual is not None and residual.dtype != dtype:
+        dtype = torch.promote_types(dtype, residual.dtype)
     return (_floats(scale), _floats(shift), gelu, _floats(gate), None if residual is None else _pixels(residual)), dtype
 
 
