@@ -161,29 +161,25 @@ def route(
         )
     if logits.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"logits are {logits.dtype}; routing compares them, so they must be float32 or float64")
-    num_patches, num_experts = logits.shape
-    check_selection(num_experts, top_k, gate, temperature, capacity_factor=capacity_factor)
+    check_selection(logits.shape[1], top_k, gate, temperature, capacity_factor=capacity_factor)
+    return _select(logits, grid, top_k, capacity_factor, gate, temperature)
+
+
+def _select(
+    logits: Tensor, grid: Grid, top_k: int, capacity_factor: float | None, gate: Gate, temperature: float
+) -> Routing:
     probs = (logits if temperature == 1 else logits / temperature).softmax(dim=1)
     # Chosen by logit: the order is that of the probabilities, without the ties that a saturated softmax makes.
     known = logits.detach()
     # For one expert not by topk, which takes two to four times as long.
     choice = known.argmax(dim=1, keepdim=True) if top_k == 1 else known.topk(top_k, dim=1).indices
-    chosen_probs = probs.gather(1, choice)
+    chosen_probs, capacity = probs.gather(1, choice), None
     if capacity_factor is None:
-        capacity = None
         kept = torch.ones_like(choice, dtype=torch.bool)
     else:
-        capacity = expert_capacity(capacity_factor, num_patches, num_experts, top_k)
+        capacity = expert_capacity(capacity_factor, *logits.shape, top_k)
         kept = select_within_capacity(choice, chosen_probs, capacity)
-    return Routing(
-        logits=logits,
-        probs=probs,
-        choice=choice,
-        choice_weight=gate_weights(chosen_probs, gate),
-        kept=kept,
-        capacity=capacity,
-        grid=grid,
-    )
+    return Routing(logits, probs, choice, gate_weights(chosen_probs, gate), kept, capacity, grid)
 
 
 def check_selection(
@@ -329,33 +325,26 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """Route the patches of a map ``[B, C, H, W]``."""
-        grid = grid_of(x, self.patch_size)
+        grid, hidden, last = grid_of(x, self.patch_size), self.hidden, self.logits
         if self._is_fixed(x):
-            first = (self.hidden.weight.flatten(1), self.hidden.bias, *self.hidden.lines(x))
-            second, balance = (self.logits.weight, self.logits.bias), (self.expert_bias, self.centring)
-            logits = patch_logits(x, first, self.patch_size, *second, *balance)
+            first = (hidden.weight.flatten(1), hidden.bias, *hidden.lines(x))
+            second = (last.weight, last.bias, self.expert_bias, self.centring)
+            logits = patch_logits(x, first, self.patch_size, *second)
         else:
             logits = self.compute_logits(x)
             if self.training and self.perturb is not None:
                 logits = self.perturb(logits)
             if self.expert_bias is not None:
                 logits = self._balanced(logits, grid.batch)
-        return route(
-            logits,
-            grid,
-            top_k=self.top_k,
-            capacity_factor=self.capacity_factor if self.training else self.eval_capacity_factor,
-            gate=self.gate,
-            temperature=self.temperature,
-        )
+        capacity_factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        return _select(logits, grid, self.top_k, capacity_factor, self.gate, self.temperature)
 
     def _is_fixed(self, x: Tensor) -> bool:
         """Whether one operator may compute the logits: at evaluation, in float32, with no hook on either layer."""
-        if self.training or self.gate_input != "pixels" or autocast_enabled(x):
+        if self.training or self.gate_input != "pixels" or x.dtype != torch.float32 or autocast_enabled(x):
             return False
-        if not is_plain(self.hidden, HiddenLayer) or not is_plain(self.logits, LogitsLayer):
-            return False
-        return x.dtype == self.hidden.weight.dtype == self.logits.weight.dtype == torch.float32
+        layers = ((self.hidden, HiddenLayer), (self.logits, LogitsLayer))
+        return all(is_plain(layer, kind) and layer.weight.dtype == torch.float32 for layer, kind in layers)
 
     def _balanced(self, logits: Tensor, images: int) -> Tensor:
         """Logits with the bias that evens out the loads."""

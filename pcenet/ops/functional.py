@@ -221,8 +221,7 @@ def patch_logits(
     Returns:
         ``[N, E]``.
     """
-    tensors = (x, *hidden, weight, bias)
-    if runs(*tensors) and x.dtype == torch.float32 and not tracked(*tensors):
+    if runs(x, weight) and x.dtype == torch.float32 and not tracked(x, *hidden, weight, bias):
         return compiled.patch_logits(x, hidden, patch_size, weight, bias, expert_bias, centring)
     logits = F.linear(patch_perceptron(x, *hidden, patch_size), weight, bias)
     return logits if expert_bias is None or centring is None else centred(logits, x.shape[0], expert_bias, centring)
