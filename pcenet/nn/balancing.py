@@ -34,8 +34,7 @@ def balancing_bias(logits: Tensor, top_k: int = 1) -> Tensor:
         return logits.new_zeros(num_experts)
     # The same in one operator, at less than half of the time.
     if logits.dtype == torch.float32 and library.takes(logits) and not transforming():
-        found: Tensor = torch.ops.pcenet.balancing_bias(logits.contiguous(), top_k, SWEEPS, DAMPING)
-        return found
+        return torch.ops.pcenet.balancing_bias(logits.contiguous(), top_k, SWEEPS, DAMPING)
     bias = -logits.mean(dim=0)
     for _ in range(SWEEPS):
         scores = logits + bias

@@ -336,8 +336,7 @@ class ConvExperts(nn.Module):
             return expert_block(x, expert, patch_size, *block, gate, residual)
         hidden = self.drop(self.norm1(patch_conv2d(x, weight1, *places, first, base=base1), *places, True))
         hidden = patch_conv2d(hidden, weight2, *places, second, base=base2)
-        out: Tensor = self.norm2(hidden, *places, False, gate, residual)
-        return out
+        return self.norm2(hidden, *places, False, gate, residual)
 
     def _is_affine(self) -> bool:
         """Whether all that follows the convolutions is a scale, a shift and GELU."""

@@ -131,8 +131,7 @@ class PCELayer(nn.Module):
             residual = carried if residual is None else residual + carried
 
         def run(x: Tensor, expert: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
-            out: Tensor = self.experts(x, expert, patch_size, self.border, gate, residual)
-            return out
+            return self.experts(x, expert, patch_size, self.border, gate, residual)
 
         return run_choices(run, x, routing, residual)
 

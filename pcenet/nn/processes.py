@@ -21,8 +21,7 @@ def process_count() -> int:
 def sum_over_processes(x: Tensor) -> Tensor:
     """The sum of a tensor of one shape over all processes, differentiable: what one process does with it counts for
     all. Every process must ask for it, and for its gradient, in the same order. The tensor itself for one process."""
-    total: Tensor = x if process_count() == 1 else _Sum.apply(x)
-    return total
+    return x if process_count() == 1 else _Sum.apply(x)
 
 
 @torch.no_grad()

@@ -177,7 +177,7 @@ def _select(
     if capacity_factor is None:
         kept = torch.ones_like(choice, dtype=torch.bool)
     else:
-        capacity = expert_capacity(capacity_factor, *logits.shape, top_k)
+        capacity = expert_capacity(capacity_factor, logits.shape[0], logits.shape[1], top_k)
         kept = select_within_capacity(choice, chosen_probs, capacity)
     return Routing(logits, probs, choice, gate_weights(chosen_probs, gate), kept, capacity, grid)
 
@@ -320,8 +320,7 @@ class Router(nn.Module):
         """The logits ``[N, E]`` of a map ``[B, C, H, W]``, differentiable, in float32 at least."""
         with torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext():
             hidden = self.hidden(x.to(torch.promote_types(x.dtype, torch.float32)))
-            logits: Tensor = self.logits(hidden)
-            return logits
+            return self.logits(hidden)
 
     def forward(self, x: Tensor) -> Routing:
         """Route the patches of a map ``[B, C, H, W]``."""
