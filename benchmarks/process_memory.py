@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pcenet.runs.config import TrainConfig
+from pcenet.runtime.launcher import Launcher
 from pcenet.training.callbacks import Averaging
-from pcenet.training.config import TrainConfig
-from pcenet.training.launch import Launcher
+from pcenet.training.module import TrainingTask
 from pcenet.training.run import train
 from pcenet.training.strategies import local_part
-from pcenet.training.task import TrainingTask
 
 EXPERTS = 256
 CASES = [(1, "auto"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")]

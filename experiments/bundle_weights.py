@@ -21,8 +21,8 @@ from huggingface_hub import ModelCard
 from pcenet.models import create_network, load_model, pretrained
 from pcenet.models.pretrained import CONFIG, WEIGHTS
 from pcenet.publish.card import SCORES, recipe, score_of
-from pcenet.training.config import TrainConfig
-from pcenet.training.folder import RunFolder
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import RunFolder
 from pcenet.writing import write_atomically
 
 CARD = "README.md"

@@ -9,8 +9,8 @@ import sys
 
 from PIL import Image
 
-from pcenet.analysis.colours import legend, palette
 from pcenet.data import SceneSource
+from pcenet.reporting.colours import legend, palette
 
 INDICES = (34, 10, 45, 31)
 ENLARGED, GAP = 2, 4

@@ -21,9 +21,9 @@ from torch import nn
 import pcenet.data as data
 from pcenet.benchmark.machine import machine
 from pcenet.nn import update_expert_bias
-from pcenet.training.config import EvalConfig
-from pcenet.training.device import set_threads
-from pcenet.training.evaluate import EVAL_BATCH_SIZE, open_trained
+from pcenet.runs.config import EvalConfig
+from pcenet.runtime.device import set_threads
+from pcenet.tasks.evaluation import EVAL_BATCH_SIZE, open_trained
 from pcenet.training.run import bias_count
 from pcenet.writing import write_json
 

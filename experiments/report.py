@@ -66,7 +66,7 @@ def highest_load_ratio(router: list[dict[str, Any]]) -> str:
 
 def routers_table(name: str) -> str:
     """A row per PCE layer: how evaluation spreads the patches of a split over its experts."""
-    from pcenet.training.health import ratio_in_words
+    from pcenet.runs.health import ratio_in_words
 
     found = json.loads((HERE / "results" / "evaluation" / f"{name}.json").read_text(encoding="utf-8"))
     rows = [
@@ -84,7 +84,7 @@ def routers_table(name: str) -> str:
 
 def biases_table(name: str) -> str:
     """A row per network and form of its biases at evaluation, as ``evaluation_bias.py`` measured them."""
-    from pcenet.training.health import ratio_in_words
+    from pcenet.runs.health import ratio_in_words
 
     rows = []
     for found in json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8")):

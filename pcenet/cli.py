@@ -27,18 +27,11 @@ from pcenet.choices import did_you_mean
 from pcenet.compare.config import OF_A_RUN, CompareConfig
 from pcenet.explain.config import ExplainConfig
 from pcenet.export.config import ExportConfig
+from pcenet.inference.config import PredictConfig
 from pcenet.publish.config import PushConfig
-from pcenet.texts import one_line, print_whatever_comes, say
-from pcenet.training.config import (
-    CheckDataConfig,
-    EvalConfig,
-    Option,
-    PredictConfig,
-    TrainConfig,
-    choices_of,
-    options_of,
-)
-from pcenet.training.launch import (
+from pcenet.runs.config import CheckDataConfig, EvalConfig, TrainConfig
+from pcenet.runs.options import Option, choices_of, options_of
+from pcenet.runtime.launcher import (
     LOST,
     LostProcessError,
     OtherProcessError,
@@ -46,8 +39,9 @@ from pcenet.training.launch import (
     launch,
     ranks_of_environment,
 )
-from pcenet.training.memory import ran_out_of_memory
-from pcenet.training.signals import Terminated
+from pcenet.runtime.memory import ran_out_of_memory
+from pcenet.runtime.signals import Terminated
+from pcenet.texts import one_line, print_whatever_comes, say
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -424,7 +418,7 @@ def read_variant(label: Any, changes: Any) -> Any:
 def run_eval(arguments: list[str]) -> None:
     """measure a trained network: accuracy or mIoU, each class, confusion matrix, router health"""
     config = parse("eval", EvalConfig, arguments)
-    from pcenet.training.evaluate import evaluate
+    from pcenet.tasks.evaluation import evaluate
 
     evaluate(config)
 
@@ -544,8 +538,8 @@ def catalogue() -> list[dict[str, Any]]:
     """Cost of every network at its own input size, its dense twin's name (None for a dense network), and the tags of
     the weights that come with the package."""
     from pcenet.models import create_network, list_models, task_of, twin_of
+    from pcenet.models.preprocessing import cost_of, image_size
     from pcenet.models.pretrained import weights_of
-    from pcenet.training.measures import cost_of, image_size
 
     rows = []
     for name in list_models():

@@ -152,7 +152,7 @@ def computing() -> dict[str, Any]:
     """Processor, devices, threads, bfloat16 and speed, as torch sees them."""
     import torch
 
-    from pcenet.training.device import processor_name, resolve_device, resolve_precision
+    from pcenet.runtime.device import processor_name, resolve_device, resolve_precision
 
     device = resolve_device("auto")
     return {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from faults.runs import have_ended
 
-from pcenet.training.launch import LIFELINE, free_port
+from pcenet.runtime.launcher import LIFELINE, free_port
 
 
 def in_processes(work: Callable[[], object], folder: Path, count: int = 2) -> list[int]:

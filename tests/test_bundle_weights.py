@@ -14,8 +14,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from pcenet.models import bundled, create_network, load_model
-from pcenet.training.config import TrainConfig
-from pcenet.training.folder import RunFolder
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import RunFolder
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "bundle_weights.py"
 SCENE = ["sky", "road", "tree"]

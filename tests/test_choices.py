@@ -6,7 +6,8 @@ from typing import get_args
 
 import pcenet.data
 from pcenet.choices import Augment, Split, did_you_mean
-from pcenet.training.config import EvalConfig, TrainConfig, options_of
+from pcenet.runs.config import EvalConfig, TrainConfig
+from pcenet.runs.options import options_of
 
 
 def test_the_nearest_is_named_however_far():

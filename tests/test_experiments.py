@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pcenet.compare.config import CompareConfig
-from pcenet.training.config import TrainConfig
+from pcenet.runs.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 

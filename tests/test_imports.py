@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -29,14 +30,18 @@ ALLOWED = {
     "upcycling": {"nn"},
     "models": {"nn", "upcycling"},
     "data": set(),
-    "training": {"ops", "nn", "models", "data"},
-    "compare": {"models", "training"},
-    "analysis": {"nn", "models", "data", "training"},
-    "app": {"models", "nn", "data", "training", "analysis"},
-    "inference": {"nn", "models", "data", "training", "analysis", "export"},
-    "export": {"ops", "nn", "models", "data", "training"},
-    "explain": {"nn", "models", "data", "training", "analysis", "inference"},
-    "publish": {"nn", "models", "data", "training", "analysis"},
+    "runtime": {"ops", "nn"},
+    "runs": {"nn"},
+    "reporting": {"runtime", "runs"},
+    "tasks": {"nn", "models", "data", "runtime", "runs", "reporting"},
+    "training": {"ops", "nn", "models", "data", "runtime", "runs", "reporting", "tasks"},
+    "compare": {"models", "runtime", "runs", "reporting", "tasks", "training"},
+    "analysis": {"nn", "models", "data", "runs", "reporting", "tasks"},
+    "app": {"models", "nn", "data", "runtime", "runs", "reporting", "tasks", "analysis"},
+    "export": {"ops", "nn", "models", "data", "runtime", "runs", "tasks"},
+    "inference": {"nn", "models", "data", "runtime", "runs", "reporting", "tasks", "analysis", "export"},
+    "explain": {"nn", "models", "data", "runtime", "runs", "reporting", "tasks", "analysis", "inference"},
+    "publish": {"nn", "models", "data", "runtime", "runs", "reporting", "tasks", "analysis"},
 }
 
 
@@ -108,14 +113,31 @@ def test_imports_point_up_only():
                 assert name.split(".")[1] in allowed, f"{relative} imports {name}"
 
 
-def _imported(path: Path) -> set[str]:
+def test_no_file_imports_itself_by_way_of_others():
+    """Not what a function imports when it is called, nor what only type checkers read."""
+    files = {path.relative_to(PACKAGE.parent).with_suffix(""): path for path in PACKAGE.rglob("*.py")}
+    modules = {".".join(name.parts).removesuffix(".__init__"): path for name, path in files.items()}
+    arrows = {name: _imported(path, modules) & modules.keys() - {name} for name, path in modules.items()}
+    while free := {name for name, targets in arrows.items() if not targets}:
+        arrows = {name: targets - free for name, targets in arrows.items() if name not in free}
+    assert not arrows
+
+
+@pytest.mark.parametrize("part", ["inference.predict", "export.command", "explain.command", "app.server"])
+def test_a_trained_network_is_used_without_a_training_framework(part):
+    assert not {"lightning", "torchmetrics", "pcenet.training"} & loaded_by(f"import pcenet.{part}")
+
+
+def _imported(path: Path, modules: Collection[str] = ()) -> set[str]:
+    """The modules that a file imports; where all are given, those of its outermost level alone."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in tree.body if modules else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names |= (
-                {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "pcenet" else {node.module}
-            )
+            for alias in node.names:
+                own = f"{node.module}.{alias.name}"
+                names.add(own if node.module == "pcenet" or own in modules else node.module)
     return names

@@ -66,7 +66,7 @@ def test_a_long_message_takes_no_time() -> None:
 
 
 def test_only_one_place_prints() -> None:
-    """What a print statement writes is not `shown`; rich's console is `pcenet.training.tables.Screen`."""
+    """What a print statement writes is not `shown`; rich's console is `pcenet.reporting.tables.Screen`."""
     root = Path(pcenet.__file__).parent
     call = re.compile(
         r"^\s*(?:print\(|sys\.std(?:out|err)\.write\()|[^.\w]Console\(|traceback\.print_exc\(", re.MULTILINE

@@ -9,7 +9,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from pcenet import cli
-from pcenet.training.config import choices_of
+from pcenet.runs.options import choices_of
 
 
 class Options(SphinxDirective):

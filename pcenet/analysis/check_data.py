@@ -13,10 +13,10 @@ from rich.table import Table
 
 import pcenet.data as data
 from pcenet.analysis.samples import sample_sheet
+from pcenet.reporting.plots import png_of
+from pcenet.reporting.tables import console, percent
+from pcenet.runs.config import CheckDataConfig
 from pcenet.texts import say
-from pcenet.training.config import CheckDataConfig
-from pcenet.training.pictures import png_of
-from pcenet.training.tables import console, percent
 from pcenet.writing import write_bytes, write_json
 
 SHEET = "samples.png"

@@ -26,10 +26,10 @@ from pcenet.analysis.interventions import (
     second_choice,
     shuffled_positions,
 )
-from pcenet.choices import Task
+from pcenet.choices import TaskName
 from pcenet.data import IGNORE
 from pcenet.nn import routers_of
-from pcenet.training.pixels import upsample
+from pcenet.tasks.pixels import upsample
 
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
@@ -179,7 +179,7 @@ def tally(logits: Tensor, targets: Targets, num_classes: int) -> Tally:
     return Tally(torch.stack(hits).numpy(), torch.stack(unions).numpy())
 
 
-def score(task: Task, hits: npt.NDArray[np.generic], out_of: npt.NDArray[np.generic]) -> Values:
+def score(task: TaskName, hits: npt.NDArray[np.generic], out_of: npt.NDArray[np.generic]) -> Values:
     """Top-1 accuracy, or the mean IoU of the classes that occur or are predicted, of summed counts ``[..., K]``."""
     if task == "classify":
         return np.asarray(hits.sum(-1) / out_of.sum(-1), np.float64)
@@ -188,7 +188,7 @@ def score(task: Task, hits: npt.NDArray[np.generic], out_of: npt.NDArray[np.gene
     return np.asarray(np.nansum(shares, -1) / np.maximum(occurs.sum(-1), 1), np.float64)
 
 
-def effect(task: Task, base: Tally, changed: Tally, *, resamples: int = RESAMPLES, seed: int = 0) -> Effect:
+def effect(task: TaskName, base: Tally, changed: Tally, *, resamples: int = RESAMPLES, seed: int = 0) -> Effect:
     """What a change did, from the counts of the same images without it and with it.
 
     Args:
@@ -211,7 +211,7 @@ def effect(task: Task, base: Tally, changed: Tally, *, resamples: int = RESAMPLE
     )
 
 
-def _resampled_differences(task: Task, base: Tally, changed: Tally, resamples: int, seed: int) -> Values:
+def _resampled_differences(task: TaskName, base: Tally, changed: Tally, resamples: int, seed: int) -> Values:
     """``[resamples]``: the difference on as many images, drawn with replacement, the same for both networks."""
     rng = np.random.default_rng(seed)
     images = len(base.hits)

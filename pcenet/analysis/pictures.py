@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pcenet.nn import Routing
-from pcenet.training.pictures import PALETTE, new_figure
+from pcenet.reporting.plots import PALETTE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

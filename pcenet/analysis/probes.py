@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pcenet.data import ObjectSource, cover_transform
 from pcenet.data.transforms import Transform
-from pcenet.training.measures import image_size, preprocessing
+from pcenet.models.preprocessing import image_size, preprocessing
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from pcenet.analysis.colours import class_colours, palette
 from pcenet.data import IGNORE, CheckReport
-from pcenet.training.pictures import as_label
+from pcenet.reporting.colours import class_colours, palette
+from pcenet.reporting.plots import as_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

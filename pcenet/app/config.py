@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pcenet.choices import Split
-from pcenet.training.config import (
+from pcenet.runs.options import (
     ClassesOption,
     DeviceOption,
     GreyRangeOption,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pcenet.app.uploads import Uploads
-from pcenet.training.memory import reason_of
+from pcenet.runtime.memory import reason_of
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -15,8 +15,8 @@ from PIL import Image
 from pcenet.app import pictures, words
 from pcenet.app.session import Explorer, Visit
 from pcenet.data.images import decode_image
+from pcenet.runtime.memory import ran_out_of_memory
 from pcenet.texts import say
-from pcenet.training.memory import ran_out_of_memory
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others of Pillow's start programs, or are rarely tested
 SAMPLES = 12  # how many are offered

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont
 
-from pcenet.analysis.colours import class_colours
 from pcenet.analysis.samples import overlay
 from pcenet.app.session import LayerRouting, Visit
+from pcenet.reporting.colours import class_colours
 
 DROPPED = (128, 128, 128)
 CHANGED = ImageColor.getrgb("#D55E00")

@@ -21,11 +21,11 @@ from pcenet.app.session import Explorer, fitted
 from pcenet.data import DataError, ImageSource, Source
 from pcenet.models import SavableModel, load_model
 from pcenet.models.pretrained import bundled_folder
+from pcenet.runs.config import EvalConfig
+from pcenet.runs.folder import RunFolder
+from pcenet.runtime.device import resolve_device, resolve_precision, set_threads
+from pcenet.tasks.evaluation import check_against_network, find_model, open_data
 from pcenet.texts import say, shown
-from pcenet.training.config import EvalConfig
-from pcenet.training.device import resolve_device, resolve_precision, set_threads
-from pcenet.training.evaluate import check_against_network, find_model, open_data
-from pcenet.training.folder import RunFolder
 
 if TYPE_CHECKING:
     from pcenet.app.page import Page, Sample

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from pcenet.analysis import redirect
 from pcenet.analysis.interventions import Redirect
+from pcenet.choices import Precision
 from pcenet.data import Transform, cover_transform
 from pcenet.models import SavableModel
+from pcenet.models.preprocessing import image_size, preprocessing
 from pcenet.nn import Routing, record_routing, routers_of
-from pcenet.training.classify import eval_transform_of
-from pcenet.training.config import Precision
-from pcenet.training.device import autocast
-from pcenet.training.measures import image_size, preprocessing
-from pcenet.training.pixels import upsample
+from pcenet.runtime.device import autocast
+from pcenet.tasks.classification import eval_transform_of
+from pcenet.tasks.pixels import upsample
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]

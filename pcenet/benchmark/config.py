@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args
 
 from pcenet.choices import did_you_mean
-from pcenet.training.config import DeviceOption, Option, ThreadsOption
+from pcenet.runs.options import DeviceOption, Option, ThreadsOption
 
 Suite = Literal["table", "scaling"]
 Measure = Literal["forward", "step", "latency", "memory"]

@@ -12,7 +12,7 @@ import torch
 
 import pcenet
 from pcenet.ops import backend
-from pcenet.training.device import instruction_set, processor_name, resolve_precision
+from pcenet.runtime.device import instruction_set, processor_name, resolve_precision
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -39,9 +39,9 @@ from pcenet.benchmark.timing import (
     peak_memory,
 )
 from pcenet.models import create_network, task_of, twin_of
-from pcenet.training.device import resolve_device, resolve_precision
-from pcenet.training.measures import image_size
-from pcenet.training.tables import console
+from pcenet.models.preprocessing import image_size
+from pcenet.reporting.tables import console
+from pcenet.runtime.device import resolve_device, resolve_precision
 from pcenet.writing import filling, write_json
 
 # The table of targets (docs/performance.md).

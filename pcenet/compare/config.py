@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pcenet.choices import did_you_mean
-from pcenet.training.config import Option, TrainConfig, check
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.options import Option, check
 
 # Options of `pcenet train` that a comparison sets for each run, that leave no run, or that are for several processes.
 OF_A_RUN = (

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pcenet.training.pictures import PALETTE, as_label, new_figure
+from pcenet.reporting.plots import PALETTE, as_label, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,10 +14,10 @@ from pcenet.compare.curves import curves
 from pcenet.compare.results import Result, read_results
 from pcenet.compare.statistics import CONFIDENCE, deviation, difference
 from pcenet.compare.tables import markdown
-from pcenet.training.health import EVALUATED, TRAINED, recorded_health
-from pcenet.training.kinds import kind_of
-from pcenet.training.locks import locked
-from pcenet.training.pictures import drawing, png_of
+from pcenet.reporting.plots import drawing, png_of
+from pcenet.runs.health import EVALUATED, TRAINED, recorded_health
+from pcenet.runs.locks import locked
+from pcenet.tasks import get_task
 from pcenet.writing import write_bytes, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -56,12 +56,12 @@ def make_report(config: CompareConfig, baseline: str | None) -> Report:
     """
     found = read_results(config.folder)
     done = [(run, found[run.name]) for run in config.runs if run.name in found]
-    task = kind_of(config.recipe.task).task
+    objective = get_task(config.recipe.task).objective
     scores = {label: {run.seed: result.score for run, result in done if run.label == label} for label in config.labels}
     return {
         "task": config.recipe.task,
-        "score": task.score,
-        "train_score": task.train_score,
+        "score": objective.score,
+        "train_score": objective.train_score,
         "models": list(config.labels),
         "seeds": list(config.seed_list),
         "baseline": baseline,

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pcenet.training.config import TrainConfig
-from pcenet.training.folder import RunFolder
-from pcenet.training.kinds import kind_of
-from pcenet.training.records import ENVIRONMENT, Row, metrics_of, read_record, read_rows
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import RunFolder
+from pcenet.runs.records import ENVIRONMENT, Row, metrics_of, read_record, read_rows
+from pcenet.tasks import get_task
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Result:
 
     def curve(self) -> list[Row]:
         """Scores and losses of each epoch: ``epoch``, ``train_score``, ``val_score``, ``train_loss``, ``val_loss``."""
-        task = kind_of(self.config.task).task
+        objective = get_task(self.config.task).objective
         names = {
             "epoch": "epoch",
-            "train_score": f"train/{task.train_score}",
-            "val_score": f"val/{task.score}",
+            "train_score": f"train/{objective.train_score}",
+            "val_score": f"val/{objective.score}",
             "train_loss": "train/task_loss",
             "val_loss": "val/loss",
         }
@@ -67,7 +67,7 @@ def read_result(folder: Path) -> Result:
         FileNotFoundError: if one is missing.
     """
     config = RunFolder(folder).read_config()
-    score = kind_of(config.task).task.score
+    score = get_task(config.task).objective.score
     try:
         metrics = read_record(folder / "metrics.json", metrics_of(score))
         environment = read_record(folder / "environment.json", ENVIRONMENT)

@@ -10,20 +10,21 @@ from typing import Any
 
 import torch
 
+from pcenet.choices import Precision
 from pcenet.compare.config import CompareConfig, PlannedRun
 from pcenet.compare.report import Report, make_report, write_report
 from pcenet.compare.results import finished, rows_file
 from pcenet.compare.tables import Sheet, sheets, warnings
 from pcenet.models import twin_of
+from pcenet.reporting.tables import console
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import RunFolder, check_same
+from pcenet.runs.locks import is_locked, locked
+from pcenet.runs.records import read_rows
+from pcenet.runtime.device import resolve_device
 from pcenet.texts import say
-from pcenet.training.config import Precision, TrainConfig
-from pcenet.training.device import resolve_device
-from pcenet.training.folder import RunFolder, check_same
-from pcenet.training.locks import is_locked, locked
 from pcenet.training.network import build_model, check_model, naming_model_args
-from pcenet.training.records import read_rows
 from pcenet.training.run import resolve, train
-from pcenet.training.tables import console
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
+from pcenet.reporting.tables import score_digits
+from pcenet.runs.health import EVALUATED, complaint, ratio_in_words
 from pcenet.texts import shown
-from pcenet.training.health import EVALUATED, complaint, ratio_in_words
-from pcenet.training.measures import score_digits
 
 SCORES = {"top1": "top-1", "miou": "mIoU"}
 

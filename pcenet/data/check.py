@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from PIL import Image
 
-from pcenet.choices import NOTHING_IGNORED, GreyRange, IgnoreIndex, Split, Task, check_grey_range
+from pcenet.choices import NOTHING_IGNORED, GreyRange, IgnoreIndex, Split, TaskName, check_grey_range
 from pcenet.data.base import IGNORE, DataError, Fault, ImageSource, SegmentationSource, Source
 from pcenet.data.files import FileTree
 from pcenet.data.grey import way_out
@@ -40,7 +40,7 @@ Progress = Callable[[Sequence[Any]], Iterable[Any]]
 E = TypeVar("E", Item, Pair)
 
 TINY = 8  # pixels; a shorter side below is worth a warning
-IMBALANCE: dict[Task, int] = {"classify": 10, "segment": 100}  # so many times rarer is worth a warning
+IMBALANCE: dict[TaskName, int] = {"classify": 10, "segment": 100}  # so many times rarer is worth a warning
 MANY_IGNORED = 0.2  # of the pixels of the masks; more that do not count are worth a warning
 LITTLE_GREY = 0.5  # of the range of deep grey images; a set that uses less is worth a warning
 SAMPLES_PER_CLASS, SAMPLES, SAMPLE_SIDE = 8, 12, 192  # of the sample sheet: to classify; to segment; in pixels
@@ -100,7 +100,7 @@ class CheckReport:
     """
 
     source: str
-    task: Task
+    task: TaskName
     classes: tuple[str, ...] = ()
     images: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class CheckReport:
 
 def check_data(
     source: str | Path,
-    task: Task = "classify",
+    task: TaskName = "classify",
     *,
     classes: Sequence[str] | str | None = None,
     ignore_index: IgnoreIndex = None,
@@ -360,7 +360,7 @@ def _check_segmentation(
 
 def _report(
     source: str,
-    task: Task,
+    task: TaskName,
     classes: tuple[str, ...],
     splits: Mapping[str, Sequence[object]],
     notes: _Notes,
@@ -499,7 +499,7 @@ def _few_images(count: int, classes: Sequence[str]) -> list[Finding]:
     return [Finding("warning", "class balance", "", text)]
 
 
-def _balance(counts: Mapping[str, int], task: Task) -> list[Finding]:
+def _balance(counts: Mapping[str, int], task: TaskName) -> list[Finding]:
     """What is worth knowing about the training images, or pixels, of each class."""
     what, enough = (
         ("training image", "images") if task == "classify" else ("training pixel", "images, or weigh it more")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from pcenet.choices import GreyRange, IgnoreIndex, Split, Task, check_grey_range, did_you_mean
+from pcenet.choices import GreyRange, IgnoreIndex, Split, TaskName, check_grey_range, did_you_mean
 from pcenet.data.arrays import KNOWN_SOURCES
 from pcenet.data.base import DataError, ImageSource, SegmentationSource
 from pcenet.data.files import FileSource, FileTree, FolderTree, ZipTree
@@ -106,7 +106,7 @@ def open_segmentation_source(
     )
 
 
-def task_for(source: str | Path) -> Task:
+def task_for(source: str | Path) -> TaskName:
     """What a data set is made for: to segment where images have masks in the folders of these names, else to classify.
 
     Args:
@@ -130,7 +130,7 @@ def check_split(split: str) -> None:
         raise DataError(f"split must be one of {', '.join(splits)}, not '{split}'{did_you_mean(split, splits)}")
 
 
-def _check_task(source: str | Path, names: Sequence[str], task: Task) -> None:
+def _check_task(source: str | Path, names: Sequence[str], task: TaskName) -> None:
     """Raise a ``DataError`` for a name that another task knows, unless there is a folder or file of that name."""
     if source in names and not os.path.exists(source):
         what = "a class for each image" if task == "classify" else "a class for each pixel"

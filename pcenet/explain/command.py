@@ -29,18 +29,18 @@ from pcenet.explain.study import study
 from pcenet.inference.inputs import InputFile, find_inputs
 from pcenet.inference.outputs import output_folder
 from pcenet.models import SavableModel, twin_of
+from pcenet.models.preprocessing import cost_of, image_size, preprocessing
 from pcenet.models.pretrained import bundled
 from pcenet.nn import routers_of
+from pcenet.reporting.plots import Row, layers_of, new_figure
+from pcenet.reporting.tables import console
+from pcenet.runs.folder import RunFolder
+from pcenet.runs.records import read_rows
+from pcenet.runtime.device import autocast, resolve_device, resolve_precision, resolve_workers, set_threads
+from pcenet.tasks.classification import eval_transform_of
+from pcenet.tasks.evaluation import Trained, eval_batch_size, open_trained
+from pcenet.tasks.pixels import upsample
 from pcenet.texts import say
-from pcenet.training.classify import eval_transform_of
-from pcenet.training.device import autocast, resolve_device, resolve_precision, resolve_workers, set_threads
-from pcenet.training.evaluate import Trained, eval_batch_size, open_trained
-from pcenet.training.folder import RunFolder
-from pcenet.training.measures import cost_of, image_size, preprocessing
-from pcenet.training.pictures import Row, layers_of, new_figure
-from pcenet.training.pixels import upsample
-from pcenet.training.records import read_rows
-from pcenet.training.tables import console
 from pcenet.writing import filling, write_json, write_text
 
 PAGE, NUMBERS, FIGURES = "explain.html", "explain.json", "figures"
@@ -147,7 +147,7 @@ class Work:
     def batches(self, trained: Trained, source: Any, doing: str) -> Iterator[tuple[Tensor, Targets]]:
         """Images with their classes or masks, prepared as the network wants them; a bar on a terminal."""
         config, task = self.config, trained.model.task
-        loader: Iterable[Any] = trained.kind.eval_loader(
+        loader: Iterable[Any] = trained.task.eval_loader(
             trained.model,
             source,
             batch_size=config.batch_size or eval_batch_size(trained.model),

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pcenet.choices import Split
-from pcenet.training.config import (
+from pcenet.runs.config import EvalConfig
+from pcenet.runs.options import (
     ClassesOption,
     DeviceOption,
-    EvalConfig,
     GreyRangeOption,
     IgnoreIndexOption,
     Option,

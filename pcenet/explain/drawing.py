@@ -12,7 +12,7 @@ from pcenet.explain import figures, overlays
 from pcenet.explain.figures import Picture
 from pcenet.explain.findings import percent
 from pcenet.explain.report import Report
-from pcenet.training.pictures import Row, layers_of
+from pcenet.reporting.plots import Row, layers_of
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from pcenet.analysis.colours import class_colours
 from pcenet.explain.findings import percent, points, row_label
 from pcenet.explain.report import Report
-from pcenet.training.health import EVALUATED
-from pcenet.training.pictures import PALETTE, Row, as_label, draw_load, new_figure, png_of
+from pcenet.reporting.colours import class_colours
+from pcenet.reporting.plots import PALETTE, Row, as_label, draw_load, new_figure, png_of
+from pcenet.runs.health import EVALUATED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

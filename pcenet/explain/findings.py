@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pcenet.explain.report import Report
-from pcenet.training.health import UNEVEN, experts_in_words
-from pcenet.training.measures import score_digits
+from pcenet.reporting.tables import score_digits
+from pcenet.runs.health import UNEVEN, experts_in_words
 
 OWNED = 0.5  # of a class's patches go to one expert
 LIFT = 1.5  # times that expert's load

@@ -10,8 +10,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from pcenet.analysis import Seen
-from pcenet.analysis.colours import class_colours, palette
 from pcenet.analysis.galleries import SIDE, Exhibit
+from pcenet.reporting.colours import class_colours, palette
 
 WIDTH = 400  # pixels of an overlay
 FAINTEST, STRONGEST = 0.15, 0.75  # opacity of the colours at gate values 0 and 1

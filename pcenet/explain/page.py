@@ -7,13 +7,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pcenet.analysis.colours import class_colours
 from pcenet.explain.drawing import Pictures
 from pcenet.explain.figures import Picture
 from pcenet.explain.findings import layer_findings, owners, percent, points, row_label, score_of, summary
 from pcenet.explain.report import Report
+from pcenet.reporting.colours import class_colours
+from pcenet.runs.health import ratio_in_words
 from pcenet.texts import shown
-from pcenet.training.health import ratio_in_words
 
 TEMPLATE = "page.html"
 MOST_SERVED = 3  # classes named of an expert that owns none

@@ -11,11 +11,11 @@ import pcenet
 from pcenet.analysis import specialisation
 from pcenet.analysis.effects import Effect, Intervention, Tally, effect, score
 from pcenet.analysis.specialisation import Counts
-from pcenet.choices import Task
+from pcenet.choices import TaskName
 from pcenet.explain.study import LayerStudy, Study
-from pcenet.training.health import health_of
+from pcenet.runs.health import health_of
 
-SCORES: dict[Task, str] = {"classify": "top-1", "segment": "mIoU"}
+SCORES: dict[TaskName, str] = {"classify": "top-1", "segment": "mIoU"}
 
 Report = dict[str, Any]
 
@@ -63,7 +63,7 @@ def layer_report(
     }
 
 
-def score_report(task: Task, tally: Tally, classes: Sequence[str]) -> Report:
+def score_report(task: TaskName, tally: Tally, classes: Sequence[str]) -> Report:
     """The score of a network, and that of each class (None where a class has none)."""
     hits, out_of = tally.hits.sum(0), tally.out_of.sum(0)
     return {
@@ -93,7 +93,7 @@ def effect_report(intervention: Intervention, effect: Effect, classes: Sequence[
 
 
 def intervention_report(
-    task: Task,
+    task: TaskName,
     base: Tally,
     changed: Sequence[tuple[Intervention, Tally]],
     *,
@@ -120,7 +120,7 @@ def intervention_report(
     }
 
 
-def twin_report(task: Task, name: str, twin: Tally, network: Tally, cost: Mapping[str, Any], seed: int) -> Report:
+def twin_report(task: TaskName, name: str, twin: Tally, network: Tally, cost: Mapping[str, Any], seed: int) -> Report:
     """The twin's score on the same images, and by how much the network is ahead of it, with an interval."""
     ahead = effect(task, twin, network, seed=seed)
     return {
@@ -137,7 +137,7 @@ def whole_report(
     about: Mapping[str, Any],
     found: Study,
     *,
-    task: Task,
+    task: TaskName,
     classes: Sequence[str],
     file_name: Callable[[int], str],
     seed: int,

@@ -23,11 +23,11 @@ from pcenet.export.evaluation import evaluation_form, trace
 from pcenet.export.files import EXTRA, METADATA, ExportedNet, Runner, output_names, require, run_with
 from pcenet.export.quantising import quantise
 from pcenet.models import SavableModel, complexity, load_model
+from pcenet.models.preprocessing import image_size, preprocessing
 from pcenet.nn import record_routing, routers_of
+from pcenet.runtime.device import set_threads
+from pcenet.tasks.evaluation import find_model
 from pcenet.texts import say
-from pcenet.training.device import set_threads
-from pcenet.training.evaluate import find_model
-from pcenet.training.measures import image_size, preprocessing
 from pcenet.writing import filling
 
 BATCHES = (1, 2, 7)

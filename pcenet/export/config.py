@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pcenet.choices import Split
-from pcenet.training.config import Option, RunOption, ThreadsOption, check
+from pcenet.runs.options import Option, RunOption, ThreadsOption, check
 
 Format = Literal["onnx", "pt2"]
 AXES = ("batch", "size")

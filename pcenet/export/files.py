@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcenet.choices import GreyRange, Task, check_grey_range
+from pcenet.choices import GreyRange, TaskName, check_grey_range
 from pcenet.models.limits import (
     LARGEST_SIDE,
     check_class_names,
@@ -65,7 +65,7 @@ class ExportedNet(nn.Module):
         super().__init__()
         self._run, carried = _open(Path(path), threads, trust_code)
         self.metadata = read_metadata(carried, path)
-        self.task: Task = self.metadata["task"]
+        self.task: TaskName = self.metadata["task"]
         self.class_names: list[str] | None = self.metadata["class_names"]
         self.num_classes: int = self.metadata["num_classes"]
         self.grey_range: GreyRange | None = self.metadata.get("grey_range")  # which older files do not carry

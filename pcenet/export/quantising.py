@@ -13,8 +13,8 @@ import torch
 
 from pcenet.choices import Split
 from pcenet.export.files import METADATA, ExportedNet, require
-from pcenet.training.config import EvalConfig
-from pcenet.training.evaluate import Trained, eval_batch_size, open_trained
+from pcenet.runs.config import EvalConfig
+from pcenet.tasks.evaluation import Trained, eval_batch_size, open_trained
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _other_than_advice(record: logging.LogRecord) -> bool:
 def _measure(path: Path, trained: Trained, threads: int | None) -> tuple[float, str]:
     """The score of a file, and its name."""
     model = ExportedNet(path, threads)
-    batches = trained.kind.eval_loader(model, trained.source, batch_size=eval_batch_size(model), workers=0)
-    result = trained.kind.evaluate(model, batches, trained.source.classes, device=torch.device("cpu"), precision="fp32")
+    batches = trained.task.eval_loader(model, trained.source, batch_size=eval_batch_size(model), workers=0)
+    result = trained.task.evaluate(model, batches, trained.source.classes, device=torch.device("cpu"), precision="fp32")
     score = "top1" if model.task == "classify" else "miou"
     return float(getattr(result, score)), score

@@ -11,8 +11,8 @@ from pcenet.data import Transform
 from pcenet.inference.batches import Batch
 from pcenet.inference.network import Grids, Network
 from pcenet.inference.outputs import Row
-from pcenet.training.classify import eval_transform_of
-from pcenet.training.tables import percent
+from pcenet.reporting.tables import percent
+from pcenet.tasks.classification import eval_transform_of
 
 
 @dataclass(frozen=True)

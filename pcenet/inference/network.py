@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from pcenet.analysis import expert_map
+from pcenet.choices import Precision
 from pcenet.export.files import ExportedNet
 from pcenet.models import SavableModel
 from pcenet.nn import Routing, record_routing
-from pcenet.training.config import Precision
-from pcenet.training.device import autocast
+from pcenet.runtime.device import autocast
 
 Records = dict[str, list[Routing]]
 Grids = dict[str, Any]

@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from pcenet.inference.inputs import InputFile, LeftOut
+from pcenet.runs.folder import RunFolder
 from pcenet.texts import valid
-from pcenet.training.folder import RunFolder
 
 CSV, JSON = "predictions.csv", "predictions.json"
 LONGEST_NAME, LONGEST_PATH = 200, 1000  # bytes of what masks are called; systems take 255 and some thousand

@@ -11,21 +11,21 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from pcenet.analysis.colours import legend
 from pcenet.data.loaders import naming_dead_workers
 from pcenet.export.files import ExportedNet, is_exported
 from pcenet.inference.batches import Batch, read_batches
 from pcenet.inference.classify import Classifier
+from pcenet.inference.config import PredictConfig
 from pcenet.inference.inputs import LeftOut, find_inputs
 from pcenet.inference.network import Network
 from pcenet.inference.outputs import ResultFiles, Row, output_folder
 from pcenet.inference.segment import Segmenter, write_picture
 from pcenet.models import SavableModel, load_model
+from pcenet.reporting.colours import legend
+from pcenet.reporting.tables import console
+from pcenet.runtime.device import resolve_device, resolve_precision, resolve_workers, set_threads
+from pcenet.tasks.evaluation import eval_batch_size, find_model
 from pcenet.texts import one_line, say
-from pcenet.training.config import PredictConfig
-from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
-from pcenet.training.evaluate import eval_batch_size, find_model
-from pcenet.training.tables import console
 from pcenet.writing import filling
 
 SHOWN = 20  # rows of the table, and lines about files that were left out; the files hold all

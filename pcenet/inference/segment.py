@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pcenet.analysis.colours import palette
 from pcenet.data import Transform, cover_transform
 from pcenet.inference.batches import Batch
 from pcenet.inference.inputs import InputFile
 from pcenet.inference.network import Grids, Network
 from pcenet.inference.outputs import OutputNames, Row
-from pcenet.training.measures import image_size, preprocessing
-from pcenet.training.pixels import classes_at
-from pcenet.training.tables import percent
+from pcenet.models.preprocessing import image_size, preprocessing
+from pcenet.reporting.colours import palette
+from pcenet.reporting.tables import percent
+from pcenet.tasks.pixels import classes_at
 
 MASKS, OVERLAYS = "masks", "overlays"
 PICTURES = MASK, OVERLAY = ".png", ".jpg"  # how their files end

@@ -9,18 +9,21 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from pcenet.choices import Task
+from pcenet.choices import TaskName
 from pcenet.texts import shown
 from pcenet.writing import write_text
 
-PURPOSE: dict[Task, str] = {
+PURPOSE: dict[TaskName, str] = {
     "classify": "says which class an image is of",
     "segment": "says of what class each pixel is",
 }
-PIPELINE: dict[Task, str] = {"classify": "image-classification", "segment": "image-segmentation"}
+PIPELINE: dict[TaskName, str] = {"classify": "image-classification", "segment": "image-segmentation"}
 # How an image becomes the network's input, by task.
-TRANSFORM: dict[Task, str] = {"classify": "eval_transform({width}", "segment": "cover_transform(({height}, {width})"}
-ANSWER: dict[Task, str] = {
+TRANSFORM: dict[TaskName, str] = {
+    "classify": "eval_transform({width}",
+    "segment": "cover_transform(({height}, {width})",
+}
+ANSWER: dict[TaskName, str] = {
     "classify": "print(model.class_names[model(images).argmax(1)])",
     "segment": "print(model(images).argmax(1))  # class numbers, by model.class_names",
 }

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from pcenet.choices import GreyRange, Task, check_grey_range, without_removed
+from pcenet.choices import GreyRange, TaskName, check_grey_range, without_removed
 from pcenet.models.card import model_card
 from pcenet.models.limits import (
     LARGEST_COUNT,
@@ -59,7 +59,7 @@ class SavableModel(nn.Module, ModelHubMixin):
         pruned: whether parts were cut off, so that the arguments no longer make this network.
     """
 
-    task: Task = "classify"
+    task: TaskName = "classify"
     model_args: dict[str, Any]
     num_classes: int
     class_names: list[str] | None = None

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NoReturn, get_args
 
-from pcenet.choices import Task
+from pcenet.choices import TaskName
 
 LARGEST_TEXT = 2**24  # bytes; the names of 21,000 classes take half a megabyte
 LARGEST_NUMBER = 2**32  # of any kind
@@ -76,10 +76,10 @@ def is_whole(value: Any, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def check_task(task: Any) -> Task:
+def check_task(task: Any) -> TaskName:
     """A task by its name."""
-    if task not in get_args(Task):
-        raise ValueError(f"task {excerpt(task)} is not one of {', '.join(get_args(Task))}")
+    if task not in get_args(TaskName):
+        raise ValueError(f"task {excerpt(task)} is not one of {', '.join(get_args(TaskName))}")
     return task
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 
-from pcenet.choices import Task
+from pcenet.choices import TaskName
 from pcenet.models.blocks import network_options
 from pcenet.models.decoded import DecodedNet, decoded_options
 from pcenet.models.hub import SavableModel
@@ -20,7 +20,7 @@ from pcenet.models.timm_net import TimmNet, is_timm, timm_input_size
 from pcenet.models.unet import INPUT_SIZE, UNETS, PCEUNet
 
 
-def list_models(task: Task | None = None) -> list[str]:
+def list_models(task: TaskName | None = None) -> list[str]:
     """Names of the networks of this package, PCE networks and twins.
 
     Every classifier is an encoder, too: see `DecodedNet` for names of the form "DECODER:ENCODER", which are not listed.
@@ -32,7 +32,7 @@ def list_models(task: Task | None = None) -> list[str]:
     return names["classify"] + names["segment"] if task is None else names[task]
 
 
-def task_of(name: str) -> Task:
+def task_of(name: str) -> TaskName:
     """What a network of that name is for."""
     return "classify" if is_timm(name) or name in list_models("classify") else "segment"
 

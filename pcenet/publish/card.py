@@ -10,14 +10,13 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult
 
-from pcenet.choices import Task
+from pcenet.choices import TaskName
 from pcenet.models import bundled
 from pcenet.models.card import PIPELINE, plain
-from pcenet.training.config import TrainConfig
-from pcenet.training.folder import SAFE_TO_CHANGE
-from pcenet.training.health import recorded_health
-from pcenet.training.measures import score_digits
-from pcenet.training.tables import score_text
+from pcenet.reporting.tables import score_digits, score_text
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import SAFE_TO_CHANGE
+from pcenet.runs.health import recorded_health
 
 PICTURE = "routing.png"
 SCORES = {"top1": "top-1", "miou": "mIoU"}
@@ -161,7 +160,7 @@ on {environment["device"]}. The recipe, as `pcenet train --config` reads it:
 ```"""
 
 
-def results(task: Task, metrics: Values) -> list[EvalResult]:
+def results(task: TaskName, metrics: Values) -> list[EvalResult]:
     """The validation score for the Hub's own tables."""
     score = score_of(metrics["val"])
     return [

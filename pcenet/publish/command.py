@@ -21,6 +21,7 @@ from pcenet.analysis.agreement import Pixels
 from pcenet.data import SEGMENTATION_SOURCE_NAMES, SOURCE_NAMES, first_images
 from pcenet.models import create_network, load_model, twin_of
 from pcenet.models.card import model_card
+from pcenet.models.preprocessing import cost_of, image_size, preprocessing
 from pcenet.models.pretrained import CONFIG, WEIGHTS
 from pcenet.nn import record_routing, routers_of
 from pcenet.publish.card import (
@@ -33,16 +34,15 @@ from pcenet.publish.card import (
     training_section,
 )
 from pcenet.publish.config import SHOWN, PushConfig
+from pcenet.reporting.plots import as_label, new_figure, png_of
+from pcenet.runs.config import EvalConfig
+from pcenet.runs.folder import RunFolder
+from pcenet.runs.health import recorded_health
+from pcenet.runs.records import ENVIRONMENT, evaluation_of, metrics_of, read_record
+from pcenet.runs.schemas import TEXT
+from pcenet.tasks import get_task
+from pcenet.tasks.evaluation import Trained, open_trained
 from pcenet.texts import say
-from pcenet.training.config import EvalConfig
-from pcenet.training.evaluate import Trained, open_trained
-from pcenet.training.folder import RunFolder
-from pcenet.training.health import recorded_health
-from pcenet.training.kinds import kind_of
-from pcenet.training.measures import cost_of, image_size, preprocessing
-from pcenet.training.pictures import as_label, new_figure, png_of
-from pcenet.training.records import ENVIRONMENT, evaluation_of, metrics_of, read_record
-from pcenet.training.schemas import TEXT
 from pcenet.writing import filling
 
 log = logging.getLogger(__name__)
@@ -129,13 +129,13 @@ def read_metrics(run: RunFolder) -> Any:
     Raises:
         ValueError: if it is damaged, or of a version that did not say task and data.
     """
-    score = kind_of(run.read_config().task).task.score
+    score = get_task(run.read_config().task).objective.score
     return read_record(run.metrics, metrics_of(score) | dict.fromkeys(("task", "data", "model"), TEXT))
 
 
 def read_evaluations(run: RunFolder) -> list[Any]:
     """What ``pcenet eval`` wrote into a run folder; a file that only has such a name is left out, with a warning."""
-    schema = evaluation_of(kind_of(run.read_config().task).task.score)
+    schema = evaluation_of(get_task(run.read_config().task).objective.score)
     found = []
     for path in sorted(run.path.glob("eval-*.json")):
         try:
@@ -227,7 +227,7 @@ def draw(config: PushConfig, run: RunFolder) -> bytes | None:
 def drawn(trained: Trained, count: int, seed: int) -> bytes:
     """So many images of the data with the experts of their patches, as PNG."""
     model, source = trained.model, first_images(trained.source, count, seed)
-    loader = trained.kind.eval_loader(model, source, batch_size=count, workers=0)
+    loader = trained.task.eval_loader(model, source, batch_size=count, workers=0)
     batches = list(loader if model.task == "classify" else chain.from_iterable(loader))
     inputs = torch.cat([images for images, _ in batches])
     with record_routing(model) as records:

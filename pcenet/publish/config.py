@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from pcenet.training.config import Option, check
+from pcenet.runs.options import Option, check
 
 SHOWN = 6  # images of the routing picture
 

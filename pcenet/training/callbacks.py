@@ -18,13 +18,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from pcenet.nn import update_expert_bias
+from pcenet.reporting.tables import score_digits
+from pcenet.runs.health import EVALUATED, TRAINED, bias_spreads, columns_of
+from pcenet.runtime.distributed import over_processes, share_statistics
 from pcenet.texts import say
-from pcenet.training.health import EVALUATED, TRAINED, bias_spreads, columns_of
-from pcenet.training.measures import score_digits
+from pcenet.training.module import TrainingModule
 from pcenet.training.nonfinite import FiniteSteps
-from pcenet.training.ranks import over_processes, share_statistics
 from pcenet.training.strategies import Sharded, gather_weights, local_part, release_weights
-from pcenet.training.task import TrainingTask
 from pcenet.writing import write_text
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class EpochFigures(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, TrainingTask)
+        assert isinstance(pl_module, TrainingModule)
         means = pl_module.means.compute()
         pl_module.log_dict(
             {name if name.startswith(TRAINED) else f"train/{name}": mean for name, mean in means.items()}
@@ -167,7 +167,7 @@ class RouterHealth(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, TrainingTask)
+        assert isinstance(pl_module, TrainingModule)
         for name, statistics in pl_module.val_routing.items():
             columns = columns_of(over_processes(statistics).compute())
             pl_module.log_dict({f"{EVALUATED}/{name}/{key}": value for key, value in columns.items()})
@@ -175,7 +175,7 @@ class RouterHealth(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, TrainingTask)
+        assert isinstance(pl_module, TrainingModule)
         for name, statistics in pl_module.routing.items():
             pl_module.log(f"{TRAINED}/{name}/drop_rate", over_processes(statistics).compute().drop_rate)
             statistics.reset()
@@ -207,8 +207,12 @@ class History(Callback):
         if not trainer.is_global_zero:
             return
         self._write()
-        assert isinstance(pl_module, TrainingTask)
-        say(epoch_line(row, trainer.max_epochs or 0, pl_module.train_score, pl_module.score, self.images))
+        assert isinstance(pl_module, TrainingModule)
+        say(
+            epoch_line(
+                row, trainer.max_epochs or 0, pl_module.objective.train_score, pl_module.objective.score, self.images
+            )
+        )
 
     def _write(self) -> None:
         names = list(dict.fromkeys(name for row in self.rows for name in row))
@@ -233,7 +237,7 @@ def epoch_line(row: dict[str, float], epochs: int, train_score: str, score: str,
     Args:
         row: the figures of the epoch.
         epochs: how many there will be.
-        train_score: the name of the score in training, see `TrainingTask`.
+        train_score: the name of the score in training, see `TrainingModule`.
         score: that in validation.
         images: how many there are in training and in validation.
     """

@@ -1,7 +1,7 @@
 """Checkpoints: whole or not there, and never believed unless they are intact.
 
 A checkpoint is a folder, ``checkpoints/step-00000120``, with ``state.ckpt`` (tensors and plain values) and a manifest
-(see `pcenet.training.sealing`). It is written under a temporary name, flushed to the disk, and then given its own.
+(see `pcenet.runs.manifest`). It is written under a temporary name, flushed to the disk, and then given its own.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
+from pcenet.runs.folder import RunFolder
+from pcenet.runs.manifest import STATE, fault_of, seal
+from pcenet.runtime.distributed import largest
+from pcenet.runtime.memory import ran_out_of_memory
+from pcenet.runtime.signals import Stop, end_by
 from pcenet.training.contents import fault_in
-from pcenet.training.folder import RunFolder
-from pcenet.training.memory import ran_out_of_memory
-from pcenet.training.ranks import largest
-from pcenet.training.sealing import STATE, fault_of, seal
-from pcenet.training.signals import Stop, end_by
+from pcenet.training.module import TrainingModule
 from pcenet.training.stopping import stopped_by
-from pcenet.training.task import TrainingTask
 from pcenet.writing import discard, replacing
 
 KEPT = 2  # newest checkpoints that are kept, beside that of the best epoch
@@ -126,8 +126,8 @@ class Checkpoints(Checkpoint):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, TrainingTask)
-        score = float(trainer.callback_metrics[f"val/{pl_module.score}"])
+        assert isinstance(pl_module, TrainingModule)
+        score = float(trainer.callback_metrics[f"val/{pl_module.objective.score}"])
         if score > self.best:
             self.best, self.best_step = score, trainer.global_step
         self.write(trainer, 0)
@@ -147,7 +147,7 @@ class Checkpoints(Checkpoint):
 
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        assert isinstance(pl_module, TrainingTask)
+        assert isinstance(pl_module, TrainingModule)
         stopped = stopped_by(trainer, pl_module.schedules.total_steps)
         checkpoint["run"] = self.run | {"batches": self.batches, "stopped": stopped}
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pcenet.models.hub import MisfitError, check_tensors
 from pcenet.nn import routers_of
-from pcenet.training.schemas import (
+from pcenet.runs.schemas import (
     ANYTHING,
     COUNT,
     FIGURE,

@@ -11,12 +11,12 @@ import lightning as L
 from lightning.pytorch.tuner.tuning import Tuner
 from torch.utils.data import DataLoader
 
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import RunFolder
+from pcenet.runtime.device import resolve_device, set_threads
+from pcenet.runtime.launcher import ranks_of_environment
 from pcenet.texts import say
-from pcenet.training.config import TrainConfig
-from pcenet.training.device import resolve_device, set_threads
-from pcenet.training.folder import RunFolder
-from pcenet.training.launch import ranks_of_environment
-from pcenet.training.run import Run, prepare, quiet, resolve, steps_per_epoch, trainer_options
+from pcenet.training.run import Run, make_module, prepare, quiet, resolve, trainer_options
 
 LEARNING_RATES = (1e-6, 1.0)
 STEPS = 100
@@ -58,9 +58,9 @@ def find_lr(run: Run) -> float:
     low, high = LEARNING_RATES
     with quiet():
         trainer = tuning_trainer(run)
-        task = run.kind.make_task(run.model, run.config, run.sources["train"], steps_per_epoch(run))
+        module = make_module(run)
         found = Tuner(trainer).lr_find(
-            task, run.loaders["train"], min_lr=low, max_lr=high, num_training=STEPS, update_attr=False
+            module, run.loaders["train"], min_lr=low, max_lr=high, num_training=STEPS, update_attr=False
         )
         suggestion = found.suggestion() if found else None
     if suggestion is None:
@@ -72,9 +72,9 @@ def find_batch_size(run: Run) -> int:
     """The largest power of two that fits into the device's memory in training, up to 8192 and the number of images."""
     with quiet():
         trainer = tuning_trainer(run)
-        task = run.kind.make_task(run.model, run.config, run.sources["train"], steps_per_epoch(run))
+        module = make_module(run)
         # The tuner gives its limit, or a batch of more than all images, without having filled one: both lie above ours.
-        found = Tuner(trainer).scale_batch_size(task, datamodule=Batches(run), max_val=2 * LARGEST_BATCH)
+        found = Tuner(trainer).scale_batch_size(module, datamodule=Batches(run), max_val=2 * LARGEST_BATCH)
     assert found is not None
     images = len(run.sources["train"])
     return min(found, LARGEST_BATCH, 1 << (images.bit_length() - 1))
@@ -106,7 +106,7 @@ class Batches(L.LightningDataModule):
         """Batches of the size of now."""
         run = self.run
         config = replace(run.config, batch_size=self.batch_size)
-        return run.kind.train_loader(
+        return run.task.train_loader(
             run.model, run.sources["train"], config, workers=run.workers, pin_memory=run.device.type == "cuda"
         )
 

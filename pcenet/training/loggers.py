@@ -16,8 +16,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from typing_extensions import override
 
-from pcenet.training.config import TrainConfig
-from pcenet.training.folder import RunFolder
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import RunFolder
 from pcenet.writing import write_text
 
 PROJECT = "pcenet"

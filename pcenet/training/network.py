@@ -25,9 +25,9 @@ from pcenet.models import (
 from pcenet.models.hub import check_patches, check_tensors, read_weights
 from pcenet.models.limits import check_image_shape
 from pcenet.models.pretrained import WEIGHTS
-from pcenet.training.config import TrainConfig
-from pcenet.training.evaluate import find_model
-from pcenet.training.memory import ran_out_of_memory
+from pcenet.runs.config import TrainConfig
+from pcenet.runtime.memory import ran_out_of_memory
+from pcenet.tasks.evaluation import find_model
 
 DECIDED_ELSEWHERE = {
     "num_classes": "the data decide it",

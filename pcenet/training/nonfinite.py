@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from pcenet.training.launch import OtherProcessError
-from pcenet.training.ranks import gather, largest, own_rank
+from pcenet.runtime.distributed import gather, largest, own_rank
+from pcenet.runtime.launcher import OtherProcessError
+from pcenet.training.module import Seen, TrainingModule
 from pcenet.training.strategies import local_part
-from pcenet.training.task import Seen, TrainingTask
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class FiniteSteps(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, TrainingTask)
+        assert isinstance(pl_module, TrainingModule)
         if self.limit and not pl_module.seen:  # a forward pass writes what it sees into running statistics
             self._buffers = [buffer.clone() for buffer in pl_module.buffers()]
 
@@ -58,7 +58,7 @@ class FiniteSteps(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Raise a ``ValueError`` that names step, cause and images; or take the step back, with a warning."""
-        assert isinstance(pl_module, TrainingTask)
+        assert isinstance(pl_module, TrainingModule)
         gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
         parts = [part for seen in pl_module.seen for part in parts_of(seen)]
         norm = torch.nn.utils.get_total_norm(gradients).float()
@@ -101,14 +101,14 @@ def parts_of(seen: Seen) -> Iterator[Tensor]:
         yield from (routing.logits.abs().amax().float() for routing in routings)  # not the sum, which may overflow
 
 
-def first_cause(trainer: L.Trainer, task: TrainingTask) -> str:
+def first_cause(trainer: L.Trainer, task: TrainingModule) -> str:
     """`explain` by the process that knows most: gradients that are not finite reach all, their cause is in one."""
     found = gather(explain(trainer, task))
     rank, (_, text) = max(enumerate(found), key=lambda item: item[1][0])
     return text if len(found) == 1 else f"process {rank}, {text}"
 
 
-def explain(trainer: L.Trainer, task: TrainingTask) -> tuple[int, str]:
+def explain(trainer: L.Trainer, task: TrainingModule) -> tuple[int, str]:
     """What is not finite, the earliest cause first, with the batch and the images that it came with; before it, how
     much that says: 2 for a cause, 1 for parameters, 0 for neither."""
     for seen in task.seen:

@@ -7,13 +7,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import RunFolder
+from pcenet.runtime.device import resolve_device
+from pcenet.runtime.distributed import decide, together
+from pcenet.runtime.launcher import ranks_of_environment
 from pcenet.texts import say
 from pcenet.training.checkpoints import read_checkpoint
-from pcenet.training.config import TrainConfig
-from pcenet.training.device import resolve_device
-from pcenet.training.folder import RunFolder
-from pcenet.training.launch import ranks_of_environment
-from pcenet.training.ranks import decide, together
 from pcenet.training.resume import first_intact
 from pcenet.training.run import resolve, train
 

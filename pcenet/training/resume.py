@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import ELSEWHERE, RunFolder, check_same, differences, saved_config
+from pcenet.tasks import get_task
+from pcenet.tasks.evaluation import check_classes
 from pcenet.training.checkpoints import DamagedError, read_checkpoint
-from pcenet.training.config import TrainConfig
 from pcenet.training.contents import fault_for
-from pcenet.training.evaluate import check_classes
-from pcenet.training.folder import ELSEWHERE, RunFolder, check_same, differences, saved_config
-from pcenet.training.kinds import kind_of
+from pcenet.training.module import make_optimizer
 from pcenet.training.schedules import Schedules
-from pcenet.training.task import make_optimizer
 
 T = TypeVar("T")
 AFRESH = "start afresh without --resume"
@@ -136,7 +136,7 @@ def position_of(
     check_classes(run["classes"], classes, str(checkpoint), config.data)
     check_data_same(run["data"], data, str(checkpoint), config.data)
     optimizer, _ = make_optimizer(model, config, Schedules(config, math.ceil(batches / config.accumulate)))
-    score = kind_of(config.task).task.score
+    score = get_task(config.task).objective.score
     if fault := fault_for(content, model, optimizer, config.epochs, batches, score):
         raise DamagedError(f"{checkpoint} is damaged or of another version of pcenet: {fault}")
     done = len(content["callbacks"]["History"]["rows"])

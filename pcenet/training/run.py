@@ -24,7 +24,19 @@ from torch.utils.data import DataLoader
 import pcenet.data as data
 from pcenet import ops
 from pcenet.models import SavableModel, TimmNet
+from pcenet.models.preprocessing import cost_of
 from pcenet.ops.library import REFERENCE_COST
+from pcenet.reporting.plots import drawing, pictures_of, save_pictures
+from pcenet.reporting.tables import console, router_table, training_table
+from pcenet.runs.config import DEFAULT_BATCH_SIZE, TrainConfig
+from pcenet.runs.folder import RunFolder, images_per_step
+from pcenet.runs.health import EVALUATED, TRAINED, complaint, training_of
+from pcenet.runtime.device import environment, resolve_device, resolve_precision, resolve_workers, set_threads
+from pcenet.runtime.distributed import agreeing, decide, share, together
+from pcenet.runtime.launcher import Ranks, ranks_of_environment
+from pcenet.runtime.signals import Stop, listening
+from pcenet.tasks import Task, get_task
+from pcenet.tasks.evaluation import check_classes
 from pcenet.texts import say
 from pcenet.training.callbacks import (
     Averaging,
@@ -36,26 +48,15 @@ from pcenet.training.callbacks import (
     TrainingBar,
 )
 from pcenet.training.checkpoints import CheckpointFiles, Checkpoints, read_checkpoint
-from pcenet.training.config import DEFAULT_BATCH_SIZE, TrainConfig
-from pcenet.training.device import environment, resolve_device, resolve_precision, resolve_workers, set_threads
-from pcenet.training.evaluate import check_classes
-from pcenet.training.folder import RunFolder, images_per_step
-from pcenet.training.health import EVALUATED, TRAINED, complaint, training_of
-from pcenet.training.kinds import Kind, kind_of
-from pcenet.training.launch import Ranks, ranks_of_environment
 from pcenet.training.loggers import check_logging, run_loggers
-from pcenet.training.measures import cost_of
+from pcenet.training.module import TrainingModule
 from pcenet.training.network import build_model, check_model, default_input_size, naming_model_args
 from pcenet.training.nonfinite import FiniteSteps
-from pcenet.training.pictures import drawing, pictures_of, save_pictures
-from pcenet.training.ranks import agreeing, decide, share, together
 from pcenet.training.resume import Fingerprint, Position, fingerprint, first_intact, position_of
 from pcenet.training.router_schedules import RouterSchedules
 from pcenet.training.schedules import Schedules
-from pcenet.training.signals import Stop, listening
 from pcenet.training.stopping import stopped_by, stopping_callbacks
 from pcenet.training.strategies import strategy_options, synchronised
-from pcenet.training.tables import console, router_table, training_table
 from pcenet.writing import write_atomically, write_json
 
 LOG_EVERY = 50
@@ -71,7 +72,7 @@ class Run:
     """Everything that a training run is made of."""
 
     config: TrainConfig
-    kind: Kind
+    task: Task
     folder: RunFolder
     device: torch.device
     ranks: Ranks
@@ -105,10 +106,10 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
             folder is another process's; in training, for numbers that are not finite, or for images that cannot be
             read any more.
         FileNotFoundError: if ``config.resume`` names a checkpoint that does not exist.
-        pcenet.training.launch.OtherProcessError: if another process that trains with this one has an error.
-        pcenet.training.launch.LostProcessError: if another one has ended.
+        pcenet.runtime.launcher.OtherProcessError: if another process that trains with this one has an error.
+        pcenet.runtime.launcher.LostProcessError: if another one has ended.
         KeyboardInterrupt: after Ctrl-C; a checkpoint holds the state after the step that was at work, unless there was
-            a second Ctrl-C. ``pcenet.training.signals.Terminated``, a kind of it: after SIGTERM.
+            a second Ctrl-C. ``pcenet.runtime.signals.Terminated``, a kind of it: after SIGTERM.
     """
     if config.dry_run or config.find != "none":
         raise ValueError("dry_run and find leave no run: see pcenet.training.rehearsal and pcenet.training.find")
@@ -197,10 +198,10 @@ def prepare(
             that cannot be had (``PCENET_OPS``).
     """
     ops.backend()  # decided, and compiled if need be, before time is spent on anything else
-    kind = kind_of(config.task)
+    task = get_task(config.task)
     sources: dict[data.Split, Any] = {
-        "train": kind.open(config, config.data, "train"),
-        "val": kind.open(config, config.data, "val"),
+        "train": task.open(config, config.data, "train"),
+        "val": task.open(config, config.data, "val"),
     }
     classes = sources["train"].classes
     check_classes(classes, sources["val"].classes, "train", "val")
@@ -212,14 +213,14 @@ def prepare(
     model = build_model(config, len(classes), start=not checkpoints)
     with naming_model_args(config.model_args):
         cost = cost_of(model)
-    kind.tell_of_data(model, sources["train"], config.grey_range)
+    task.tell_of_data(model, sources["train"], config.grey_range)
     ranks = ranks_of_environment()
     workers = resolve_workers(config.workers, device, ranks.local_count)
     assert config.batch_size is not None
     pin_memory = device.type == "cuda"
     loaders = {
-        "train": kind.train_loader(model, sources["train"], config, workers=workers, pin_memory=pin_memory),
-        "val": kind.eval_loader(
+        "train": task.train_loader(model, sources["train"], config, workers=workers, pin_memory=pin_memory),
+        "val": task.eval_loader(
             model, sources["val"], batch_size=config.batch_size, workers=workers, pin_memory=pin_memory
         ),
     }
@@ -235,7 +236,7 @@ def prepare(
             lambda path: position_of(path, folder, config, classes, known, model, len(loaders["train"])),
         )
         start_at(loaders["train"], position)
-    return Run(config, kind, folder, device, ranks, workers, sources, model, cost, loaders, checkpoint, position, known)
+    return Run(config, task, folder, device, ranks, workers, sources, model, cost, loaders, checkpoint, position, known)
 
 
 def choose_images(sources: dict[data.Split, Any], config: TrainConfig, batches: int | None) -> dict[data.Split, Any]:
@@ -335,7 +336,7 @@ def fit(run: Run, stop: Stop) -> Fitted:
         "data": run.fingerprint,
     }
     checkpoints = Checkpoints(folder, about, config.checkpoint_minutes, stop)
-    callbacks = stopping_callbacks(config, f"val/{run.kind.task.score}")
+    callbacks = stopping_callbacks(config, f"val/{run.task.objective.score}")
     finite = FiniteSteps(config.skip_nonfinite)
     callbacks += [finite, Averaging(config.ema_decay, finite), ExpertBiases(partial(bias_images, run))]
     callbacks += [Throughput(), EpochFigures()]
@@ -359,10 +360,16 @@ def fit(run: Run, stop: Stop) -> Fitted:
         )
         if run.ranks.count > 1:
             synchronised(run.model, config, run.device)
-        task = run.kind.make_task(run.model, config, run.sources["train"], steps)
+        module = make_module(run)
         with interruptible(trainer, stop):
-            trainer.fit(task, run.loaders["train"], run.loaders["val"], ckpt_path=run.checkpoint, weights_only=True)
+            trainer.fit(module, run.loaders["train"], run.loaders["val"], ckpt_path=run.checkpoint, weights_only=True)
         return Fitted(history, stopped_by(trainer, schedules.total_steps))
+
+
+def make_module(run: Run) -> TrainingModule:
+    """What trains a run's network."""
+    objective = run.task.make_objective(run.model, run.config, run.sources["train"])
+    return TrainingModule(run.model, objective, run.config, steps_per_epoch(run))
 
 
 def bias_count(images: int) -> int:
@@ -375,7 +382,7 @@ def bias_images(run: Run) -> Iterator[torch.Tensor]:
     config, source = run.config, run.sources["train"]
     assert config.batch_size is not None
     some = data.first_images(source, bias_count(len(source)), config.seed)
-    return run.kind.images_of(run.kind.eval_loader(run.model, some, batch_size=config.batch_size, workers=0))
+    return run.task.images_of(run.task.eval_loader(run.model, some, batch_size=config.batch_size, workers=0))
 
 
 def trainer_options(run: Run) -> dict[str, Any]:
@@ -463,10 +470,10 @@ def finish(run: Run, fitted: Fitted) -> None:
     model = run.model
     if config.strategy == "fsdp":  # each process has parts of that one
         model = build_model(config, len(source.classes))
-        run.kind.tell_of_data(model, source, config.grey_range)
+        run.task.tell_of_data(model, source, config.grey_range)
     decide(lambda: keep_averaged(model, run.folder))
     share(list(model.state_dict().values()))
-    result = run.kind.evaluate(model, run.loaders["val"], source.classes, device=run.device, precision=config.precision)
+    result = run.task.evaluate(model, run.loaders["val"], source.classes, device=run.device, precision=config.precision)
     decide(lambda: report(run, fitted, result))
 
 
@@ -485,7 +492,7 @@ def report(run: Run, fitted: Fitted, result: Any) -> None:
     write_json(folder.metrics, metrics)
     if fitted.stopped:
         say(f"stopped by {fitted.stopped} in epoch {len(fitted.history.rows)} of {config.epochs}")
-    say(f"validation {run.kind.headline(result)}")
+    say(f"validation {run.task.headline(result)}")
     if result.router:
         console().print(router_table(result.router))
         console().print(training_table(metrics[TRAINED]))
@@ -496,17 +503,17 @@ def report(run: Run, fitted: Fitted, result: Any) -> None:
 
 def draw(run: Run, rows: Sequence[Mapping[str, float]], result: Any) -> None:
     """Write ``pictures/``, or say why not."""
-    task = run.kind.task
+    objective = run.task.objective
     with drawing(run.folder.pictures):
         pictures = pictures_of(
-            rows, result.confusion, list(result.per_class), (f"train/{task.train_score}", f"val/{task.score}")
+            rows, result.confusion, list(result.per_class), (f"train/{objective.train_score}", f"val/{objective.score}")
         )
         write_atomically(run.folder.pictures, partial(save_pictures, pictures))
 
 
 def summary(run: Run, fitted: Fitted, result: Any) -> dict[str, Any]:
     """The content of ``metrics.json``."""
-    score, rows = run.kind.task.score, fitted.history.rows
+    score, rows = run.task.objective.score, fitted.history.rows
     best = max(rows, key=lambda row: row[f"val/{score}"])
     return {
         "task": run.config.task,
@@ -516,7 +523,7 @@ def summary(run: Run, fitted: Fitted, result: Any) -> dict[str, Any]:
         "epochs": len(rows),
         "steps": int(rows[-1]["step"]),
         "stopped": fitted.stopped,
-        "val": run.kind.summary(result),
+        "val": run.task.summary(result),
         "best": {"epoch": int(best["epoch"]), score: best[f"val/{score}"]},
         "epoch_seconds": statistics.median(row["train/epoch_seconds"] for row in rows),
         "images_per_second": statistics.median(row["train/images_per_second"] for row in rows),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pcenet.training.config import Schedule, TrainConfig
+from pcenet.runs.config import Schedule, TrainConfig
 
 POLY_POWER = 0.9  # DeepLab's (Chen et al., 2017)
 

@@ -6,8 +6,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
 from typing_extensions import override
 
-from pcenet.training.config import TrainConfig
-from pcenet.training.rules import duration
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.rules import duration
 
 
 class NoProgress(EarlyStopping):

@@ -21,8 +21,8 @@ from typing_extensions import override
 from pcenet.models.blocks import ResidualBlock
 from pcenet.nn import synchronise
 from pcenet.nn.processes import sum_over_processes
-from pcenet.training.config import TrainConfig
-from pcenet.training.launch import Ranks
+from pcenet.runs.config import TrainConfig
+from pcenet.runtime.launcher import Ranks
 
 
 def strategy_options(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def strategy_options(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
 
 
 class Launched(LightningEnvironment):
-    """Lightning's environment, of processes that `pcenet.training.launch` has started."""
+    """Lightning's environment, of processes that `pcenet.runtime.launcher` has started."""
 
     @override
     def teardown(self) -> None:

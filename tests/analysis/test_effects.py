@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pcenet.analysis.effects import Intervention, Tally, effect, score, standard_interventions, tallies, tally
 from pcenet.nn import PCELayer
-from pcenet.training.pixels import PixelScores
+from pcenet.tasks.pixels import PixelScores
 
 
 def counts(hits: list[list[int]], out_of: list[list[int]]) -> Tally:

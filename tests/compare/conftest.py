@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pcenet.training.config import TrainConfig
+from pcenet.runs.config import TrainConfig
 
 
 @pytest.fixture(autouse=True, scope="session")

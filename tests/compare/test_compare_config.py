@@ -12,7 +12,8 @@ import pytest
 from pcenet.cli import main
 from pcenet.compare.config import CompareConfig
 from pcenet.compare.run import baseline_of
-from pcenet.training.config import TrainConfig, options_of
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.options import options_of
 
 
 def test_runs_go_seed_by_seed_and_differ_by_what_they_are_told_to() -> None:

@@ -21,7 +21,7 @@ from pcenet.compare.report import make_report, write_report
 from pcenet.compare.results import read_results
 from pcenet.compare.run import status
 from pcenet.compare.tables import label_sheet, router_sheet, run_sheet
-from pcenet.training.config import TrainConfig
+from pcenet.runs.config import TrainConfig
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 RECIPE = TrainConfig(data="pictures.zip", epochs=2, batch_size=8, precision="fp32", input_size=32)

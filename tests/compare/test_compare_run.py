@@ -21,9 +21,9 @@ import yaml
 from pcenet.cli import main
 from pcenet.compare.config import CompareConfig
 from pcenet.compare.run import compare, status
-from pcenet.training.config import TrainConfig
+from pcenet.runs.config import TrainConfig
+from pcenet.training.module import TrainingModule
 from pcenet.training.run import train
-from pcenet.training.task import ClassificationTask
 
 LABELS = ["dense_nano", "quick"]
 VARIANTS = {"quick": {"model": "dense_nano", "lr": 0.01, "drop": 0.5}}
@@ -50,15 +50,15 @@ def digest(folder: Path) -> dict[str, str]:
 def done(recipe: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Done:
     config = CompareConfig(LABELS, 2, VARIANTS, out=str(tmp_path_factory.mktemp("compare") / "all"), recipe=recipe)
     batches: dict[str, list[str]] = {}
-    original = ClassificationTask.training_step
+    original = TrainingModule.training_step
 
-    def training_step(self: ClassificationTask, batch: Any, batch_idx: int) -> torch.Tensor:
+    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
         content = hashlib.sha256(batch[0].contiguous().numpy().tobytes()).hexdigest()
         batches.setdefault(self.config.folder.name, []).append(content)
         return original(self, batch, batch_idx)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ClassificationTask, "training_step", training_step)
+        patch.setattr(TrainingModule, "training_step", training_step)
         compare(config)
     return Done(config, batches)
 
@@ -170,10 +170,10 @@ def test_an_interrupted_comparison_goes_on(
 ) -> None:
     for name in ("quick-0", "quick-1"):
         unfinish(copy, name)
-    original = ClassificationTask.training_step
+    original = TrainingModule.training_step
     steps: list[int] = []
 
-    def training_step(self: ClassificationTask, batch: Any, batch_idx: int) -> torch.Tensor:
+    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
         steps.append(self.global_step)
         if len(steps) == 5:
             raise KeyboardInterrupt
@@ -183,7 +183,7 @@ def test_an_interrupted_comparison_goes_on(
     recipe |= {name: getattr(copy.recipe, name) for name in ("data", "epochs", "batch_size", "precision", "workers")}
     file = copy.folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr(ClassificationTask, "training_step", training_step)
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
     assert main(["compare", "--config", str(file), "--device", "cpu"]) == 130
     assert "interrupted; the same command goes on from there" in capsys.readouterr().err
     assert trained == ["quick-0"]

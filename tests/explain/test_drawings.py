@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pcenet.analysis import Seen
-from pcenet.analysis.colours import class_colours
 from pcenet.explain.figures import class_map, from_figure, load_history, place_in_words, place_maps, short
 from pcenet.explain.overlays import DROPPED, FAINTEST, LIGHT, STRONGEST, class_overlay, expert_overlay
 from pcenet.nn import Grid, route
+from pcenet.reporting.colours import class_colours
 
 
 def test_colour_is_the_expert_opacity_the_gate_value_and_dropped_is_dark() -> None:

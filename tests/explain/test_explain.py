@@ -21,7 +21,7 @@ from pcenet.cli import main
 from pcenet.explain.command import history_of
 from pcenet.models import load_model
 from pcenet.nn import record_routing
-from pcenet.training.folder import RunFolder
+from pcenet.runs.folder import RunFolder
 
 Explain = Callable[..., Path]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from faults.runs import Start, at_step, options_of
 
-from pcenet.training.folder import RunFolder
+from pcenet.runs.folder import RunFolder
 from pcenet.training.run import train
 
 OUTCOMES = pytest.StashKey[dict[str, list[str]]]()

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from pcenet.cli import main
-from pcenet.training.config import TrainConfig
-from pcenet.training.folder import RunFolder
-from pcenet.training.task import ClassificationTask, TrainingTask
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import RunFolder
+from pcenet.training.module import TrainingModule
 
 TIMES = {"train/epoch_seconds", "train/images_per_second", "epoch_seconds", "images_per_second"}
 PATIENCE = 60  # seconds; only what hangs takes as long
@@ -162,12 +162,12 @@ def alive(process: int) -> bool:
 
 
 def at_step(
-    step: int, patch: pytest.MonkeyPatch, happens: Callable[[], object], task: type[TrainingTask] = ClassificationTask
+    step: int, patch: pytest.MonkeyPatch, happens: Callable[[], object], task: type[TrainingModule] = TrainingModule
 ) -> None:
     """Something happens at the beginning of an optimiser's step; 0 is the first."""
     original = task.training_step
 
-    def training_step(self: TrainingTask, batch: Any, batch_idx: int) -> torch.Tensor:
+    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
         if self.global_step == step:
             happens()
         return original(self, batch, batch_idx)

@@ -20,11 +20,11 @@ import torch
 from faults.runs import Start, assert_same_run, at_step, command, pcenet
 
 import pcenet.data as data
+from pcenet.runs.folder import RunFolder
+from pcenet.runs.manifest import fault_of, seal
 from pcenet.training import checkpoints
 from pcenet.training.checkpoints import read_checkpoint, write_checkpoint
-from pcenet.training.folder import RunFolder
 from pcenet.training.run import train
-from pcenet.training.sealing import fault_of, seal
 
 
 def cut(path: Path) -> None:

@@ -38,7 +38,7 @@ from pcenet.data.images import decode_image
 from pcenet.inference.batches import read_batches
 from pcenet.inference.inputs import find_inputs
 from pcenet.models import create_network, load_model
-from pcenet.training.config import TrainConfig
+from pcenet.runs.config import TrainConfig
 from pcenet.training.network import build_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

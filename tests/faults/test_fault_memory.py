@@ -12,8 +12,8 @@ import torch
 from faults.runs import Start, at_step, command
 
 from pcenet import cli
-from pcenet.training.folder import RunFolder
-from pcenet.training.memory import ran_out_of_memory
+from pcenet.runs.folder import RunFolder
+from pcenet.runtime.memory import ran_out_of_memory
 from pcenet.training.run import train
 
 

@@ -18,10 +18,12 @@ from pcenet.compare.config import CompareConfig
 from pcenet.compare.run import compare
 from pcenet.data.loaders import EpochSampler
 from pcenet.nn import Router
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import RunFolder
+from pcenet.tasks.classification import ClassificationObjective
 from pcenet.training.checkpoints import read_checkpoint
-from pcenet.training.folder import RunFolder
+from pcenet.training.module import TrainingModule
 from pcenet.training.run import train
-from pcenet.training.task import ClassificationTask
 
 STEP = 5  # the second of the second epoch, which has four
 POISON = {"nan": math.nan, "infinite": math.inf}
@@ -29,16 +31,16 @@ POISON = {"nan": math.nan, "infinite": math.inf}
 
 def poison_input(patch: pytest.MonkeyPatch, value: float, steps: tuple[int, ...] = (STEP,)) -> None:
     """One pixel of the fourth image of a batch."""
-    original = ClassificationTask.training_step
+    original = TrainingModule.training_step
 
-    def training_step(self: ClassificationTask, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batch
         if self.global_step in steps:
             images = images.clone()
             images[3, 1, 7, 9] = value
         return original(self, (images, labels), batch_idx)
 
-    patch.setattr(ClassificationTask, "training_step", training_step)
+    patch.setattr(TrainingModule, "training_step", training_step)
 
 
 def poison_logits(patch: pytest.MonkeyPatch, value: float) -> None:
@@ -57,25 +59,26 @@ def poison_logits(patch: pytest.MonkeyPatch, value: float) -> None:
 
 
 def poison_loss(patch: pytest.MonkeyPatch, value: float) -> None:
-    original = ClassificationTask.task_loss
+    original, step = ClassificationObjective.loss, TrainingModule.training_step
 
-    def task_loss(self: ClassificationTask, logits: Tensor, targets: Tensor) -> Tensor:
-        loss = original(self, logits, targets)
-        return loss * value if self.global_step == STEP else loss
+    def training_step(self: TrainingModule, *batch: Any) -> Tensor:
+        self.objective.factor = value if self.global_step == STEP else 1.0
+        return step(self, *batch)
 
-    patch.setattr(ClassificationTask, "task_loss", task_loss)
+    patch.setattr(TrainingModule, "training_step", training_step)
+    patch.setattr(ClassificationObjective, "loss", lambda self, *both: original(self, *both) * self.factor)
 
 
 def poison_gradient(patch: pytest.MonkeyPatch, value: float) -> None:
-    original = ClassificationTask.on_after_backward
+    original = TrainingModule.on_after_backward
 
-    def on_after_backward(self: ClassificationTask) -> None:
+    def on_after_backward(self: TrainingModule) -> None:
         original(self)
         if self.global_step == STEP:
             gradient = self.model.get_classifier().bias.grad
             gradient[1] = value
 
-    patch.setattr(ClassificationTask, "on_after_backward", on_after_backward)
+    patch.setattr(TrainingModule, "on_after_backward", on_after_backward)
 
 
 CAUSES: dict[str, tuple[Callable[[pytest.MonkeyPatch, float], None], str, list[int]]] = {
@@ -134,13 +137,13 @@ def test_steps_are_left_out_up_to_a_limit(
 ) -> None:
     """Weights and running statistics are those of before; the figures are means over the other batches."""
     states: dict[int, dict[str, Tensor]] = {}
-    original = ClassificationTask.on_train_batch_end
+    original = TrainingModule.on_train_batch_end
 
-    def keep(self: ClassificationTask, *arguments: Any) -> None:
+    def keep(self: TrainingModule, *arguments: Any) -> None:
         original(self, *arguments)
         states[self.global_step] = {name: value.clone() for name, value in self.model.state_dict().items()}
 
-    monkeypatch.setattr(ClassificationTask, "on_train_batch_end", keep)
+    monkeypatch.setattr(TrainingModule, "on_train_batch_end", keep)
     poison_input(monkeypatch, math.nan, steps=(1, 2))
     folder = train(start(epochs=1, skip_nonfinite=2))
     said = [text for text in caplog.messages if "left out" in text]
@@ -197,12 +200,14 @@ def test_the_program_says_it_in_one_line_with_exit_2(
 @pytest.mark.faults("a run of a comparison that is not finite")
 def test_the_other_runs_of_a_comparison_go_on(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recipe = start(model="dense_nano", epochs=1, out=None, router_noise=0.0, model_args={"widths": [8, 8, 16]})
-    original = ClassificationTask.task_loss
-    monkeypatch.setattr(
-        ClassificationTask,
-        "task_loss",
-        lambda self, *arguments: original(self, *arguments) * (math.nan if self.config.lr > 1 else 1.0),
-    )
+    original, begin = ClassificationObjective.loss, ClassificationObjective.__init__
+
+    def begin_with_factor(self: ClassificationObjective, config: TrainConfig, num_classes: int) -> None:
+        begin(self, config, num_classes)
+        self.factor = math.nan if config.lr > 1 else 1.0
+
+    monkeypatch.setattr(ClassificationObjective, "__init__", begin_with_factor)
+    monkeypatch.setattr(ClassificationObjective, "loss", lambda self, *both: original(self, *both) * self.factor)
     variants = {"wild": {"model": "dense_nano", "lr": 5.0}}
     config = CompareConfig(["wild", "dense_nano"], [0], variants, out=str(tmp_path / "all"), recipe=recipe)
     with pytest.raises(ValueError, match=r"1 of 2 runs failed; wild-0: step 1, epoch 1, batch 1: the loss"):

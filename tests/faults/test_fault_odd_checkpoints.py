@@ -13,12 +13,12 @@ import pytest
 import torch
 from faults.runs import Start, assert_same_run, command
 
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import RunFolder
+from pcenet.runs.manifest import fault_of
+from pcenet.runtime.device import resolve_device
 from pcenet.training.checkpoints import read_checkpoint, write_checkpoint
-from pcenet.training.config import TrainConfig
-from pcenet.training.device import resolve_device
-from pcenet.training.folder import RunFolder
 from pcenet.training.run import Run, prepare, resolve, train
-from pcenet.training.sealing import fault_of
 from pcenet.writing import discard, remove
 
 Change = Callable[[Path], object]

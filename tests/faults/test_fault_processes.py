@@ -13,14 +13,14 @@ import torch
 from faults.runs import Start, arguments_of, assert_same_run, at_step, command, have_ended
 from several import in_processes, printed
 
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import RunFolder
+from pcenet.runtime.distributed import agreeing
+from pcenet.runtime.distributed import together as in_a_group
+from pcenet.runtime.launcher import LOST, Launcher, ranks_of_environment
 from pcenet.training.checkpoints import read_checkpoint
-from pcenet.training.config import TrainConfig
-from pcenet.training.folder import RunFolder
-from pcenet.training.launch import LOST, Launcher, ranks_of_environment
-from pcenet.training.ranks import agreeing
-from pcenet.training.ranks import together as in_a_group
+from pcenet.training.module import TrainingModule
 from pcenet.training.run import train
-from pcenet.training.task import TrainingTask
 
 PROCESSES = {"batch_size": 3, "process_timeout": 0.5}  # each; six images in a step, as one process has them in `start`
 CHANCELESS = {
@@ -197,15 +197,15 @@ def test_the_process_whose_images_they_are_is_named(
     start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config, log = start(**PROCESSES), tmp_path / "log"
-    original = TrainingTask.training_step
+    original = TrainingModule.training_step
 
-    def training_step(self: TrainingTask, batch: Any, batch_idx: int) -> Any:
+    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> Any:
         if self.global_step == 2 and own_rank() == 1:
             batch[0][1] = float("nan")
         return original(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingTask, "training_step", training_step)
+        patch.setattr(TrainingModule, "training_step", training_step)
         assert together(config, log) == [2, 2], printed(log)
     first, second = printed(log)
     assert "pcenet: error: step 3, process 1, epoch 1, batch 3: the input is not finite" in first

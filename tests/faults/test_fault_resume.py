@@ -15,10 +15,10 @@ import torch
 from faults.runs import Start, alive, assert_same_run, at_step, have_ended, pcenet
 from PIL import Image
 
-import pcenet.training.sealing as sealing
-from pcenet.training.folder import RunFolder
+import pcenet.runs.manifest as sealing
+from pcenet.runs.folder import RunFolder
+from pcenet.training.module import TrainingModule
 from pcenet.training.run import train
-from pcenet.training.task import SegmentationTask
 
 
 def interrupt() -> None:
@@ -169,7 +169,7 @@ def test_segmentation_goes_on_within_an_epoch(start: Start, monkeypatch: pytest.
     }
     theirs = train(start("theirs", **options))
     with monkeypatch.context() as patch:
-        at_step(6, patch, interrupt, SegmentationTask)
+        at_step(6, patch, interrupt, TrainingModule)
         with pytest.raises(KeyboardInterrupt):
             train(start(**options))
     assert RunFolder(start().folder).steps[-1].name == "step-00000006"

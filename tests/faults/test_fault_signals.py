@@ -11,10 +11,10 @@ from faults.runs import Start, alive, assert_same_run, at_step, in_a_process, pc
 
 import pcenet.training.checkpoints as checkpoints
 from pcenet.data import build_loader, eval_transform, open_source
+from pcenet.runs.folder import RunFolder
 from pcenet.training.callbacks import History
-from pcenet.training.folder import RunFolder
+from pcenet.training.module import TrainingModule
 from pcenet.training.run import train
-from pcenet.training.task import ClassificationTask
 
 STOPPED = {signal.SIGTERM: (143, "stopped by SIGTERM"), signal.SIGINT: (130, "interrupted")}
 
@@ -49,12 +49,12 @@ def test_a_signal_between_two_steps_ends_the_run_after_the_next(
     options = {"checkpoint_minutes": None}
     config = start(**options)
 
-    def late(self: ClassificationTask, *_: object) -> None:
+    def late(self: TrainingModule, *_: object) -> None:
         if self.global_step == 6:
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ClassificationTask, "on_train_batch_end", late)
+        patch.setattr(TrainingModule, "on_train_batch_end", late)
         assert pcenet(config, tmp_path / "log") == STOPPED[number][0], (tmp_path / "log").read_text()
     assert RunFolder(config.folder).steps[-1].name == "step-00000007"
     assert_same_run(train(start(resume="auto", **options)), whole)

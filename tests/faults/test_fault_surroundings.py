@@ -14,7 +14,7 @@ from faults.runs import Start, at_step, pcenet
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from pcenet.training.folder import RunFolder
+from pcenet.runs.folder import RunFolder
 from pcenet.training.run import train
 
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from pcenet.analysis.colours import class_colours, legend
 from pcenet.cli import main
 from pcenet.data import cover_transform
 from pcenet.data.files import FolderTree
@@ -23,6 +22,7 @@ from pcenet.inference.inputs import InputFile
 from pcenet.inference.outputs import OutputNames
 from pcenet.inference.segment import write_picture
 from pcenet.models import load_model
+from pcenet.reporting.colours import class_colours, legend
 
 CPU = ["--device", "cpu", "--precision", "fp32", "--workers", "0"]
 CLASSES = ["sky", "road", "tree", "car"]

@@ -25,9 +25,9 @@ from pcenet.models.card import model_card, plain
 from pcenet.publish import command
 from pcenet.publish.card import routing_section, score_section
 from pcenet.publish.config import PushConfig
-from pcenet.training.config import TrainConfig
-from pcenet.training.evaluate import Trained
-from pcenet.training.kinds import kind_of
+from pcenet.runs.config import TrainConfig
+from pcenet.tasks import get_task
+from pcenet.tasks.evaluation import Trained
 from pcenet.training.run import train
 
 Push = Callable[..., Path]
@@ -192,7 +192,7 @@ def test_a_segmentation_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     overlay = {"input_size": (3, 64, 64)}
     model = create_network("pce_unet_nano", num_classes=6, widths=(4, 8, 8), pretrained_cfg_overlay=overlay).eval()
     model.class_names = list(source.classes)
-    picture = command.drawn(Trained(model, tmp_path, None, kind_of("segment"), source, "scenes"), 3, 0)
+    picture = command.drawn(Trained(model, tmp_path, None, get_task("segment"), source, "scenes"), 3, 0)
     assert Image.open(io.BytesIO(picture)).size[0] > 300
     monkeypatch.chdir(tmp_path)
     model.save_pretrained("me/streets")

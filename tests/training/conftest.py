@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pcenet.training.config import TrainConfig
+from pcenet.runs.config import TrainConfig
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -18,8 +18,8 @@ from pcenet.app.server import open_samples
 from pcenet.cli import main
 from pcenet.data import DataError
 from pcenet.models import SavableModel, bundled, create_network, load_model
-from pcenet.training.config import EvalConfig
-from pcenet.training.evaluate import evaluate, open_trained
+from pcenet.runs.config import EvalConfig
+from pcenet.tasks.evaluation import evaluate, open_trained
 
 # Of 16 x 16 pixels: so many rows of each mask value. 0 and 255 do not count for the network below.
 ROWS = {1: 5, 2: 4, 4: 3, 0: 3, 255: 1}

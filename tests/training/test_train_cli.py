@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from pcenet.cli import COMMANDS, main
-from pcenet.training.config import TrainConfig
-from pcenet.training.task import ClassificationTask
+from pcenet.runs.config import TrainConfig
+from pcenet.training.module import TrainingModule
 
 Start = Callable[..., TrainConfig]
 
@@ -260,10 +260,10 @@ def test_ctrl_c_exits_with_130_and_says_how_training_goes_on(
 
 
 def test_ctrl_c_inside_lightning_exits_with_130(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    def training_step(self: ClassificationTask, batch: Any, batch_idx: int) -> torch.Tensor:
+    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ClassificationTask, "training_step", training_step)
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
     assert main(["train", *arguments_of(start())]) == 130
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from pcenet.training.config import EvalConfig, TrainConfig, options_of
+from pcenet.runs.config import EvalConfig, TrainConfig
+from pcenet.runs.options import options_of
 
 
 @pytest.mark.parametrize(

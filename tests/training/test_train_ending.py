@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from pcenet.training.config import TrainConfig
-from pcenet.training.folder import RunFolder
-from pcenet.training.rules import duration
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import RunFolder
+from pcenet.runs.rules import duration
+from pcenet.training.module import TrainingModule
 from pcenet.training.run import train
-from pcenet.training.task import ClassificationTask
 
 Start = Callable[..., TrainConfig]
 
@@ -29,23 +29,23 @@ SCORES = [0.3, 0.5, 0.5, 0.4, 0.9]  # the best is that of epoch 2; two epochs wi
 def scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation that reports `SCORES`, whatever the network does."""
 
-    def validation_step(self: ClassificationTask, batch: Any, batch_idx: int) -> None:
+    def validation_step(self: TrainingModule, batch: Any, batch_idx: int) -> None:
         self.log_dict({"val/loss": 1.0, "val/top1": SCORES[self.current_epoch]}, batch_size=1)
 
-    monkeypatch.setattr(ClassificationTask, "validation_step", validation_step)
+    monkeypatch.setattr(TrainingModule, "validation_step", validation_step)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock for Lightning's Timer on which every training step takes a minute and all else no time."""
     now = [0.0]
-    original = ClassificationTask.training_step
+    original = TrainingModule.training_step
 
-    def training_step(self: ClassificationTask, batch: Any, batch_idx: int) -> torch.Tensor:
+    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
         now[0] += 60
         return original(self, batch, batch_idx)
 
-    monkeypatch.setattr(ClassificationTask, "training_step", training_step)
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
     monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", SimpleNamespace(monotonic=lambda: now[0]))
 
 
@@ -60,15 +60,15 @@ def weights(folder: RunFolder) -> bytes:
 
 def interrupted(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train until Ctrl-C at the beginning of an optimiser step."""
-    original = ClassificationTask.training_step
+    original = TrainingModule.training_step
 
-    def training_step(self: ClassificationTask, batch: Any, batch_idx: int) -> torch.Tensor:
+    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
         if self.global_step == step:
             raise KeyboardInterrupt
         return original(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ClassificationTask, "training_step", training_step)
+        patch.setattr(TrainingModule, "training_step", training_step)
         with pytest.raises(KeyboardInterrupt):
             train(config)
 

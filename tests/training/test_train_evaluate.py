@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from pcenet.data import IMAGENET_STD, eval_transform, open_source
 from pcenet.models import create_network
 from pcenet.nn import PCELayer
-from pcenet.training.classify import eval_transform_of, evaluate_model, model_loader
-from pcenet.training.evaluate import check_classes, eval_batch_size, result_path
+from pcenet.tasks.classification import eval_transform_of, evaluate_model, model_loader
+from pcenet.tasks.evaluation import check_classes, eval_batch_size, result_path
 
 CPU = torch.device("cpu")
 

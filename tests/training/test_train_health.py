@@ -19,12 +19,10 @@ from torch import nn
 from pcenet.nn import PCELayer, RoutingStatistics, RoutingSummary, record_routing, routers_of
 from pcenet.nn.patches import Grid
 from pcenet.nn.routing import route
-from pcenet.training import run as running
-from pcenet.training.callbacks import RouterHealth, epoch_line
-from pcenet.training.config import EvalConfig, TrainConfig
-from pcenet.training.evaluate import evaluate
-from pcenet.training.folder import RunFolder
-from pcenet.training.health import (
+from pcenet.reporting.tables import console, router_table, score_digits, score_text, training_table
+from pcenet.runs.config import EvalConfig, TrainConfig
+from pcenet.runs.folder import RunFolder
+from pcenet.runs.health import (
     bias_spreads,
     complaint,
     count_routings,
@@ -33,10 +31,11 @@ from pcenet.training.health import (
     recorded_health,
     training_of,
 )
-from pcenet.training.measures import score_digits
+from pcenet.tasks.evaluation import evaluate
+from pcenet.training import run as running
+from pcenet.training.callbacks import RouterHealth, epoch_line
+from pcenet.training.module import TrainingModule
 from pcenet.training.run import few_steps, train
-from pcenet.training.tables import console, router_table, score_text, training_table
-from pcenet.training.task import ClassificationTask
 
 Start = Callable[..., TrainConfig]
 
@@ -189,15 +188,15 @@ def test_a_layer_that_collapses_at_evaluation_shows_everywhere(
 
 def test_a_checkpoint_that_kept_the_routers_of_training_goes_on(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions before kept the health of the last epoch in the callback's state."""
-    step = ClassificationTask.training_step
+    step = TrainingModule.training_step
 
-    def interrupted(self: ClassificationTask, batch: Any, batch_idx: int) -> torch.Tensor:
+    def interrupted(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
         if self.global_step == 4:
             raise KeyboardInterrupt
         return step(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ClassificationTask, "training_step", interrupted)
+        patch.setattr(TrainingModule, "training_step", interrupted)
         patch.setattr(RouterHealth, "state_dict", lambda _: {"health": {"stages.1.1.body": {"dead": [0]}}})
         with pytest.raises(KeyboardInterrupt):
             train(start())

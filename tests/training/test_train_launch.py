@@ -11,7 +11,7 @@ import pytest
 from faults.runs import alive, have_ended
 
 from pcenet.cli import main
-from pcenet.training.launch import GRACE, LIFELINE, LOST, Launcher, Ranks, free_port, ranks_of_environment
+from pcenet.runtime.launcher import GRACE, LIFELINE, LOST, Launcher, Ranks, free_port, ranks_of_environment
 
 RANK = "import os, signal, sys, time; rank = int(os.environ['RANK'])\n"
 FOR_EVER = "time.sleep(600)"
@@ -65,7 +65,7 @@ def test_signals_reach_all_of_them(number: signal.Signals, code: int, tmp_path: 
     handle = f"signal.signal({int(number)}, lambda *_: sys.exit({code}))\n"
     script = RANK + handle + "os.write(1, b'x')\n" + FOR_EVER
     start = (
-        "import signal, sys; from pcenet.training.launch import Launcher;"
+        "import signal, sys; from pcenet.runtime.launcher import Launcher;"
         "signal.signal(signal.SIGINT, signal.default_int_handler);"
         f"sys.exit(Launcher([sys.executable, '-S', '-c', {script!r}], 2).run())"
     )
@@ -78,12 +78,11 @@ def test_signals_reach_all_of_them(number: signal.Signals, code: int, tmp_path: 
 
 def test_they_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
     script = RANK + (
-        "from pcenet.training.launch import end_with_the_launcher; end_with_the_launcher()\n"
+        "from pcenet.runtime.launcher import end_with_the_launcher; end_with_the_launcher()\n"
         "os.write(1, f'{os.getpid()}\\n'.encode())\n" + FOR_EVER
     )
-    start = (
-        f"import sys; from pcenet.training.launch import Launcher;Launcher([sys.executable, '-c', {script!r}], 2).run()"
-    )
+    run = f"Launcher([sys.executable, '-c', {script!r}], 2).run()"
+    start = f"import sys; from pcenet.runtime.launcher import Launcher; {run}"
     with subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE) as launcher:
         assert launcher.stdout is not None
         processes = [int(launcher.stdout.readline()) for _ in range(2)]

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from pcenet.training.config import TrainConfig
-from pcenet.training.folder import RunFolder
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import RunFolder
 from pcenet.training.loggers import TrackioLogger
 from pcenet.training.run import train
 

@@ -14,10 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from pcenet.data import train_transform
-from pcenet.training.config import TrainConfig
-from pcenet.training.mixing import make_mixing, make_pasting
+from pcenet.runs.config import TrainConfig
+from pcenet.tasks.classification import ClassificationObjective
+from pcenet.tasks.mixing import make_mixing, make_pasting
+from pcenet.tasks.segmentation import SegmentationObjective
+from pcenet.training.module import TrainingModule
 from pcenet.training.run import train
-from pcenet.training.task import ClassificationTask, SegmentationTask
 
 Start = Callable[..., TrainConfig]
 
@@ -87,24 +89,25 @@ def test_segmentation_is_trained_on_pasted_images() -> None:
     config = TrainConfig(task="segment", cutmix=1.0)
     masks = torch.arange(3).view(3, 1, 1).expand(3, 16, 16)
     torch.manual_seed(3)
-    images, numbers = SegmentationTask(Means(), config, 1).mix(batch()[0], masks)
+    images, numbers = SegmentationObjective(config).mix(batch()[0], masks)
     assert torch.equal(numbers.float(), images[:, 0])
     assert not torch.equal(numbers, masks)
-    same, as_they_were = SegmentationTask(Means(), TrainConfig(task="segment"), 1).mix(images, masks)
+    same, as_they_were = SegmentationObjective(TrainConfig(task="segment")).mix(images, masks)
     assert same is images
     assert as_they_were is masks
 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.5}, {"cutmix": 0.5}, {"mixup": 0.5, "cutmix": 0.5}])
 def test_loss_and_accuracy_are_of_the_mixed_targets(options: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ClassificationTask, "log_dict", lambda *_, **__: None)
-    monkeypatch.setattr(ClassificationTask, "log", lambda *_, **__: None)
-    monkeypatch.setattr(ClassificationTask, "trainer", FakeTrainer())
-    task = ClassificationTask(Means(), TrainConfig(label_smoothing=0.2, **options), steps_per_epoch=1)
+    monkeypatch.setattr(TrainingModule, "log_dict", lambda *_, **__: None)
+    monkeypatch.setattr(TrainingModule, "log", lambda *_, **__: None)
+    monkeypatch.setattr(TrainingModule, "trainer", FakeTrainer())
+    config = TrainConfig(label_smoothing=0.2, **options)
+    task = TrainingModule(Means(), ClassificationObjective(config, 3), config, steps_per_epoch=1)
     seen: list[tuple[Tensor, Tensor]] = []
-    mixing = task.mixing
-    task.mixing = None  # a registered module is replaced by a plain function that remembers
-    object.__setattr__(task, "mixing", lambda *given: seen.append(mixing(*given)) or seen[-1])
+    mixing = task.objective.mixing
+    task.objective.mixing = None  # a registered module is replaced by a plain function that remembers
+    object.__setattr__(task.objective, "mixing", lambda *given: seen.append(mixing(*given)) or seen[-1])
     loss = task.training_step((batch()[0], torch.arange(3)), 0)
     ((images, targets),) = seen
     smooth = 0.8 * targets + 0.2 / 3
@@ -166,7 +169,7 @@ def test_accumulated_steps_are_counted_as_lightning_takes_them(start: Start, mon
     """An epoch of six batches of four: four for the first step, the two that are left over for the second."""
     seeds: list[int] = []
     monkeypatch.setattr(
-        "pcenet.training.task.step_seed", lambda seed, batch_number, rank: seeds.append(batch_number) or batch_number
+        "pcenet.training.module.step_seed", lambda seed, batch_number, rank: seeds.append(batch_number) or batch_number
     )
     folder = train(start(batch_size=4, accumulate=4))
     with open(folder.logs / "metrics.csv", newline="") as file:
@@ -183,15 +186,15 @@ def test_accumulated_steps_are_counted_as_lightning_takes_them(start: Start, mon
 def test_accumulated_gradients_are_the_mean_of_the_batches(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a network without batch statistics and chance, two batches of four make the gradient of one of eight."""
     gradients: dict[str, Tensor] = {}
-    original = ClassificationTask.on_before_optimizer_step
+    original = TrainingModule.on_before_optimizer_step
 
-    def keep(self: ClassificationTask, optimizer: Any) -> None:
+    def keep(self: TrainingModule, optimizer: Any) -> None:
         original(self, optimizer)
         if not self.global_step:
             values = [parameter.grad.flatten() for parameter in self.parameters() if parameter.grad is not None]
             gradients[str(self.config.accumulate)] = torch.cat(values).clone()
 
-    monkeypatch.setattr(ClassificationTask, "on_before_optimizer_step", keep)
+    monkeypatch.setattr(TrainingModule, "on_before_optimizer_step", keep)
     options: dict[str, Any] = {"model": "dense_nano", "clip_grad": 0.0, "epochs": 1}
     monkeypatch.setattr("torch.nn.BatchNorm2d.forward", lambda self, x: x)
     train(start("whole", batch_size=8, **options))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from pcenet.reporting.plots import as_label, confusion, curves, expert_load, new_figure, pictures_of, png_of
+from pcenet.runs.folder import RunFolder
+from pcenet.tasks.classification import ClassificationObjective
 from pcenet.training import run
-from pcenet.training.folder import RunFolder
-from pcenet.training.pictures import as_label, confusion, curves, expert_load, new_figure, pictures_of, png_of
-from pcenet.training.task import ClassificationTask
 
 DENSE = [
     {"epoch": 1, "train/loss": 2.0, "train/task_loss": 1.9, "val/loss": 1.5, "val/top1": 0.4, "train/lr": 0.003},
@@ -28,7 +28,7 @@ ROUTED = [
 
 
 def run_in(folder: Path) -> Any:
-    return SimpleNamespace(folder=RunFolder(folder), kind=SimpleNamespace(task=ClassificationTask))
+    return SimpleNamespace(folder=RunFolder(folder), task=SimpleNamespace(objective=ClassificationObjective))
 
 
 RESULT = SimpleNamespace(confusion=[[3, 1], [0, 2]], per_class={"leaf": {}, "sky": {}})

@@ -16,13 +16,13 @@ from several import in_processes, printed
 from torch import nn
 
 from pcenet.data import EpochSampler
+from pcenet.runs.config import EvalConfig, TrainConfig
+from pcenet.runs.folder import RunFolder
+from pcenet.tasks.evaluation import evaluate
+from pcenet.tasks.segmentation import median_weights
 from pcenet.training.checkpoints import read_checkpoint
-from pcenet.training.config import EvalConfig, TrainConfig
-from pcenet.training.evaluate import evaluate
-from pcenet.training.folder import RunFolder
+from pcenet.training.module import TrainingModule, step_seed
 from pcenet.training.run import train
-from pcenet.training.segment import median_weights
-from pcenet.training.task import TrainingTask, step_seed
 
 Start = Callable[..., TrainConfig]
 
@@ -64,9 +64,9 @@ def test_parts_of_an_evaluation_have_each_image_once() -> None:
 def test_chance_within_a_step_is_each_process_s_own(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({step_seed(0, 7, rank) for rank in range(8)}) == 8
     ranks: list[int] = []
-    monkeypatch.setattr("pcenet.training.task.own_rank", lambda: 3)
+    monkeypatch.setattr("pcenet.training.module.own_rank", lambda: 3)
     monkeypatch.setattr(
-        "pcenet.training.task.step_seed", lambda seed, batch, rank: ranks.append(rank) or step_seed(seed, batch, rank)
+        "pcenet.training.module.step_seed", lambda seed, batch, rank: ranks.append(rank) or step_seed(seed, batch, rank)
     )
     train(start(epochs=1))
     assert set(ranks) == {3}
@@ -80,20 +80,20 @@ def test_too_few_images_for_all_processes(length: int, shuffle: bool) -> None:
 
 def in_float64_with_sgd(patch: pytest.MonkeyPatch) -> None:
     """What makes runs comparable to rounding, and ends them after training."""
-    begin, forward = TrainingTask.__init__, TrainingTask.forward
+    begin, forward = TrainingModule.__init__, TrainingModule.forward
 
-    def doubled(self: TrainingTask, model: nn.Module, *arguments: Any) -> None:
+    def doubled(self: TrainingModule, model: nn.Module, *arguments: Any) -> None:
         begin(self, model.double(), *arguments)
 
-    patch.setattr(TrainingTask, "__init__", doubled)
-    patch.setattr(TrainingTask, "forward", lambda self, images: forward(self, images.double()))
-    patch.setattr("pcenet.training.segment.median_weights", lambda counts: median_weights(counts).double())
+    patch.setattr(TrainingModule, "__init__", doubled)
+    patch.setattr(TrainingModule, "forward", lambda self, images: forward(self, images.double()))
+    patch.setattr("pcenet.tasks.segmentation.median_weights", lambda counts: median_weights(counts).double())
     patch.setattr("pcenet.training.run.finish", lambda run, fitted: None)
 
-    def sgd(self: TrainingTask) -> torch.optim.Optimizer:
+    def sgd(self: TrainingModule) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
 
-    patch.setattr(TrainingTask, "configure_optimizers", sgd)
+    patch.setattr(TrainingModule, "configure_optimizers", sgd)
 
 
 def streets(folder: Path) -> Path:

@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 
 import pcenet.data as data
 from pcenet.models import load_model
+from pcenet.models.preprocessing import image_side
 from pcenet.nn import PCELayer, record_routing
 from pcenet.nn.renewing import CENTRING
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import RunFolder, saved_config
+from pcenet.runtime.device import resolve_device, resolve_workers
 from pcenet.training.checkpoints import read_checkpoint, write_checkpoint
-from pcenet.training.config import TrainConfig
-from pcenet.training.device import resolve_device, resolve_workers
-from pcenet.training.folder import RunFolder, saved_config
-from pcenet.training.measures import image_side
+from pcenet.training.module import TrainingModule
 from pcenet.training.network import naming_model_args
 from pcenet.training.run import Run, bias_images, prepare, resolve, train
-from pcenet.training.task import ClassificationTask
 from pcenet.writing import write_atomically
 
 Start = Callable[..., TrainConfig]
@@ -47,14 +47,14 @@ def rows(folder: RunFolder) -> list[dict[str, float]]:
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle of an epoch: `step` counts from 0, an epoch has three."""
-    original = ClassificationTask.training_step
+    original = TrainingModule.training_step
 
-    def training_step(self: ClassificationTask, batch: Any, batch_idx: int) -> torch.Tensor:
+    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
         if self.global_step == step:
             raise KeyboardInterrupt
         return original(self, batch, batch_idx)
 
-    monkeypatch.setattr(ClassificationTask, "training_step", training_step)
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
 
 
 @pytest.fixture(scope="module")
@@ -321,10 +321,10 @@ FOUND_ANEW = ("expert_bias", "centring")  # for the weights that are kept, see u
 def test_model_holds_the_moving_average(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[dict[str, torch.Tensor]] = []
 
-    def keep(self: ClassificationTask, *args: Any) -> None:
+    def keep(self: TrainingModule, *args: Any) -> None:
         steps.append({name: value.clone() for name, value in self.model.state_dict().items()})
 
-    monkeypatch.setattr(ClassificationTask, "on_train_batch_end", keep)
+    monkeypatch.setattr(TrainingModule, "on_train_batch_end", keep)
     folder = train(start())
     saved = load_file(folder.model / "model.safetensors")
     assert len(steps) == 6

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pcenet.nn import PCELayer, Router
-from pcenet.training.config import TrainConfig
+from pcenet.runs.config import TrainConfig
 from pcenet.training.router_schedules import RouterSchedules, set_routers
 from pcenet.training.run import train
 from pcenet.training.schedules import Schedules, learning_rate_factor, linear

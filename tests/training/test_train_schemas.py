@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pcenet.training.schemas import (
+from pcenet.runs.schemas import (
     ANYTHING,
     COUNT,
     FIGURE,

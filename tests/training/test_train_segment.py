@@ -11,18 +11,16 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from torch import nn
 
 from pcenet.cli import main
 from pcenet.data import IGNORE, open_segmentation_source
 from pcenet.models import create_network, load_model
-from pcenet.training import pixels
-from pcenet.training.config import TrainConfig
-from pcenet.training.folder import RunFolder
-from pcenet.training.pixels import PixelScores, upsample
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import RunFolder
+from pcenet.tasks import pixels
+from pcenet.tasks.pixels import PixelScores, upsample
+from pcenet.tasks.segmentation import Segmentation, SegmentationObjective, median_weights, pixel_counts
 from pcenet.training.run import train
-from pcenet.training.segment import Segmentation, median_weights, pixel_counts
-from pcenet.training.task import SegmentationTask
 
 CPU = torch.device("cpu")
 
@@ -103,10 +101,6 @@ def test_median_weights_by_hand() -> None:
     assert weights.tolist() == pytest.approx([3, 1, 0.5, 0])
 
 
-def task_with(config: TrainConfig, weights: torch.Tensor | None = None) -> SegmentationTask:
-    return SegmentationTask(nn.Identity(), config, 1, weights)
-
-
 @pytest.mark.parametrize("weights", [None, [2.0, 0.5, 1.0]])
 def test_loss_is_that_of_a_loop_over_pixels(weights: list[float] | None) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -114,7 +108,7 @@ def test_loss_is_that_of_a_loop_over_pixels(weights: list[float] | None) -> None
     targets = torch.randint(0, 3, (2, 4, 5), generator=generator)
     targets[0, :2] = IGNORE
     config = TrainConfig(task="segment", label_smoothing=0.2)
-    loss = task_with(config, torch.tensor(weights) if weights else None).task_loss(logits, targets)
+    loss = SegmentationObjective(config, torch.tensor(weights) if weights else None).loss(logits, targets)
     total = norm = 0.0
     for image in range(2):
         for row in range(4):
@@ -133,8 +127,8 @@ def test_loss_is_that_of_a_loop_over_pixels(weights: list[float] | None) -> None
 def test_a_batch_without_pixels_that_count_has_no_loss_and_a_finite_gradient() -> None:
     logits = torch.randn(1, 3, 2, 2, requires_grad=True)
     targets = torch.full((1, 2, 2), IGNORE)
-    task = task_with(TrainConfig(task="segment"))
-    loss = task.task_loss(logits, targets)
+    task = SegmentationObjective(TrainConfig(task="segment"))
+    loss = task.loss(logits, targets)
     loss.backward()
     assert float(loss.detach()) == 0
     assert logits.grad is not None

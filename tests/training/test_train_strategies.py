@@ -9,7 +9,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from pcenet.training.config import TrainConfig
+from pcenet.runs.config import TrainConfig
 from pcenet.training.strategies import synchronised
 
 

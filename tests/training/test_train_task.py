@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import pcenet  # noqa: F401
 from pcenet.nn import PCELayer, aux_loss, record_routing
+from pcenet.runs.config import TrainConfig
+from pcenet.tasks.classification import ClassificationObjective
 from pcenet.training.callbacks import Averaging, update_average
-from pcenet.training.config import TrainConfig
+from pcenet.training.module import TrainingModule, parameter_groups, step_seed
 from pcenet.training.nonfinite import FiniteSteps
-from pcenet.training.task import ClassificationTask, parameter_groups, step_seed
 from pcenet.upcycling import upcycle
 
 
@@ -76,8 +77,12 @@ def test_average_reads_the_count_once_and_only_for_numbers_that_are_averaged() -
     assert Count.readings == 1
 
 
+def classifying(model: nn.Module, config: TrainConfig) -> TrainingModule:
+    return TrainingModule(model, ClassificationObjective(config, 3), config, steps_per_epoch=1)
+
+
 def test_lightning_averages_every_parameter_and_buffer_bit_for_bit() -> None:
-    task = ClassificationTask(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)), TrainConfig(), steps_per_epoch=1)
+    task = classifying(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)), TrainConfig())
     callback = Averaging(0.25, FiniteSteps(0))
     callback.setup(None, task, "fit")
     average = callback._average_model
@@ -126,9 +131,9 @@ def test_loss_is_the_tasks_plus_the_weighted_auxiliary_ones(
     level: float, z: float, auxiliary: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(balance=0.5, z=z, label_smoothing=0.0)
-    task = ClassificationTask(OneLayer(level), config, steps_per_epoch=1)
+    task = classifying(OneLayer(level), config)
     trainer = SimpleNamespace(global_step=0, optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])])
-    monkeypatch.setattr(ClassificationTask, "trainer", trainer)
+    monkeypatch.setattr(TrainingModule, "trainer", trainer)
     monkeypatch.setattr(task, "log", lambda *_, **__: None)
     monkeypatch.setattr(task, "log_dict", lambda *_, **__: None)
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])
@@ -149,13 +154,13 @@ def test_what_is_frozen_stays_what_it_was(freeze: str | None) -> None:
     """Weights, and the statistics of batch normalisations, which training mode would move."""
     resnet = ResNet(BasicBlock, layers=(1, 1, 1, 1), channels=(8, 8, 12, 12), stem_width=8, num_classes=3)
     model = upcycle(resnet, layers=1.0, num_experts=2, patch_size=2, example=torch.randn(1, 3, 32, 32), freeze=freeze)
-    task = ClassificationTask(model, TrainConfig(), steps_per_epoch=1)
+    task = classifying(model, TrainConfig())
     task.eval()
     task.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     with record_routing(model) as records:
-        loss = task.task_loss(task(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 0])) + aux_loss(records)
+        loss = task.objective.loss(task(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 0])) + aux_loss(records)
     loss.backward()
     optimizer.step()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}

@@ -17,12 +17,12 @@ from PIL import Image
 from pcenet import ops
 from pcenet.cli import main
 from pcenet.data import EpochSampler, open_source
-from pcenet.training.config import TrainConfig
-from pcenet.training.device import resolve_device
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.folder import RunFolder
+from pcenet.runtime.device import resolve_device
 from pcenet.training.find import find, find_batch_size, find_lr
-from pcenet.training.folder import RunFolder
+from pcenet.training.module import TrainingModule
 from pcenet.training.run import Run, announce, prepare, resolve, train
-from pcenet.training.task import ClassificationTask
 
 Start = Callable[..., TrainConfig]
 
@@ -76,9 +76,9 @@ def test_a_dry_run_does_everything_with_two_batches_and_leaves_nothing(
     start: Start, temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps: list[int] = []
-    original = ClassificationTask.training_step
+    original = TrainingModule.training_step
     monkeypatch.setattr(
-        ClassificationTask, "training_step", lambda self, *batch: steps.append(batch[1]) or original(self, *batch)
+        TrainingModule, "training_step", lambda self, *batch: steps.append(batch[1]) or original(self, *batch)
     )
     written: set[str] = set()
 
@@ -190,11 +190,11 @@ def test_more_images_than_there_are_cannot_be_overfitted(start: Start) -> None:
     assert not config.folder.exists()
 
 
-class Quadratic(ClassificationTask):
-    """A task whose loss is the square of one weight, which starts at 1: the best step is by 1."""
+class Quadratic(TrainingModule):
+    """Its loss is the square of one weight, which starts at 1: the best step is by 1."""
 
-    def __init__(self, model: torch.nn.Module, config: TrainConfig, steps_per_epoch: int) -> None:
-        super().__init__(torch.nn.Linear(1, 1), config, steps_per_epoch)
+    def __init__(self, model: torch.nn.Module, *others: Any) -> None:
+        super().__init__(torch.nn.Linear(1, 1), *others)
         self.model.weight.data.fill_(1.0)
         self.sizes: list[int] = []
 
@@ -211,7 +211,7 @@ class Quadratic(ClassificationTask):
 def test_the_rate_found_makes_the_loss_fall_and_nothing_is_left(
     start: Start, temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pcenet.training.classify.ClassificationTask", Quadratic)
+    monkeypatch.setattr("pcenet.training.run.TrainingModule", Quadratic)
     config = start(find="lr")
     rate = find(config)
     # AdamW moves the weight by the rate in each step, and rates grow by 1e6 ** (1/100) = 1.148 a step: what is behind
@@ -223,7 +223,7 @@ def test_the_rate_found_makes_the_loss_fall_and_nothing_is_left(
 
 
 def test_a_loss_that_is_no_number_gives_no_rate(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pcenet.training.classify.ClassificationTask", Quadratic)
+    monkeypatch.setattr("pcenet.training.run.TrainingModule", Quadratic)
     monkeypatch.setattr(
         Quadratic, "training_step", lambda self, *_: self.model.weight.sum() * torch.tensor(float("nan"))
     )
@@ -235,7 +235,7 @@ def test_a_loss_that_is_no_number_gives_no_rate(start: Start, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_the_batch_size_found_is_the_largest_that_fits(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pcenet.training.classify.ClassificationTask", Quadratic)
+    monkeypatch.setattr("pcenet.training.run.TrainingModule", Quadratic)
     config = start()
     config.folder.mkdir()
     assert find_batch_size(prepared(config)) == 8  # 16 of the 24 images do not
@@ -243,7 +243,7 @@ def test_the_batch_size_found_is_the_largest_that_fits(start: Start, monkeypatch
 
 @pytest.mark.parametrize("batch_size", [4, pytest.param(128, marks=pytest.mark.slow)])
 def test_no_batch_is_larger_than_the_images(start: Start, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
-    monkeypatch.setattr("pcenet.training.classify.ClassificationTask", Quadratic)
+    monkeypatch.setattr("pcenet.training.run.TrainingModule", Quadratic)
     monkeypatch.setattr(Quadratic, "training_step", lambda self, *_: self.model.weight.square().sum())
     config = start(batch_size=batch_size)
     config.folder.mkdir()

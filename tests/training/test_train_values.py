@@ -15,8 +15,8 @@ from pcenet.app.config import AppConfig
 from pcenet.cli import main, parse
 from pcenet.explain.config import ExplainConfig
 from pcenet.models import load_model
-from pcenet.training.config import CheckDataConfig, EvalConfig, TrainConfig
-from pcenet.training.evaluate import open_trained
+from pcenet.runs.config import CheckDataConfig, EvalConfig, TrainConfig
+from pcenet.tasks.evaluation import open_trained
 
 SMALL = ["--model-args", '{"widths":[8,8,8],"num_experts":2}', "--input-size", "16", "--epochs", "1"]
 QUICK = ["--device", "cpu", "--precision", "fp32", "--workers", "0", "--threads", "1"]

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pcenet.runs.health import EVALUATED, TRAINED
+from pcenet.runtime.memory import reason_of
 from pcenet.texts import shown
-from pcenet.training.health import EVALUATED, TRAINED
-from pcenet.training.memory import reason_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pcenet.training.health import EVALUATED, TRAINED
-from pcenet.training.schemas import ANYTHING, COUNT, NUMBER, TEXT, Each, Maybe, Schema, or_none, read_json, read_text
+from pcenet.runs.health import EVALUATED, TRAINED
+from pcenet.runs.schemas import ANYTHING, COUNT, NUMBER, TEXT, Each, Maybe, Schema, or_none, read_json, read_text
 
 Row = dict[str, float | None]
 

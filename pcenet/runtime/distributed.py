@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pcenet.nn import RoutingStatistics
 from pcenet.nn.processes import process_count, sum_over_processes
-from pcenet.training.launch import LostProcessError, OtherProcessError, Ranks
+from pcenet.runtime.launcher import LostProcessError, OtherProcessError, Ranks
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from itertools import chain, product
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from pcenet.reporting.plots import PALETTE
 from pcenet.texts import shown
-from pcenet.training.pictures import PALETTE
 
 MOST = 256  # colours of a palette
 LEVELS = range(0, 256, 36)  # of red, green and blue, of the colours to choose from

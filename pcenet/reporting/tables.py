@@ -10,12 +10,10 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
+from pcenet.runs.health import Health, ratio_in_words
 from pcenet.texts import shown
-from pcenet.training.health import Health, ratio_in_words
-from pcenet.training.measures import CALIBRATION_BINS, TOP_K, Evaluation, PixelEvaluation, score_digits
 
 PIPE_WIDTH = 120
-WIDEST_CONFUSION = 12
 
 
 class Screen(Console):
@@ -39,6 +37,11 @@ def console() -> Console:
 def percent(value: float | None) -> str:
     """A share as a percentage, or n/a."""
     return "n/a" if value is None else f"{value:.2%}"
+
+
+def score_digits(images: int) -> int:
+    """Decimals of a percentage that so many images support: no finer than one image of them, and 2 at most."""
+    return 0 if images <= 100 else 1 if images <= 1000 else 2
 
 
 def score_text(score: float | None, images: int) -> str:
@@ -72,51 +75,3 @@ def training_table(routers: Mapping[str, Mapping[str, float]]) -> Table:
         cells = ("none" if value is None else f"{value:.2f}" for value in spreads)
         table.add_row(name or "(the model)", percent(figures["drop_rate"]), *cells)
     return table
-
-
-def show(result: Evaluation, title: str) -> None:
-    """Print an evaluation as tables."""
-    screen = console()
-    summary = Table(title=title, show_header=False)
-    images = result.images
-    top5 = score_text(result.top5, images) if result.top5 is not None else f"n/a (fewer than {TOP_K} classes)"
-    for label, value in (
-        ("images", str(images)),
-        ("top-1", score_text(result.top1, images)),
-        ("top-5", top5),
-        ("cross-entropy", f"{result.loss:.4f}"),
-        (f"calibration error ({CALIBRATION_BINS} bins)", score_text(result.calibration_error, images)),
-    ):
-        summary.add_row(label, value)
-    screen.print(summary)
-    names = list(result.per_class)
-    wide = len(names) > WIDEST_CONFUSION
-    table = Table("class", "images", "accuracy", *([] if wide else names), title="per class; right: predicted as")
-    for name, row in zip(names, result.confusion, strict=True):
-        entry = result.per_class[name]
-        accuracy = score_text(entry["accuracy"], entry["images"])
-        table.add_row(name, str(entry["images"]), accuracy, *([] if wide else map(str, row)))
-    screen.print(table)
-    if result.router:
-        screen.print(router_table(result.router))
-
-
-def show_pixels(result: PixelEvaluation, title: str) -> None:
-    """Print an evaluation of a segmentation network as tables."""
-    screen = console()
-    summary = Table(title=title, show_header=False)
-    for label, value in (
-        ("images", str(result.images)),
-        ("mIoU", score_text(result.miou, result.images)),
-        ("pixel accuracy", score_text(result.pixel_accuracy, result.images)),
-        ("cross-entropy", f"{result.loss:.4f}"),
-    ):
-        summary.add_row(label, value)
-    screen.print(summary)
-    table = Table("class", "share of pixels", "IoU", "accuracy")
-    for name, entry in result.per_class.items():
-        scores = (score_text(entry[key], result.images) for key in ("iou", "accuracy"))
-        table.add_row(name, percent(entry["share"]), *scores)
-    screen.print(table)
-    if result.router:
-        screen.print(router_table(result.router))

@@ -1,37 +1,109 @@
-"""Segmentation: what its runs load, train and measure."""
+"""Segmentation: what its runs load, train, measure and show."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import pcenet.data as data
-from pcenet.choices import GreyRange
+from pcenet.choices import GreyRange, Precision
+from pcenet.data import IGNORE
 from pcenet.models import SavableModel
+from pcenet.models.preprocessing import image_size, preprocessing
 from pcenet.nn import RoutingStatistics, record_routing
-from pcenet.nn.processes import sum_over_processes
-from pcenet.training.config import EvalConfig, Precision, TrainConfig
-from pcenet.training.device import autocast
-from pcenet.training.health import count_routings, health_of
-from pcenet.training.kinds import Kind
-from pcenet.training.measures import PixelEvaluation, image_size, preprocessing
-from pcenet.training.pixels import PixelBatches, PixelScores
-from pcenet.training.ranks import over_processes
-from pcenet.training.tables import score_text, show_pixels
-from pcenet.training.task import SegmentationTask
+from pcenet.nn.processes import process_count, sum_over_processes
+from pcenet.reporting.tables import console, percent, router_table, score_text
+from pcenet.runs.config import EvalConfig, TrainConfig
+from pcenet.runs.health import count_routings, health_of
+from pcenet.runtime.device import autocast
+from pcenet.runtime.distributed import over_processes
+from pcenet.tasks.base import Objective, Task
+from pcenet.tasks.mixing import make_pasting
+from pcenet.tasks.pixels import PixelBatches, PixelScores
+from pcenet.tasks.results import PixelEvaluation
 
 
-class Segmentation(Kind):
+class SegmentationObjective(Objective):
+    """Logits ``[B, num_classes, H, W]``, class numbers ``[B, H, W]``; pixels of ``pcenet.data.IGNORE`` do not count.
+
+    Args:
+        class_weights: ``[num_classes]``, weight of each class in the loss; None: all equal.
+    """
+
+    score = "miou"
+    train_score = "pixel_accuracy"
+
+    def __init__(self, config: TrainConfig, class_weights: Tensor | None = None) -> None:
+        super().__init__()
+        self.label_smoothing = config.label_smoothing
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.class_weights: Tensor | None
+        self.pixels: PixelScores | None = None
+        self.pasting = make_pasting(config.cutmix)
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch with cutmix, where the options ask for it."""
+        return (images, targets) if self.pasting is None else self.pasting(images, targets)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy over the pixels that count, weighted by class, with label smoothing; 0 where none counts.
+
+        Where several processes train, what is divided by is the mean over their batches, so that the mean of their
+        losses is that of one batch, however unevenly the pixels that count are spread.
+        """
+        total = F.cross_entropy(
+            logits,
+            targets,
+            weight=self.class_weights,
+            ignore_index=IGNORE,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        )
+        counted = targets != IGNORE
+        weight = counted.sum() if self.class_weights is None else self.class_weights[targets[counted]].sum()
+        return total / self.mean_weight(weight).to(total.dtype).clamp(min=1e-12)
+
+    def right(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Pixel accuracy; 0 where no pixel counts."""
+        counted = targets != IGNORE
+        return ((logits.argmax(1) == targets) & counted).sum() / self.mean_weight(counted.sum()).float().clamp(
+            min=1e-12
+        )
+
+    @staticmethod
+    def mean_weight(weight: Tensor) -> Tensor:
+        """The mean over processes of what each of their batches is divided by."""
+        return sum_over_processes(weight.double()) / process_count()
+
+    def validate(self, forward: Callable[[Tensor], Tensor], batch: PixelBatches) -> None:
+        """Counts pixels at the size of the masks."""
+        for images, masks in batch:
+            logits = forward(images)
+            if self.pixels is None:
+                self.pixels = PixelScores(logits.shape[1], logits.device)
+            self.pixels.update(logits, masks)
+
+    def scores(self) -> dict[str, float]:
+        """Loss, mIoU and pixel accuracy of the whole split."""
+        assert self.pixels is not None
+        scores = self.pixels.compute()
+        self.pixels = None
+        return {"val/loss": scores.loss, "val/miou": scores.miou, "val/pixel_accuracy": scores.pixel_accuracy}
+
+
+class Segmentation(Task):
     """A label for every pixel."""
 
-    task = SegmentationTask
+    objective = SegmentationObjective
 
     def open(
         self, config: TrainConfig | EvalConfig, name: str, split: data.Split, trained: SavableModel | None = None
@@ -89,10 +161,10 @@ class Segmentation(Kind):
         """The images ``[B, 3, h, w]`` of `eval_loader`'s batches."""
         return (images for batch in batches for images, _ in batch)
 
-    def make_task(self, model: nn.Module, config: TrainConfig, source: Any, steps_per_epoch: int) -> SegmentationTask:
-        """The module that trains the model; class weights are counted in the source's masks."""
+    def make_objective(self, model: SavableModel, config: TrainConfig, source: Any) -> SegmentationObjective:
+        """What trains the model; class weights are counted in the source's masks."""
         weights = median_weights(pixel_counts(source)) if config.class_weights == "median" else None
-        return SegmentationTask(model, config, steps_per_epoch, weights)
+        return SegmentationObjective(config, weights)
 
     @torch.inference_mode()
     def evaluate(
@@ -150,7 +222,7 @@ class Segmentation(Kind):
 
     def show(self, result: PixelEvaluation, title: str) -> None:
         """Print an evaluation as tables."""
-        show_pixels(result, title)
+        _show(result, title)
 
 
 def known_masks(trained: SavableModel | None) -> data.MaskClasses | None:
@@ -178,3 +250,24 @@ def median_weights(counts: Tensor) -> Tensor:
     """
     share = counts / counts.sum().clamp(min=1)
     return torch.where(counts > 0, share[counts > 0].quantile(0.5) / share, 0.0).float()
+
+
+def _show(result: PixelEvaluation, title: str) -> None:
+    """Print an evaluation of a segmentation network as tables."""
+    screen = console()
+    summary = Table(title=title, show_header=False)
+    for label, value in (
+        ("images", str(result.images)),
+        ("mIoU", score_text(result.miou, result.images)),
+        ("pixel accuracy", score_text(result.pixel_accuracy, result.images)),
+        ("cross-entropy", f"{result.loss:.4f}"),
+    ):
+        summary.add_row(label, value)
+    screen.print(summary)
+    table = Table("class", "share of pixels", "IoU", "accuracy")
+    for name, entry in result.per_class.items():
+        scores = (score_text(entry[key], result.images) for key in ("iou", "accuracy"))
+        table.add_row(name, percent(entry["share"]), *scores)
+    screen.print(table)
+    if result.router:
+        screen.print(router_table(result.router))

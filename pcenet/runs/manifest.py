@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from pcenet.training.schemas import COUNT, TEXT, Each, read_json
+from pcenet.runs.schemas import COUNT, TEXT, Each, read_json
 from pcenet.writing import TEMPORARY, flush
 
 MANIFEST = "manifest.json"

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pcenet.choices import without_removed
-from pcenet.training.config import TrainConfig
-from pcenet.training.locks import locked
-from pcenet.training.sealing import fault_of
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.locks import locked
+from pcenet.runs.manifest import fault_of
 from pcenet.writing import TEMPORARY, discard, remove, write_json, write_text
 from pcenet.yaml_files import BoundedLoader, read_yaml, write_yaml
 

@@ -1,30 +1,63 @@
-"""What differs between the tasks, in one place: opening data, loading, training, measuring, showing."""
+"""What differs between the tasks, in one place: opening data, loading, loss, measuring, showing."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pcenet.choices import GreyRange, Split, Task
+from pcenet.choices import GreyRange, Precision, Split
 from pcenet.models import SavableModel
 from pcenet.models.limits import check_class_names
-from pcenet.training.config import EvalConfig, Precision, TrainConfig
-from pcenet.training.task import TrainingTask
+from pcenet.runs.config import EvalConfig, TrainConfig
 
 
-class Kind(ABC):
-    """One kind of task. Sources, batches and results are of its own types; all else is the same for every kind.
+class Objective(nn.Module, ABC):
+    """What a network is trained on, and what is watched of it meanwhile.
 
     Attributes:
-        task: the class of the Lightning module, which names the score.
+        score: name of the figure of merit among `scores`, as ``val/<score>``; higher is better.
+        train_score: name of what `right` gives.
     """
 
-    task: ClassVar[type[TrainingTask]]
+    score: ClassVar[str]
+    train_score: ClassVar[str]
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch that is trained on; a task may mix its images."""
+        return images, targets
+
+    @abstractmethod
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss that the task is about, a scalar."""
+
+    @abstractmethod
+    def right(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The share of the targets that the logits hit, a scalar."""
+
+    @abstractmethod
+    def validate(self, forward: Callable[[Tensor], Tensor], batch: Any) -> None:
+        """Count a batch of validation images, whose logits ``forward`` gives."""
+
+    @abstractmethod
+    def scores(self) -> Mapping[str, Tensor | float]:
+        """The figures of all that was counted, as ``val/<name>``; counting starts anew."""
+
+
+class Task(ABC):
+    """What depends on whether images are classified or segmented; all else is the same.
+
+    Sources, batches and results are of a task's own types.
+
+    Attributes:
+        objective: its class, which names the score.
+    """
+
+    objective: ClassVar[type[Objective]]
 
     @abstractmethod
     def open(
@@ -55,8 +88,8 @@ class Kind(ABC):
         """The images ``[B, 3, h, w]`` of `eval_loader`'s batches."""
 
     @abstractmethod
-    def make_task(self, model: nn.Module, config: TrainConfig, source: Any, steps_per_epoch: int) -> TrainingTask:
-        """The module that trains the model on a source."""
+    def make_objective(self, model: SavableModel, config: TrainConfig, source: Any) -> Objective:
+        """What trains a model on a source."""
 
     @abstractmethod
     def evaluate(
@@ -81,11 +114,3 @@ class Kind(ABC):
     @abstractmethod
     def show(self, result: Any, title: str) -> None:
         """Print an evaluation as tables."""
-
-
-def kind_of(task: Task) -> Kind:
-    """The kind of a task."""
-    from pcenet.training.classify import Classification
-    from pcenet.training.segment import Segmentation
-
-    return Classification() if task == "classify" else Segmentation()

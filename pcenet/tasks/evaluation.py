@@ -10,24 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pcenet.data as data
-from pcenet.choices import Task
+from pcenet.choices import TaskName
 from pcenet.data.names import bare, nearly, one_form
 from pcenet.models import SavableModel, load_model
+from pcenet.models.preprocessing import image_size
 from pcenet.models.pretrained import bundled_folder, or_bundled
+from pcenet.runs.config import EvalConfig
+from pcenet.runs.folder import RunFolder
+from pcenet.runs.health import complaint
+from pcenet.runs.records import read_record
+from pcenet.runs.schemas import TEXT
+from pcenet.runtime.device import resolve_device, resolve_precision, resolve_workers, set_threads
+from pcenet.tasks import Task, get_task
 from pcenet.texts import say
-from pcenet.training.config import EvalConfig
-from pcenet.training.device import resolve_device, resolve_precision, resolve_workers, set_threads
-from pcenet.training.folder import RunFolder
-from pcenet.training.health import complaint
-from pcenet.training.kinds import Kind, kind_of
-from pcenet.training.measures import image_size
-from pcenet.training.records import read_record
-from pcenet.training.schemas import TEXT
 from pcenet.writing import write_json
 
 log = logging.getLogger(__name__)
 
-EVAL_BATCH_SIZE: dict[Task, int] = {"classify": 256, "segment": 8}
+EVAL_BATCH_SIZE: dict[TaskName, int] = {"classify": 256, "segment": 8}
 STEP_PIXELS = 2**24  # of all images of a step, unless the user says how many it has
 
 
@@ -74,18 +74,18 @@ def evaluate(config: EvalConfig) -> Any:
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     trained = open_trained(config)
-    model, kind, source, run = trained.model, trained.kind, trained.source, trained.run
+    model, task, source, run = trained.model, trained.task, trained.source, trained.run
     workers = resolve_workers(config.workers, device)
     batch_size = config.batch_size or eval_batch_size(model)
-    batches = kind.eval_loader(model, source, batch_size=batch_size, workers=workers)
+    batches = task.eval_loader(model, source, batch_size=batch_size, workers=workers)
     with data.naming_dead_workers():
-        result = kind.evaluate(model, batches, source.classes, device=device, precision=precision)
+        result = task.evaluate(model, batches, source.classes, device=device, precision=precision)
     out = Path(config.out) if config.out else run.path if run else Path()
     out.mkdir(parents=True, exist_ok=True)
     path = result_path(out, Path(source.name).stem, trained.data, config.split)
     about = {"model": model.pretrained_cfg["architecture"], "data": source.name, "split": config.split}
     write_json(path, about | {"source": trained.data} | asdict(result))
-    kind.show(result, f"{config.run} on {source.name}, {config.split}")
+    task.show(result, f"{config.run} on {source.name}, {config.split}")
     say(f"wrote {path}")
     if found := complaint(result.router):
         log.warning("%s", found)
@@ -100,7 +100,7 @@ class Trained:
         model: the network, on the CPU.
         folder: its model folder.
         run: the run folder around it, if there is one.
-        kind: of its task.
+        task: what it does.
         source: the images, whose classes are the network's.
         data: the name that they were opened by.
     """
@@ -108,7 +108,7 @@ class Trained:
     model: SavableModel
     folder: Path
     run: RunFolder | None
-    kind: Kind
+    task: Task
     source: Any
     data: str
 
@@ -128,10 +128,10 @@ def open_trained(config: EvalConfig) -> Trained:
     if model.class_names is None:
         raise ValueError(f"{model_folder}: config.json names no classes (label_names)")
     model.grey_range = config.grey_range or model.grey_range
-    kind = kind_of(model.task)
+    task = get_task(model.task)
     source = open_data(config, name, model, run)
     check_against_network(model, source, config.run)
-    return Trained(model, model_folder, run, kind, source, name)
+    return Trained(model, model_folder, run, task, source, name)
 
 
 def open_data(config: EvalConfig, name: str, model: SavableModel, run: RunFolder | None) -> Any:
@@ -146,7 +146,7 @@ def open_data(config: EvalConfig, name: str, model: SavableModel, run: RunFolder
     if model.task == "segment" and model.mask_values is None and run is not None and not given:
         trained = run.read_config()
         config = replace(config, classes=trained.classes, ignore_index=trained.ignore_index)
-    source = kind_of(model.task).open(config, name, config.split, model)
+    source = get_task(model.task).open(config, name, config.split, model)
     for note in source.notes:
         log.warning("%s: %s", name, note.text)
     return source

@@ -14,7 +14,7 @@ import torch
 
 import pcenet
 from pcenet import ops
-from pcenet.training.config import Device, Precision
+from pcenet.choices import Device, Precision
 
 PACKAGES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow", "safetensors")
 

@@ -1,39 +1,89 @@
-"""Classification: what its runs load, train and measure."""
+"""Classification: what its runs load, train, measure and show."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassCalibrationError,
-    MulticlassConfusionMatrix,
-)
 
 import pcenet.data as data
+from pcenet.choices import Precision
 from pcenet.models import SavableModel
+from pcenet.models.preprocessing import image_side, preprocessing
 from pcenet.nn import RoutingStatistics, record_routing
 from pcenet.nn.processes import sum_over_processes
-from pcenet.training.config import EvalConfig, Precision, TrainConfig
-from pcenet.training.device import autocast
-from pcenet.training.health import count_routings, health_of
-from pcenet.training.kinds import Kind
-from pcenet.training.measures import CALIBRATION_BINS, TOP_K, Evaluation, image_side, preprocessing
-from pcenet.training.ranks import over_processes
-from pcenet.training.tables import score_text, show
-from pcenet.training.task import ClassificationTask
+from pcenet.reporting.tables import console, router_table, score_text
+from pcenet.runs.config import EvalConfig, TrainConfig
+from pcenet.runs.health import count_routings, health_of
+from pcenet.runtime.device import autocast
+from pcenet.runtime.distributed import over_processes
+from pcenet.tasks.base import Objective, Task
+from pcenet.tasks.means import EpochMeans
+from pcenet.tasks.mixing import make_mixing
+from pcenet.tasks.results import CALIBRATION_BINS, TOP_K, Evaluation
+
+WIDEST_CONFUSION = 12
 
 
-class Classification(Kind):
+class ClassificationObjective(Objective):
+    """Logits ``[B, num_classes]``, class numbers ``[B]``, or, of mixed images, shares ``[B, num_classes]``."""
+
+    score = "top1"
+    train_score = "top1"
+
+    def __init__(self, config: TrainConfig, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.label_smoothing = config.label_smoothing
+        self.mixing = make_mixing(config.mixup, config.cutmix)
+        self.validation = EpochMeans()
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch with mixup or cutmix, where the options ask for it."""
+        if self.mixing is None:
+            return images, targets
+        return self.mixing(images, F.one_hot(targets, self.num_classes).float())
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy with label smoothing."""
+        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+
+    def right(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Top-1 accuracy; of a mixed image the class with the largest share counts."""
+        targets = targets if targets.ndim == 1 else targets.argmax(1)
+        return (logits.argmax(1) == targets).float().mean()
+
+    def validate(self, forward: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> None:
+        """Unsmoothed cross-entropy, top-1 and, from five classes on, top-5."""
+        from torchmetrics.functional.classification import multiclass_accuracy
+
+        images, labels = batch
+        logits = forward(images)
+        classes = logits.shape[1]
+        accuracy = partial(multiclass_accuracy, logits, labels, num_classes=classes, average="micro")
+        values = {"val/loss": F.cross_entropy(logits, labels), "val/top1": accuracy(top_k=1)}
+        if classes >= TOP_K:
+            values["val/top5"] = accuracy(top_k=TOP_K)
+        self.validation.update(values, len(labels))
+
+    def scores(self) -> dict[str, Tensor]:
+        """The means over the split."""
+        means = self.validation.compute()
+        self.validation.reset()
+        return means
+
+
+class Classification(Task):
     """A label for an image."""
 
-    task = ClassificationTask
+    objective = ClassificationObjective
 
     def open(
         self, config: TrainConfig | EvalConfig, name: str, split: data.Split, trained: SavableModel | None = None
@@ -75,9 +125,10 @@ class Classification(Kind):
         """The images ``[B, 3, h, w]`` of `eval_loader`'s batches."""
         return (images for images, _ in batches)
 
-    def make_task(self, model: nn.Module, config: TrainConfig, source: Any, steps_per_epoch: int) -> ClassificationTask:
-        """The module that trains the model."""
-        return ClassificationTask(model, config, steps_per_epoch)
+    def make_objective(self, model: SavableModel, config: TrainConfig, source: Any) -> ClassificationObjective:
+        """What trains the model."""
+        assert isinstance(model.num_classes, int)
+        return ClassificationObjective(config, model.num_classes)
 
     def evaluate(
         self,
@@ -102,7 +153,7 @@ class Classification(Kind):
 
     def show(self, result: Evaluation, title: str) -> None:
         """Print an evaluation as tables."""
-        show(result, title)
+        _show(result, title)
 
 
 @torch.inference_mode()
@@ -125,11 +176,13 @@ def evaluate_model(
         device: where to compute.
         precision: ``"bf16"`` or ``"fp32"``.
     """
+    from torchmetrics import classification as metrics
+
     model = model.to(device).to(memory_format=torch.channels_last).eval()
     count = len(classes)
-    confusion = MulticlassConfusionMatrix(count).to(device)
-    calibration = MulticlassCalibrationError(count, n_bins=CALIBRATION_BINS).to(device)
-    top5 = MulticlassAccuracy(count, top_k=TOP_K, average="micro").to(device) if count >= TOP_K else None
+    confusion = metrics.MulticlassConfusionMatrix(count).to(device)
+    calibration = metrics.MulticlassCalibrationError(count, n_bins=CALIBRATION_BINS).to(device)
+    top5 = metrics.MulticlassAccuracy(count, top_k=TOP_K, average="micro").to(device) if count >= TOP_K else None
     loss = torch.zeros((), device=device, dtype=torch.float64)
     routing: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
     for images, labels in batches:
@@ -186,3 +239,30 @@ def model_loader(
     return data.build_loader(
         source, transform, batch_size=batch_size, train=False, workers=workers, pin_memory=pin_memory
     )
+
+
+def _show(result: Evaluation, title: str) -> None:
+    """Print an evaluation as tables."""
+    screen = console()
+    summary = Table(title=title, show_header=False)
+    images = result.images
+    top5 = score_text(result.top5, images) if result.top5 is not None else f"n/a (fewer than {TOP_K} classes)"
+    for label, value in (
+        ("images", str(images)),
+        ("top-1", score_text(result.top1, images)),
+        ("top-5", top5),
+        ("cross-entropy", f"{result.loss:.4f}"),
+        (f"calibration error ({CALIBRATION_BINS} bins)", score_text(result.calibration_error, images)),
+    ):
+        summary.add_row(label, value)
+    screen.print(summary)
+    names = list(result.per_class)
+    wide = len(names) > WIDEST_CONFUSION
+    table = Table("class", "images", "accuracy", *([] if wide else names), title="per class; right: predicted as")
+    for name, row in zip(names, result.confusion, strict=True):
+        entry = result.per_class[name]
+        accuracy = score_text(entry["accuracy"], entry["images"])
+        table.add_row(name, str(entry["images"]), accuracy, *([] if wide else map(str, row)))
+    screen.print(table)
+    if result.router:
+        screen.print(router_table(result.router))

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pcenet.training.config import TrainConfig
+    from pcenet.runs.config import TrainConfig
 
 # Options that say how long a schedule takes, and those without which there is none.
 LASTS = {

@@ -1,38 +1,31 @@
-"""The LightningModules that train networks, their schedule and their parameter groups."""
+"""The LightningModule that trains networks, and its parameter groups."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import lightning as L
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from lightning_utilities.core.apply_func import apply_to_collection
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics.functional.classification import multiclass_accuracy
 from typing_extensions import override
 
-from pcenet.data import IGNORE
 from pcenet.nn import Routing, RoutingStatistics, aux_terms, record_routing
 from pcenet.nn.experts import SharedConv2d
-from pcenet.nn.processes import process_count, sum_over_processes
-from pcenet.training.config import TrainConfig
-from pcenet.training.health import TRAINED, count_routings, logit_spread
-from pcenet.training.means import EpochMeans
-from pcenet.training.measures import TOP_K
-from pcenet.training.mixing import make_mixing, make_pasting
-from pcenet.training.pixels import PixelBatches, PixelScores
-from pcenet.training.ranks import gather, own_rank, share_statistics
+from pcenet.nn.processes import process_count
+from pcenet.runs.config import TrainConfig
+from pcenet.runs.health import TRAINED, count_routings, logit_spread
+from pcenet.runtime.distributed import gather, own_rank, share_statistics
+from pcenet.tasks import Objective
+from pcenet.tasks.means import EpochMeans
 from pcenet.training.schedules import Schedules
 
 
@@ -109,29 +102,26 @@ def add_counts(statistics: RoutingStatistics, counts: Mapping[str, Tensor | None
     statistics.load_state_dict(total)
 
 
-class TrainingTask(L.LightningModule, ABC):
+class TrainingModule(L.LightningModule):
     """Trains a network with the loss of its task and, where it has PCE layers, their auxiliary losses.
 
     Args:
         model: images ``[B, 3, H, W]`` to logits.
+        objective: the task's.
         config: the options.
         steps_per_epoch: steps of the optimiser in one pass over the training images.
 
     Attributes:
-        score: name of the figure of merit that ``validation_step`` logs as ``val/<score>``; higher is better.
-        train_score: name of the figure that ``training_step`` logs as ``train/<train_score>``.
         seen: batches that the optimiser has not used yet; it, or whoever leaves them out, clears them.
         means: the means of the figures over the batches that it has used, since somebody reset them.
         routing: what happened in each PCE layer with these.
         val_routing: what happened in each PCE layer in the validation that is at work.
     """
 
-    score: ClassVar[str]
-    train_score: ClassVar[str]
-
-    def __init__(self, model: nn.Module, config: TrainConfig, steps_per_epoch: int) -> None:
+    def __init__(self, model: nn.Module, objective: Objective, config: TrainConfig, steps_per_epoch: int) -> None:
         super().__init__()
         self.model = model
+        self.objective = objective
         self.config = config
         self.schedules = Schedules(config, steps_per_epoch)
         self.seen: list[Seen] = []
@@ -139,18 +129,6 @@ class TrainingTask(L.LightningModule, ABC):
         self.routing: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
         self.val_routing: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
         self.train()
-
-    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch that is trained on; a task may mix its images."""
-        return images, targets
-
-    @abstractmethod
-    def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss that the task is about, a scalar."""
-
-    @abstractmethod
-    def right(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The share of the targets that the logits hit, a scalar."""
 
     @override
     def train(self, mode: bool = True) -> Self:
@@ -167,12 +145,20 @@ class TrainingTask(L.LightningModule, ABC):
         logits: Tensor = self.model(images.to(memory_format=torch.channels_last))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def validate(self, images: Tensor) -> Tensor:
+    def forward_and_count(self, images: Tensor) -> Tensor:
         """The logits of validation images; their routing, that of the network as it will be used, is counted."""
         with record_routing(self.model) as records:
             logits: Tensor = self(images)
         count_routings(self.val_routing, records)
         return logits
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Counts a batch, with the averaged weights."""
+        self.objective.validate(self.forward_and_count, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the figures of the whole split."""
+        self.log_dict(dict(self.objective.scores()))
 
     def batch_number(self, batch_idx: int) -> int:
         """A number for each batch of the run; the optimiser's step where every batch makes one."""
@@ -184,17 +170,17 @@ class TrainingTask(L.LightningModule, ABC):
         finite_images = images.isfinite().flatten(1).all(1)
         share_statistics(self)
         torch.manual_seed(step_seed(self.config.seed, self.batch_number(batch_idx), own_rank()))
-        images, targets = self.mix(images, targets)
+        images, targets = self.objective.mix(images, targets)
         with record_routing(self.model) as records:
             logits = self(images)
-        task = self.task_loss(logits, targets)
+        task = self.objective.loss(logits, targets)
         balance, z = aux_terms(records, synchronised=process_count() > 1)
         # A term of weight 0 is left out, not multiplied: it may be infinite.
         weights = (self.schedules.balance(self.global_step), self.config.z)
         weighted = [w * term for w, term in zip(weights, (balance, z), strict=True) if w]
         loss = sum(weighted, task)
         losses = {"loss": loss, "task_loss": task, "balance_loss": balance, "z_loss": z}
-        values = losses | {self.train_score: self.right(logits, targets)}
+        values = losses | {self.objective.train_score: self.objective.right(logits, targets)}
         values |= {f"{TRAINED}/{name}/logit_spread": logit_spread(routings) for name, routings in records.items()}
         self.seen.append(
             Seen(
@@ -237,116 +223,3 @@ class TrainingTask(L.LightningModule, ABC):
         """AdamW, its learning rate a pure function of the step."""
         optimizer, scheduler = make_optimizer(self.model, self.config, self.schedules)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-class ClassificationTask(TrainingTask):
-    """Logits ``[B, num_classes]``, class numbers ``[B]``, or, of mixed images, shares ``[B, num_classes]``."""
-
-    score = "top1"
-    train_score = "top1"
-
-    def __init__(self, model: nn.Module, config: TrainConfig, steps_per_epoch: int) -> None:
-        super().__init__(model, config, steps_per_epoch)
-        self.mixing = make_mixing(config.mixup, config.cutmix)
-        self.validation = EpochMeans()
-
-    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch with mixup or cutmix, where the options ask for it."""
-        if self.mixing is None:
-            return images, targets
-        assert isinstance(self.model.num_classes, int)
-        return self.mixing(images, F.one_hot(targets, self.model.num_classes).float())
-
-    def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy with label smoothing."""
-        return F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
-
-    def right(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Top-1 accuracy; of a mixed image the class with the largest share counts."""
-        targets = targets if targets.ndim == 1 else targets.argmax(1)
-        return (logits.argmax(1) == targets).float().mean()
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Unsmoothed cross-entropy, top-1 and, from five classes on, top-5, with the averaged weights."""
-        images, labels = batch
-        logits = self.validate(images)
-        classes = logits.shape[1]
-        accuracy = partial(multiclass_accuracy, logits, labels, num_classes=classes, average="micro")
-        values = {"val/loss": F.cross_entropy(logits, labels), "val/top1": accuracy(top_k=1)}
-        if classes >= TOP_K:
-            values["val/top5"] = accuracy(top_k=TOP_K)
-        self.validation.update(values, len(labels))
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the means over the split."""
-        self.log_dict(self.validation.compute())
-        self.validation.reset()
-
-
-class SegmentationTask(TrainingTask):
-    """Logits ``[B, num_classes, H, W]``, class numbers ``[B, H, W]``; pixels of ``pcenet.data.IGNORE`` do not count.
-
-    Args:
-        class_weights: ``[num_classes]``, weight of each class in the loss; None: all equal.
-    """
-
-    score = "miou"
-    train_score = "pixel_accuracy"
-
-    def __init__(
-        self, model: nn.Module, config: TrainConfig, steps_per_epoch: int, class_weights: Tensor | None = None
-    ) -> None:
-        super().__init__(model, config, steps_per_epoch)
-        self.register_buffer("class_weights", class_weights, persistent=False)
-        self.class_weights: Tensor | None
-        self.pixels: PixelScores | None = None
-        self.pasting = make_pasting(config.cutmix)
-
-    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch with cutmix, where the options ask for it."""
-        return (images, targets) if self.pasting is None else self.pasting(images, targets)
-
-    def task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy over the pixels that count, weighted by class, with label smoothing; 0 where none counts.
-
-        Where several processes train, what is divided by is the mean over their batches, so that the mean of their
-        losses is that of one batch, however unevenly the pixels that count are spread.
-        """
-        total = F.cross_entropy(
-            logits,
-            targets,
-            weight=self.class_weights,
-            ignore_index=IGNORE,
-            reduction="sum",
-            label_smoothing=self.config.label_smoothing,
-        )
-        counted = targets != IGNORE
-        weight = counted.sum() if self.class_weights is None else self.class_weights[targets[counted]].sum()
-        return total / self.mean_weight(weight).to(total.dtype).clamp(min=1e-12)
-
-    def right(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Pixel accuracy; 0 where no pixel counts."""
-        counted = targets != IGNORE
-        return ((logits.argmax(1) == targets) & counted).sum() / self.mean_weight(counted.sum()).float().clamp(
-            min=1e-12
-        )
-
-    @staticmethod
-    def mean_weight(weight: Tensor) -> Tensor:
-        """The mean over processes of what each of their batches is divided by."""
-        return sum_over_processes(weight.double()) / process_count()
-
-    def validation_step(self, batch: PixelBatches, batch_idx: int) -> None:
-        """Counts pixels at the size of the masks, with the averaged weights."""
-        for images, masks in batch:
-            logits = self.validate(images)
-            if self.pixels is None:
-                self.pixels = PixelScores(logits.shape[1], self.device)
-            self.pixels.update(logits, masks)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs loss, mIoU and pixel accuracy of the whole split."""
-        assert self.pixels is not None
-        scores = self.pixels.compute()
-        self.pixels = None
-        self.log_dict({"val/loss": scores.loss, "val/miou": scores.miou, "val/pixel_accuracy": scores.pixel_accuracy})

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from pcenet.data import IGNORE
 from pcenet.nn.processes import sum_over_processes
@@ -57,6 +56,8 @@ class PixelScores:
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
+        from torchmetrics.classification import MulticlassConfusionMatrix
+
         self._confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE, validate_args=False).to(device)
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
 

@@ -1,0 +1,58 @@
+"""The options of ``pcenet predict``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pcenet.runs.options import (
+    DeviceOption,
+    GreyRangeOption,
+    Option,
+    PrecisionOption,
+    RunOption,
+    ThreadsOption,
+    WorkersOption,
+    check,
+)
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """What ``pcenet predict`` needs to know. Creating one checks every value, as for `TrainConfig`."""
+
+    run: RunOption
+    inputs: Annotated[
+        list[str],
+        Option(
+            "Image files, folders (with all that is below them) and .zip archives (read in place).", positional=True
+        ),
+    ]
+    out: Annotated[
+        str | None,
+        Option("Folder for the results, new or empty; null: predictions, with a number where that exists."),
+    ] = None
+    top: Annotated[
+        int, Option("Classification: how many classes to list for each image, most probable first.", at_least=1)
+    ] = 5
+    overlay_opacity: Annotated[
+        float,
+        Option("Segmentation: how strongly the classes' colours cover the image, from 0 to 1.", at_least=0, at_most=1),
+    ] = 0.5
+    grey_range: GreyRangeOption = None
+    routing: Annotated[
+        bool, Option("Write the expert of each patch, per layer, to predictions.json as rows of columns.")
+    ] = False
+    trust_code: Annotated[
+        bool, Option("Run FILE.pt2, which is a program and can do whatever you can: only from people you trust.")
+    ] = False
+    batch_size: Annotated[
+        int | None, Option("Images per step; null: 256, or 8 to segment, fewer where they are large.", at_least=1)
+    ] = None
+    precision: PrecisionOption = "auto"
+    device: DeviceOption = "auto"
+    workers: WorkersOption = None
+    threads: ThreadsOption = None
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -1,0 +1,1 @@
+"""How figures are shown: tables on the terminal, plots, colours, percentages."""
