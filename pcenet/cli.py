@@ -59,7 +59,7 @@ C = TypeVar(
     PushConfig,
 )
 
-TRAIN_EXTRA = ("jsonargparse", "lightning", "rich", "scipy", "tensorboard", "torchmetrics", "yaml")
+TRAIN_EXTRA = ("lightning", "lightning_utilities", "scipy", "tensorboard", "torchmetrics")
 TRACEBACK = "PCENET_TRACEBACK"
 MOST_KEYS = 500  # of a configuration; jsonargparse looks at unknown ones slowly
 YAML = "pcenet"  # jsonargparse's name for our way of reading and writing it
