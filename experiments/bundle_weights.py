@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
+from pcenet.catalogue import CONFIG
 from pcenet.models import create_network, load_model, pretrained
-from pcenet.models.pretrained import CONFIG, WEIGHTS
+from pcenet.models.pretrained import WEIGHTS
 from pcenet.publish.card import SCORES, recipe, score_of
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder

@@ -27,7 +27,7 @@ from pcenet.data import SceneSource, cover_transform
 from pcenet.data.scenes import VERSION
 from pcenet.models import PCEUNet, SavableModel, create_network, load_model
 from pcenet.models.preprocessing import image_size
-from pcenet.tasks.evaluation import find_model
+from pcenet.runs.finding import find_model
 
 RESULT = Path(__file__).parent / "results" / "scenes-probes.json"
 PIXELS = "pixels"

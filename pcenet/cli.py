@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_origin
 from pcenet import __version__
 from pcenet.app.config import AppConfig
 from pcenet.benchmark.config import BenchConfig
+from pcenet.catalogue import check_network, fault_of_source, networks, task_of_source, weights_of
 from pcenet.choices import did_you_mean
 from pcenet.compare.config import OF_A_RUN, CompareConfig
 from pcenet.explain.config import ExplainConfig
@@ -30,6 +31,7 @@ from pcenet.export.config import ExportConfig
 from pcenet.inference.config import PredictConfig
 from pcenet.publish.config import PushConfig
 from pcenet.runs.config import CheckDataConfig, EvalConfig, TrainConfig
+from pcenet.runs.finding import find_model
 from pcenet.runs.options import Option, choices_of, options_of
 from pcenet.runtime.launcher import (
     LOST,
@@ -257,9 +259,13 @@ def parse_values(command: str, entries: dict[str, Entry], arguments: list[str]) 
 
 def task_of_the_data(name: str) -> str:
     """The task where none is given; said in a line unless it is the usual one, or another process says it."""
-    from pcenet.data import task_for
+    if fault := fault_of_source(name):
+        raise ValueError(fault)
+    task = task_of_source(name)
+    if task is None:
+        from pcenet.data import task_for
 
-    task = task_for(name)
+        task = task_for(name)
     if task != "classify" and not ranks_of_environment().rank:
         say(f"task {task}: {name} has images and masks")
     return task
@@ -363,9 +369,13 @@ def explain(message: str, entries: dict[str, Entry]) -> str:
 def run_train(arguments: list[str]) -> int | None:
     """train a network on images"""
     config = parse("train", TrainConfig, arguments)
+    check_network(config.model_name, config.task)
+    if config.init is not None:
+        find_model(config.init, "init")
     if config.devices > 1 and ranks_of_environment().count == 1:
         return launch(["train", *arguments, "--task", config.task], config.devices)
     end_with_the_launcher()
+    say_loading()
     if config.dry_run:
         from pcenet.training.rehearsal import dry_run
 
@@ -394,6 +404,7 @@ def run_compare(arguments: list[str]) -> None:
     values["variants"] = variants
     recipe_config = TrainConfig(**{name: values[name] for name in recipe})
     config = CompareConfig(**{name: values[name] for name in own}, recipe=recipe_config)
+    say_loading()
     from pcenet.compare.run import compare, status
 
     (status if config.status else compare)(config)
@@ -415,9 +426,23 @@ def read_variant(label: Any, changes: Any) -> Any:
     return {name: values[name] for name in changes}
 
 
+def say_loading() -> None:
+    """To somebody who waits: importing PyTorch takes some seconds."""
+    if sys.stderr.isatty():
+        say("loading PyTorch ...", to=sys.stderr)
+
+
+def check_run(name: str) -> None:
+    """Raise what `find_model` raises, before torch is imported; a file may be one that `pcenet export` wrote."""
+    if not Path(name).is_file():
+        find_model(name)
+
+
 def run_eval(arguments: list[str]) -> None:
     """measure a trained network: accuracy or mIoU, each class, confusion matrix, router health"""
     config = parse("eval", EvalConfig, arguments)
+    check_run(config.run)
+    say_loading()
     from pcenet.tasks.evaluation import evaluate
 
     evaluate(config)
@@ -426,6 +451,7 @@ def run_eval(arguments: list[str]) -> None:
 def run_check_data(arguments: list[str]) -> int:
     """look for faults in a folder or .zip of images before training on it"""
     config = parse("check-data", CheckDataConfig, arguments)
+    say_loading()
     from pcenet.analysis.check_data import check_data
 
     return 0 if check_data(config).usable else 1
@@ -434,6 +460,8 @@ def run_check_data(arguments: list[str]) -> int:
 def run_predict(arguments: list[str]) -> int:
     """apply a trained network to image files, folders and archives"""
     config = parse("predict", PredictConfig, arguments)
+    check_run(config.run)
+    say_loading()
     from pcenet.inference.predict import predict
 
     result = predict(config)
@@ -443,6 +471,8 @@ def run_predict(arguments: list[str]) -> int:
 def run_export(arguments: list[str]) -> None:
     """write a trained network to an ONNX file, or to a program of torch.export"""
     config = parse("export", ExportConfig, arguments)
+    check_run(config.run)
+    say_loading()
     from pcenet.export.command import export
 
     export(config)
@@ -451,6 +481,8 @@ def run_export(arguments: list[str]) -> None:
 def run_explain(arguments: list[str]) -> None:
     """write a page on what each expert of a trained network does, and how much it matters"""
     config = parse("explain", ExplainConfig, arguments)
+    check_run(config.run)
+    say_loading()
     from pcenet.explain.command import explain
 
     explain(config)
@@ -459,6 +491,8 @@ def run_explain(arguments: list[str]) -> None:
 def run_app(arguments: list[str]) -> None:
     """show what each expert does, on a web page of this machine"""
     config = parse("app", AppConfig, arguments)
+    check_run(config.run)
+    say_loading()
     from pcenet.app.server import serve
 
     serve(config)
@@ -467,6 +501,7 @@ def run_app(arguments: list[str]) -> None:
 def run_push(arguments: list[str]) -> None:
     """publish the network of a run on the Hugging Face Hub, with a model card"""
     config = parse("push", PushConfig, arguments)
+    say_loading()
     from pcenet.publish.command import push
 
     push(config)
@@ -475,7 +510,7 @@ def run_push(arguments: list[str]) -> None:
 def run_models(arguments: list[str]) -> None:
     """list the networks with their cost and their dense twins"""
     options = parse_json_flag("models", arguments)
-    rows = catalogue()
+    rows = [about | {"weights": list(weights_of(name))} for name, about in networks().items()]
     if options.json:
         say(*json.dumps(rows, indent=2).splitlines())
         return
@@ -512,6 +547,7 @@ def as_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
 def run_bench(arguments: list[str]) -> None:
     """measure time, latency and memory against the dense twin"""
     config = parse("bench", BenchConfig, arguments)
+    say_loading()
     from pcenet.benchmark.run import bench
 
     bench(config)
@@ -532,21 +568,6 @@ def parse_json_flag(command: str, arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     spellings = {name: name for name in ("-h", "--help", "--json")}
     return parser.parse_args([respell(word, spellings) for word in arguments])
-
-
-def catalogue() -> list[dict[str, Any]]:
-    """Cost of every network at its own input size, its dense twin's name (None for a dense network), and the tags of
-    the weights that come with the package."""
-    from pcenet.models import create_network, list_models, task_of, twin_of
-    from pcenet.models.preprocessing import cost_of, image_size
-    from pcenet.models.pretrained import weights_of
-
-    rows = []
-    for name in list_models():
-        model = create_network(name)
-        about = {"name": name, "task": task_of(name), "input_size": list(image_size(model))}
-        rows.append(about | cost_of(model) | {"twin": twin_of(name), "weights": list(weights_of(name))})
-    return rows
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from pcenet.models import bundled, create_network, load_model
+from pcenet.catalogue import bundled
+from pcenet.models import create_network, load_model
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder
 

@@ -22,7 +22,14 @@ HEAVY = {
     "sklearn",
     "segmentation_models_pytorch",
 }
-EVERYWHERE = {"choices", "reading", "texts", "writing", "yaml_files"}  # single modules, which import none of the parts
+EVERYWHERE = {
+    "catalogue",
+    "choices",
+    "reading",
+    "texts",
+    "writing",
+    "yaml_files",
+}  # single modules, which import none of the parts
 # Who may import whom, itself and these aside.
 ALLOWED = {
     "ops": set(),

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, NoReturn
 from pcenet.app.config import AppConfig
 from pcenet.app.guard import LOOPBACK, Guard, host_name
 from pcenet.app.session import Explorer, fitted
+from pcenet.catalogue import bundled_folder
 from pcenet.data import DataError, ImageSource, Source
 from pcenet.models import SavableModel, load_model
-from pcenet.models.pretrained import bundled_folder
 from pcenet.runs.config import EvalConfig
+from pcenet.runs.finding import find_model
 from pcenet.runs.folder import RunFolder
 from pcenet.runtime.device import resolve_device, resolve_precision, set_threads
-from pcenet.tasks.evaluation import check_against_network, find_model, open_data
+from pcenet.tasks.evaluation import check_against_network, open_data
 from pcenet.texts import say, shown
 
 if TYPE_CHECKING:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
+from pcenet.catalogue import fault_of_source, task_of_source
 from pcenet.choices import GreyRange, IgnoreIndex, Split, TaskName, check_grey_range, did_you_mean
 from pcenet.data.arrays import KNOWN_SOURCES
 from pcenet.data.base import DataError, ImageSource, SegmentationSource
@@ -20,7 +20,6 @@ KNOWN_SEGMENTATION_SOURCES: Mapping[str, Callable[[Split], SegmentationSource]] 
 
 SOURCE_NAMES = tuple(KNOWN_SOURCES)
 SEGMENTATION_SOURCE_NAMES = tuple(KNOWN_SEGMENTATION_SOURCES)
-SIMILAR = 0.6  # how like a word a name must be for a suggestion: a path may be anything
 
 __all__ = [
     "SEGMENTATION_SOURCE_NAMES",
@@ -112,10 +111,8 @@ def task_for(source: str | Path) -> TaskName:
     Args:
         source: as for `open_source` and `open_segmentation_source`; one that cannot be read is for them to refuse.
     """
-    if source in KNOWN_SEGMENTATION_SOURCES and not os.path.exists(source):
-        return "segment"
-    if source in KNOWN_SOURCES:
-        return "classify"
+    if task := task_of_source(source):
+        return task
     try:
         names, _ = open_tree(source).listing()
     except DataError:
@@ -150,14 +147,8 @@ def open_tree(source: str | Path, names: Sequence[str] = ()) -> FileTree:
     path = os.path.expanduser(source)
     if os.path.isdir(path):
         return FolderTree(Path(path))
-    if not os.path.exists(path):
-        candidates = [*names, *_usable_beside(Path(path))]
-        path_of = "the path of a folder or .zip of images"
-        expected = f"{', '.join(names)}, or {path_of}" if names else path_of
-        raise DataError(
-            f"data source '{source}' does not exist: it must be {expected}"
-            f"{did_you_mean(str(source), candidates, SIMILAR)}"
-        )
+    if fault := fault_of_source(source, names):
+        raise DataError(fault)
     if not path.lower().endswith(".zip"):
         raise DataError(f"data source '{source}' is neither a folder nor a .zip. Name a folder or .zip of images.")
     return ZipTree(Path(path))
@@ -166,9 +157,3 @@ def open_tree(source: str | Path, names: Sequence[str] = ()) -> FileTree:
 def default_root() -> Path:
     """``pcenet/data`` in the user's cache folder: ``$XDG_CACHE_HOME``, or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pcenet" / "data"
-
-
-def _usable_beside(path: Path) -> list[str]:
-    """The folders and archives that a mistyped path may have meant."""
-    beside = glob.glob(os.path.join(glob.escape(str(path.parent)), "*"))
-    return [os.path.normpath(other) for other in beside if os.path.isdir(other) or other.endswith(".zip")]

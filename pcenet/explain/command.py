@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pcenet.analysis import observe
 from pcenet.analysis.agreement import VIEWS, Pixels
 from pcenet.analysis.effects import Targets, standard_interventions, tallies
+from pcenet.catalogue import bundled
 from pcenet.choices import GreyRange
 from pcenet.data import Transform, cover_transform, first_images
 from pcenet.explain.config import ExplainConfig
@@ -30,7 +31,6 @@ from pcenet.inference.inputs import InputFile, find_inputs
 from pcenet.inference.outputs import output_folder
 from pcenet.models import SavableModel, twin_of
 from pcenet.models.preprocessing import cost_of, image_size, preprocessing
-from pcenet.models.pretrained import bundled
 from pcenet.nn import routers_of
 from pcenet.reporting.plots import Row, layers_of, new_figure
 from pcenet.reporting.tables import console

@@ -25,8 +25,8 @@ from pcenet.export.quantising import quantise
 from pcenet.models import SavableModel, complexity, load_model
 from pcenet.models.preprocessing import image_size, preprocessing
 from pcenet.nn import record_routing, routers_of
+from pcenet.runs.finding import find_model
 from pcenet.runtime.device import set_threads
-from pcenet.tasks.evaluation import find_model
 from pcenet.texts import say
 from pcenet.writing import filling
 

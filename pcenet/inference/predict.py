@@ -23,8 +23,9 @@ from pcenet.inference.segment import Segmenter, write_picture
 from pcenet.models import SavableModel, load_model
 from pcenet.reporting.colours import legend
 from pcenet.reporting.tables import console
+from pcenet.runs.finding import find_model
 from pcenet.runtime.device import resolve_device, resolve_precision, resolve_workers, set_threads
-from pcenet.tasks.evaluation import eval_batch_size, find_model
+from pcenet.tasks.evaluation import eval_batch_size
 from pcenet.texts import one_line, say
 from pcenet.writing import filling
 

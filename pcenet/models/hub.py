@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from pcenet.catalogue import CONFIG, bundled_folder, or_bundled
 from pcenet.choices import GreyRange, TaskName, check_grey_range, without_removed
 from pcenet.models.card import model_card
 from pcenet.models.limits import (
@@ -33,7 +34,7 @@ from pcenet.models.limits import (
     excerpt,
     read_json,
 )
-from pcenet.models.pretrained import CONFIG, WEIGHTS, bundled_folder, or_bundled, preprocessing_of
+from pcenet.models.pretrained import WEIGHTS, preprocessing_of
 from pcenet.reading import check_regular
 from pcenet.writing import write_bytes, write_text
 

@@ -17,9 +17,10 @@ from timm.models import DefaultCfg, build_model_with_cfg, checkpoint_seq, genera
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from pcenet.catalogue import weights_of
 from pcenet.models.blocks import make_blocks, make_downsampling, make_stem, resolve_layer_options, stacked_norm_names
 from pcenet.models.hub import SavableModel
-from pcenet.models.pretrained import class_names_of, record_of, weights_of
+from pcenet.models.pretrained import class_names_of, record_of
 from pcenet.models.stages import dense, make_stages
 from pcenet.nn import PCEConv2d, PCELayer
 

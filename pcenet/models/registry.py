@@ -10,12 +10,13 @@ from typing import Any
 
 import timm
 
+from pcenet.catalogue import list_bundled, weights_of
 from pcenet.choices import TaskName
 from pcenet.models.blocks import network_options
 from pcenet.models.decoded import DecodedNet, decoded_options
 from pcenet.models.hub import SavableModel
 from pcenet.models.pcenet import PCENet, classifier_names
-from pcenet.models.pretrained import list_bundled, weights_of
+from pcenet.models.preprocessing import cost_of, image_size
 from pcenet.models.timm_net import TimmNet, is_timm, timm_input_size
 from pcenet.models.unet import INPUT_SIZE, UNETS, PCEUNet
 
@@ -43,6 +44,13 @@ def twin_of(name: str) -> str | None:
     if not network.startswith("pce_"):
         return None
     return decoder + colon + network.replace("pce_", "dense_", 1).removesuffix("_spec")
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What one of `list_models` is for, its own input size, its cost with fresh weights, and its twin's name."""
+    model = create_network(name)
+    about = {"name": name, "task": task_of(name), "input_size": list(image_size(model))}
+    return about | cost_of(model) | {"twin": twin_of(name)}
 
 
 def model_options(name: str) -> tuple[str, ...]:

@@ -18,9 +18,10 @@ from timm.layers import calculate_drop_path_rates
 from timm.models import load_pretrained
 from torch import Tensor, nn
 
+from pcenet.catalogue import weights_of
 from pcenet.models.blocks import make_blocks, make_downsampling, make_stem, resolve_layer_options, stacked_norm_names
 from pcenet.models.hub import SavableModel
-from pcenet.models.pretrained import class_names_of, record_of, weights_of
+from pcenet.models.pretrained import class_names_of, record_of
 from pcenet.models.stages import dense, make_stages
 
 INPUT_SIZE = (3, 192, 256)

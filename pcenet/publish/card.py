@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult
 
+from pcenet.catalogue import bundled
 from pcenet.choices import TaskName
-from pcenet.models import bundled
 from pcenet.models.card import PIPELINE, plain
 from pcenet.reporting.tables import score_digits, score_text
 from pcenet.runs.config import TrainConfig

@@ -18,11 +18,12 @@ from huggingface_hub.utils import validate_repo_id
 
 from pcenet.analysis import routing_picture
 from pcenet.analysis.agreement import Pixels
+from pcenet.catalogue import CONFIG
 from pcenet.data import SEGMENTATION_SOURCE_NAMES, SOURCE_NAMES, first_images
 from pcenet.models import create_network, load_model, twin_of
 from pcenet.models.card import model_card
 from pcenet.models.preprocessing import cost_of, image_size, preprocessing
-from pcenet.models.pretrained import CONFIG, WEIGHTS
+from pcenet.models.pretrained import WEIGHTS
 from pcenet.nn import record_routing, routers_of
 from pcenet.publish.card import (
     PICTURE,

@@ -14,8 +14,8 @@ from pcenet.choices import TaskName
 from pcenet.data.names import bare, nearly, one_form
 from pcenet.models import SavableModel, load_model
 from pcenet.models.preprocessing import image_size
-from pcenet.models.pretrained import bundled_folder, or_bundled
 from pcenet.runs.config import EvalConfig
+from pcenet.runs.finding import find_model
 from pcenet.runs.folder import RunFolder
 from pcenet.runs.health import complaint
 from pcenet.runs.records import read_record
@@ -188,22 +188,3 @@ def written_for(path: Path) -> str | None:
     except (ValueError, OSError):
         return None
     return source
-
-
-def find_model(name: str, option: str = "run") -> tuple[Path, RunFolder | None]:
-    """The model folder that a path is or holds, and the run folder around it, if it is one.
-
-    Args:
-        name: a path or, where there is none, the name of weights that come with the package.
-        option: what gave it, to be named in the error.
-
-    Raises:
-        FileNotFoundError: if there is neither.
-    """
-    path = bundled_folder(name) or Path(name)
-    for folder in (path / "model", path):
-        if (folder / "config.json").is_file():
-            run = RunFolder(folder.parent)
-            return folder, run if run.config.is_file() else None
-    reason = "training has not finished there" if (path / "config.yaml").is_file() else "there is no model/config.json"
-    raise FileNotFoundError(f"{option}: {path} is no run folder or model folder: {reason}{or_bundled(name)}")

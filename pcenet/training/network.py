@@ -26,8 +26,8 @@ from pcenet.models.hub import check_patches, check_tensors, read_weights
 from pcenet.models.limits import check_image_shape
 from pcenet.models.pretrained import WEIGHTS
 from pcenet.runs.config import TrainConfig
+from pcenet.runs.finding import find_model
 from pcenet.runtime.memory import ran_out_of_memory
-from pcenet.tasks.evaluation import find_model
 
 DECIDED_ELSEWHERE = {
     "num_classes": "the data decide it",

@@ -27,7 +27,8 @@ import torchvision
 from torch import Tensor, nn
 
 import pcenet
-from pcenet.models import bundled, create_network, load_model
+from pcenet.catalogue import bundled
+from pcenet.models import create_network, load_model
 from pcenet.models.hub import SavableModel
 from pcenet.nn import PCEConv2d, PCELayer, Routing, aux_loss, record_routing
 

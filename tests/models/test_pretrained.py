@@ -19,9 +19,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import pcenet
+from pcenet.catalogue import CONFIG, bundled, weights_root
 from pcenet.cli import main
-from pcenet.models import PCENet, PCEUNet, bundled, create_network, load_model
-from pcenet.models.pretrained import CONFIG, WEIGHTS, weights_root
+from pcenet.models import PCENet, PCEUNet, create_network, load_model
+from pcenet.models.pretrained import WEIGHTS
 
 CLASSES = ["ant", "bee", "cat", "dog", "emu", "fox", "gnu", "hen", "ibis", "jay"]
 SCENE = ["sky", "road", "tree"]

@@ -15,9 +15,10 @@ from PIL import Image
 
 from pcenet.app.config import AppConfig
 from pcenet.app.server import open_samples
+from pcenet.catalogue import bundled
 from pcenet.cli import main
 from pcenet.data import DataError
-from pcenet.models import SavableModel, bundled, create_network, load_model
+from pcenet.models import SavableModel, create_network, load_model
 from pcenet.runs.config import EvalConfig
 from pcenet.tasks.evaluation import evaluate, open_trained
 
