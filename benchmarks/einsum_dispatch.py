@@ -28,14 +28,14 @@ class EinsumLayer(nn.Module):
         """``[B, C, H, W]`` to the same shape."""
         routing = self.router(x)
         patches, grid = self.extractor.split(x)
-        chosen = F.one_hot(routing.choice[:, 0], routing.num_experts)
+        chosen = F.one_hot(routing.expert_ids[:, 0], routing.num_experts)
         place = (chosen.cumsum(0) * chosen - 1).clamp(min=0)
         # [N, E, capacity]: patch n is the c-th of expert e.
-        dispatch = F.one_hot(place, int(routing.load.max())) * chosen.unsqueeze(2)
+        dispatch = F.one_hot(place, int(routing.expert_counts.max())) * chosen.unsqueeze(2)
         dispatch = dispatch.to(patches.dtype)
         batches = torch.einsum("nec,nijk->ecijk", dispatch, patches)
         outputs = torch.stack([expert(batch) for expert, batch in zip(self.experts, batches, strict=True)])
-        weighted = dispatch.to(outputs.dtype) * routing.choice_weight[:, :, None].to(outputs.dtype)
+        weighted = dispatch.to(outputs.dtype) * routing.gates[:, :, None].to(outputs.dtype)
         return x + self.extractor.merge(torch.einsum("nec,ecijk->nijk", weighted, outputs), grid, x.shape[2:])
 
 

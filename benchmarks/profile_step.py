@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def route(index: int) -> None:
         layer.train()
-        layer.router(batches[index % len(batches)]).choice_weight.sum().backward()
+        layer.router(batches[index % len(batches)]).gates.sum().backward()
 
     dense = DenseLayer(shape.channels).to(memory_format=torch.channels_last)
     calls: dict[str, Call] = {

@@ -57,8 +57,8 @@ def test_the_layer_equals_the_reference(options: dict[str, Any], train_mode: boo
     output, routing = on_gpu.forward_with_routing(own)
     assert output.is_cuda
     torch.testing.assert_close(output.cpu(), expected.output, rtol=1e-9, atol=1e-9, check_stride=False)
-    assert routing.choice.tolist() == expected.choice
-    assert routing.kept.tolist() == expected.kept
+    assert routing.expert_ids.tolist() == expected.expert_ids
+    assert routing.dispatch_mask.tolist() == expected.dispatch_mask
     found = reference.gradients(output, own, on_gpu)
     reference.assert_same({name: grad.cpu() for name, grad in found.items()}, gradients, 1e-8, 1e-8)
     running = {k: v.cpu() for k, v in on_gpu.experts.state_dict().items() if "running" in k}
@@ -107,7 +107,7 @@ def test_bfloat16_is_near_float32() -> None:
             actual = model(images).float()
     same = torch.ones(len(images), dtype=torch.bool, device="cuda")
     for layer, (routing,) in records.items():
-        same &= (own[layer][0].choice == routing.choice).view(len(images), -1).all(1)
+        same &= (own[layer][0].expert_ids == routing.expert_ids).view(len(images), -1).all(1)
     # Of hundreds of patches some few lie between two experts, where rounding decides.
     assert same.sum() > 8
     assert (actual - expected)[same].norm() < 0.03 * expected[same].norm()

@@ -125,7 +125,7 @@ def first_choices(seen: Seen, view: View | None = None) -> Tensor | None:
         seen: what a layer saw.
         view: what was shown to the network; None: the images as they are.
     """
-    choices = seen.routing.choice[:, 0].view(*seen.routing.grid)
+    choices = seen.routing.expert_ids[:, 0].view(*seen.routing.grid)
     if view is None or not view.mirrored:
         return choices
     return choices.flip(-1) if seen.divides else None

@@ -40,7 +40,7 @@ class PatchCounts:
         grid, num_experts = routing.grid, routing.num_experts
         cells = grid.rows * grid.columns
         position = torch.arange(grid.patches) % cells
-        expert, classes = routing.choice[:, 0].cpu(), classes.cpu()
+        expert, classes = routing.expert_ids[:, 0].cpu(), classes.cpu()
         index = (position * num_experts + expert) * self.num_classes + classes
         shape = (cells, num_experts, self.num_classes)
         counted = torch.bincount(index[classes != IGNORE], minlength=int(np.prod(shape))).view(shape).numpy()

@@ -61,9 +61,9 @@ class Gallery:
         """
         routing = seen.routing
         cells = routing.grid.rows * routing.grid.columns
-        gate = routing.probs.gather(1, routing.choice[:, :1])[:, 0].float().view(-1, cells).cpu()
-        choice = routing.choice[:, 0].view(-1, cells).cpu()
-        kept = routing.kept[:, 0].view(-1, cells).cpu()
+        gate = routing.probs.gather(1, routing.expert_ids[:, :1])[:, 0].float().view(-1, cells).cpu()
+        choice = routing.expert_ids[:, 0].view(-1, cells).cpu()
+        kept = routing.dispatch_mask[:, 0].view(-1, cells).cpu()
         for expert, heap in enumerate(self._heaps):
             of_expert = torch.where((choice == expert) & kept, gate, -1.0)
             # Not max, which promises no order among equal values.

@@ -41,7 +41,7 @@ def redirect(model: nn.Module, choose: Redirect) -> Iterator[None]:
         for name, router in routers_of(model):
 
             def change(_module: nn.Module, _args: Any, routing: Routing, name: str = name) -> Routing:
-                return replace(routing, choice=choose(name, routing))
+                return replace(routing, expert_ids=choose(name, routing))
 
             stack.callback(router.register_forward_hook(change).remove)
         yield
@@ -49,7 +49,7 @@ def redirect(model: nn.Module, choose: Redirect) -> Iterator[None]:
 
 def in_layer(layer: str, choose: Redirect) -> Redirect:
     """``choose`` in the layer of that name alone; the others keep the router's choice."""
-    return lambda name, routing: choose(name, routing) if name == layer else routing.choice
+    return lambda name, routing: choose(name, routing) if name == layer else routing.expert_ids
 
 
 def random_expert(seed: int = 0) -> Redirect:
@@ -60,8 +60,8 @@ def random_expert(seed: int = 0) -> Redirect:
     generator = torch.Generator().manual_seed(seed)
 
     def choose(_name: str, routing: Routing) -> Tensor:
-        shape = routing.choice.shape
-        return torch.randint(routing.num_experts, shape, generator=generator).to(routing.choice.device)
+        shape = routing.expert_ids.shape
+        return torch.randint(routing.num_experts, shape, generator=generator).to(routing.expert_ids.device)
 
     return choose
 
@@ -75,7 +75,7 @@ def fixed_expert(expert: int) -> Redirect:
 
     def choose(name: str, routing: Routing) -> Tensor:
         _check_expert(expert, name, routing)
-        return torch.full_like(routing.choice, expert)
+        return torch.full_like(routing.expert_ids, expert)
 
     return choose
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def expert_map(routing: Routing) -> Tensor:
     """The first choice of every patch as a map, ``[images, rows, columns]`` int64, -1 where it was dropped."""
-    first = torch.where(routing.kept[:, 0], routing.choice[:, 0], -1)
+    first = torch.where(routing.dispatch_mask[:, 0], routing.expert_ids[:, 0], -1)
     return first.view(*routing.grid)
 
 
@@ -81,7 +81,7 @@ def _overlay(routing: Routing) -> Tensor:
 def _legend(routing: Routing) -> list[object]:
     from matplotlib.patches import Patch
 
-    shares = (routing.load / routing.choice.numel()).tolist()
+    shares = (routing.expert_counts / routing.expert_ids.numel()).tolist()
     return [
         Patch(color=PALETTE[expert % len(PALETTE)], label=f"expert {expert}: {share:.0%}")
         for expert, share in enumerate(shares)

@@ -102,7 +102,7 @@ class LayerRouting:
     @property
     def serving(self) -> Integers:
         """``[rows, columns]``: the first expert that served each patch, -1 where it was dropped."""
-        return np.where(self.kept[..., 0], self.choice[..., 0], -1)
+        return np.where(self.dispatch_mask[..., 0], self.expert_ids[..., 0], -1)
 
     def box(self, row: int, column: int, size: tuple[int, int]) -> Box:
         """What a patch covers of a picture of the image, whose width and height are ``size``."""
@@ -336,7 +336,7 @@ def sent_to(moves: Moves) -> Redirect:
     """
 
     def choose(layer: str, routing: Routing) -> Tensor:
-        choice = routing.choice.clone()
+        choice = routing.expert_ids.clone()
         for place, expert in moves.items():
             if place.layer == layer:
                 experts = choice[place.row * routing.grid.columns + place.column]
@@ -379,9 +379,9 @@ def layer_routing(model: nn.Module, name: str, routing: Routing, size: tuple[int
 
     return LayerRouting(
         probs=grid(routing.probs.float()),
-        choice=grid(routing.choice),
-        weight=grid(routing.choice_weight.float()),
-        kept=grid(routing.kept),
+        expert_ids=grid(routing.expert_ids),
+        weight=grid(routing.gates.float()),
+        dispatch_mask=grid(routing.dispatch_mask),
         reach=(rows * side / size[0], columns * side / size[1]),
     )
 

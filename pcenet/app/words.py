@@ -133,7 +133,9 @@ def patch_answer(visit: Visit) -> str:
 def _further(routing: LayerRouting, row: int, column: int) -> list[str]:
     """What is only sometimes worth saying: further experts, what was dropped, factors that are not the gate value."""
     lines = []
-    choice, weight, kept = (values[row, column] for values in (routing.choice, routing.weight, routing.kept))
+    choice, weight, kept = (
+        values[row, column] for values in (routing.expert_ids, routing.weight, routing.dispatch_mask)
+    )
     if len(choice) > 1:
         lines.append("It is served by experts " + ", ".join(str(expert) for expert in choice) + ".")
     if not kept.all():

@@ -100,7 +100,7 @@ def balance(model: nn.Module, batches: list[Tensor]) -> float:
             with record_routing(model) as records:
                 model(batch)
             for routings in records.values():
-                loads = routings[0].load
+                loads = routings[0].expert_counts
                 worst = max(worst, float(loads.max()) / max(1.0, float(loads.min())))
     return worst
 

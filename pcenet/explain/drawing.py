@@ -139,7 +139,7 @@ def _layer(
 
 def _overlay(layer: Report, number: int, shown: Shown) -> Picture:
     seen = shown.seen[layer["name"]]
-    shares = (seen.routing.load / seen.routing.choice.numel()).tolist()
+    shares = (seen.routing.expert_counts / seen.routing.expert_ids.numel()).tolist()
     alt = f"Experts of {layer['title']} laid over {shown.name}: " + ", ".join(
         f"expert {expert} {percent(share)} of the patches" for expert, share in enumerate(shares) if share
     )

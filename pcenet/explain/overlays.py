@@ -41,9 +41,9 @@ def expert_overlay(pixels: Tensor, seen: Seen, image: int) -> Image.Image:
     grey = picture_of(pixels).convert("L").point([round(255 - LIGHT * (255 - v)) for v in range(256)]).convert("RGB")
     routing = seen.routing
     _, rows, columns = routing.grid
-    gate = routing.probs.gather(1, routing.choice[:, :1])[:, 0].view(*routing.grid)[image].tolist()
-    experts = routing.choice[:, 0].view(*routing.grid)[image].tolist()
-    kept = routing.kept[:, 0].view(*routing.grid)[image].tolist()
+    gate = routing.probs.gather(1, routing.expert_ids[:, :1])[:, 0].view(*routing.grid)[image].tolist()
+    experts = routing.expert_ids[:, 0].view(*routing.grid)[image].tolist()
+    kept = routing.dispatch_mask[:, 0].view(*routing.grid)[image].tolist()
     colours = Image.new("RGB", grey.size)
     opacity = Image.new("L", grey.size)
     colour_draw, opacity_draw = ImageDraw.Draw(colours), ImageDraw.Draw(opacity)

@@ -209,7 +209,7 @@ class WithRouting(nn.Module):
         for name, _ in routers_of(self.form):
             for routing in records[name]:
                 shape = (*routing.grid, *([] if routing.top_k == 1 else [routing.top_k]))
-                outputs += [routing.choice.view(shape), routing.choice_weight.view(shape)]
+                outputs += [routing.expert_ids.view(shape), routing.gates.view(shape)]
         return tuple(outputs)
 
 

@@ -69,7 +69,7 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
     def counter_of(router: Router, weights: int) -> Callable[[nn.Module, tuple[Tensor, ...], Routing], None]:
         def count(_router: nn.Module, args: tuple[Tensor, ...], routing: Routing) -> None:
             counts["router"] += _router_multiply_adds(router, args[0], routing)
-            counts["experts"] += routing.choice.numel() * router.patch_size**2 * weights
+            counts["experts"] += routing.expert_ids.numel() * router.patch_size**2 * weights
 
         return count
 

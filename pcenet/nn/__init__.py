@@ -17,7 +17,7 @@ from pcenet.nn.losses import (
 from pcenet.nn.patches import Grid, PatchExtractor
 from pcenet.nn.recording import record_routing, routers_of
 from pcenet.nn.renewing import update_expert_bias
-from pcenet.nn.routing import Router, Routing, expert_load, route
+from pcenet.nn.routing import Router, Routing, expert_counts, route
 from pcenet.nn.statistics import RoutingStatistics, RoutingSummary
 from pcenet.nn.synchronising import synchronise
 
@@ -36,7 +36,7 @@ __all__ = [
     "attach_aux_losses",
     "aux_loss",
     "aux_terms",
-    "expert_load",
+    "expert_counts",
     "fourier_features",
     "load_balance_loss",
     "load_balance_loss_from_logits",

@@ -67,7 +67,7 @@ class _Carrier:
             return None
         loss = aux_loss({"": [routing]}, losses.balance, losses.z, router.synchronised)
         scale = losses.scale() if callable(losses.scale) else losses.scale
-        return replace(routing, choice_weight=_Carry.apply(routing.choice_weight, loss * scale))
+        return replace(routing, gates=_Carry.apply(routing.gates, loss * scale))
 
 
 class _Carry(Function):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pcenet.nn.processes import sum_over_processes
-from pcenet.nn.routing import Routing, expert_load
+from pcenet.nn.routing import Routing, expert_counts
 
 
 def z_loss_from_logits(logits: Tensor, squared: bool = True) -> Tensor:
@@ -34,7 +34,7 @@ def load_balance_loss_from_logits(logits: Tensor, choice: Tensor) -> Tensor:
         choice: ``[N, k]`` int64, the experts chosen, before any dropping.
     """
     num_experts = logits.shape[1]
-    return _load_balance(logits.softmax(dim=1), expert_load(choice, num_experts))
+    return _load_balance(logits.softmax(dim=1), expert_counts(choice, num_experts))
 
 
 def z_loss(routing: Routing, squared: bool = True) -> Tensor:
@@ -50,7 +50,7 @@ def load_balance_loss(routing: Routing, load: Tensor | None = None) -> Tensor:
         load: ``[E]``, choices per expert; None: those of the routing. Given is the load of a larger batch of which this
             is a part: the mean over equal parts is then the loss of the whole.
     """
-    return _load_balance(routing.probs, routing.load if load is None else load)
+    return _load_balance(routing.probs, routing.expert_counts if load is None else load)
 
 
 def _load_balance(probs: Tensor, load: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def aux_terms(records: Mapping[str, Sequence[Routing]], synchronised: bool = Fal
     """
     balance = z = torch.zeros(())
     for routings in records.values():
-        loads = [routing.load for routing in routings]
+        loads = [routing.expert_counts for routing in routings]
         if synchronised:
             loads = list(sum_over_processes(torch.stack(loads)))
         for routing, load in zip(routings, loads, strict=True):

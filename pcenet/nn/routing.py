@@ -37,18 +37,18 @@ class Routing:
     Attributes:
         logits: ``[N, E]``, float32 or float64; what was routed by, a balancing bias included.
         probs: ``[N, E]``, their softmax, at the router's temperature.
-        choice: ``[N, k]`` int64, the chosen experts, best first.
-        choice_weight: ``[N, k]``, the factor of each chosen expert's output (differentiable).
-        kept: ``[N, k]`` bool, False where the choice was dropped for lack of capacity.
+        expert_ids: ``[N, k]`` int64, the chosen experts, best first.
+        gates: ``[N, k]``, the factor of each chosen expert's output (differentiable).
+        dispatch_mask: ``[N, k]`` bool, False where the choice was dropped for lack of capacity.
         capacity: the most choices that an expert serves, or None where nothing is dropped.
         grid: how the N patches lie, (images, rows, columns).
     """
 
     logits: Tensor
     probs: Tensor
-    choice: Tensor
-    choice_weight: Tensor
-    kept: Tensor
+    expert_ids: Tensor
+    gates: Tensor
+    dispatch_mask: Tensor
     capacity: int | None
     grid: Grid
 
@@ -60,27 +60,27 @@ class Routing:
     @property
     def top_k(self) -> int:
         """k."""
-        return self.choice.shape[1]
+        return self.expert_ids.shape[1]
 
     @property
-    def load(self) -> Tensor:
+    def expert_counts(self) -> Tensor:
         """``[E]`` int64, choices per expert before dropping."""
-        return expert_load(self.choice, self.num_experts)
+        return expert_counts(self.expert_ids, self.num_experts)
 
     @property
-    def kept_load(self) -> Tensor:
+    def dispatched_counts(self) -> Tensor:
         """``[E]`` int64, choices per expert after dropping."""
-        return expert_load(self.choice, self.num_experts, self.kept)
+        return expert_counts(self.expert_ids, self.num_experts, self.dispatch_mask)
 
     @property
     def by_choice(self) -> tuple[Tensor, Tensor]:
         """The expert of each choice, int64 and -1 where dropped, and the factor of its output, ``[k * N]`` each. The
         best choices of all patches come first, then the second ones."""
-        expert = torch.where(self.kept, self.choice, -1)
-        return expert.T.flatten(), self.choice_weight.T.flatten()
+        expert = torch.where(self.dispatch_mask, self.expert_ids, -1)
+        return expert.T.flatten(), self.gates.T.flatten()
 
 
-def expert_load(choice: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
+def expert_counts(choice: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
     """Choices per expert, ``[E]`` int64, without a transfer to the host.
 
     Args:

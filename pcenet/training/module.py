@@ -89,7 +89,7 @@ def without_gradient(routing: Routing) -> Routing:
         routing,
         logits=routing.logits.detach(),
         probs=routing.probs.detach(),
-        choice_weight=routing.choice_weight.detach(),
+        gates=routing.gates.detach(),
     )
 
 

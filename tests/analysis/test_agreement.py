@@ -52,7 +52,7 @@ def test_a_mirrored_map_is_mirrored_back() -> None:
         layer(mirror(image))
     assert straight is not None
     assert straight.tolist() == [[[0, 1, 2]]]
-    assert seen[""].routing.choice[:, 0].tolist() == [2, 1, 0]
+    assert seen[""].routing.expert_ids[:, 0].tolist() == [2, 1, 0]
     back = first_choices(seen[""], MIRRORED)
     assert back is not None
     assert back.tolist() == [[[0, 1, 2]]]

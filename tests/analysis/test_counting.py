@@ -63,7 +63,7 @@ def test_a_network_over_batches() -> None:
     model.eval()
     with torch.no_grad(), record_routing(model) as records:
         model(images)
-    expert = records["0"][0].choice[:, 0].view(4, 4)
+    expert = records["0"][0].expert_ids[:, 0].view(4, 4)
     expected = np.zeros((4, 2, 2), int)
     for image in range(4):
         for cell in range(4):

@@ -147,7 +147,7 @@ def test_the_standard_ones_do_what_they_say_and_leave_the_network_as_it_was() ->
         return model(x)[:, 0, ::2, ::2].flatten().round().long()
 
     routing = layer.router(x)
-    own, rank = routing.choice[:, 0], routing.logits.argsort(1, descending=True)
+    own, rank = routing.expert_ids[:, 0], routing.logits.argsort(1, descending=True)
     assert torch.equal(served(), own)
     for each in standard_interventions(model):
         with each.change(model):

@@ -62,9 +62,9 @@ def test_frames_of_what_is_pointed_at_and_sent_elsewhere(explorer, corner):
 
 def test_a_dropped_patch_is_grey(explorer, corner):
     visit = explorer("classify").begin(corner)
-    kept = visit.routing.kept.copy()
+    kept = visit.routing.dispatch_mask.copy()
     kept[1, 1] = False
-    dropped = replace(visit.routing, kept=kept)
+    dropped = replace(visit.routing, dispatch_mask=kept)
     visit = replace(visit, after=replace(visit.after, layers={**visit.after.layers, "first": dropped}))
     pixel = np.asarray(expert_picture(visit))[620, 620]
     assert pixel[0] == pixel[1] == pixel[2] == round(128 * opacity_of(float(dropped.gate[1, 1])))
@@ -110,9 +110,9 @@ def test_several_experts_and_other_factors(explorer, corner):
     visit = explorer("classify").begin(corner)
     routing = LayerRouting(
         probs=np.array([[[0.5, 0.25, 0.25]]], dtype=np.float32),
-        choice=np.array([[[0, 2]]]),
+        expert_ids=np.array([[[0, 2]]]),
         weight=np.array([[[2 / 3, 1 / 3]]], dtype=np.float32),
-        kept=np.array([[[True, False]]]),
+        dispatch_mask=np.array([[[True, False]]]),
         reach=(1, 1),
     )
     visit = replace(visit, patch=(0, 0), after=replace(visit.after, layers={"first": routing}))

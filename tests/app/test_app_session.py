@@ -129,9 +129,9 @@ def test_of_several_experts_the_first_is_exchanged():
     routing = Routing(
         logits=torch.zeros(4, 3),
         probs=torch.full((4, 3), 1 / 3),
-        choice=choice,
-        choice_weight=torch.full((4, 2), 0.5),
-        kept=torch.ones(4, 2, dtype=torch.bool),
+        expert_ids=choice,
+        gates=torch.full((4, 2), 0.5),
+        dispatch_mask=torch.ones(4, 2, dtype=torch.bool),
         capacity=None,
         grid=Grid(1, 2, 2),
     )

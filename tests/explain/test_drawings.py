@@ -21,7 +21,7 @@ def test_colour_is_the_expert_opacity_the_gate_value_and_dropped_is_dark() -> No
     # Three patches side by side, of which expert 0, with room for one, drops the less sure.
     probs = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
     seen = Seen(route(probs.log(), Grid(1, 1, 3), capacity_factor=0.5), 4, (4, 12))
-    assert seen.routing.kept.flatten().tolist() == [True, True, False]
+    assert seen.routing.dispatch_mask.flatten().tolist() == [True, True, False]
     picture = np.asarray(expert_overlay(torch.zeros(3, 4, 12), seen, 0), float)  # over black
     below = round(255 * (1 - LIGHT))
     height, width = picture.shape[:2]

@@ -45,7 +45,7 @@ def test_numbers_are_those_of_the_network(report: Path, awkward: Path) -> None:
     assert result["score"]["value"] == pytest.approx(right.float().mean().item())
     assert result["interventions"]["score"] == result["score"]["value"]
     (layer,) = result["layers"]
-    experts = routing.choice[:, 0].view(12, -1)
+    experts = routing.expert_ids[:, 0].view(12, -1)
     assert layer["grid"] == [routing.grid.rows, routing.grid.columns]
     assert layer["health"]["load"] == pytest.approx([(experts == e).float().mean().item() for e in range(2)])
     for number, name in enumerate(source.classes):

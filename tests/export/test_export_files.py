@@ -43,8 +43,8 @@ def test_onnxruntime_computes_what_the_network_does(exported):
     assert len(records) == 2
     for layer, (routing,) in records.items():
         assert found[f"expert:{layer}"].shape == routing.grid
-        np.testing.assert_array_equal(found[f"expert:{layer}"].ravel(), routing.choice[:, 0])
-        np.testing.assert_allclose(found[f"gate:{layer}"].ravel(), routing.choice_weight[:, 0], rtol=1e-5)
+        np.testing.assert_array_equal(found[f"expert:{layer}"].ravel(), routing.expert_ids[:, 0])
+        np.testing.assert_allclose(found[f"gate:{layer}"].ravel(), routing.gates[:, 0], rtol=1e-5)
 
 
 def test_the_file_carries_what_is_needed_to_use_it(exported):
@@ -174,7 +174,7 @@ def test_all_patches_can_be_sent_to_one_expert(exported):
             with record_routing(forced) as own:
                 forced(torch.randn(2, 3, 16, 16))
         assert not records
-        assert all((routing.choice == number).all() for (routing,) in own.values())
+        assert all((routing.expert_ids == number).all() for (routing,) in own.values())
 
 
 def test_margins():

@@ -94,14 +94,14 @@ def test_degenerate_routing_is_finite_repeatable_and_counted(name: str, border: 
     for value in (output, *gradients, *layer.state_dict().values()):
         assert value.isfinite().all()
     if case.load is not None:
-        assert tuple(routing.load.tolist()) == case.load
+        assert tuple(routing.expert_counts.tolist()) == case.load
     patches = len(routing.logits)
-    kept = case.kept if case.kept >= 0 else int((routing.load > 0).sum())
-    assert int(routing.kept.sum()) == kept
+    kept = case.kept if case.kept >= 0 else int((routing.expert_counts > 0).sum())
+    assert int(routing.dispatch_mask.sum()) == kept
     statistics = RoutingStatistics()
     statistics.update(routing)
     assert statistics.compute().drop_rate == pytest.approx(1 - kept / patches)
-    assert statistics.compute().dead == tuple(e for e, load in enumerate(routing.load.tolist()) if not load)
+    assert statistics.compute().dead == tuple(e for e, load in enumerate(routing.expert_counts.tolist()) if not load)
     layer.load_state_dict(state)
     again, _, gradients_again = step(layer, images)
     assert torch.equal(again, output)
@@ -142,7 +142,7 @@ def test_a_prediction_is_the_same_alone_and_in_any_batch_in_any_order() -> None:
     margins = torch.full((12,), math.inf)
     for routings in records.values():
         for routing in routings:
-            assert bool(routing.kept.all())
+            assert bool(routing.dispatch_mask.all())
             first, second = routing.logits.topk(2).values.unbind(1)
             margins = torch.minimum(margins, (first - second).view(12, -1).amin(1))
     close = [number for number, margin in enumerate(margins.tolist()) if margin < MARGIN]

@@ -106,9 +106,9 @@ def margin(routing: Routing) -> float:
         best = logits.topk(k + 1, dim=1).values
         found.append(float((best[:, k - 1] - best[:, k]).min()))
     if routing.capacity is not None:
-        gate = routing.probs.detach().gather(1, routing.choice)
+        gate = routing.probs.detach().gather(1, routing.expert_ids)
         for expert in range(routing.num_experts):
-            queue = gate[routing.choice == expert].sort(descending=True).values
+            queue = gate[routing.expert_ids == expert].sort(descending=True).values
             found += (queue[routing.capacity - 1 : -1] - queue[routing.capacity :])[:1].tolist()
     return min(found)
 

@@ -89,7 +89,7 @@ def test_every_parameter_gets_a_gradient_and_every_used_expert_a_nonzero_one(nam
     layers = {n: m for n, m in model.named_modules() if isinstance(m, PCELayer)}
     assert records.keys() == layers.keys()
     for layer_name, layer in layers.items():
-        served = records[layer_name][0].kept_load > 0
+        served = records[layer_name][0].dispatched_counts > 0
         gradient = layer.experts.norm2.bias.grad.abs().sum(1)
         assert torch.equal(gradient > 0, served), layer_name
 
@@ -232,7 +232,7 @@ def test_a_dropped_patch_passes_through_its_block_unchanged():
     x = torch.randn(2, 48, 16, 16)
     with record_routing(block) as records:
         y = block(x)
-    dropped = ~records["body"][0].kept[:, 0]
+    dropped = ~records["body"][0].dispatch_mask[:, 0]
     before, after = (block.body.extractor.split(t)[0] for t in (x, y))
     assert 0 < dropped.sum() < len(dropped)
     assert torch.equal(after[dropped], before[dropped])

@@ -56,7 +56,7 @@ def test_pixels_get_logits_and_every_parameter_a_gradient(name):
     assert bool(layers) == ("pce" in name)
     for layer_name, layer in layers.items():
         gradient = layer.experts.norm2.bias.grad.abs().sum(1)
-        assert torch.equal(gradient > 0, records[layer_name][0].kept_load > 0), layer_name
+        assert torch.equal(gradient > 0, records[layer_name][0].dispatched_counts > 0), layer_name
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -126,7 +126,7 @@ def test_outputs_are_the_same_bits_and_records_the_same_routings() -> None:
         assert torch.equal(model(images()), plain(images()))
     for name, (routing,) in expected.items():
         assert torch.equal(found[name][0].logits, routing.logits)
-        assert torch.equal(found[name][0].choice_weight, routing.choice_weight)
+        assert torch.equal(found[name][0].gates, routing.gates)
     # A recorder that came first sees them as well.
     model, plain = network(), network()
     with record_routing(model) as found:

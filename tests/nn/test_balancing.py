@@ -56,13 +56,13 @@ def test_in_training_loads_are_even_and_nothing_is_dropped() -> None:
     with torch.no_grad():
         router.logits.bias.copy_(torch.tensor([5.0, 0, 0, 0]))
     routing = router(torch.randn(16, 8, 16, 16))
-    assert max(routing.load.tolist()) <= 1.05 * 256 / 4
-    assert routing.kept.all()
+    assert max(routing.expert_counts.tolist()) <= 1.05 * 256 / 4
+    assert routing.dispatch_mask.all()
     assert load_balance_loss(routing).item() == pytest.approx(1, abs=0.05)
     plain = Router(8, 4, 4, capacity_factor=1.25, balancing="none")
     plain.load_state_dict({k: v for k, v in router.state_dict().items() if k not in ("expert_bias", "centring")})
     torch.manual_seed(0)
-    assert plain(torch.randn(16, 8, 16, 16)).load.tolist() == [256, 0, 0, 0]
+    assert plain(torch.randn(16, 8, 16, 16)).expert_counts.tolist() == [256, 0, 0, 0]
 
 
 def test_the_running_mean_is_used_at_evaluation_and_independent_of_the_batch() -> None:

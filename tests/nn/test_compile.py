@@ -69,7 +69,7 @@ def choices(layer: PCELayer, inputs: list[Tensor]) -> list[list[list[int]]]:
     for step, x in enumerate(inputs):
         favour(layer, step)
         routing: Routing = layer.router(x)
-        found.append(routing.choice.tolist())
+        found.append(routing.expert_ids.tolist())
     return found
 
 

@@ -43,10 +43,10 @@ def naive(conv: PCEConv2d, x: Tensor, routing: Routing) -> Tensor:
     for image in range(batch):
         for top in range(0, height, size):
             for left in range(0, width, size):
-                for place, expert in enumerate(routing.choice[number].tolist()):
+                for place, expert in enumerate(routing.expert_ids[number].tolist()):
                     bias = None if conv.bias is None else conv.bias[expert]
                     whole = F.conv2d(x[image : image + 1], weight[expert], bias, padding=weight.shape[-1] // 2)[0]
-                    factor = routing.choice_weight[number, place] * routing.kept[number, place]
+                    factor = routing.gates[number, place] * routing.dispatch_mask[number, place]
                     mask = torch.zeros(height, width, dtype=x.dtype)
                     mask[top : top + size, left : left + size] = 1
                     out = out + F.one_hot(torch.tensor(image), batch)[:, None, None, None] * whole * mask * factor
@@ -65,7 +65,7 @@ def test_equals_the_naive_loop_outputs_and_gradients(kernel_size: int, patch_siz
     x = torch.randn(2, 2, 5, 7, dtype=torch.float64, requires_grad=True)
     expected, actual = naive(conv, x, routing), conv.forward_given_routing(x, routing)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, check_stride=False)
-    tensors = {"x": x, "gate": routing.choice_weight, "bias": conv.bias, **dict(conv.kernels.named_parameters())}
+    tensors = {"x": x, "gate": routing.gates, "bias": conv.bias, **dict(conv.kernels.named_parameters())}
     direction = torch.randn_like(expected)
     found = [torch.autograd.grad((out * direction).sum(), list(tensors.values())) for out in (actual, expected)]
     reference.assert_same(*(dict(zip(tensors, grads, strict=True)) for grads in found))

@@ -31,9 +31,9 @@ def assert_equals_reference(layer: PCELayer, x: Tensor) -> reference.Reference:
     expected_gradients = reference.gradients(expected.output, x, layer)
     actual, routing = layer.forward_with_routing(x)
     torch.testing.assert_close(routing.logits, expected.logits, rtol=1e-10, atol=1e-10)
-    assert routing.choice.tolist() == expected.choice
-    assert routing.kept.tolist() == expected.kept
-    assert routing.load.tolist() == expected.load
+    assert routing.expert_ids.tolist() == expected.choice
+    assert routing.dispatch_mask.tolist() == expected.kept
+    assert routing.expert_counts.tolist() == expected.load
     assert routing.capacity == expected.capacity
     torch.testing.assert_close(actual, expected.output, rtol=1e-10, atol=1e-10, check_stride=False)
     running = {k: v for k, v in layer.experts.state_dict().items() if "running" in k}
@@ -142,7 +142,7 @@ def test_a_dropped_patch_gets_exactly_the_shortcut(in_channels: int, out_channel
     output, routing = layer.forward_with_routing(x)
     shortcut = layer.extractor.split(layer.shortcut(x))[0]
     patches = layer.extractor.split(output)[0]
-    kept = routing.kept[:, 0]
+    kept = routing.dispatch_mask[:, 0]
     assert 0 < kept.sum() < len(kept)
     assert torch.equal(patches[~kept], shortcut[~kept])
     assert (patches[kept] - shortcut[kept]).abs().amax(dim=(1, 2, 3)).min() > 0
@@ -153,7 +153,7 @@ def test_a_dropped_patch_without_a_shortcut_gets_exactly_zero() -> None:
     assert layer.shortcut is None
     output, routing = layer.forward_with_routing(torch.randn(2, 3, 6, 6))
     patches = layer.extractor.split(output)[0]
-    lost = ~routing.kept.any(dim=1)
+    lost = ~routing.dispatch_mask.any(dim=1)
     assert lost.any()
     assert (patches[lost] == 0).all()
 
@@ -212,7 +212,7 @@ def test_exchange_with_equal_experts_is_a_whole_map_block(side: int, size: tuple
         layer.double()(x.double()), block.double()(x.double()), rtol=1e-10, atol=1e-10, check_stride=False
     )
     if size == (8, 8) and side < 4:
-        assert (routing.load > 0).sum() > 1, "a routing to one expert would prove little"
+        assert (routing.expert_counts > 0).sum() > 1, "a routing to one expert would prove little"
 
 
 @pytest.mark.parametrize("border", ["zero", "halo"])
@@ -239,11 +239,11 @@ def test_equal_logits(top_k: int) -> None:
             parameter.zero_()
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
     actual, routing = layer.forward_with_routing(x)
-    assert all(len(set(row)) == top_k for row in routing.choice.tolist())
+    assert all(len(set(row)) == top_k for row in routing.expert_ids.tolist())
     weight = [[torch.tensor(0.25, dtype=torch.float64)] * top_k] * 12
     fresh = make_layer(3, 4, patch_size=2)
     expected, _ = reference.run_experts(
-        fresh.experts, x, routing.choice.tolist(), weight, routing.kept.tolist(), side=2, border="halo"
+        fresh.experts, x, routing.expert_ids.tolist(), weight, routing.dispatch_mask.tolist(), side=2, border="halo"
     )
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, check_stride=False)
 

@@ -64,7 +64,7 @@ def test_balance_with_two_choices_by_hand() -> None:
     # Choices (0, 1), (0, 1), (2, 1): a / k = (2, 3, 1) / 6; mean p = (.4, .3, .3).
     # 3 * (.4 * 2 + .3 * 3 + .3 * 1) / 6 = 3 * 2.0 / 6 = 1.
     routing = routing_of(logits, top_k=2)
-    assert routing.load.tolist() == [2, 3, 1]
+    assert routing.expert_counts.tolist() == [2, 3, 1]
     assert load_balance_loss(routing).item() == pytest.approx(1.0, abs=1e-12)
 
 
@@ -99,7 +99,7 @@ def test_z_gradient_by_hand() -> None:
 def test_losses_are_those_before_dropping() -> None:
     logits = torch.randn(20, 3, dtype=torch.float64)
     free, limited = routing_of(logits), routing_of(logits, capacity_factor=0.3)
-    assert limited.kept.sum() < 20
+    assert limited.dispatch_mask.sum() < 20
     assert load_balance_loss(limited).item() == load_balance_loss(free).item()
     assert z_loss(limited).item() == z_loss(free).item()
 
@@ -108,7 +108,7 @@ def test_losses_are_those_before_dropping() -> None:
 def test_functions_of_logits_equal_those_of_a_routing(top_k: int) -> None:
     logits = torch.randn(9, 4, dtype=torch.float64)
     routing = routing_of(logits, top_k=top_k)
-    torch.testing.assert_close(load_balance_loss_from_logits(logits, routing.choice), load_balance_loss(routing))
+    torch.testing.assert_close(load_balance_loss_from_logits(logits, routing.expert_ids), load_balance_loss(routing))
     for squared in (True, False):
         torch.testing.assert_close(z_loss_from_logits(logits, squared), z_loss(routing, squared))
 

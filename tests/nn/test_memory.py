@@ -74,7 +74,7 @@ def test_the_router_makes_nothing_that_grows_with_the_number_of_experts(gate_inp
         layer = PCELayer(CHANNELS, CHANNELS, patch_size=8, num_experts=num_experts, gate_input=gate_input)
         x = torch.randn(BATCH, CHANNELS, SIDE, SIDE, requires_grad=True)
         with Allocations() as seen:
-            layer.router(x).choice_weight.sum().backward()
+            layer.router(x).gates.sum().backward()
         largest[num_experts] = max(seen.sizes)
     assert largest[MANY] == largest[FEW]
 

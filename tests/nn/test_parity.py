@@ -41,22 +41,22 @@ def make_routing(
     return Routing(
         logits=logits,
         probs=logits.softmax(dim=1),
-        choice=choices,
-        choice_weight=weight,
-        kept=kept,
+        expert_ids=choices,
+        gates=weight,
+        dispatch_mask=kept,
         capacity=None,  # what is left out is decided by `kept` alone, so that an intervention may set it
         grid=grid,
     )
 
 
 def naive(layer: PCELayer, x: Tensor, routing: Routing) -> tuple[Tensor, dict[str, Tensor]]:
-    weight = [list(row.unbind()) for row in routing.choice_weight]
+    weight = [list(row.unbind()) for row in routing.gates]
     return reference.run_experts(
         layer.experts,
         x,
-        routing.choice.tolist(),
+        routing.expert_ids.tolist(),
         weight,
-        routing.kept.tolist(),
+        routing.dispatch_mask.tolist(),
         side=layer.extractor.patch_size,
         border=layer.border,
     )
@@ -69,7 +69,7 @@ def check_against_naive(layer: PCELayer, size: tuple[int, int, int], routing: Ro
     actual = layer.forward_given_routing(x, routing)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, check_stride=False)
     reference.assert_same({k: v for k, v in layer.experts.state_dict().items() if "running" in k}, running)
-    tensors = {"x": x, "choice_weight": routing.choice_weight, **dict(layer.experts.named_parameters())}
+    tensors = {"x": x, "choice_weight": routing.gates, **dict(layer.experts.named_parameters())}
     direction = torch.randn_like(expected)
     for name, ours, theirs in zip(
         tensors,
@@ -282,7 +282,7 @@ BORDERS = ["zero", "halo", "exchange"]
 @pytest.mark.parametrize("border", BORDERS)
 def test_a_kept_graph_gives_its_gradients_twice_and_a_freed_one_says_so(border: str) -> None:
     layer, routing, x = corner_case(border)
-    tensors = [x, routing.choice_weight, *layer.experts.parameters()]
+    tensors = [x, routing.gates, *layer.experts.parameters()]
     output = layer.forward_given_routing(x, routing)
     direction = torch.randn_like(output)
     expected = torch.autograd.grad((naive(layer, x, routing)[0] * direction).sum(), tensors)
@@ -325,7 +325,7 @@ def test_an_input_changed_before_the_backward_pass_never_gives_wrong_gradients(b
 )
 def test_what_is_frozen_has_no_gradient_and_the_rest_the_right_one(learning: tuple[str, ...], border: str) -> None:
     layer, routing, x = corner_case(border)
-    tensors = {"x": x, "choice_weight": routing.choice_weight, **dict(layer.experts.named_parameters())}
+    tensors = {"x": x, "choice_weight": routing.gates, **dict(layer.experts.named_parameters())}
     for name, tensor in tensors.items():
         tensor.requires_grad_(name.startswith(learning))
     expected = naive(layer, x, routing)[0]

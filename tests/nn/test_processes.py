@@ -164,7 +164,7 @@ def test_in_the_tests_above_some_expert_idles_in_one_half() -> None:
     halves = [
         torch.bincount(half.flatten(), minlength=r.num_experts)
         for (r,) in records.values()
-        for half in r.choice.chunk(2)
+        for half in r.expert_ids.chunk(2)
     ]
     assert min(int(load.min()) for load in halves) == 0
 

@@ -27,7 +27,7 @@ def photographs(count: int = 16) -> Tensor:
 
 
 def loads(layer: PCELayer, images: Tensor) -> list[int]:
-    return layer.router(images).load.tolist()
+    return layer.router(images).expert_counts.tolist()
 
 
 def test_the_bias_is_that_of_all_patches_of_all_batches() -> None:
@@ -67,7 +67,7 @@ def test_what_all_patches_of_an_image_share_moves_none_where_it_is_taken_off(cen
     def choices(shift: Tensor) -> Tensor:
         with torch.no_grad():
             layer.router.logits.bias.add_(shift)
-            choice = layer.router(photographs(4)).choice
+            choice = layer.router(photographs(4)).expert_ids
             layer.router.logits.bias.sub_(shift)
         return choice
 

@@ -46,7 +46,7 @@ def test_capacity_is_the_ceiling_of_the_formula(
 ) -> None:
     routing = route(torch.zeros(patches, experts), Grid(patches, 1, 1), top_k=top_k, capacity_factor=factor)
     assert routing.capacity == capacity
-    assert routing.kept_load.max() <= capacity
+    assert routing.dispatched_counts.max() <= capacity
 
 
 # Who is dropped
@@ -68,10 +68,10 @@ FIVE = [[0.9, 0.1], [0.6, 0.4], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]]
 def test_dropping_one_expert_per_patch(factor: float | None, capacity: int | None, kept: list[int]) -> None:
     routing = table(FIVE, capacity_factor=factor)
     assert routing.capacity == capacity
-    assert routing.choice[:, 0].tolist() == [0, 0, 0, 1, 0]
-    assert routing.kept[:, 0].tolist() == [bool(k) for k in kept]
-    assert routing.load.tolist() == [4, 1], "load is counted before dropping"
-    assert routing.kept_load.tolist() == [sum(kept) - 1, 1]
+    assert routing.expert_ids[:, 0].tolist() == [0, 0, 0, 1, 0]
+    assert routing.dispatch_mask[:, 0].tolist() == [bool(k) for k in kept]
+    assert routing.expert_counts.tolist() == [4, 1], "load is counted before dropping"
+    assert routing.dispatched_counts.tolist() == [sum(kept) - 1, 1]
 
 
 # Two experts per patch. Expert 0 is the second choice of patch 0 (.2) and the first of patches 1 (.5) and 2 (.6).
@@ -81,17 +81,17 @@ THREE = [[0.2, 0.7, 0.1], [0.5, 0.1, 0.4], [0.6, 0.3, 0.1]]
 def test_dropping_two_experts_per_patch() -> None:
     routing = table(THREE, top_k=2, capacity_factor=0.9)
     assert routing.capacity == 2  # 0.9 * 3 * 2 / 3 = 1.8
-    assert routing.choice.tolist() == [[1, 0], [0, 2], [0, 1]]
-    assert routing.kept.int().tolist() == [[1, 0], [1, 1], [1, 1]]  # expert 0 lets .2 go
-    assert routing.load.tolist() == [3, 2, 1]
-    assert routing.load.dtype == torch.int64
+    assert routing.expert_ids.tolist() == [[1, 0], [0, 2], [0, 1]]
+    assert routing.dispatch_mask.int().tolist() == [[1, 0], [1, 1], [1, 1]]  # expert 0 lets .2 go
+    assert routing.expert_counts.tolist() == [3, 2, 1]
+    assert routing.expert_counts.dtype == torch.int64
 
 
 def test_ties_between_choices_drop_the_later_patch() -> None:
     # All gate values are .4 or .3, so everything is decided by the number of the patch.
     routing = table([[0.4, 0.3, 0.3 - 1e-9], [0.4, 0.3, 0.3 - 1e-9]], top_k=2, capacity_factor=0.5)
     assert routing.capacity == 1
-    assert routing.kept.tolist() == [[True, True], [False, False]]
+    assert routing.dispatch_mask.tolist() == [[True, True], [False, False]]
 
 
 def test_many_equal_gates_keep_the_first() -> None:
@@ -99,7 +99,7 @@ def test_many_equal_gates_keep_the_first() -> None:
     logits = torch.zeros(3000, 2, dtype=torch.float64)
     logits[:, 0] = 1
     routing = route(logits, Grid(3000, 1, 1), capacity_factor=0.5)
-    assert routing.kept[:, 0].tolist() == [True] * 750 + [False] * 2250
+    assert routing.dispatch_mask[:, 0].tolist() == [True] * 750 + [False] * 2250
 
 
 def test_choice_by_choice_by_hand() -> None:
@@ -108,14 +108,14 @@ def test_choice_by_choice_by_hand() -> None:
     # First choices 1, 0, 0; second ones 0 (dropped), 2, 1.
     assert expert.tolist() == [1, 0, 0, -1, 2, 1]
     torch.testing.assert_close(gate, reference.float64([0.7, 0.5, 0.6, 0.2, 0.4, 0.3]))
-    assert routing.kept_load.tolist() == [2, 2, 1]
+    assert routing.dispatched_counts.tolist() == [2, 2, 1]
     assert (routing.num_experts, routing.top_k) == (3, 2)
 
 
 def test_routing_is_frozen() -> None:
     routing = table(FIVE)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        routing.kept = torch.zeros_like(routing.kept)
+        routing.dispatch_mask = torch.zeros_like(routing.dispatch_mask)
 
 
 @given(
@@ -135,9 +135,9 @@ def test_any_table_is_routed_like_the_naive_loops(
     routing = route(logits, Grid(patches, 1, 1), top_k=top_k, capacity_factor=factor)
     choice = reference.choose(logits, top_k)
     gate = routing.probs.gather(1, torch.tensor(choice)).tolist()
-    assert routing.choice.tolist() == choice
-    assert routing.kept.tolist() == reference.keep(choice, gate, experts, routing.capacity)
-    assert routing.load.sum() == patches * top_k
+    assert routing.expert_ids.tolist() == choice
+    assert routing.dispatch_mask.tolist() == reference.keep(choice, gate, experts, routing.capacity)
+    assert routing.expert_counts.sum() == patches * top_k
     torch.testing.assert_close(routing.probs, reference.softmax(logits))
 
 
@@ -159,18 +159,18 @@ LOGITS = [5.0, 3.0, 2.0]  # probabilities .5, .3, .2 after the logarithm
 def test_gate_values_and_gradients_by_hand(gate: str, top_k: int, values: list[float]) -> None:
     logits = torch.tensor([LOGITS], dtype=torch.float64).log().requires_grad_()
     routing = route(logits, Grid(1, 1, 1), top_k=top_k, gate=gate)
-    torch.testing.assert_close(routing.choice_weight, reference.float64([values]))
+    torch.testing.assert_close(routing.gates, reference.float64([values]))
     # Whatever the value, the gradient is that of p_i: dp_i/dl_j = p_i ((i = j) - p_j).
     jacobian = [[0.25, -0.15, -0.10], [-0.15, 0.21, -0.06], [-0.10, -0.06, 0.16]]
     for i in range(top_k):
-        (gradient,) = torch.autograd.grad(routing.choice_weight[0, i], logits, retain_graph=True)
+        (gradient,) = torch.autograd.grad(routing.gates[0, i], logits, retain_graph=True)
         torch.testing.assert_close(gradient, reference.float64([jacobian[i]]))
 
 
 def test_straight_through_is_exactly_one() -> None:
     """A converted network starts unchanged only if the factor is 1 to the last bit."""
     routing = route(torch.randn(200, 5), Grid(200, 1, 1), gate="straight_through")
-    assert (routing.choice_weight == 1).all()
+    assert (routing.gates == 1).all()
 
 
 # The router
@@ -249,15 +249,15 @@ def test_evaluation_drops_nothing_unless_told() -> None:
     router = Router(3, 2, 4, capacity_factor=0.5)
     training = router(x)
     assert training.capacity == math.ceil(0.5 * 64 / 4)
-    assert not training.kept.all()
+    assert not training.dispatch_mask.all()
     evaluation = router.eval()(x)
     assert evaluation.capacity is None
-    assert evaluation.kept.all()
+    assert evaluation.dispatch_mask.all()
     limited = Router(3, 2, 4, capacity_factor=None, eval_capacity_factor=0.25)
     assert limited(x).capacity is None
-    assert limited(x).kept.all()
+    assert limited(x).dispatch_mask.all()
     assert limited.eval()(x).capacity == 4
-    assert not limited(x).kept.all()
+    assert not limited(x).dispatch_mask.all()
 
 
 def test_fields_have_fixed_shapes_and_dtypes() -> None:
@@ -272,7 +272,7 @@ def test_fields_have_fixed_shapes_and_dtypes() -> None:
     }
     assert routing.grid == Grid(2, 3, 2)
     assert routing.capacity == 6
-    assert (routing.choice.dtype, routing.kept.dtype) == (torch.int64, torch.bool)
+    assert (routing.expert_ids.dtype, routing.dispatch_mask.dtype) == (torch.int64, torch.bool)
 
 
 # Precision
@@ -286,7 +286,7 @@ def test_router_computes_in_float32_under_autocast(gate_input: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = router(x)
         from_bfloat16 = router(x.bfloat16())
-    assert actual.logits.dtype == actual.probs.dtype == actual.choice_weight.dtype == torch.float32
+    assert actual.logits.dtype == actual.probs.dtype == actual.gates.dtype == torch.float32
     torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=0)
     torch.testing.assert_close(from_bfloat16.logits, router(x.bfloat16().float()).logits, rtol=0, atol=0)
 
@@ -310,9 +310,9 @@ def test_temperature_shapes_probabilities_and_balance_but_neither_choice_nor_z()
     logits = torch.tensor([[math.log(9), 0.0]], dtype=torch.float64)
     for temperature, first in ((1.0, 0.9), (2.0, 0.75)):
         routing = route(logits, Grid(1, 1, 1), temperature=temperature)
-        assert routing.choice.tolist() == [[0]]
+        assert routing.expert_ids.tolist() == [[0]]
         assert routing.probs.tolist() == [pytest.approx([first, 1 - first])]
-        assert routing.choice_weight.item() == pytest.approx(first)
+        assert routing.gates.item() == pytest.approx(first)
         assert load_balance_loss(routing).item() == pytest.approx(2 * first)  # E * (p_0 * 1 + p_1 * 0)
         assert z_loss(routing).item() == pytest.approx(math.log(10) ** 2)  # logsumexp of (ln 9, 0)
 
@@ -334,7 +334,7 @@ def test_logits_are_perturbed_in_training_alone() -> None:
     router.perturb = lambda logits: logits.flip(1)
     routing = router(x)
     assert torch.equal(routing.logits, plain.logits.flip(1))
-    assert torch.equal(routing.choice, 3 - plain.choice)
+    assert torch.equal(routing.expert_ids, 3 - plain.expert_ids)
     assert torch.equal(router.eval()(x).logits, plain.logits)
 
 
@@ -344,16 +344,16 @@ def test_logits_are_perturbed_in_training_alone() -> None:
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_equal_logits_still_give_distinct_experts(top_k: int) -> None:
     routing = route(torch.zeros(6, 4), Grid(1, 2, 3), top_k=top_k, capacity_factor=0.5, gate="prob")
-    assert all(len(set(row)) == top_k for row in routing.choice.tolist())
-    assert routing.kept_load.max() <= routing.capacity
-    torch.testing.assert_close(routing.choice_weight, torch.full((6, top_k), 0.25))
+    assert all(len(set(row)) == top_k for row in routing.expert_ids.tolist())
+    assert routing.dispatched_counts.max() <= routing.capacity
+    torch.testing.assert_close(routing.gates, torch.full((6, top_k), 0.25))
 
 
 def test_a_saturated_softmax_chooses_by_logit() -> None:
     """Probabilities 1, 0, 0 to the last bit: the second choice is still the second largest logit."""
     routing = route(torch.tensor([[0.0, 1e4, 2e4], [1e4, 0.0, 2e4]]), Grid(1, 1, 2), top_k=2)
-    assert routing.choice.tolist() == [[2, 1], [2, 0]]
-    assert torch.isfinite(routing.choice_weight).all()
+    assert routing.expert_ids.tolist() == [[2, 1], [2, 0]]
+    assert torch.isfinite(routing.gates).all()
 
 
 @pytest.mark.parametrize(

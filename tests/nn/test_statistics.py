@@ -80,7 +80,7 @@ def test_reset_forgets_and_nothing_is_an_error() -> None:
         statistics.compute()
     statistics.update(routing_to([1, 1], 2))
     assert statistics.compute().load == (0.0, 1.0)
-    assert routing.load.tolist() == [1, 1], "the routings themselves stay as they are"
+    assert routing.expert_counts.tolist() == [1, 1], "the routings themselves stay as they are"
 
 
 def test_statistics_keep_no_graph() -> None:

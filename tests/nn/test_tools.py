@@ -184,8 +184,8 @@ def test_update_bn_against_moments_worked_out_from_the_map() -> None:
     with record_routing(layer) as records:
         update_bn([x], layer)
     routing = records[""][0]
-    choice = routing.choice[:, 0].view(routing.grid).repeat_interleave(4, 1).repeat_interleave(4, 2)
-    kept = routing.kept[:, 0].view(routing.grid).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    choice = routing.expert_ids[:, 0].view(routing.grid).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    kept = routing.dispatch_mask[:, 0].view(routing.grid).repeat_interleave(4, 1).repeat_interleave(4, 2)
     for expert in range(3):
         hidden = F.conv2d(x, layer.experts.conv1.weight[expert], padding=1).permute(1, 0, 2, 3)
         own = hidden[:, (choice == expert) & kept]

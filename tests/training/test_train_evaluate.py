@@ -89,7 +89,7 @@ def test_router_health_counts_every_patch_of_the_split() -> None:
     result = evaluate_model(net, batches, ("a", "b", "c"), device=CPU, precision="fp32")
     health = result.router["layer"]
     with torch.no_grad():
-        chosen = torch.cat([net.layer.router(images).choice for images, _ in batches])
+        chosen = torch.cat([net.layer.router(images).expert_ids for images, _ in batches])
     assert health["load"] == [(chosen == e).sum().item() / 24 for e in range(2)]  # 4 patches in each of 6 images
     assert health["drop_rate"] == 0
     assert not net.training
