@@ -1,0 +1,163 @@
+"""What an option is: a field's type, its help and its bounds; the options that several commands share; checking values.
+
+This module imports nothing heavy, so that ``--help`` is fast.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pcenet.choices import NOTHING_IGNORED, Device, Precision, TaskName, check_grey_range, did_you_mean
+from pcenet.reading import is_text
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field's annotation says about it beside its type.
+
+    Attributes:
+        help: the explanation that ``--help`` gives.
+        at_least, at_most, above, below: bounds of the values that are allowed.
+        texts: what an option that may be a text and something else may say; empty: anything.
+        positional: on the command line it is an argument, not an option; a list takes one or more words.
+    """
+
+    help: str
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    texts: tuple[str, ...] = ()
+    positional: bool = False
+
+
+# What several commands ask for.
+TaskOption = Annotated[
+    TaskName,
+    Option(
+        "classify: a label for an image; segment: one for each of its pixels, learnt from masks. Not given: "
+        "segment where the data are images with masks, else classify."
+    ),
+]
+PrecisionOption = Annotated[
+    Precision, Option("bf16: bfloat16 autocast; auto: that where the hardware has bfloat16, else fp32.")
+]
+DeviceOption = Annotated[Device, Option("auto: a CUDA GPU where there is one.")]
+WorkersOption = Annotated[
+    int | None,
+    Option(
+        "Processes that load images; the result does not depend on it. null: none where the processor itself "
+        "computes, up to 8 beside a GPU.",
+        at_least=0,
+    ),
+]
+ClassesOption = Annotated[
+    list[str] | str | None,
+    Option(
+        "Segmentation: names of the mask values 0, 1, ... as a list, or a text file with one per line. null: the "
+        "data's classes.txt, else the values themselves."
+    ),
+]
+IgnoreIndexOption = Annotated[
+    int | str | None,
+    Option(
+        "Segmentation: one more mask value that does not count (255 never does); none: every value counts, 255 too. "
+        "null: what a trained network knows, else only 255.",
+        at_least=0,
+        texts=(NOTHING_IGNORED,),
+    ),
+]
+GreyRangeOption = Annotated[
+    list[int] | None,
+    Option(
+        "Grey images of more than 8 bits: the values that are black and white, such as '[0, 4095]' for 12 bits in "
+        "files of 16. A network keeps them. null: those that a trained network "
+        "keeps, else all that files can hold; train --init does not take them over."
+    ),
+]
+StepOption = Annotated[
+    int | None,
+    Option("Images per step; null: 256, or 8 to segment, fewer where they are large.", at_least=1),
+]
+RunOption = Annotated[
+    str,
+    Option(
+        "A run folder, a model folder (model.safetensors and config.json), or the name of weights that come with the "
+        "package, such as cifar10/pce_nano; `pcenet models` shows which there are.",
+        positional=True,
+    ),
+]
+ThreadsOption = Annotated[int | None, Option("Threads of torch; null: torch's own choice.", at_least=1)]
+
+
+def options_of(config_class: type[Any]) -> dict[str, tuple[Any, Option]]:
+    """Type and `Option` of each field of a config class."""
+    hints = get_type_hints(config_class, include_extras=True)
+    return {name: get_args(hint) for name, hint in hints.items()}
+
+
+def choices_of(kind: Any) -> tuple[str, ...]:
+    """The values of a ``Literal`` type; empty for other types."""
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+# Types of options, in the words of an error.
+KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+    NoneType: "null",
+}
+
+
+def alternatives_of(kind: Any) -> tuple[Any, ...]:
+    """The plain types that an option may have: ``list[str] | None`` is list or NoneType."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return tuple(get_origin(each) or each for each in kinds)
+
+
+def is_of(value: Any, kinds: tuple[Any, ...]) -> bool:
+    """Whether a value has one of some plain types. True and false are no numbers; a whole number stands for any."""
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+
+
+def check(config: Any) -> None:
+    """Raise a ``ValueError`` naming field, value and rule for the first value that is not allowed."""
+    for name, (kind, option) in options_of(type(config)).items():
+        value, choices = getattr(config, name), choices_of(kind)
+        if choices and value not in choices:
+            hint = did_you_mean(str(value), choices)
+            raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}{hint}")
+        kinds = alternatives_of(kind)
+        if not choices and not is_of(value, kinds):
+            raise ValueError(f"{name} must be {' or '.join(KINDS[each] for each in kinds)}, got {value!r}")
+        if isinstance(value, str) and option.texts and value not in option.texts:
+            others = " or ".join([*(KINDS[each] for each in kinds if each is not str), *option.texts])
+            raise ValueError(f"{name} must be {others}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")
+        if not isinstance(value, int | float):
+            continue
+        for rule, bound, holds in (
+            ("at least", option.at_least, lambda a, b: a >= b),
+            ("at most", option.at_most, lambda a, b: a <= b),
+            ("above", option.above, lambda a, b: a > b),
+            ("below", option.below, lambda a, b: a < b),
+        ):
+            if bound is not None and not holds(value, bound):
+                raise ValueError(f"{name} must be {rule} {bound:.12g}, got {value}")
+    check_grey_range(getattr(config, "grey_range", None))
+
+
+def check_path(name: str, path: str) -> None:
+    """Raise a ``ValueError`` unless a run can write a path down: neither YAML nor safetensors knows other names."""
+    if not is_text(path):
+        raise ValueError(f"{name} {path!r} is no valid Unicode (UTF-8): rename it, or give a link of another name")
