@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pcenet.runs.finding import find_model
 from torch import nn
 
 from pcenet.analysis.probes import PER_OBJECT, ProbeResult, paired_difference, probe_modules
@@ -28,6 +27,7 @@ from pcenet.data import SceneSource, cover_transform
 from pcenet.data.scenes import VERSION
 from pcenet.models import PCEUNet, SavableModel, create_network, load_model
 from pcenet.models.preprocessing import image_size
+from pcenet.runs.finding import find_model
 
 RESULT = Path(__file__).parent / "results" / "scenes-probes.json"
 PIXELS = "pixels"

@@ -4,11 +4,10 @@ import subprocess
 import sys
 from typing import get_args
 
-from pcenet.runs.options import options_of
-
 import pcenet.data
 from pcenet.choices import Augment, Split, did_you_mean
 from pcenet.runs.config import EvalConfig, TrainConfig
+from pcenet.runs.options import options_of
 
 
 def test_the_nearest_is_named_however_far():

@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 
 from docutils import nodes
-from pcenet.runs.options import choices_of
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from pcenet import cli
+from pcenet.runs.options import choices_of
 
 
 class Options(SphinxDirective):

@@ -64,17 +64,17 @@ class LayerRouting:
 
     Attributes:
         probs: ``[rows, columns, E]``, the router's probabilities.
-        choice: ``[rows, columns, k]``, the experts that served the patch, best first; not the router's own choice where
-            the patch was sent elsewhere.
+        expert_ids: ``[rows, columns, k]``, the experts that served the patch, best first; not the router's own choice
+            where the patch was sent elsewhere.
         weight: ``[rows, columns, k]``, the factors of their outputs.
-        kept: ``[rows, columns, k]``, False where a choice was dropped.
+        dispatch_mask: ``[rows, columns, k]``, False where a choice was dropped.
         reach: height and width of all patches together as shares of the image's; above 1 where its map was padded.
     """
 
     probs: Floats
-    choice: Integers
+    expert_ids: Integers
     weight: Floats
-    kept: Flags
+    dispatch_mask: Flags
     reach: tuple[float, float]
 
     @property

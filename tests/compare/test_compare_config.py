@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pcenet.runs.options import options_of
 
 from pcenet.cli import main
 from pcenet.compare.config import CompareConfig
 from pcenet.compare.run import baseline_of
 from pcenet.runs.config import TrainConfig
+from pcenet.runs.options import options_of
 
 
 def test_runs_go_seed_by_seed_and_differ_by_what_they_are_told_to() -> None:

@@ -4,9 +4,9 @@ import re
 from typing import Any
 
 import pytest
-from pcenet.runs.options import options_of
 
 from pcenet.runs.config import EvalConfig, TrainConfig
+from pcenet.runs.options import options_of
 
 
 @pytest.mark.parametrize(
