@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pcenet.reporting.plots import as_label, confusion, curves, expert_counts, new_figure, pictures_of, png_of
+from pcenet.reporting.plots import as_label, confusion, curves, expert_load, new_figure, pictures_of, png_of
 from pcenet.runs.folder import RunFolder
 from pcenet.tasks.classification import ClassificationObjective
 from pcenet.training import run
@@ -66,7 +66,7 @@ def test_a_class_without_images_has_an_empty_row() -> None:
 
 
 def test_loads_are_stacked_and_drops_drawn_beside() -> None:
-    load, dropped = expert_counts(ROUTED).axes
+    load, dropped = expert_load(ROUTED).axes
     bars = [[(bar.get_y(), bar.get_height()) for bar in container] for container in load.containers]
     assert bars == [[(0, 0.25), (0, 0.75)], [(0.25, 0.75), (0.75, 0.25)]]
     assert load.get_ylabel() == "stages.0.0"
@@ -75,15 +75,15 @@ def test_loads_are_stacked_and_drops_drawn_beside() -> None:
 
 def test_epochs_of_a_version_that_counted_in_training_have_no_load() -> None:
     before = DENSE[0] | {"router/stages.0.0.body/load_0": 0.5, "router/stages.0.0.body/load_1": 0.5}
-    load, _ = expert_counts([before, ROUTED[1]]).axes
+    load, _ = expert_load([before, ROUTED[1]]).axes
     assert [[bar.get_height() for bar in container] for container in load.containers] == [[0.75], [0.25]]
-    assert "expert_counts" not in pictures_of([before], RESULT.confusion, ["leaf", "sky"], ["val/top1"])
+    assert "expert_load" not in pictures_of([before], RESULT.confusion, ["leaf", "sky"], ["val/top1"])
 
 
 def test_many_experts_leave_room_for_their_load(tmp_path: Path) -> None:
     """A legend of 64 would leave none, and matplotlib would warn, which is an error here."""
     loads = {f"val_router/stages.0.0.body/load_{expert}": 1 / 64 for expert in range(64)}
-    figure = expert_counts([row | loads | {"train_router/stages.0.0.body/drop_rate": 0.0} for row in DENSE])
+    figure = expert_load([row | loads | {"train_router/stages.0.0.body/drop_rate": 0.0} for row in DENSE])
     figure.savefig(tmp_path / "load.png")
     assert figure.axes[0].get_position().height > 0.5
 
@@ -91,7 +91,7 @@ def test_many_experts_leave_room_for_their_load(tmp_path: Path) -> None:
 def test_a_dense_network_has_no_load() -> None:
     assert set(pictures_of(DENSE, RESULT.confusion, ["leaf", "sky"], ["val/top1"])) == {"curves", "confusion"}
     with pytest.raises(ValueError, match="network without PCE layers"):
-        expert_counts(DENSE)
+        expert_load(DENSE)
 
 
 def test_the_run_folder_gets_them(draw: Any, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_the_run_folder_gets_them(draw: Any, tmp_path: Path) -> None:
     for _ in range(2):  # those of an earlier attempt are replaced
         draw(run_in(tmp_path), rows, RESULT)
     files = {path.name: path.read_bytes()[:8] for path in (tmp_path / "pictures").iterdir()}
-    assert files == dict.fromkeys(("curves.png", "confusion.png", "expert_counts.png"), b"\x89PNG\r\n\x1a\n")
+    assert files == dict.fromkeys(("curves.png", "confusion.png", "expert_load.png"), b"\x89PNG\r\n\x1a\n")
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
 
 
