@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_origin
 from pcenet import __version__
 from pcenet.app.config import AppConfig
 from pcenet.benchmark.config import BenchConfig
-from pcenet.catalogue import check_network, fault_of_source, networks, task_of_source, weights_of
+from pcenet.catalogue import SOURCES, check_network, fault_of_source, networks, task_of_source, weights_of
 from pcenet.choices import did_you_mean
 from pcenet.compare.config import OF_A_RUN, CompareConfig
 from pcenet.explain.config import ExplainConfig
@@ -259,9 +259,7 @@ def parse_values(command: str, entries: dict[str, Entry], arguments: list[str]) 
 
 def task_of_the_data(name: str) -> str:
     """The task where none is given; said in a line unless it is the usual one, or another process says it."""
-    if fault := fault_of_source(name):
-        raise ValueError(fault)
-    task = task_of_source(name)
+    task = task_of_source(name) or ("classify" if fault_of_source(name) else None)
     if task is None:
         from pcenet.data import task_for
 
@@ -366,11 +364,18 @@ def explain(message: str, entries: dict[str, Entry]) -> str:
     return message.replace('Parser key "config"', "--config")
 
 
+def check_source(config: TrainConfig) -> None:
+    """Raise what opening the data would, where there is nothing of that name, before torch is imported."""
+    if task_of_source(config.data) is None and (fault := fault_of_source(config.data, SOURCES[config.task])):
+        raise ValueError(fault)
+
+
 def run_train(arguments: list[str]) -> int | None:
     """train a network on images"""
     config = parse("train", TrainConfig, arguments)
+    check_source(config)
     check_network(config.model_name, config.task)
-    if config.init is not None:
+    if config.init is not None and config.resume is None:  # what goes on needs it no more
         find_model(config.init, "init")
     if config.devices > 1 and ranks_of_environment().count == 1:
         return launch(["train", *arguments, "--task", config.task], config.devices)
@@ -404,6 +409,7 @@ def run_compare(arguments: list[str]) -> None:
     values["variants"] = variants
     recipe_config = TrainConfig(**{name: values[name] for name in recipe})
     config = CompareConfig(**{name: values[name] for name in own}, recipe=recipe_config)
+    check_source(recipe_config)
     say_loading()
     from pcenet.compare.run import compare, status
 

@@ -91,7 +91,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         register()
         return model
 
-    monkeypatch.setattr("pcenet.models.pretrained.weights_root", lambda: root)
+    monkeypatch.setattr("pcenet.catalogue.weights_root", lambda: root)
     register()
     yield put
     monkeypatch.undo()

@@ -268,7 +268,8 @@ def test_ctrl_c_inside_lightning_exits_with_130(start: Start, monkeypatch: pytes
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    missing = ModuleNotFoundError("No module named 'lightning'", name="lightning")
+    monkeypatch.setitem(COMMANDS, "train", raising(missing))
     assert main(["train"]) == 2
     assert "pip install 'pcenet[train]'" in capsys.readouterr().err
 
