@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
+from pcenet import catalogue
 from pcenet.catalogue import CONFIG
-from pcenet.models import create_network, load_model, pretrained
+from pcenet.models import create_network, load_model
 from pcenet.models.pretrained import WEIGHTS
 from pcenet.publish.card import SCORES, recipe, score_of
 from pcenet.runs.config import TrainConfig
@@ -64,7 +65,7 @@ def bundle(run: RunFolder, name: str) -> Path:
             shutil.copyfile(run.model / file, folder / file)
         (folder / CARD).write_text(f"---\n{card.data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
-    place = pretrained.weights_root() / name
+    place = catalogue.weights_root() / name
     write_atomically(place, write)
     return place
 

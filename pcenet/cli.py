@@ -409,7 +409,8 @@ def run_compare(arguments: list[str]) -> None:
     values["variants"] = variants
     recipe_config = TrainConfig(**{name: values[name] for name in recipe})
     config = CompareConfig(**{name: values[name] for name in own}, recipe=recipe_config)
-    check_source(recipe_config)
+    if not config.status:  # which asks for no data
+        check_source(recipe_config)
     say_loading()
     from pcenet.compare.run import compare, status
 

@@ -161,7 +161,7 @@ def _shuffle_positions(router: Router, generator: torch.Generator, stack: ExitSt
 
     def restore(_router: nn.Module, _args: Any, routing: Routing) -> Routing:
         back = orders.pop().argsort()
-        per_patch = ("logits", "probs", "choice", "choice_weight", "kept")
+        per_patch = ("logits", "probs", "expert_ids", "gates", "dispatch_mask")
         return replace(routing, **{name: getattr(routing, name)[back] for name in per_patch})
 
     stack.callback(router.register_forward_pre_hook(permute).remove)

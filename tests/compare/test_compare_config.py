@@ -146,6 +146,8 @@ def test_a_file_holds_recipe_and_comparison_and_the_command_line_has_the_last_wo
 ) -> None:
     found: list[CompareConfig] = []
     monkeypatch.setattr("pcenet.compare.run.compare", found.append)
+    monkeypatch.chdir(tmp_path)
+    Path("other.zip").touch()
     path = tmp_path / "recipe.yaml"
     path.write_text(
         "epochs: 4\nlr: 1e-3\ndata: some.zip\nmodel: pce_tiny\nmodels: [base, small]\nseeds: [3, 1]\n"

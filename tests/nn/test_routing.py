@@ -266,9 +266,9 @@ def test_fields_have_fixed_shapes_and_dtypes() -> None:
     assert shapes == {
         "logits": (12, 5),
         "probs": (12, 5),
-        "choice": (12, 2),
-        "choice_weight": (12, 2),
-        "kept": (12, 2),
+        "expert_ids": (12, 2),
+        "gates": (12, 2),
+        "dispatch_mask": (12, 2),
     }
     assert routing.grid == Grid(2, 3, 2)
     assert routing.capacity == 6

@@ -106,7 +106,6 @@ def test_a_mistake_is_one_line_and_exit_2(
         ("--data pets", "classify"),
         ("--data digits", "classify"),
         ("", "classify"),
-        ("--data nowhere", "classify"),
     ],
 )
 def test_a_task_that_is_not_given_is_that_of_the_data(
