@@ -10,7 +10,7 @@ from PIL import Image
 
 from pcenet.choices import Split
 from pcenet.data.base import DataError, ObjectSource, SceneObject
-from pcenet.data.scene_drawing import ATTRIBUTES, CLASSES, Scene, draw_scene
+from pcenet.scenes.drawing import ATTRIBUTES, CLASSES, Scene, draw_scene
 
 NAME = "scenes"
 VERSION = 1  # another one for every change of what is drawn, so that nobody takes the results of one for the other's

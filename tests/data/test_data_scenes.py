@@ -22,7 +22,7 @@ from pcenet.data import (
     open_segmentation_source,
     open_source,
 )
-from pcenet.data.pavements import PATTERNS, STONE, pavement_tone
+from pcenet.scenes.pavements import PATTERNS, STONE, pavement_tone
 
 SPLITS = ("train", "val", "test")
 ATTRIBUTE_OF = {"building": "roughness", "pavement": "pattern", "tree": "leaves", "person": "clothes"}

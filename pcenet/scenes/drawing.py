@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
 from pcenet.data.base import SceneObject
-from pcenet.data.pavements import FARTHEST, PATTERNS, Array, pavement_tone
+from pcenet.scenes.pavements import FARTHEST, PATTERNS, Array, pavement_tone
 
 Bytes = npt.NDArray[np.uint8]
 Colour = tuple[float, float, float]  # red, green, blue, from 0 to 1

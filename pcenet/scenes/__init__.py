@@ -1,0 +1,1 @@
+"""Drawing street scenes whose objects are known; `pcenet.data.SceneSource` makes a data set of them."""
