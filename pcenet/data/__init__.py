@@ -14,7 +14,7 @@ and for segmentation::
 """
 
 from pcenet.choices import Augment, Split
-from pcenet.data.base import IGNORE, DataError, ImageSource, ObjectSource, SceneObject, SegmentationSource, Source
+from pcenet.data.base import IGNORE, DataError, ImageSource, ObjectSource, SegmentationSource, Source
 from pcenet.data.check import CheckReport, Finding, Sample, check_data, quick_check
 from pcenet.data.loaders import (
     EpochSampler,
@@ -43,6 +43,7 @@ from pcenet.data.sources import (
 from pcenet.data.subsets import first_images
 from pcenet.data.transforms import (
     IMAGENET_MEAN,
+from pcenet.scenes import SceneObject
     IMAGENET_STD,
     Transform,
     eval_transform,

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from pcenet.choices import Split
+from pcenet.scenes import SceneObject
 
 IGNORE = 255  # in a mask: a pixel that does not count
 
@@ -115,22 +116,6 @@ class SegmentationSource(Source):
             DataError: image or mask cannot be read, their sizes differ, or the mask has a value of no class.
         """
         return self.sample(index)[1]
-
-
-class SceneObject(NamedTuple):
-    """One thing in an image, of which more is known than its class.
-
-    Attributes:
-        number: which it is in `ObjectSource.instances`, from 1 on.
-        class_name: its class.
-        attribute: what is known about it, such as ``"clothes"``.
-        category: that attribute's value, such as ``"red"``.
-    """
-
-    number: int
-    class_name: str
-    attribute: str
-    category: str
 
 
 class ObjectSource(SegmentationSource):

@@ -9,7 +9,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from pcenet.choices import Split
-from pcenet.data.base import DataError, ObjectSource, SceneObject
+from pcenet.data.base import DataError, ObjectSource
+from pcenet.scenes import SceneObject
 from pcenet.scenes.drawing import ATTRIBUTES, CLASSES, Scene, draw_scene
 
 NAME = "scenes"

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from pcenet.data.base import SceneObject
+from pcenet.scenes import SceneObject
 from pcenet.scenes.pavements import FARTHEST, PATTERNS, Array, pavement_tone
 
 Bytes = npt.NDArray[np.uint8]
