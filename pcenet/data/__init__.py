@@ -43,12 +43,12 @@ from pcenet.data.sources import (
 from pcenet.data.subsets import first_images
 from pcenet.data.transforms import (
     IMAGENET_MEAN,
-from pcenet.scenes import SceneObject
     IMAGENET_STD,
     Transform,
     eval_transform,
     train_transform,
 )
+from pcenet.scenes import SceneObject
 
 __all__ = [
     "IGNORE",
