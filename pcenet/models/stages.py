@@ -37,7 +37,7 @@ def make_stages(
 
     Strides multiply by a whole number from stage to stage; the first is a power of two. From routed stage to routed
     stage the patch side in map pixels shrinks strictly, and what a patch covers of the image, ``patch_size * stride``,
-    never grows (design, section 1, "Depth").
+    never grows.
 
     Raises:
         ValueError: where a rule is broken, with the numbers.

@@ -165,7 +165,7 @@ class StackedBatchNorm(nn.BatchNorm2d):
     ``track_running_stats``, ``momentum`` (None, the cumulative mean, too) and ``eps`` mean what they mean in
     `torch.nn.BatchNorm2d`, expert by expert; ``num_batches_tracked`` is ``[E]``, the batches in which an expert had
     patches. Batch statistics are those of the expert's own patches. An expert with fewer than 2 values per channel uses
-    its running statistics and leaves them (design, section 2, "Few patches"); where it has none, mean 0 and variance 1.
+    its running statistics and leaves them; where it has none, mean 0 and variance 1.
 
     Attributes:
         synchronised: whether batch statistics are those of the expert's patches in all processes that train together;
@@ -258,8 +258,7 @@ class StackedBatchNorm(nn.BatchNorm2d):
 
 
 class ConvExperts(nn.Module):
-    """E experts ``Conv3x3 -> BatchNorm -> GELU -> Dropout -> Conv3x3 -> BatchNorm``, no skip inside, no bias (design,
-    section 1).
+    """E experts ``Conv3x3 -> BatchNorm -> GELU -> Dropout -> Conv3x3 -> BatchNorm``, no skip inside, no bias.
 
     Args:
         in_channels: channels of a patch.
@@ -318,7 +317,7 @@ class ConvExperts(nn.Module):
             x: ``[B, C, H, W]``.
             expert: ``[N]`` int64, whose each patch is, -1 for nobody's, which gets zeros.
             patch_size: S.
-            border: what a convolution sees beyond its patch's edge (design, section 2).
+            border: what a convolution sees beyond its patch's edge.
             gate: ``[N]``; None: 1.
             residual: ``[B, C_out, H, W]``; None: 0.
 

@@ -1,4 +1,4 @@
-"""Coordinates and their Fourier features (design, section 1; Tancik et al., 2020, "Fourier Features Let Networks Learn
+"""Coordinates and their Fourier features (Tancik et al., 2020, "Fourier Features Let Networks Learn
 High Frequency Functions in Low Dimensional Domains"). Pure functions."""
 
 from __future__ import annotations

@@ -136,5 +136,5 @@ class PCELayer(nn.Module):
         return run_choices(run, x, routing, residual)
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows of the module\'s settings."""
+        """What ``repr`` shows of the module's settings."""
         return f"border={self.border!r}"

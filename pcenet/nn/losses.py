@@ -1,4 +1,4 @@
-"""Auxiliary losses: scalars that keep a router sound, from its logits before any dropping (design, section 1)."""
+"""Auxiliary losses: scalars that keep a router sound, from its logits before any dropping."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def merge_patches(patches: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
 
 
 class PatchExtractor(nn.Module):
-    """Cut a map into patches and append Fourier features of position as channels (design, section 1).
+    """Cut a map into patches and append Fourier features of position as channels.
 
     Two kinds of position are encoded: the absolute one of the patch in the image and the relative one of each pixel in
     its patch, two axes each, ``num_bands`` pairs of sine and cosine. The module has no parameters.
@@ -118,5 +118,5 @@ class PatchExtractor(nn.Module):
         return torch.cat((patches, position_patches.repeat(grid.batch, 1, 1, 1)), dim=1)
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows of the module\'s settings."""
+        """What ``repr`` shows of the module's settings."""
         return f"patch_size={self.patch_size}, num_bands={self.num_bands}"

@@ -1,4 +1,4 @@
-"""The two layers of the router's perceptron, ``W2 gelu(W1 x + b1) + b2`` on the enriched patch (design, section 1).
+"""The two layers of the router's perceptron, ``W2 gelu(W1 x + b1) + b2`` on the enriched patch.
 
 Both compute in the type of their input, which the router makes float32 at least, whatever type their weights have.
 """

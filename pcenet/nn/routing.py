@@ -93,7 +93,7 @@ def expert_counts(choice: Tensor, num_experts: int, kept: Tensor | None = None) 
 
 
 def expert_capacity(capacity_factor: float, num_patches: int, num_experts: int, top_k: int = 1) -> int:
-    """``ceil(capacity_factor * N * k / E)`` (design, section 1): the choices that one expert serves at most."""
+    """``ceil(capacity_factor * N * k / E)``: the choices that one expert serves at most."""
     return math.ceil(capacity_factor * num_patches * top_k / num_experts)
 
 
@@ -119,7 +119,7 @@ def select_within_capacity(choice: Tensor, gate: Tensor, capacity: int) -> Tenso
 
 
 def gate_weights(chosen_probs: Tensor, gate: Gate) -> Tensor:
-    """The factor of each chosen expert's output (design, section 2).
+    """The factor of each chosen expert's output.
 
     Args:
         chosen_probs: ``[N, k]``, the probabilities of the chosen experts.
@@ -205,7 +205,7 @@ def check_selection(
 
 
 class Router(nn.Module):
-    """Looks at each patch and at where it lies, and picks its experts (design, section 1).
+    """Looks at each patch and at where it lies, and picks its experts.
 
     A two-layer perceptron ``W2 gelu(W1 x + b1) + b2`` on the enriched patch, content and Fourier features of position.
     It runs in float32 at least, autocast off: routing is a comparison of logits, and what bfloat16 rounds away (8 bits
@@ -372,7 +372,7 @@ class Router(nn.Module):
         return not torch.is_grad_enabled() or any(parameter.requires_grad for parameter in self.parameters())
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows of the module\'s settings."""
+        """What ``repr`` shows of the module's settings."""
         return (
             f"patch_size={self.patch_size}, num_experts={self.num_experts}, top_k={self.top_k}, "
             f"gate={self.gate!r}, gate_input={self.gate_input!r}"

@@ -14,7 +14,7 @@ from pcenet.nn.routing import Routing
 
 @dataclass(frozen=True)
 class RoutingSummary:
-    """Router health of one layer (design, section 4).
+    """Router health of one layer.
 
     Attributes:
         load: each expert's share of the choices, before dropping; sums to 1.
