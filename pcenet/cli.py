@@ -30,7 +30,7 @@ from pcenet.explain.config import ExplainConfig
 from pcenet.export.config import ExportConfig
 from pcenet.inference.config import PredictConfig
 from pcenet.publish.config import PushConfig
-from pcenet.runs.config import CheckDataConfig, EvalConfig, TrainConfig
+from pcenet.runs.config import COMMON, GROUPS, CheckDataConfig, EvalConfig, TrainConfig
 from pcenet.runs.finding import find_model
 from pcenet.runs.options import Option, choices_of, options_of
 from pcenet.runtime.launcher import (
@@ -241,10 +241,14 @@ def parse_values(command: str, entries: dict[str, Entry], arguments: list[str]) 
     Raises:
         ValueError: for an unknown option or a value that does not fit; names the nearest one that exists.
     """
-    known = ["--config", "--help", *(option_name(name) for name in entries)]
+    known = ["--config", "--help", "--help-all", *(option_name(name) for name in entries)]
     spellings = {name: name for name in known} | {"-h": "-h", "--print-config": "--print_config"}
     words = [respell(word, spellings) for word in arguments]
     check_config_files(words)
+    if "--help-all" in words:
+        parser = config_parser(command, entries, everything=True)
+        parser.print_help()
+        parser.exit()
     try:
         parser = config_parser(command, entries)
         values = parser.parse_args(words).as_dict()
@@ -290,8 +294,14 @@ def check_config_files(words: Sequence[str]) -> None:
             raise ValueError(f"--config: {path} cannot say whom you trust; give --trust-code on the command line")
 
 
-def config_parser(command: str, entries: dict[str, Entry]) -> ArgumentParser:
-    """A parser with ``--config``, ``--print_config`` and an option, or argument, for each field."""
+def config_parser(command: str, entries: dict[str, Entry], everything: bool = False) -> ArgumentParser:
+    """A parser with ``--config``, ``--print_config`` and an option, or argument, for each field.
+
+    Args:
+        command: its name.
+        entries: what it knows.
+        everything: whether help shows all options of a training run, or the common ones alone.
+    """
     from jsonargparse import ArgumentParser, set_dumper, set_loader
     from yaml import YAMLError
 
@@ -304,7 +314,12 @@ def config_parser(command: str, entries: dict[str, Entry]) -> ArgumentParser:
         prog=f"pcenet {command}", description=about, exit_on_error=False, allow_abbrev=False, parser_mode=YAML
     )
     parser.add_argument("--config", action="config", help="YAML file with options by their names.")
-    for name, entry in entries.items():
+    group_of = {name: group for group, names in GROUPS.items() for name in names} if "epochs" in entries else {}
+    groups = {group: parser.add_argument_group(group) for group in dict.fromkeys(group_of.values())}
+    if group_of and not everything:
+        parser.epilog = f"`pcenet {command} --help-all` shows all options."
+    for name in [*(name for name in group_of if name in entries), *(name for name in entries if name not in group_of)]:
+        entry, place = entries[name], groups[group_of[name]] if name in group_of else parser
         choices = choices_of(entry.kind)
         settings: dict[str, Any] = {"type": str if choices else entry.kind, "help": entry.option.help}
         if entry.kind is bool:
@@ -313,9 +328,11 @@ def config_parser(command: str, entries: dict[str, Entry]) -> ArgumentParser:
             settings["metavar"] = "{" + ",".join(choices) + "}"
         if entry.option.positional:
             words = {"nargs": "+", "type": str} if get_origin(entry.kind) is list else {}
-            parser.add_argument(name, **settings | words)
+            place.add_argument(name, **settings | words)
         else:
-            parser.add_argument(option_name(name), default=entry.default, **settings)
+            if name in group_of and name not in COMMON and not everything:
+                settings["help"] = argparse.SUPPRESS
+            place.add_argument(option_name(name), default=entry.default, **settings)
     return parser
 
 

@@ -48,6 +48,32 @@ def check_input_size(value: int | str | None, task: TaskName) -> None:
         raise ValueError(f"input_size {value!r}: images to classify are square; give one number")
 
 
+# How help shows the options of a training run: in groups, the common ones first.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "data": ("data", "task", "classes", "ignore_index", "grey_range", "max_images", "overfit"),
+    "network": (
+        *("model", "model_args", "input_size", "pretrained", "init", "upcycle", "upcycle_args", "drop", "drop_path"),
+    ),
+    "optimiser": (
+        *("epochs", "batch_size", "accumulate", "lr", "schedule", "warmup_epochs", "weight_decay", "difference_decay"),
+        *("label_smoothing", "class_weights", "clip_grad", "ema_decay", "early_stopping", "max_time"),
+    ),
+    "router": (
+        *("balance", "balance_start", "balance_epochs", "z", "temperature", "temperature_epochs"),
+        *("router_noise", "router_noise_epochs"),
+    ),
+    "augmentation": ("augment", "min_scale", "max_scale", "jitter", "random_erasing", "mixup", "cutmix"),
+    "hardware": (
+        *("device", "devices", "precision", "workers", "threads", "strategy", "sync_batch_norm", "process_timeout"),
+    ),
+    "run": ("out", "resume", "seed", "log", "checkpoint_minutes", "skip_nonfinite", "dry_run", "find"),
+}
+COMMON = frozenset(
+    {"data", "model", "model_args", "input_size", "pretrained", "init", "epochs", "batch_size", "lr", "early_stopping"}
+    | {"augment", "device", "devices", "precision", "workers", "threads", "out", "resume", "seed", "dry_run"}
+)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a training run.

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 import yaml
 
 from pcenet.cli import COMMANDS, main
-from pcenet.runs.config import TrainConfig
+from pcenet.compare.config import OF_A_RUN
+from pcenet.runs.config import COMMON, GROUPS, TrainConfig
 from pcenet.training.module import TrainingModule
 
 Start = Callable[..., TrainConfig]
@@ -320,3 +321,24 @@ def test_models_lists_cost_and_twins(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["models"]) == 0
     table = capsys.readouterr().out
     assert all(name in table for name in rows)
+
+
+def test_every_option_of_a_run_has_its_group() -> None:
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(item.name for item in fields(TrainConfig))
+    assert set(grouped) >= COMMON
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_help_shows_common_options_first_and_all_on_demand(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for word in ("--help", "--help-all"):
+        assert main([command, word]) == 0
+        texts.append(capsys.readouterr().out)
+    common, everything = texts
+    assert "--lr LR" in common
+    assert "--balance-start" not in common
+    assert f"`pcenet {command} --help-all` shows all options." in common
+    # Not those of a single run where several are compared.
+    names = {name for names in GROUPS.values() for name in names} - (set(OF_A_RUN) if command == "compare" else set())
+    assert [name for name in names if f"--{name.replace('_', '-')}" not in everything] == []
