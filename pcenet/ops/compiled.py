@@ -146,7 +146,8 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, operator: Operator, *inputs: Any) -> Tensor:
         ctx.save_for_backward(*[each if isinstance(each, Tensor) else None for each in inputs])
         ctx.operator, ctx.others = operator, [None if isinstance(each, Tensor) else each for each in inputs]
-        return operator.compute(*inputs)
+        # Not a view, though channels come last in memory: what FSDP and tensors changed in place cannot deal with.
+        return operator.compute(*inputs).detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

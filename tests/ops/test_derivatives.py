@@ -256,3 +256,11 @@ def test_a_residual_of_any_type(backend: str) -> None:
                 weight = torch.zeros(E, C, C, 1, 1).to(maps)
                 out = ops.patch_conv2d(x, weight, expert, S, then=ops.Affine(residual=residual))
             assert torch.equal(out, residual.to(torch.promote_types(maps, kind)))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_has_a_gradient_is_no_view(name: str, compiled: str) -> None:
+    """A change in place of a view would part it from its gradient, and `fully_shard` warns of one."""
+    out = FUNCTIONS[name].function(*FUNCTIONS[name].inputs(torch.float32))
+    assert out.requires_grad
+    assert not out._is_view()
