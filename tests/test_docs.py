@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pcenet import cli
+from pcenet import cli, parsing
 from pcenet.models import complexity, create_network, input_size_of, list_models, twin_of
+from pcenet.parsing import parse_values
 
 ROOT = Path(__file__).parents[1]
 # The log keeps commands as they were; some have changed since.
@@ -99,7 +100,8 @@ def test_the_commands_of_a_page_are_understood(page, monkeypatch):
     for words in commands(ROOT / "docs" / page):
         assert words[0] in cli.COMMANDS
         with monkeypatch.context() as patch:
-            patch.setattr(cli, "parse_values", stop_after(cli.parse_values))
+            for module in (cli, parsing):
+                patch.setattr(module, "parse_values", stop_after(parse_values))
             if words[0] not in ("models", "doctor"):
                 with pytest.raises(UnderstoodError):
                     cli.COMMANDS[words[0]](words[1:])

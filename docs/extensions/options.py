@@ -8,7 +8,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from pcenet import cli
+from pcenet import parsing
 from pcenet.runs.options import choices_of
 
 
@@ -23,7 +23,7 @@ class Options(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """The list."""
         module, _, name = self.arguments[0].rpartition(".")
-        entries = cli.entries_of(getattr(import_module(module), name))
+        entries = parsing.entries_of(getattr(import_module(module), name))
         entries.pop("recipe", None)  # in its place a command has the options of `pcenet train`
         return [nodes.definition_list("", *(item(name, entry) for name, entry in entries.items()))]
 
@@ -34,7 +34,7 @@ def item(name: str, entry: cli.Entry) -> nodes.definition_list_item:
     if entry.option.positional:
         term += nodes.literal(text=name.upper())
     else:
-        term += nodes.literal(text=cli.option_name(name))
+        term += nodes.literal(text=parsing.option_name(name))
         if entry.kind is not bool:
             term += nodes.Text("  ")
             term += nodes.literal(text="null" if entry.default is None else str(entry.default))

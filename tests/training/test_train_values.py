@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from pcenet.app.config import AppConfig
-from pcenet.cli import main, parse
+from pcenet.cli import main
 from pcenet.explain.config import ExplainConfig
 from pcenet.models import load_model
+from pcenet.parsing import parse
 from pcenet.runs.config import CheckDataConfig, EvalConfig, TrainConfig
 from pcenet.tasks.evaluation import open_trained
 
