@@ -28,7 +28,7 @@ class Options(SphinxDirective):
         return [nodes.definition_list("", *(item(name, entry) for name, entry in entries.items()))]
 
 
-def item(name: str, entry: cli.Entry) -> nodes.definition_list_item:
+def item(name: str, entry: parsing.Entry) -> nodes.definition_list_item:
     """One option."""
     term = nodes.term()
     if entry.option.positional:
