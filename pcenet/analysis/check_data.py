@@ -13,8 +13,9 @@ from rich.table import Table
 
 import pcenet.data as data
 from pcenet.analysis.samples import sample_sheet
+from pcenet.reporting.numbers import percent
 from pcenet.reporting.plots import png_of
-from pcenet.reporting.tables import console, percent
+from pcenet.reporting.tables import console
 from pcenet.runs.config import CheckDataConfig
 from pcenet.texts import say
 from pcenet.writing import write_bytes, write_json

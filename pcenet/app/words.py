@@ -10,6 +10,7 @@ import numpy as np
 
 from pcenet.app.pictures import expert_colour
 from pcenet.app.session import Change, Floats, LayerRouting, Visit, change
+from pcenet.reporting.numbers import share_text
 from pcenet.texts import shown
 
 MOST_ROWS = 8  # classes in a table
@@ -63,11 +64,6 @@ def patches(count: int) -> str:
     return f"{count} patch" if count == 1 else f"{count} patches"
 
 
-def percent(share: float) -> str:
-    """A share to a tenth of a per cent."""
-    return f"{share:.1%}".replace("%", " %")
-
-
 def points(difference: float) -> str:
     """A difference of shares in percentage points, with its sign."""
     return "0" if abs(difference) < SMALLEST else f"{100 * difference:+.2f}"
@@ -87,7 +83,7 @@ def class_table(visit: Visit, classes: Sequence[str]) -> str:
     rows = []
     for number in largest.tolist():
         spot = swatch(expert_colour(number), str(number)) if segment else ""
-        figures = [percent(before.shares[number]), percent(after.shares[number])] if moved else []
+        figures = [share_text(before.shares[number]), share_text(after.shares[number])] if moved else []
         figures += [points(after.shares[number] - before.shares[number])] if moved else [_bar(after.shares, number)]
         rows.append([f"{spot} {escape(classes[number])}", *figures])
     return _table(caption, heads, rows)
@@ -98,9 +94,9 @@ def headline(visit: Visit, classes: Sequence[str]) -> str:
     largest = np.argsort(-visit.after.shares, kind="stable")[:3].tolist()
     if visit.after.mask is None:
         best = largest[0]
-        return f"<p><strong>{escape(classes[best])}</strong>, probability {percent(visit.after.shares[best])}</p>"
+        return f"<p><strong>{escape(classes[best])}</strong>, probability {share_text(visit.after.shares[best])}</p>"
     named = ", ".join(
-        f"{escape(classes[n])} {percent(visit.after.shares[n])}" for n in largest if visit.after.shares[n]
+        f"{escape(classes[n])} {share_text(visit.after.shares[n])}" for n in largest if visit.after.shares[n]
     )
     return f"<p>Mostly <strong>{named}</strong> of the pixels.</p>"
 
@@ -173,7 +169,7 @@ def change_report(visit: Visit, classes: Sequence[str]) -> str:
 def _effect(visit: Visit, found: Change, classes: Sequence[str]) -> str:
     if found.pixels is not None:
         count, total = int(found.pixels.sum()), found.pixels.size
-        return f"<strong>{count} of {total} pixels</strong> ({percent(count / total)}) changed their class."
+        return f"<strong>{count} of {total} pixels</strong> ({share_text(count / total)}) changed their class."
     old, new = (int(outcome.shares.argmax()) for outcome in (visit.before, visit.after))
     largest = int(np.abs(found.points).argmax())
     most = f"the largest change is {escape(classes[largest])}, {points(found.points[largest])} points"
@@ -191,7 +187,7 @@ def _followers(found: Change) -> str:
 
 def _bar(values: Floats, number: int) -> str:
     share = float(values[number])
-    return f'<span class="pce-bar" style="--share:{share:.3f}" aria-hidden="true"></span> {percent(share)}'
+    return f'<span class="pce-bar" style="--share:{share:.3f}" aria-hidden="true"></span> {share_text(share)}'
 
 
 def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

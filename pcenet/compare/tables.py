@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pcenet.reporting.tables import score_digits
+from pcenet.reporting.numbers import score_digits
 from pcenet.runs.health import EVALUATED, complaint, ratio_in_words
 from pcenet.texts import shown
 

@@ -23,7 +23,7 @@ from pcenet.choices import GreyRange
 from pcenet.data import Transform, cover_transform, first_images
 from pcenet.explain.config import ExplainConfig
 from pcenet.explain.drawing import Shown, draw
-from pcenet.explain.findings import percent, points, row_label, score_of, summary
+from pcenet.explain.findings import points, row_label, summary
 from pcenet.explain.page import page
 from pcenet.explain.report import Report, intervention_report, twin_report, whole_report
 from pcenet.explain.study import study
@@ -32,6 +32,7 @@ from pcenet.inference.outputs import output_folder
 from pcenet.models import SavableModel, twin_of
 from pcenet.models.preprocessing import cost_of, image_size, preprocessing
 from pcenet.nn import routers_of
+from pcenet.reporting.numbers import in_prose, share_text
 from pcenet.reporting.plots import Row, layers_of, new_figure
 from pcenet.reporting.tables import console
 from pcenet.runs.folder import RunFolder
@@ -227,7 +228,7 @@ class Work:
         known = [] if truth is None else [f"It is {truth}."]
         if model.task == "classify":
             probability, best = logits.softmax(0).max(0)
-            answer = f"The network says {self.classes[int(best)]} ({percent(float(probability))})."
+            answer = f"The network says {self.classes[int(best)]} ({share_text(float(probability))})."
             return Shown(name, " ".join([*known, answer]), pixels, dict(seen))
         masks = {} if mask is None else {"truth": torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8)}
         masks = {kind: values.view(image.height, image.width) for kind, values in masks.items()}
@@ -283,9 +284,9 @@ def _show(report: Report) -> None:
     images = report["interventions"]["images"]
     name = f"{report['score']['name']}, {images} images"
     table = Table("layers", "what is changed", name, "difference, points", "95 % interval")
-    table.add_row("", "nothing", score_of(report["interventions"]["score"], images))
+    table.add_row("", "nothing", in_prose(report["interventions"]["score"], images))
     for row in report["interventions"]["rows"]:
         interval = f"{points(row['low'], images)} to {points(row['high'], images)}"
-        score, difference = score_of(row["score"], images), points(row["difference"], images)
+        score, difference = in_prose(row["score"], images), points(row["difference"], images)
         table.add_row(titles[row["layer"]], row_label(row), score, difference, interval)
     console().print(table)

@@ -10,8 +10,8 @@ from torch import Tensor
 from pcenet.analysis import Gallery, Seen
 from pcenet.explain import figures, overlays
 from pcenet.explain.figures import Picture
-from pcenet.explain.findings import percent
 from pcenet.explain.report import Report
+from pcenet.reporting.numbers import share_text
 from pcenet.reporting.plots import Row, layers_of
 
 
@@ -141,7 +141,7 @@ def _overlay(layer: Report, number: int, shown: Shown) -> Picture:
     seen = shown.seen[layer["name"]]
     shares = (seen.routing.expert_counts / seen.routing.expert_ids.numel()).tolist()
     alt = f"Experts of {layer['title']} laid over {shown.name}: " + ", ".join(
-        f"expert {expert} {percent(share)} of the patches" for expert, share in enumerate(shares) if share
+        f"expert {expert} {share_text(share)} of the patches" for expert, share in enumerate(shares) if share
     )
     image = overlays.expert_overlay(shown.pixels, seen, 0)
     return figures.from_image(f"{figures.slug(layer['title'])}-image-{number}", f"{alt}.", image)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from pcenet.explain.findings import percent, points, row_label
+from pcenet.explain.findings import points, row_label
 from pcenet.explain.report import Report
 from pcenet.reporting.colours import class_colours
+from pcenet.reporting.numbers import share_text
 from pcenet.reporting.plots import PALETTE, Row, as_label, draw_load, new_figure, png_of
 from pcenet.runs.health import EVALUATED
 
@@ -85,7 +86,7 @@ def class_map(layer: Report) -> Picture | None:
     axis.axhline(len(names) - 0.5, color="black", linewidth=1.5)
     axis.set_title("% of a class's patches, by expert", fontsize=9)
     best = [
-        f"{name}: expert {int(row.argmax())} {percent(row.max())}"
+        f"{name}: expert {int(row.argmax())} {share_text(row.max())}"
         for name, row in zip(names, shares[shown], strict=True)
     ]
     alt = f"Heat map of {layer['title']}, classes by experts. " + "; ".join(best) + "."
@@ -116,7 +117,7 @@ def place_maps(layer: Report) -> Picture:
     if not written:
         figure.colorbar(image, ax=list(axes), location="bottom", shrink=0.8, label="share of the place's patches")
     alt = f"Maps of {layer['title']}: the share of each place's patches that an expert serves. " + " ".join(
-        f"Expert {expert}: from {percent(share.min())} to {percent(share.max())}, most {place_in_words(share)}."
+        f"Expert {expert}: from {share_text(share.min())} to {share_text(share.max())}, most {place_in_words(share)}."
         for expert, share in enumerate(shares)
     )
     return from_figure(f"{slug(layer['title'])}-places", alt, figure)
@@ -179,7 +180,7 @@ def load_now(layer: Report) -> Picture:
     axis.set_yticks(range(len(loads)), [f"expert {expert}" for expert in range(len(loads))], fontsize=8)
     axis.invert_yaxis()
     alt = f"Load of the experts of {layer['title']}: " + ", ".join(
-        f"expert {expert} {percent(load)}" for expert, load in enumerate(loads)
+        f"expert {expert} {share_text(load)}" for expert, load in enumerate(loads)
     )
     return from_figure(f"{slug(layer['title'])}-load", alt + ".", figure)
 
@@ -198,7 +199,7 @@ def load_history(layer: Report, rows: Sequence[Row]) -> Picture:
     axis.xaxis.get_major_locator().set_params(integer=True)
     last = [value for name, value in rows[-1].items() if name.startswith(f"{EVALUATED}/{layer['name']}/load_")]
     alt = f"Load on val of the experts of {layer['title']} over {len(rows)} epochs; in the last one " + ", ".join(
-        f"expert {expert} {percent(share)}" for expert, share in enumerate(last)
+        f"expert {expert} {share_text(share)}" for expert, share in enumerate(last)
     )
     return from_figure(f"{slug(layer['title'])}-load-by-epoch", alt + ".", figure)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pcenet.explain.report import Report
-from pcenet.reporting.tables import score_digits
+from pcenet.reporting.numbers import in_prose, score_digits, share_text
 from pcenet.runs.health import UNEVEN, experts_in_words
 
 OWNED = 0.5  # of a class's patches go to one expert
@@ -53,16 +53,6 @@ class Owner:
     share: float
     load: float
     patches: int
-
-
-def percent(value: float) -> str:
-    """A share as text, with one decimal."""
-    return f"{100 * value:.1f} %"
-
-
-def score_of(value: float, images: int) -> str:
-    """A score as text; no digit is finer than one of the images that it was measured on."""
-    return f"{100 * value:.{_digits(images)}f} %"
 
 
 def points(value: float, images: int) -> str:
@@ -136,8 +126,8 @@ def _matters(report: Report) -> Iterator[Finding]:
     name, tried = report["score"]["name"], report["interventions"]
     images = tried["images"]
     at_random = (
-        f"with experts drawn at random in every layer {name} goes from {score_of(tried['score'], images)} to "
-        f"{score_of(random['score'], images)} ({interval(random, images)} points, {images} images)"
+        f"with experts drawn at random in every layer {name} goes from {in_prose(tried['score'], images)} to "
+        f"{in_prose(random['score'], images)} ({interval(random, images)} points, {images} images)"
     )
     if random["high"] < 0:
         yield Finding("good", f"Which expert serves a patch matters: {at_random}.")
@@ -165,7 +155,7 @@ def _single(report: Report) -> Iterator[Finding]:
     best = max(as_good or rows, key=lambda row: float(row["difference"]))
     text = (
         f"expert {best['expert']}, if it serves every patch of every layer: {report['score']['name']} "
-        f"{score_of(best['score'], images)} ({points(best['difference'], images)} points, {interval(best, images)})."
+        f"{in_prose(best['score'], images)} ({points(best['difference'], images)} points, {interval(best, images)})."
     )
     if not as_good:
         yield Finding("good", f"No single expert does as well as the router's choice; the best is {text}")
@@ -180,7 +170,7 @@ def _twin(report: Report) -> Iterator[Finding]:
     if twin is None:
         return
     text = (
-        f"{name} is {score_of(report['score']['value'], images)}, its dense twin's {score_of(twin['value'], images)}: "
+        f"{name} is {in_prose(report['score']['value'], images)}, its dense twin's {in_prose(twin['value'], images)}: "
         f"{points(twin['ahead'], images)} points ({interval(twin, images)}, over {images} images; of one training run "
         "each, so the seed's luck is not in it)."
     )
@@ -214,8 +204,8 @@ def _classes(report: Report) -> Iterator[Finding]:
         owner, layer = max(owned, key=lambda pair: pair[0].share / pair[0].load)
         yield Finding(
             "good",
-            f"The clearest case: in {layer['title']} expert {owner.expert} serves {percent(owner.share)} of the "
-            f'patches of class "{owner.name}", but {percent(owner.load)} of all patches.',
+            f"The clearest case: in {layer['title']} expert {owner.expert} serves {share_text(owner.share)} of the "
+            f'patches of class "{owner.name}", but {share_text(owner.load)} of all patches.',
         )
 
 
@@ -280,7 +270,8 @@ def _owned(layer: Report) -> Iterator[Finding]:
         yield Finding("note", "No patch has a class here, so nothing is known of experts and classes.")
     elif found:
         cases = [
-            f'expert {owner.expert} serves {percent(owner.share)} of "{owner.name}" and {percent(owner.load)} of all'
+            f'expert {owner.expert} serves {share_text(owner.share)} of "{owner.name}" and '
+            f"{share_text(owner.load)} of all"
             for owner in found[:MOST_OWNERS]
         ]
         more = f"; and {len(found) - MOST_OWNERS} more" if len(found) > MOST_OWNERS else ""
@@ -322,7 +313,7 @@ def _health(layer: Report) -> Iterator[Finding]:
     if (health["max_min"] or 0) > UNEVEN:  # None where experts are dead, which is said apart
         yield Finding("bad", f"Uneven: the busiest expert has {health['max_min']:.1f} times the load of the idlest.")
     if health["drop_rate"] > DROPPED:
-        yield Finding("bad", f"{percent(health['drop_rate'])} of the patches are dropped for lack of capacity.")
+        yield Finding("bad", f"{share_text(health['drop_rate'])} of the patches are dropped for lack of capacity.")
 
 
 def _sharp(layer: Report) -> Iterator[Finding]:

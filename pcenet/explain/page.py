@@ -9,9 +9,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pcenet.explain.drawing import Pictures
 from pcenet.explain.figures import Picture
-from pcenet.explain.findings import layer_findings, owners, percent, points, row_label, score_of, summary
+from pcenet.explain.findings import layer_findings, owners, points, row_label, summary
 from pcenet.explain.report import Report
 from pcenet.reporting.colours import class_colours
+from pcenet.reporting.numbers import in_prose, share_text
 from pcenet.runs.health import ratio_in_words
 from pcenet.texts import shown
 
@@ -35,7 +36,13 @@ def page(report: Report, pictures: Pictures, captions: list[tuple[str, str]]) ->
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "points": points, "score": score_of, "uri": uri, "millions": millions}
+    environment.filters |= {
+        "percent": share_text,
+        "points": points,
+        "score": in_prose,
+        "uri": uri,
+        "millions": millions,
+    }
     template = environment.get_template(TEMPLATE)
     return template.render(
         report=report,
@@ -70,10 +77,10 @@ def served(layer: Report, expert: int) -> list[str]:
     """The classes that an expert owns, or else those of which it serves most for its load, in words."""
     owned = [owner for owner in owners(layer) if owner.expert == expert]
     if owned:
-        return [f'{percent(owner.share)} of "{owner.name}"' for owner in owned]
+        return [f'{share_text(owner.share)} of "{owner.name}"' for owner in owned]
     shares = {name: of_class[expert] / sum(of_class) for name, of_class in layer["by_class"].items() if any(of_class)}
     most = sorted(shares, key=lambda name: -shares[name])[:MOST_SERVED]
-    return [f'{percent(shares[name])} of "{name}"' for name in most if shares[name]]
+    return [f'{share_text(shares[name])} of "{name}"' for name in most if shares[name]]
 
 
 def without(report: Report, layer: Report, expert: int) -> dict[str, Any] | None:

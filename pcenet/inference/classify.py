@@ -11,7 +11,7 @@ from pcenet.data import Transform
 from pcenet.inference.batches import Batch
 from pcenet.inference.network import Grids, Network
 from pcenet.inference.outputs import Row
-from pcenet.reporting.tables import percent
+from pcenet.reporting.numbers import percent
 from pcenet.tasks.classification import eval_transform_of
 
 

@@ -18,7 +18,7 @@ from pcenet.inference.network import Grids, Network
 from pcenet.inference.outputs import OutputNames, Row
 from pcenet.models.preprocessing import image_size, preprocessing
 from pcenet.reporting.colours import palette
-from pcenet.reporting.tables import percent
+from pcenet.reporting.numbers import percent
 from pcenet.tasks.pixels import classes_at
 
 MASKS, OVERLAYS = "masks", "overlays"

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult
 from pcenet.catalogue import bundled
 from pcenet.choices import TaskName
 from pcenet.models.card import PIPELINE, plain
-from pcenet.reporting.tables import score_digits, score_text
+from pcenet.reporting.numbers import in_prose, score_digits
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import SAFE_TO_CHANGE
 from pcenet.runs.health import recorded_health
@@ -45,11 +45,6 @@ def data_of(metrics: Values) -> str:
     return Path(metrics["data"]).name
 
 
-def percent(score: float, images: int) -> str:
-    """A score of so many images, such as "83.08 %"."""
-    return score_text(score, images).replace("%", " %")
-
-
 def score_section(metrics: Values, evaluations: Sequence[Values], twin: Values | None) -> str:
     """The scores, of validation and of what ``pcenet eval`` measured, and the twin's beside the former.
 
@@ -61,13 +56,13 @@ def score_section(metrics: Values, evaluations: Sequence[Values], twin: Values |
     val = metrics["val"]
     score = score_of(val)
     rows = [
-        f"| {plain(each['data'])}, {each['split']} | {each['images']} | {percent(each[score], each['images'])} |"
+        f"| {plain(each['data'])}, {each['split']} | {each['images']} | {in_prose(each[score], each['images'])} |"
         for each in ({"data": data_of(metrics), "split": "val"} | dict(val), *evaluations)
     ]
     table = f"| data | images | {SCORES[score]} |\n|---|---|---|\n" + "\n".join(rows)
     text = f"## Score\n\n{table}"
     if twin is not None:
-        theirs = percent(twin["val"][score], val["images"])
+        theirs = in_prose(twin["val"][score], val["images"])
         digits = score_digits(val["images"])
         ahead = round(100 * (val[score] - twin["val"][score]), digits)
         apart = f"{abs(ahead):.{digits}f} points"

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
+from pcenet.reporting.numbers import percent
 from pcenet.runs.health import Health, ratio_in_words
 from pcenet.texts import shown
 
@@ -32,21 +33,6 @@ def console() -> Console:
     """The console on stdout: as wide as the terminal, 120 columns where there is none."""
     terminal = Screen()
     return terminal if terminal.is_terminal else Screen(PIPE_WIDTH)
-
-
-def percent(value: float | None) -> str:
-    """A share as a percentage, or n/a."""
-    return "n/a" if value is None else f"{value:.2%}"
-
-
-def score_digits(images: int) -> int:
-    """Decimals of a percentage that so many images support: no finer than one image of them, and 2 at most."""
-    return 0 if images <= 100 else 1 if images <= 1000 else 2
-
-
-def score_text(score: float | None, images: int) -> str:
-    """A score as a percentage, or n/a; no digit is finer than one of the images that it was measured on."""
-    return "n/a" if score is None else f"{score:.{score_digits(images)}%}"
 
 
 def router_table(routers: Mapping[str, Health]) -> Table:

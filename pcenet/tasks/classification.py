@@ -19,7 +19,8 @@ from pcenet.models import SavableModel
 from pcenet.models.preprocessing import image_side, preprocessing
 from pcenet.nn import RoutingStatistics, record_routing
 from pcenet.nn.processes import sum_over_processes
-from pcenet.reporting.tables import console, router_table, score_text
+from pcenet.reporting.numbers import score_text
+from pcenet.reporting.tables import console, router_table
 from pcenet.runs.config import EvalConfig, TrainConfig
 from pcenet.runs.health import count_routings, health_of
 from pcenet.runtime.device import autocast

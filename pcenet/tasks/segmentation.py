@@ -21,7 +21,8 @@ from pcenet.models import SavableModel
 from pcenet.models.preprocessing import image_size, preprocessing
 from pcenet.nn import RoutingStatistics, record_routing
 from pcenet.nn.processes import process_count, sum_over_processes
-from pcenet.reporting.tables import console, percent, router_table, score_text
+from pcenet.reporting.numbers import percent, score_text
+from pcenet.reporting.tables import console, router_table
 from pcenet.runs.config import EvalConfig, TrainConfig
 from pcenet.runs.health import count_routings, health_of
 from pcenet.runtime.device import autocast

@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pcenet.nn import update_expert_bias
-from pcenet.reporting.tables import score_digits
+from pcenet.reporting.numbers import score_digits
 from pcenet.runs.health import EVALUATED, TRAINED, bias_spreads, columns_of
 from pcenet.runtime.distributed import over_processes, share_statistics
 from pcenet.texts import say

@@ -19,9 +19,9 @@ from pcenet.app.words import (
     layer_title,
     notice,
     patch_answer,
-    percent,
     points,
 )
+from pcenet.reporting.numbers import share_text
 
 CLASSES = ["zero", "one", "two"]
 BLUE, ORANGE = (0, 0x72, 0xB2), (0xE6, 0x9F, 0x00)  # of experts 0 and 1
@@ -126,7 +126,7 @@ def test_what_is_said_of_a_change(explorer, corner):
     look = explorer("classify")
     visit = look.begin(corner)
     assert words_of(change_report(visit, CLASSES)).startswith("Nothing is changed yet.")
-    assert words_of(headline(visit, CLASSES)) == f"zero , probability {percent(visit.after.shares[0])}"
+    assert words_of(headline(visit, CLASSES)) == f"zero , probability {share_text(visit.after.shares[0])}"
     visit = look.send(look.point_at(look.show_layer(visit, "second"), 0, 1), 1)
     visit = look.send(look.point_at(visit, 1, 0), 1)
     said = words_of(change_report(visit, CLASSES))
@@ -143,7 +143,7 @@ def test_what_is_said_of_changed_pixels(explorer):
     look = explorer("segment")
     visit = look.send(look.point_at(look.show_layer(look.begin(Image.new("RGB", (8, 8))), "second"), 0, 0), 1)
     count = int((visit.after.mask == 1).sum())
-    assert f"{count} of 409600 pixels ( {percent(count / 409600)} )".replace(" ", "") in words_of(
+    assert f"{count} of 409600 pixels ( {share_text(count / 409600)} )".replace(" ", "") in words_of(
         change_report(visit, CLASSES)
     ).replace(" ", "")
     assert "Mostly zero" in words_of(headline(visit, CLASSES))
@@ -151,7 +151,7 @@ def test_what_is_said_of_changed_pixels(explorer):
 
 
 def test_numbers_as_words(explorer, corner):
-    assert [percent(share) for share in (0, 0.1234, 1)] == ["0.0 %", "12.3 %", "100.0 %"]
+    assert [share_text(share) for share in (0, 0.1234, 1)] == ["0.0 %", "12.3 %", "100.0 %"]
     assert [points(value) for value in (0.0, 0.00004, 0.01, -0.5)] == ["0", "0", "+1.00", "-50.00"]
     routing = explorer("classify").begin(corner).routing
     assert layer_title("stages.0.0.body", routing) == "stages.0.0: 2 x 2 patches"

@@ -19,7 +19,8 @@ from torch import nn
 from pcenet.nn import PCELayer, RoutingStatistics, RoutingSummary, record_routing, routers_of
 from pcenet.nn.patches import Grid
 from pcenet.nn.routing import route
-from pcenet.reporting.tables import console, router_table, score_digits, score_text, training_table
+from pcenet.reporting.numbers import score_digits, score_text
+from pcenet.reporting.tables import console, router_table, training_table
 from pcenet.runs.config import EvalConfig, TrainConfig
 from pcenet.runs.folder import RunFolder
 from pcenet.runs.health import (
