@@ -378,11 +378,13 @@ def bias_count(images: int) -> int:
 
 
 def bias_images(run: Run) -> Iterator[torch.Tensor]:
-    """Batches of the training images from which the routers' biases are found, prepared as for evaluation."""
+    """Batches of the training images from which the routers' biases are found, prepared as for evaluation.
+
+    They are what a step of all processes sees: biases, which are found batch by batch, depend on no number of processes.
+    """
     config, source = run.config, run.sources["train"]
-    assert config.batch_size is not None
     some = data.first_images(source, bias_count(len(source)), config.seed)
-    return run.task.images_of(run.task.eval_loader(run.model, some, batch_size=config.batch_size, workers=0))
+    return run.task.images_of(run.task.eval_loader(run.model, some, batch_size=images_per_step(config), workers=0))
 
 
 def trainer_options(run: Run) -> dict[str, Any]:
