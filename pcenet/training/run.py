@@ -380,7 +380,7 @@ def bias_count(images: int) -> int:
 def bias_images(run: Run) -> Iterator[torch.Tensor]:
     """Batches of the training images from which the routers' biases are found, prepared as for evaluation.
 
-    They are what a step of all processes sees: biases, which are found batch by batch, depend on no number of processes.
+    They are as large as a step of all processes: biases, found batch by batch, depend on no number of processes.
     """
     config, source = run.config, run.sources["train"]
     some = data.first_images(source, bias_count(len(source)), config.seed)
