@@ -61,7 +61,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_tables_of_networks_are_true():
     """Patches, cost and twin, as rounded there, are those that the networks have."""
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(pce_\w+)`[^|]*\|(.*)\| `(dense_\w+)` \|$", page, re.MULTILINE)
     unlisted = {"pce_tiny_spec", "pce_small_spec"}  # as `pce_tiny` and `pce_small`
     assert {name for name, *_ in rows} == {name for name in list_models() if name.startswith("pce_")} - unlisted
