@@ -24,6 +24,8 @@ OURS = re.compile(
 NEEDED = {
     "pcenet/py.typed",
     "pcenet/explain/page.html",
+    "pcenet/networks.json",
+    "pcenet/runs/config.py",
     "pcenet/ops/cpu/bind.cpp",
     "pcenet/weights/camvid/pce_unet_nano/model.safetensors",
 }

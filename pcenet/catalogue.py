@@ -69,8 +69,8 @@ def fault_of_source(source: str | Path, names: Sequence[str] | None = None) -> s
     known = [name for of_task in SOURCES.values() for name in of_task] if names is None else list(names)
     if os.path.exists(path) or source in known:
         return None
-    beside = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*"))
-    usable = [os.path.normpath(other) for other in beside if os.path.isdir(other) or other.endswith(".zip")]
+    siblings = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*"))
+    usable = [os.path.normpath(each) for each in siblings if os.path.isdir(each) or each.endswith(".zip")]
     path_of = "the path of a folder or .zip of images"
     expected = f"{', '.join(known)}, or {path_of}" if known else path_of
     hint = did_you_mean(str(source), [*known, *usable], SIMILAR_SOURCE)

@@ -15,7 +15,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pcenet import __version__
 from pcenet.app.config import AppConfig
@@ -41,9 +40,6 @@ from pcenet.runtime.launcher import (
 from pcenet.runtime.memory import ran_out_of_memory
 from pcenet.runtime.signals import Terminated
 from pcenet.texts import one_line, print_whatever_comes, say
-
-if TYPE_CHECKING:
-    pass
 
 TRAIN_EXTRA = ("lightning", "lightning_utilities", "scipy", "tensorboard", "torchmetrics")
 TRACEBACK = "PCENET_TRACEBACK"

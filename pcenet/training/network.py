@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pcenet.catalogue import check_network, networks
 from pcenet.choices import did_you_mean
 from pcenet.models import (
     SavableModel,
@@ -37,20 +38,19 @@ DECIDED_ELSEWHERE = {
     "pretrained": "give --pretrained",
     "upcycling": "give --upcycle and --upcycle-args",
 }
-SIMILAR = 0.8  # how like one of our networks a name must be for no other library's to be suggested
 
 
 def check_model(config: TrainConfig) -> None:
     """Raise a ``ValueError`` for a model, or an argument of it, that does not exist; it names the nearest."""
-    name, names = config.model_name, list_models()
+    name = config.model_name
+    check_network(name, config.task)
     if is_timm(name):
         check_timm(name)
     elif ":" in name:
         split_name(name)
-    elif name not in names:
-        ours, timms = list_models(config.task), like_timm(name) if config.task == "classify" else ""
-        hint = did_you_mean(name, ours, SIMILAR) or timms or did_you_mean(name, ours)
-        raise ValueError(f"model {name!r} is unknown{hint}")
+    elif name not in networks():
+        timms = like_timm(name) if config.task == "classify" else ""
+        raise ValueError(f"model {name!r} is unknown{timms or did_you_mean(name, list_models(config.task))}")
     if task_of(name) != config.task:
         raise ValueError(f"model {name!r} is made to {task_of(name)}; give --task {task_of(name)}, or another --model")
     options = None if is_timm(name) else model_options(name)
