@@ -20,7 +20,7 @@ from torch import Tensor
 from pcenet.runs.config import TrainConfig
 from pcenet.runtime.launcher import Launcher
 from pcenet.training.callbacks import Averaging
-from pcenet.training.module import TrainingTask
+from pcenet.training.module import TrainingModule
 from pcenet.training.run import train
 from pcenet.training.strategies import local_part
 
@@ -35,7 +35,7 @@ def kept(tensors: list[Tensor]) -> int:
     return sum(part.numel() * part.element_size() for part in parts)
 
 
-def measure(task: TrainingTask, *_: object) -> None:
+def measure(task: TrainingModule, *_: object) -> None:
     """After each step: what is kept. The peak counts from the end of the first step on."""
     parameters = list(task.parameters())
     (optimizer,) = task.trainer.optimizers
@@ -57,7 +57,7 @@ RESULT: dict[str, int] = {}
 
 def one_process(count: int, strategy: str, folder: str) -> None:
     """Do a process's part of a run, and write what it has kept."""
-    TrainingTask.on_train_batch_end = measure
+    TrainingModule.on_train_batch_end = measure
     options = {"epochs": 1, "batch_size": 32 // count, "max_images": 96, "workers": 0, "checkpoint_minutes": None}
     train(
         TrainConfig(

@@ -15,7 +15,8 @@ from pcenet import load_model, record_routing
 from pcenet.analysis import routing_picture
 from pcenet.cli import main as pcenet
 from pcenet.data import build_loader, eval_transform, open_source
-from pcenet.reporting.tables import console, router_table, score_text
+from pcenet.reporting.numbers import score_text
+from pcenet.reporting.tables import console, router_table
 
 MODELS = ("pce_nano", "dense_nano")
 EPOCHS = 15
