@@ -50,25 +50,25 @@ def measure(network: str, source: str, centrings: list[float], images: int | Non
     val, train = (open_trained(EvalConfig(run=network, data=source, split=split)) for split in ("val", "train"))
     count = images or bias_count(len(train.source))
     size = EVAL_BATCH_SIZE[val.model.task]
-    some = val.kind.eval_loader(val.model, data.first_images(train.source, count), batch_size=size, workers=0)
-    whole = list(val.kind.eval_loader(val.model, val.source, batch_size=size, workers=0))
+    some = val.task.eval_loader(val.model, data.first_images(train.source, count), batch_size=size, workers=0)
+    whole = list(val.task.eval_loader(val.model, val.source, batch_size=size, workers=0))
     rows = []
     for centring in [None, *centrings]:
         if centring is not None:
-            update(val.model, val.kind.images_of(some), centring)
-        result = val.kind.evaluate(val.model, whole, val.source.classes, device=torch.device("cpu"), precision="fp32")
+            update(val.model, val.task.images_of(some), centring)
+        result = val.task.evaluate(val.model, whole, val.source.classes, device=torch.device("cpu"), precision="fp32")
         rows.append(
             {
                 "network": network,
                 "data": Path(source).name,
                 "centring": centring,
                 "training_images": None if centring is None else count,
-                "val": val.kind.summary(result),
+                "val": val.task.summary(result),
                 "router": result.router,
                 "machine": machine(torch.device("cpu")),
             }
         )
-        print(network, centring, val.kind.headline(result), [layer["max_min"] for layer in result.router.values()])
+        print(network, centring, val.task.headline(result), [layer["max_min"] for layer in result.router.values()])
     return rows
 
 

@@ -1,6 +1,7 @@
 """What an import loads, and who may import whom."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Collection
@@ -11,6 +12,7 @@ import pytest
 import pcenet
 
 PACKAGE = Path(pcenet.__file__).parent
+ROOT = Path(__file__).parents[1]
 HEAVY = {
     "matplotlib",
     "gradio",
@@ -134,6 +136,19 @@ def test_no_file_imports_itself_by_way_of_others():
 @pytest.mark.parametrize("part", ["inference.predict", "export.command", "explain.command", "app.server"])
 def test_a_trained_network_is_used_without_a_training_framework(part):
     assert not {"lightning", "torchmetrics", "pcenet.training"} & loaded_by(f"import pcenet.{part}")
+
+
+SCRIPTS = sorted(path for folder in ("examples", "experiments", "benchmarks") for path in (ROOT / folder).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_what_scripts_import_from_the_package_is_there(path):
+    """They run for minutes or hours, so that no test runs all of them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "pcenet":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
 
 
 def _imported(path: Path, modules: Collection[str] = ()) -> set[str]:
