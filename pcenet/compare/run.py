@@ -24,7 +24,8 @@ from pcenet.runs.records import read_rows
 from pcenet.runtime.device import resolve_device
 from pcenet.texts import say
 from pcenet.training.network import build_model, check_model, naming_model_args
-from pcenet.training.run import resolve, train
+from pcenet.training.preparation import resolve
+from pcenet.training.run import train
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def attempt(run: PlannedRun, config: CompareConfig, baseline: str | None, failed
 
 
 def forget() -> None:
-    """Give back what a run leaves in memory: Lightning's objects know each other in circles."""
+    """Give back what a run leaves in memory: networks and optimisers know each other in circles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

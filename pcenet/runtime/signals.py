@@ -57,6 +57,15 @@ class Stop:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     signal.signal(number, self.handle)
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The first signal waits until somebody looks at `signal`."""
+        self.patient = True
+        try:
+            yield
+        finally:
+            self.patient = False
+
 
 def end_by(number: int) -> None:
     """Raise `Terminated` for SIGTERM, `KeyboardInterrupt` for Ctrl-C; nothing for 0."""

@@ -1,25 +1,36 @@
-"""``pcenet train --find``: suggestions for the learning rate and the batch size, by Lightning's tuner."""
+"""``pcenet train --find``: suggestions for the learning rate and the batch size."""
 
 from __future__ import annotations
 
+import gc
+import math
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-from lightning.pytorch.tuner.tuning import Tuner
-from torch.utils.data import DataLoader
+import numpy as np
+import torch
 
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder
 from pcenet.runtime.device import resolve_device, set_threads
 from pcenet.runtime.launcher import ranks_of_environment
+from pcenet.runtime.memory import ran_out_of_memory
+from pcenet.runtime.signals import Stop
 from pcenet.texts import say
-from pcenet.training.run import Run, make_module, prepare, quiet, resolve, trainer_options
+from pcenet.training.loop import Trainer
+from pcenet.training.preparation import Run, prepare, resolve
+from pcenet.training.progress import EpochBar
+from pcenet.training.trackers import Trackers
 
 LEARNING_RATES = (1e-6, 1.0)
 STEPS = 100
+SMOOTHING = 0.98  # of the losses that are compared, as in fastai and Lightning
+FIRST = 10  # steps that are passed over at the beginning, in which the average is not settled
+EXPLODED = 4.0  # times the lowest loss so far
 LARGEST_BATCH = 8192
 
 
@@ -49,67 +60,70 @@ def find(config: TrainConfig) -> float:
     return suggestion
 
 
+def trainer_of(run: Run) -> Trainer:
+    """What trains a run's network, without telling anybody."""
+    return Trainer(run, Stop(), Trackers({}), EpochBar(run.config.epochs, shown=False))
+
+
 def find_lr(run: Run) -> float:
     """The learning rate at which the loss falls fastest while it rises from 1e-6 to 1 over 100 steps.
+
+    That is Smith's range test ("Cyclical Learning Rates for Training Neural Networks", 2017).
 
     Raises:
         ValueError: if the loss explodes before there is enough to go by.
     """
+    trainer = trainer_of(run)
     low, high = LEARNING_RATES
-    with quiet():
-        trainer = tuning_trainer(run)
-        module = make_module(run)
-        found = Tuner(trainer).lr_find(
-            module, run.loaders["train"], min_lr=low, max_lr=high, num_training=STEPS, update_attr=False
-        )
-        suggestion = found.suggestion() if found else None
-    if suggestion is None:
+    rates, losses, average, lowest = [], [], 0.0, math.inf
+    for step, batch in zip(range(STEPS), endless(run), strict=False):
+        rates.append(low * (high / low) ** (step / STEPS))
+        seen, norm = trainer.backward([(step, batch)])
+        trainer.update(norm, rates[-1])
+        average = SMOOTHING * average + (1 - SMOOTHING) * float(seen[-1].values["loss"])
+        losses.append(average / (1 - SMOOTHING ** (step + 1)))
+        lowest = min(lowest, losses[-1])
+        if not losses[-1] <= EXPLODED * lowest:
+            break
+    rates, losses = rates[FIRST:-1], losses[FIRST:-1]
+    if len(losses) < 2:
         raise ValueError("find 'lr': the loss exploded within the first steps; check data and options with --dry-run")
-    return float(suggestion)
+    return rates[int(np.gradient(losses, rates).argmin())]
+
+
+def endless(run: Run) -> Iterator[Any]:
+    """A run's training batches, epoch after epoch."""
+    for epoch in count():
+        run.loaders["train"].sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        yield from run.loaders["train"]
 
 
 def find_batch_size(run: Run) -> int:
     """The largest power of two that fits into the device's memory in training, up to 8192 and the number of images."""
-    with quiet():
-        trainer = tuning_trainer(run)
-        module = make_module(run)
-        # The tuner gives its limit, or a batch of more than all images, without having filled one: both lie above ours.
-        found = Tuner(trainer).scale_batch_size(module, datamodule=Batches(run), max_val=2 * LARGEST_BATCH)
-    assert found is not None
+    trainer = trainer_of(run)
     images = len(run.sources["train"])
-    return min(found, LARGEST_BATCH, 1 << (images.bit_length() - 1))
+    size = 1
+    while 2 * size <= min(images, LARGEST_BATCH) and fits(trainer, 2 * size):
+        size *= 2
+    return size
 
 
-def tuning_trainer(run: Run) -> L.Trainer:
-    """A trainer that logs nothing and validates nothing; the tuner keeps its checkpoints in the run's folder."""
-    return L.Trainer(
-        **trainer_options(run),
-        max_epochs=-1,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=run.folder.path,
-    )
-
-
-class Batches(L.LightningDataModule):
-    """A run's training images in batches of a size that the tuner sets; it looks no further where the first one has all
-    images."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self.run = run
-        self.batch_size = 1
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of the size of now."""
-        run = self.run
-        config = replace(run.config, batch_size=self.batch_size)
-        return run.task.train_loader(
-            run.model, run.sources["train"], config, workers=run.workers, pin_memory=run.device.type == "cuda"
-        )
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The run's validation images, which the tuner asks for."""
-        return self.run.loaders["val"]
+def fits(trainer: Trainer, size: int) -> bool:
+    """Whether two steps with batches of a size, the second with the optimiser's state, fit into the memory."""
+    run = trainer.run
+    config = replace(run.config, batch_size=size)
+    loader = run.task.train_loader(run.model, run.sources["train"], config, workers=run.workers, pin_memory=False)
+    batch = next(iter(loader))
+    try:
+        for step in range(2):
+            _, norm = trainer.backward([(step, batch)])
+            trainer.update(norm, 0.0)
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        return False
+    finally:
+        trainer.state.optimizer.zero_grad()
+        gc.collect()
+        torch.cuda.empty_cache()
+    return True

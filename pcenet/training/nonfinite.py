@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from typing_extensions import override
 
 from pcenet.runtime.distributed import gather, largest, own_rank
 from pcenet.runtime.launcher import OtherProcessError
-from pcenet.training.module import Seen, TrainingModule
-from pcenet.training.strategies import local_part
+from pcenet.training.engine import local_part
+from pcenet.training.figures import Seen
 
 log = logging.getLogger(__name__)
 
@@ -25,72 +22,42 @@ NAMED = 5  # files and parameters that a message names
 NUMBERED = 20  # images of which it gives the numbers
 
 
-class FiniteSteps(Callback):
-    """Looks at input, router logits, loss and gradient of every step before the optimiser does.
+@torch.no_grad()
+def is_finite(seen: Sequence[Seen], norm: Tensor) -> bool:
+    """Whether input, router logits, loss and gradient of a step are finite in all processes.
 
     They are looked at together, so that there is one transfer to the host in a step, after its backward pass.
 
     Args:
-        limit: steps in a row that may be left out; at 0 the first that is not finite ends training.
-
-    Attributes:
-        skipped: steps in a row that were left out last.
-        left_out: the last of all that were, counted from 0; None before.
+        seen: the batches of the step.
+        norm: of the gradient.
     """
+    parts = [part for batch in seen for part in parts_of(batch)]
+    parts.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).float())
+    return not any(largest([not torch.stack(parts).isfinite().all()]))  # all processes take the step, or none
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.skipped = 0
-        self.left_out: int | None = None
-        self._buffers: list[Tensor] = []
 
-    @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, TrainingModule)
-        if self.limit and not pl_module.seen:  # a forward pass writes what it sees into running statistics
-            self._buffers = [buffer.clone() for buffer in pl_module.buffers()]
+def leave_out(found: str, skipped: int, limit: int) -> int:
+    """Say that a step is left out, or that there were too many; returns how many now are in a row.
 
-    @override
-    @torch.no_grad()
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Raise a ``ValueError`` that names step, cause and images; or take the step back, with a warning."""
-        assert isinstance(pl_module, TrainingModule)
-        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-        parts = [part for seen in pl_module.seen for part in parts_of(seen)]
-        norm = torch.nn.utils.get_total_norm(gradients).float()
-        parts.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        finite = bool(torch.stack(parts).isfinite().all())
-        if not any(largest([not finite])):  # all processes take the step, or none
-            self.skipped = 0
-            return
-        found = f"step {trainer.global_step + 1}, {first_cause(trainer, pl_module)}"
-        if self.skipped >= self.limit:
-            row = f" and {self.limit} steps in a row were left out" if self.limit else ""
-            if own_rank():
-                raise OtherProcessError(found)
-            raise ValueError(
-                f"{found}{row}; the weights are those of before, and so are the checkpoints. Look at these images,"
-                " lower --lr, or leave out such steps with --skip-nonfinite"
-            )
-        self.skipped += 1
-        self.left_out = trainer.global_step
-        log.warning("%s; the step is left out (%d of at most %d in a row)", found, self.skipped, self.limit)
-        optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(pl_module.buffers(), self._buffers, strict=True):
-            buffer.copy_(before)
-        pl_module.seen.clear()
+    Args:
+        found: what is not finite, as `first_cause` says it.
+        skipped: steps before it that were left out, in a row.
+        limit: how many may be.
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "left_out": self.left_out}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped, self.left_out = state_dict["skipped"], state_dict["left_out"]
+    Raises:
+        ValueError: beyond the limit; in all processes but the first an `OtherProcessError`.
+    """
+    if skipped < limit:
+        log.warning("%s; the step is left out (%d of at most %d in a row)", found, skipped + 1, limit)
+        return skipped + 1
+    if own_rank():
+        raise OtherProcessError(found)
+    row = f" and {limit} steps in a row were left out" if limit else ""
+    raise ValueError(
+        f"{found}{row}; the weights are those of before, and so are the checkpoints. Look at these images,"
+        " lower --lr, or leave out such steps with --skip-nonfinite"
+    )
 
 
 def parts_of(seen: Seen) -> Iterator[Tensor]:
@@ -101,28 +68,35 @@ def parts_of(seen: Seen) -> Iterator[Tensor]:
         yield from (routing.logits.abs().amax().float() for routing in routings)  # not the sum, which may overflow
 
 
-def first_cause(trainer: L.Trainer, task: TrainingModule) -> str:
-    """`explain` by the process that knows most: gradients that are not finite reach all, their cause is in one."""
-    found = gather(explain(trainer, task))
+def first_cause(seen: Sequence[Seen], model: nn.Module, loader: Any, epoch: int) -> str:
+    """What is not finite in a step, the earliest cause first, with the batch and the images that it came with.
+
+    The process that knows most says it: gradients that are not finite reach all, their cause is in one.
+
+    Args:
+        seen: the batches of the step.
+        model: the network, with its gradients.
+        loader: of the training images.
+        epoch: the one at work, from 0.
+    """
+    found = gather(explain(seen, model, loader, epoch))
     rank, (_, text) = max(enumerate(found), key=lambda item: item[1][0])
     return text if len(found) == 1 else f"process {rank}, {text}"
 
 
-def explain(trainer: L.Trainer, task: TrainingModule) -> tuple[int, str]:
-    """What is not finite, the earliest cause first, with the batch and the images that it came with; before it, how
-    much that says: 2 for a cause, 1 for parameters, 0 for neither."""
-    for seen in task.seen:
-        cause, rows = cause_of(seen)
+def explain(seen: Sequence[Seen], model: nn.Module, loader: Any, epoch: int) -> tuple[int, str]:
+    """What this process knows of it; before it, how much that says: 2 for a cause, 1 for parameters, 0 for neither."""
+    for batch in seen:
+        cause, rows = cause_of(batch)
         if cause:
-            return 2, f"{place(trainer, seen)}: {cause}, {images_of(trainer, seen, rows)}"
-    gradients = {name: parameter.grad for name, parameter in task.named_parameters() if parameter.grad is not None}
+            return 2, f"{place(batch, epoch)}: {cause}, {images_of(batch, loader, epoch, rows)}"
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     names = [name for name, gradient in gradients.items() if not local_part(gradient).isfinite().all()]
-    named = ", ".join(name.removeprefix("model.") for name in names[:NAMED]) or "as a whole: its norm overflows"
+    named = ", ".join(names[:NAMED]) or "as a whole: its norm overflows"
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    last = task.seen[-1]
-    return int(
-        bool(names)
-    ), f"{place(trainer, last)}: the gradient is not finite ({named}{more}), {images_of(trainer, last)}"
+    last = seen[-1]
+    text = f"{place(last, epoch)}: the gradient is not finite ({named}{more}), {images_of(last, loader, epoch)}"
+    return int(bool(names)), text
 
 
 def cause_of(seen: Seen) -> tuple[str | None, Tensor | None]:
@@ -137,22 +111,22 @@ def cause_of(seen: Seen) -> tuple[str | None, Tensor | None]:
     return ("the loss is not finite", None) if not seen.values["loss"].isfinite() else (None, None)
 
 
-def place(trainer: L.Trainer, seen: Seen) -> str:
+def place(seen: Seen, epoch: int) -> str:
     """Epoch and batch, counted from 1."""
-    return f"epoch {trainer.current_epoch + 1}, batch {seen.batch + 1}"
+    return f"epoch {epoch + 1}, batch {seen.batch + 1}"
 
 
-def images_of(trainer: L.Trainer, seen: Seen, rows: Tensor | None = None) -> str:
+def images_of(seen: Seen, loader: Any, epoch: int, rows: Tensor | None = None) -> str:
     """The numbers of images of a batch in the data set, and the files of the first.
 
     Args:
-        trainer: at work on the epoch of the batch.
         seen: the batch.
+        loader: where it came from.
+        epoch: and when, from 0.
         rows: ``[B]``, which of its images; None: all.
     """
-    loader: Any = trainer.train_dataloader
     start = seen.batch * loader.batch_size
-    order = islice(loader.sampler.order(trainer.current_epoch), start, start + seen.images)
+    order = islice(loader.sampler.order(epoch), start, start + seen.images)
     named = [True] * seen.images if rows is None else rows.tolist()
     chosen = [index for index, name in zip(order, named, strict=True) if name]
     numbers = ", ".join(map(str, chosen[:NUMBERED])) + (", ..." if len(chosen) > NUMBERED else "")

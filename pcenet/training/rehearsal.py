@@ -14,8 +14,9 @@ from pcenet.runtime.distributed import decide, together
 from pcenet.runtime.launcher import ranks_of_environment
 from pcenet.texts import say
 from pcenet.training.checkpoints import read_checkpoint
+from pcenet.training.preparation import resolve
 from pcenet.training.resume import first_intact
-from pcenet.training.run import resolve, train
+from pcenet.training.run import train
 
 BATCHES = 2
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,7 @@ from pcenet.tasks import get_task
 from pcenet.tasks.evaluation import check_classes
 from pcenet.training.checkpoints import DamagedError, read_checkpoint
 from pcenet.training.contents import fault_for
-from pcenet.training.module import make_optimizer
-from pcenet.training.schedules import Schedules
+from pcenet.training.optimizer import make_optimizer
 
 T = TypeVar("T")
 AFRESH = "start afresh without --resume"
@@ -135,13 +133,12 @@ def position_of(
     check_same(saved, config, str(checkpoint), f"give the same ones, or {AFRESH}")
     check_classes(run["classes"], classes, str(checkpoint), config.data)
     check_data_same(run["data"], data, str(checkpoint), config.data)
-    optimizer, _ = make_optimizer(model, config, Schedules(config, math.ceil(batches / config.accumulate)))
     score = get_task(config.task).objective.score
-    if fault := fault_for(content, model, optimizer, config.epochs, batches, score):
+    if fault := fault_for(content, model, make_optimizer(model, config), config.epochs, batches, score):
         raise DamagedError(f"{checkpoint} is damaged or of another version of pcenet: {fault}")
-    done = len(content["callbacks"]["History"]["rows"])
+    done = len(content["rows"])
     own = checkpoint.parent.resolve() == folder.checkpoints.resolve()
-    if (stopped := run.get("stopped")) and not own:
+    if (stopped := content["stopped"]) and not own:
         raise ValueError(
             f"resume: {checkpoint} was stopped by {stopped} in epoch {done}, where its run ends; its own run folder"
             " holds the model (or completes it with --resume auto); to train for longer, start afresh with another"
@@ -153,4 +150,4 @@ def position_of(
             " run folder holds the model (or completes it with --resume auto); to train for longer, start afresh"
             f" with --epochs above {config.epochs} and without --resume"
         )
-    return Position(done, run["batches"], content["global_step"], tuple(differences(saved, config, ELSEWHERE)))
+    return Position(done, content["batch"], content["step"], tuple(differences(saved, config, ELSEWHERE)))

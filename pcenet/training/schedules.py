@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import torch
+from torch import Tensor, nn
+
+from pcenet.nn import Router
 from pcenet.runs.config import Schedule, TrainConfig
 
 POLY_POWER = 0.9  # DeepLab's (Chen et al., 2017)
@@ -97,3 +102,16 @@ class Schedules:
     def _linear(self, step: int, start: float, end: float, epochs: float | None) -> float:
         epochs = self.config.epochs / 2 if epochs is None else epochs
         return linear(step, start=start, end=end, steps=round(epochs * self.steps_per_epoch))
+
+
+def set_routers(model: nn.Module, temperature: float = 1.0, noise: float = 0.0) -> None:
+    """Give every router of a network this temperature and, for training, noise of this standard deviation."""
+    for router in model.modules():
+        if isinstance(router, Router):
+            router.temperature = temperature
+            router.perturb = partial(add_noise, deviation=noise) if noise else None
+
+
+def add_noise(logits: Tensor, deviation: float) -> Tensor:
+    """Logits plus Gaussian noise from torch's default generator, which the training step seeds."""
+    return logits + deviation * torch.randn_like(logits)
