@@ -19,10 +19,9 @@ from torch import Tensor
 
 from pcenet.runs.config import TrainConfig
 from pcenet.runtime.launcher import Launcher
-from pcenet.training.callbacks import Averaging
-from pcenet.training.module import TrainingModule
+from pcenet.training.engine import local_part
+from pcenet.training.loop import Trainer
 from pcenet.training.run import train
-from pcenet.training.strategies import local_part
 
 EXPERTS = 256
 CASES = [(1, "auto"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")]
@@ -35,29 +34,30 @@ def kept(tensors: list[Tensor]) -> int:
     return sum(part.numel() * part.element_size() for part in parts)
 
 
-def measure(task: TrainingModule, *_: object) -> None:
-    """After each step: what is kept. The peak counts from the end of the first step on."""
-    parameters = list(task.parameters())
-    (optimizer,) = task.trainer.optimizers
-    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+def measured_step(trainer: Trainer, *arguments: object) -> None:
+    """A step, and what is kept after it. The peak counts from the end of the first step on."""
+    TRAIN_STEP(trainer, *arguments)
+    parameters, state = list(trainer.model.parameters()), trainer.state
+    moments = [value for of_one in state.optimizer.state.values() for value in of_one.values()]
+    states = [value for value in moments if isinstance(value, Tensor)]
     RESULT["weights"] = kept(parameters)
     RESULT["gradients"] = kept([p.grad for p in parameters if p.grad is not None])
     RESULT["optimiser"] = kept(states)
-    (averaging,) = (callback for callback in task.trainer.callbacks if isinstance(callback, Averaging))
-    RESULT["averages"] = kept(list(averaging._average_model.module.parameters()))
-    if task.global_step == 1:
+    RESULT["averages"] = kept(list(state.averaged.module.parameters()))
+    if state.step == 1:
         Path("/proc/self/clear_refs").write_text("5")
-    elif task.global_step == 3:
+    elif state.step == 3:
         lines = Path("/proc/self/status").read_text().splitlines()
         RESULT["peak of steps"] = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 RESULT: dict[str, int] = {}
+TRAIN_STEP = Trainer.train_step
 
 
 def one_process(count: int, strategy: str, folder: str) -> None:
     """Do a process's part of a run, and write what it has kept."""
-    TrainingModule.on_train_batch_end = measure
+    Trainer.train_step = measured_step
     options = {"epochs": 1, "batch_size": 32 // count, "max_images": 96, "workers": 0, "checkpoint_minutes": None}
     train(
         TrainConfig(

@@ -24,7 +24,7 @@ from pcenet.nn import update_expert_bias
 from pcenet.runs.config import EvalConfig
 from pcenet.runtime.device import set_threads
 from pcenet.tasks.evaluation import EVAL_BATCH_SIZE, open_trained
-from pcenet.training.run import bias_count
+from pcenet.training.preparation import bias_count
 from pcenet.writing import write_json
 
 RESULT = Path(__file__).parent / "results" / "evaluation-bias.json"

@@ -6,6 +6,7 @@ restored: nobody behind them needs to look again.
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -100,6 +101,7 @@ def fault_for(
     optimizer: torch.optim.Optimizer,
     epochs: int,
     batches: int,
+    accumulate: int,
     score: str,
 ) -> str | None:
     """What in a checkpoint does not fit a network and its run; None where everything does.
@@ -110,6 +112,7 @@ def fault_for(
         optimizer: of its parameters, fresh.
         epochs: of the run.
         batches: of an epoch.
+        accumulate: batches of a step.
         score: the figure of merit.
     """
     if fault := misfit(content["rows"], [row_of(score)], "rows"):
@@ -119,9 +122,14 @@ def fault_for(
             check_tensors(content[key], model, f"{key} does not fit the network", "it is another one's")
         except MisfitError as error:
             return str(error)
-    done, at = len(content["rows"]), content["batch"]
+    done, at, step = len(content["rows"]), content["batch"], content["step"]
     if done + (at > 0) > epochs or at > batches:  # with other numbers of processes, an epoch may have one less
         return f"{done} epochs and {at} batches are more than {epochs} epochs of {batches} batches"
+    behind = (content["rows"][-1]["step"] if done else 0) + math.ceil(at / accumulate)
+    if step != behind:
+        return f"step is {step}, but {behind:g} steps lie behind"
+    if content["skipped"] > step:
+        return f"{content['skipped']} steps in a row were left out of {step}"
     experts = {name: router.num_experts for name, router in routers_of(model)}
     for state in content["figures"]:
         for name, counts in state["routing"].items():

@@ -68,7 +68,8 @@ def trainer_of(run: Run) -> Trainer:
 def find_lr(run: Run) -> float:
     """The learning rate at which the loss falls fastest while it rises from 1e-6 to 1 over 100 steps.
 
-    That is Smith's range test ("Cyclical Learning Rates for Training Neural Networks", 2017).
+    That is Smith's range test ("Cyclical Learning Rates for Training Neural Networks", 2017). Steepness is that of the
+    loss over the rate's logarithm: over the rate itself, rounding decides among the smallest rates.
 
     Raises:
         ValueError: if the loss explodes before there is enough to go by.
@@ -88,7 +89,7 @@ def find_lr(run: Run) -> float:
     rates, losses = rates[FIRST:-1], losses[FIRST:-1]
     if len(losses) < 2:
         raise ValueError("find 'lr': the loss exploded within the first steps; check data and options with --dry-run")
-    return rates[int(np.gradient(losses, rates).argmin())]
+    return rates[int(np.gradient(losses, np.log(rates)).argmin())]
 
 
 def endless(run: Run) -> Iterator[Any]:

@@ -134,7 +134,8 @@ def position_of(
     check_classes(run["classes"], classes, str(checkpoint), config.data)
     check_data_same(run["data"], data, str(checkpoint), config.data)
     score = get_task(config.task).objective.score
-    if fault := fault_for(content, model, make_optimizer(model, config), config.epochs, batches, score):
+    optimizer = make_optimizer(model, config)
+    if fault := fault_for(content, model, optimizer, config.epochs, batches, config.accumulate, score):
         raise DamagedError(f"{checkpoint} is damaged or of another version of pcenet: {fault}")
     done = len(content["rows"])
     own = checkpoint.parent.resolve() == folder.checkpoints.resolve()

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from pcenet.cli import main
 from pcenet.compare.config import CompareConfig
 from pcenet.compare.run import compare, status
 from pcenet.runs.config import TrainConfig
-from pcenet.training.module import TrainingModule
+from pcenet.training.loop import Trainer
 from pcenet.training.run import train
 
 LABELS = ["dense_nano", "quick"]
@@ -50,15 +49,15 @@ def digest(folder: Path) -> dict[str, str]:
 def done(recipe: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Done:
     config = CompareConfig(LABELS, 2, VARIANTS, out=str(tmp_path_factory.mktemp("compare") / "all"), recipe=recipe)
     batches: dict[str, list[str]] = {}
-    original = TrainingModule.training_step
+    original = Trainer.training_step
 
-    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
+    def training_step(self: Trainer, batch: Any, number: int) -> Any:
         content = hashlib.sha256(batch[0].contiguous().numpy().tobytes()).hexdigest()
         batches.setdefault(self.config.folder.name, []).append(content)
-        return original(self, batch, batch_idx)
+        return original(self, batch, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingModule, "training_step", training_step)
+        patch.setattr(Trainer, "training_step", training_step)
         compare(config)
     return Done(config, batches)
 
@@ -170,20 +169,20 @@ def test_an_interrupted_comparison_goes_on(
 ) -> None:
     for name in ("quick-0", "quick-1"):
         unfinish(copy, name)
-    original = TrainingModule.training_step
+    original = Trainer.training_step
     steps: list[int] = []
 
-    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
-        steps.append(self.global_step)
+    def training_step(self: Trainer, batch: Any, number: int) -> Any:
+        steps.append(self.state.step)
         if len(steps) == 5:
             raise KeyboardInterrupt
-        return original(self, batch, batch_idx)
+        return original(self, batch, number)
 
     recipe = {"variants": VARIANTS, "models": LABELS, "seeds": 2, "out": str(copy.folder)}
     recipe |= {name: getattr(copy.recipe, name) for name in ("data", "epochs", "batch_size", "precision", "workers")}
     file = copy.folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr(TrainingModule, "training_step", training_step)
+    monkeypatch.setattr(Trainer, "training_step", training_step)
     assert main(["compare", "--config", str(file), "--device", "cpu"]) == 130
     assert "interrupted; the same command goes on from there" in capsys.readouterr().err
     assert trained == ["quick-0"]

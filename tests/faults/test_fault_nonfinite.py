@@ -13,6 +13,7 @@ import pytest
 import torch
 from faults.runs import Start, assert_same_run, at_step, pcenet, rows_of
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from pcenet.compare.config import CompareConfig
 from pcenet.compare.run import compare
@@ -22,7 +23,7 @@ from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder
 from pcenet.tasks.classification import ClassificationObjective
 from pcenet.training.checkpoints import read_checkpoint
-from pcenet.training.module import TrainingModule
+from pcenet.training.loop import Trainer
 from pcenet.training.run import train
 
 STEP = 5  # the second of the second epoch, which has four
@@ -31,16 +32,16 @@ POISON = {"nan": math.nan, "infinite": math.inf}
 
 def poison_input(patch: pytest.MonkeyPatch, value: float, steps: tuple[int, ...] = (STEP,)) -> None:
     """One pixel of the fourth image of a batch."""
-    original = TrainingModule.training_step
+    original = Trainer.training_step
 
-    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self: Trainer, batch: Any, number: int) -> Any:
         images, labels = batch
-        if self.global_step in steps:
+        if self.state.step in steps:
             images = images.clone()
             images[3, 1, 7, 9] = value
-        return original(self, (images, labels), batch_idx)
+        return original(self, (images, labels), number)
 
-    patch.setattr(TrainingModule, "training_step", training_step)
+    patch.setattr(Trainer, "training_step", training_step)
 
 
 def poison_logits(patch: pytest.MonkeyPatch, value: float) -> None:
@@ -59,26 +60,27 @@ def poison_logits(patch: pytest.MonkeyPatch, value: float) -> None:
 
 
 def poison_loss(patch: pytest.MonkeyPatch, value: float) -> None:
-    original, step = ClassificationObjective.loss, TrainingModule.training_step
+    original, step = ClassificationObjective.loss, Trainer.training_step
 
-    def training_step(self: TrainingModule, *batch: Any) -> Tensor:
-        self.objective.factor = value if self.global_step == STEP else 1.0
+    def training_step(self: Trainer, *batch: Any) -> Any:
+        self.objective.factor = value if self.state.step == STEP else 1.0
         return step(self, *batch)
 
-    patch.setattr(TrainingModule, "training_step", training_step)
+    patch.setattr(Trainer, "training_step", training_step)
     patch.setattr(ClassificationObjective, "loss", lambda self, *both: original(self, *both) * self.factor)
 
 
 def poison_gradient(patch: pytest.MonkeyPatch, value: float) -> None:
-    original = TrainingModule.on_after_backward
+    original = Trainer.backward
 
-    def on_after_backward(self: TrainingModule) -> None:
-        original(self)
-        if self.global_step == STEP:
-            gradient = self.model.get_classifier().bias.grad
-            gradient[1] = value
+    def backward(self: Trainer, *batches: Any) -> Any:
+        seen, norm = original(self, *batches)
+        if self.state.step == STEP:
+            self.model.get_classifier().bias.grad[1] = value
+            norm = get_total_norm([parameter.grad for parameter in self.parameters])
+        return seen, norm
 
-    patch.setattr(TrainingModule, "on_after_backward", on_after_backward)
+    patch.setattr(Trainer, "backward", backward)
 
 
 CAUSES: dict[str, tuple[Callable[[pytest.MonkeyPatch, float], None], str, list[int]]] = {
@@ -137,13 +139,13 @@ def test_steps_are_left_out_up_to_a_limit(
 ) -> None:
     """Weights and running statistics are those of before; the figures are means over the other batches."""
     states: dict[int, dict[str, Tensor]] = {}
-    original = TrainingModule.on_train_batch_end
+    original = Trainer.train_step
 
-    def keep(self: TrainingModule, *arguments: Any) -> None:
+    def keep(self: Trainer, *arguments: Any) -> None:
         original(self, *arguments)
-        states[self.global_step] = {name: value.clone() for name, value in self.model.state_dict().items()}
+        states[self.state.step] = {name: value.clone() for name, value in self.model.state_dict().items()}
 
-    monkeypatch.setattr(TrainingModule, "on_train_batch_end", keep)
+    monkeypatch.setattr(Trainer, "train_step", keep)
     poison_input(monkeypatch, math.nan, steps=(1, 2))
     folder = train(start(epochs=1, skip_nonfinite=2))
     said = [text for text in caplog.messages if "left out" in text]
@@ -154,10 +156,10 @@ def test_steps_are_left_out_up_to_a_limit(
     assert not all(torch.equal(value, states[1][name]) for name, value in states[4].items())
     (row,) = rows_of(folder)
     assert all(math.isfinite(float(value)) for name, value in row.items() if not name.endswith("/max_min"))
-    averaged = read_checkpoint(folder.steps[-1])["state_dict"]
+    averaged = read_checkpoint(folder.steps[-1])["averaged"]
     for name, value in states[4].items():  # the average's second update: the first took step 1 over as it was
         expected = torch.lerp(states[1][name], value, 1 - 2 / 11) if value.is_floating_point() else value
-        torch.testing.assert_close(averaged[f"model.{name}"], expected)
+        torch.testing.assert_close(averaged[name], expected)
 
 
 @pytest.mark.slow

@@ -18,11 +18,12 @@ from pcenet.runs.folder import RunFolder
 from pcenet.runs.manifest import fault_of
 from pcenet.runtime.device import resolve_device
 from pcenet.training.checkpoints import read_checkpoint, write_checkpoint
-from pcenet.training.run import Run, prepare, resolve, train
+from pcenet.training.preparation import Run, prepare, resolve
+from pcenet.training.run import train
 from pcenet.writing import discard, remove
 
 Change = Callable[[Path], object]
-TENSOR, PARAMETER = "model.stem.0.0.weight", 0
+TENSOR, PARAMETER = "stem.0.0.weight", 0
 
 
 def instead(make: Change) -> Change:
@@ -120,17 +121,14 @@ def nan_weights(content: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-LOOP = ("loops", "fit_loop")
-OPTIMISER = ("optimizer_states", 0)
+OPTIMISER = ("optimizer",)
 VALUES: dict[str, tuple[Change, str]] = {
-    "batches a text": (put("run", "batches", value="x"), "run.batches must be a whole number from 0 on, got 'x'"),
-    "batches without end": (put("run", "batches", value=10**9), "1000000000 batches of an epoch are behind it"),
-    "batches negative": (put("run", "batches", value=-1), "run.batches must be a whole number"),
-    "batches true": (put("run", "batches", value=True), "run.batches must be a whole number"),
-    "another number of batches": (put("run", "batches", value=1), "1 batches of an epoch are behind it, but 2 were"),
-    "no optimiser": (drop("optimizer_states"), "optimizer_states is missing"),
-    "a text as optimiser": (put("optimizer_states", value="x"), "optimizer_states must be a list"),
-    "two optimisers": (put("optimizer_states", value=lambda states: states * 2), "one optimiser"),
+    "batches a text": (put("batch", value="x"), "batch must be a whole number from 0 on, got 'x'"),
+    "batches without end": (put("batch", value=10**9), "1000000000 batches are more than 2 epochs of 4 batches"),
+    "batches negative": (put("batch", value=-1), "batch must be a whole number"),
+    "batches true": (put("batch", value=True), "batch must be a whole number"),
+    "no optimiser": (drop("optimizer"), "optimizer is missing"),
+    "a text as optimiser": (put("optimizer", value="x"), "optimizer must be a mapping"),
     "moments of another shape": (
         put(*OPTIMISER, "state", PARAMETER, "exp_avg", value=torch.zeros(3)),
         "moments of parameter 0 are not of its shape",
@@ -148,64 +146,51 @@ VALUES: dict[str, tuple[Change, str]] = {
         put(*OPTIMISER, "param_groups", 1, "weight_decay", value=9.0),
         "the optimiser's weight_decay is 9.0, not 0.05",
     ),
-    "a learning rate beyond the highest": (
-        put(*OPTIMISER, "param_groups", 0, "lr", value=1e30),
-        "learning rate is not between 0 and 0.003",
-    ),
-    "no schedule": (put("lr_schedulers", value=[]), "one optimiser with one schedule"),
-    "another schedule": (put("lr_schedulers", 0, "base_lrs", value=[1.0]), "the schedule is of other groups"),
-    "no loops": (drop("loops"), "loops is missing"),
-    "loops that count elsewhere": (
-        put(*LOOP, "epoch_progress", "current", "ready", value=7),
-        "7 epochs were begun, but there are figures of 1",
-    ),
-    "loops that are done": (put(*LOOP, "epoch_progress", "current", "processed", value=10**9), "differ by more than"),
-    "another step": (put("global_step", value=10**6), "global_step is 1000000, but the optimiser has made 6 steps"),
-    "rows a number": (put("callbacks", "History", "rows", value=5), "History.rows must be a list, got 5"),
-    "rows of texts": (
-        put("callbacks", "History", "rows", 0, "val/top1", value="x"),
-        r"History.rows\[0\].val/top1 must be a number",
-    ),
-    "rows without a score": (without("callbacks", "History", "rows", 0, "val/top1"), r"rows\[0\].val/top1 is missing"),
+    "another step": (put("step", value=10**6), "step is 1000000, but 6 steps lie behind"),
+    "steps left out without end": (put("skipped", value=7), "7 steps in a row were left out of 6"),
+    "rows a number": (put("rows", value=5), "rows must be a list, got 5"),
+    "rows of texts": (put("rows", 0, "val/top1", value="x"), r"rows\[0\].val/top1 must be a number"),
+    "rows without a score": (without("rows", 0, "val/top1"), r"rows\[0\].val/top1 is missing"),
     "rows whose score is no number": (
-        put("callbacks", "History", "rows", 0, "val/top1", value=float("nan")),
+        put("rows", 0, "val/top1", value=float("nan")),
         r"rows\[0\].val/top1 must be a finite number, got nan",
     ),
-    "too many rows": (put("callbacks", "History", "rows", value=lambda rows: rows * 2), "rows of History are not"),
-    "no history": (without("callbacks", "History"), "callbacks.History is missing"),
-    "no best score": (put("callbacks", "Checkpoints", "best", value=None), "Checkpoints.best must be a finite number"),
+    "too many rows": (put("rows", value=lambda rows: rows * 2), "the rows are not those of"),
+    "no rows": (drop("rows"), "rows is missing"),
+    "a time that is no number": (put("elapsed", value=None), "elapsed must be a finite number"),
+    "an end that is none": (put("stopped", value=3), "stopped must be"),
     "classes a number": (put("run", "classes", value=5), "run.classes must be a list, got 5"),
     "options a text": (put("run", "config", value="x"), "run.config must be a mapping"),
     "an option of a wrong type": (put("run", "config", "epochs", value="x"), "damaged or of another version"),
     "data a text": (put("run", "data", value={"train": "x"}), "run.data.train must be a number of images and a digest"),
-    "no weights": (drop("state_dict"), "state_dict is missing"),
-    "weights a list": (put("state_dict", value=[]), "state_dict must be a mapping"),
-    "weights that are numbers": (put("state_dict", TENSOR, value=1.0), "must be a tensor of finite numbers, got 1.0"),
-    "weights of no number": (put("state_dict", value=nan_weights), "must be a tensor of finite numbers"),
+    "no weights": (drop("averaged"), "averaged is missing"),
+    "weights a list": (put("averaged", value=[]), "averaged must be a mapping"),
+    "weights that are numbers": (put("averaged", TENSOR, value=1.0), "must be a tensor of finite numbers, got 1.0"),
+    "weights of no number": (put("averaged", value=nan_weights), "must be a tensor of finite numbers"),
     "infinite weights of now": (
-        put("current_model_state", TENSOR, value=lambda weight: weight / 0),
+        put("model", TENSOR, value=lambda weight: weight / 0),
         "must be a tensor of finite numbers",
     ),
     "weights of another shape": (
-        put("state_dict", TENSOR, value=torch.zeros(3)),
+        put("averaged", TENSOR, value=torch.zeros(3)),
         r"tensor stem.0.0.weight has shape \(3,\), expected \(8, 3, 3, 3\)",
     ),
     "a weight without memory": (
-        put("state_dict", TENSOR, value=torch.zeros(1).expand(10**12)),
+        put("averaged", TENSOR, value=torch.zeros(1).expand(10**12)),
         "must be a tensor of finite numbers",
     ),
-    "a weight too few": (without("state_dict", TENSOR), "tensor stem.0.0.weight is missing"),
-    "a weight too many": (put("state_dict", value=lambda d: d | {"x": torch.ones(1)}), "tensor x is not part"),
+    "a weight too few": (without("averaged", TENSOR), "tensor stem.0.0.weight is missing"),
+    "a weight too many": (put("averaged", value=lambda d: d | {"x": torch.ones(1)}), "tensor x is not part"),
     "a number of averages below 0": (
-        put("averaging_state", "n_averaged", value=torch.tensor(-10)),
-        "n_averaged must be a tensor of counts",
+        put("averages", value=-10),
+        "averages must be a whole number",
     ),
     "loads of other experts": (
-        put("epoch_so_far", "routing", "stages.1.1.body", "load", value=torch.ones(9, dtype=torch.int64)),
+        put("figures", 0, "routing", "stages.1.1.body", "load", value=torch.ones(9, dtype=torch.int64)),
         "the load of layer stages.1.1.body is not of 3 experts",
     ),
-    "figures that are no tensors": (put("epoch_so_far", "means", "sums", value={"loss": "x"}), "sums.loss must be a"),
-    "another version of Lightning": (put("pytorch-lightning_version", value="x"), "must be a version"),
+    "figures that are no tensors": (put("figures", 0, "means", "sums", value={"loss": "x"}), "sums.loss must be a"),
+    "another version of the format": (put("format", value=4), "format must be 3"),
     "a list": (lambda path: write_checkpoint(path, {"content": []}), "is missing"),
 }
 CASES = [
@@ -224,7 +209,7 @@ QUICK = {  # the others are slow together
         "the state a device",
         "batches without end",
     ),
-    *("moments of another shape", "no loops", "rows a number", "weights of no number", "weights of another shape"),
+    *("moments of another shape", "no rows", "rows a number", "weights of no number", "weights of another shape"),
 }
 
 
@@ -291,9 +276,9 @@ def test_the_run_goes_on_undisturbed_and_the_odd_one_is_gone(
 @pytest.mark.faults("wrong values in a checkpoint")
 def test_where_none_is_left_nothing_is_changed(copied: RunFolder, start: Start) -> None:
     for path in copied.steps:
-        VALUES["no loops"][0](path)
+        VALUES["no rows"][0](path)
     before = {path: path.stat().st_mtime_ns for path in copied.path.rglob("*")}
-    with pytest.raises(ValueError, match=r"no checkpoint is intact: .*6 is damaged.*loops.*4 is damaged.*loops.*start"):
+    with pytest.raises(ValueError, match=r"no checkpoint is intact: .*6 is damaged.*rows.*4 is damaged.*rows.*start"):
         train(start(resume="auto"))
     assert {path: path.stat().st_mtime_ns for path in copied.path.rglob("*")} == before
 

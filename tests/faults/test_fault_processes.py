@@ -19,7 +19,7 @@ from pcenet.runtime.distributed import agreeing
 from pcenet.runtime.distributed import together as in_a_group
 from pcenet.runtime.launcher import LOST, Launcher, ranks_of_environment
 from pcenet.training.checkpoints import read_checkpoint
-from pcenet.training.module import TrainingModule
+from pcenet.training.loop import Trainer
 from pcenet.training.run import train
 
 PROCESSES = {"batch_size": 3, "process_timeout": 0.5}  # each; six images in a step, as one process has them in `start`
@@ -146,14 +146,14 @@ def stopped_at(step: int, config: TrainConfig, count: int, log: Path, monkeypatc
 def assert_alike(ours: RunFolder, theirs: RunFolder) -> None:
     """Weights, averages and the optimiser's state, to what single precision sums up to in a few steps."""
     left, right = (read_checkpoint(folder.steps[-1]) for folder in (ours, theirs))
-    assert left["global_step"] == right["global_step"] == 8
-    for key in ("state_dict", "current_model_state"):
+    assert left["step"] == right["step"] == 8
+    for key in ("averaged", "model"):
         for name, value in left[key].items():
             assert (value.float() - right[key][name].float()).abs().max() < 2e-3, name
     (one,), (other,) = left["optimizer_states"], right["optimizer_states"]
     for index, state in one["state"].items():
         assert (state["exp_avg"] - other["state"][index]["exp_avg"]).abs().max() < 1e-2
-    expected, found = (folder["callbacks"]["History"]["rows"] for folder in (left, right))
+    expected, found = (folder["rows"] for folder in (left, right))
     for row, same in zip(expected, found, strict=True):
         for name in ("train/loss", "train/top1", "val/loss"):
             assert row[name] == pytest.approx(same[name], abs=0.02), name
@@ -197,15 +197,15 @@ def test_the_process_whose_images_they_are_is_named(
     start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config, log = start(**PROCESSES), tmp_path / "log"
-    original = TrainingModule.training_step
+    original = Trainer.training_step
 
-    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> Any:
-        if self.global_step == 2 and own_rank() == 1:
+    def training_step(self: Trainer, batch: Any, number: int) -> Any:
+        if self.state.step == 2 and own_rank() == 1:
             batch[0][1] = float("nan")
-        return original(self, batch, batch_idx)
+        return original(self, batch, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingModule, "training_step", training_step)
+        patch.setattr(Trainer, "training_step", training_step)
         assert together(config, log) == [2, 2], printed(log)
     first, second = printed(log)
     assert "pcenet: error: step 3, process 1, epoch 1, batch 3: the input is not finite" in first

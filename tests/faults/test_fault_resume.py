@@ -17,7 +17,6 @@ from PIL import Image
 
 import pcenet.runs.manifest as sealing
 from pcenet.runs.folder import RunFolder
-from pcenet.training.module import TrainingModule
 from pcenet.training.run import train
 
 
@@ -169,7 +168,7 @@ def test_segmentation_goes_on_within_an_epoch(start: Start, monkeypatch: pytest.
     }
     theirs = train(start("theirs", **options))
     with monkeypatch.context() as patch:
-        at_step(6, patch, interrupt, TrainingModule)
+        at_step(6, patch, interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(start(**options))
     assert RunFolder(start().folder).steps[-1].name == "step-00000006"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults.runs import Start, alive, assert_same_run, at_step, in_a_process, pcenet
@@ -12,8 +13,7 @@ from faults.runs import Start, alive, assert_same_run, at_step, in_a_process, pc
 import pcenet.training.checkpoints as checkpoints
 from pcenet.data import build_loader, eval_transform, open_source
 from pcenet.runs.folder import RunFolder
-from pcenet.training.callbacks import History
-from pcenet.training.module import TrainingModule
+from pcenet.training.loop import Trainer
 from pcenet.training.run import train
 
 STOPPED = {signal.SIGTERM: (143, "stopped by SIGTERM"), signal.SIGINT: (130, "interrupted")}
@@ -45,16 +45,18 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
 def test_a_signal_between_two_steps_ends_the_run_after_the_next(
     start: Start, whole: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """Lightning would end the run here, after SIGTERM, without a checkpoint."""
     options = {"checkpoint_minutes": None}
     config = start(**options)
 
-    def late(self: TrainingModule, *_: object) -> None:
-        if self.global_step == 6:
+    step = Trainer.train_step
+
+    def early(self: Trainer, *arguments: Any) -> None:
+        if self.state.step == 6:
             os.kill(os.getpid(), number)
+        step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingModule, "on_train_batch_end", late)
+        patch.setattr(Trainer, "train_step", early)
         assert pcenet(config, tmp_path / "log") == STOPPED[number][0], (tmp_path / "log").read_text()
     assert RunFolder(config.folder).steps[-1].name == "step-00000007"
     assert_same_run(train(start(resume="auto", **options)), whole)
@@ -112,13 +114,13 @@ def test_a_signal_during_validation_takes_effect_after_it(
     options = {"checkpoint_minutes": None}
     config = start(**options)
     with monkeypatch.context() as patch:
-        original = History.on_train_epoch_end
+        original = Trainer.end_epoch
 
-        def late(self: History, *arguments: object) -> None:
+        def late(self: Trainer, *arguments: Any) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             original(self, *arguments)
 
-        patch.setattr(History, "on_train_epoch_end", late)
+        patch.setattr(Trainer, "end_epoch", late)
         assert pcenet(config, tmp_path / "log") == 143, (tmp_path / "log").read_text()
     assert [path.name for path in RunFolder(config.folder).steps] == ["step-00000004"]
     assert_same_run(train(start(resume="auto", **options)), whole)

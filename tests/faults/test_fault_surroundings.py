@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from faults.runs import Start, at_step, pcenet
-from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pcenet.runs.folder import RunFolder
 from pcenet.training.run import train
+from pcenet.training.trackers import TensorBoard
 
 
 @pytest.mark.faults("a process that loads images dies")
@@ -106,8 +106,8 @@ def no_folder(start: Start, patch: pytest.MonkeyPatch) -> None:
 LOGGERS: dict[str, Callable[[Start, pytest.MonkeyPatch], None]] = {
     "when it begins": no_folder,
     "in its thread": lambda _, patch: patch.setattr(RecordWriter, "write", refuse),
-    "when it is called": lambda _, patch: patch.setattr(TensorBoardLogger, "log_metrics", refuse),
-    "at its end": lambda _, patch: patch.setattr(TensorBoardLogger, "finalize", refuse),
+    "when it is called": lambda _, patch: patch.setattr(TensorBoard, "log", refuse),
+    "at its end": lambda _, patch: patch.setattr(TensorBoard, "close", refuse),
 }
 
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import timm
-import torch
 import yaml
 
 from pcenet.cli import COMMANDS, main
 from pcenet.compare.config import OF_A_RUN
 from pcenet.runs.config import COMMON, GROUPS, TrainConfig
-from pcenet.training.module import TrainingModule
+from pcenet.training.loop import Trainer
 
 Start = Callable[..., TrainConfig]
 
@@ -259,11 +258,11 @@ def test_ctrl_c_exits_with_130_and_says_how_training_goes_on(
     assert capsys.readouterr().err == f"pcenet: error: interrupted{advice}\n"
 
 
-def test_ctrl_c_inside_lightning_exits_with_130(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
+def test_ctrl_c_within_a_step_exits_with_130(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def training_step(self: Trainer, batch: Any, number: int) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(TrainingModule, "training_step", training_step)
+    monkeypatch.setattr(Trainer, "training_step", training_step)
     assert main(["train", *arguments_of(start())]) == 130
 
 

@@ -6,18 +6,18 @@ import csv
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder
 from pcenet.runs.rules import duration
-from pcenet.training.module import TrainingModule
+from pcenet.training.loop import Trainer
 from pcenet.training.run import train
 
 Start = Callable[..., TrainConfig]
@@ -28,25 +28,28 @@ SCORES = [0.3, 0.5, 0.5, 0.4, 0.9]  # the best is that of epoch 2; two epochs wi
 @pytest.fixture
 def scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation that reports `SCORES`, whatever the network does."""
+    original = Trainer.validate
 
-    def validation_step(self: TrainingModule, batch: Any, batch_idx: int) -> None:
-        self.log_dict({"val/loss": 1.0, "val/top1": SCORES[self.current_epoch]}, batch_size=1)
+    def validate(self: Trainer) -> dict[str, float]:
+        return original(self) | {"val/top1": SCORES[self.state.epoch]}
 
-    monkeypatch.setattr(TrainingModule, "validation_step", validation_step)
+    monkeypatch.setattr(Trainer, "validate", validate)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock for Lightning's Timer on which every training step takes a minute and all else no time."""
+    """A clock on which every training step takes a minute and all else no time."""
     now = [0.0]
-    original = TrainingModule.training_step
+    original = Trainer.training_step
 
-    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
+    def training_step(self: Trainer, batch: Any, number: int) -> Any:
         now[0] += 60
-        return original(self, batch, batch_idx)
+        return original(self, batch, number)
 
-    monkeypatch.setattr(TrainingModule, "training_step", training_step)
-    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    monkeypatch.setattr(
+        "pcenet.training.loop.time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    )
 
 
 def epochs(folder: RunFolder) -> list[tuple[int, int]]:
@@ -60,15 +63,15 @@ def weights(folder: RunFolder) -> bytes:
 
 def interrupted(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train until Ctrl-C at the beginning of an optimiser step."""
-    original = TrainingModule.training_step
+    original = Trainer.training_step
 
-    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
-        if self.global_step == step:
+    def training_step(self: Trainer, batch: Any, number: int) -> Any:
+        if self.state.step == step:
             raise KeyboardInterrupt
-        return original(self, batch, batch_idx)
+        return original(self, batch, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingModule, "training_step", training_step)
+        patch.setattr(Trainer, "training_step", training_step)
         with pytest.raises(KeyboardInterrupt):
             train(config)
 
@@ -143,7 +146,7 @@ def test_a_time_limit_that_is_not_reached_changes_nothing(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "time"),
+    ("text", "expected"),
     [
         ("90", timedelta(minutes=90)),
         ("0.5", timedelta(seconds=30)),
@@ -152,8 +155,8 @@ def test_a_time_limit_that_is_not_reached_changes_nothing(start: Start) -> None:
         ("02:01:00:00", timedelta(days=2, hours=1)),
     ],
 )
-def test_durations(text: str, time: timedelta) -> None:
-    assert duration(text) == time
+def test_durations(text: str, expected: timedelta) -> None:
+    assert duration(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-3", "0", "00:00", "1:2", "1:00:00:00:00", "1.5:00"])

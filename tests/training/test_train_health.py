@@ -22,7 +22,6 @@ from pcenet.nn.routing import route
 from pcenet.reporting.numbers import score_digits, score_text
 from pcenet.reporting.tables import console, router_table, training_table
 from pcenet.runs.config import EvalConfig, TrainConfig
-from pcenet.runs.folder import RunFolder
 from pcenet.runs.health import (
     bias_spreads,
     complaint,
@@ -33,9 +32,8 @@ from pcenet.runs.health import (
     training_of,
 )
 from pcenet.tasks.evaluation import evaluate
-from pcenet.training import run as running
-from pcenet.training.callbacks import RouterHealth, epoch_line
-from pcenet.training.module import TrainingModule
+from pcenet.training import preparation
+from pcenet.training.figures import EpochFigures, epoch_line
 from pcenet.training.run import few_steps, train
 
 Start = Callable[..., TrainConfig]
@@ -127,7 +125,7 @@ def test_routings_are_counted_by_layer() -> None:
 def collapse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks whose routers prefer expert 0 by far, and whose bias at evaluation does not learn of it: batches of
     training are even, at evaluation all patches go to one expert."""
-    build = running.build_model
+    build = preparation.build_model
 
     def one_sided(*arguments: Any, **options: Any) -> Any:
         model = build(*arguments, **options)
@@ -136,22 +134,22 @@ def collapse(monkeypatch: pytest.MonkeyPatch) -> None:
                 router.logits.bias[0] += 1000
         return model
 
-    monkeypatch.setattr(running, "build_model", one_sided)
+    monkeypatch.setattr(preparation, "build_model", one_sided)
     monkeypatch.setattr("pcenet.nn.routing.BIAS_MOMENTUM", 0.0)
-    monkeypatch.setattr("pcenet.training.callbacks.update_expert_bias", lambda *_: None)
+    monkeypatch.setattr("pcenet.training.loop.update_expert_bias", lambda *_: None)
 
 
 def test_a_layer_that_collapses_at_evaluation_shows_everywhere(
     start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     trained: list[list[float]] = []
-    end = RouterHealth.on_train_epoch_end
+    compute = EpochFigures.compute
 
-    def keep(self: RouterHealth, trainer: Any, task: Any) -> None:
-        trained.extend(list(statistics.compute().load) for statistics in task.routing.values())
-        end(self, trainer, task)
+    def keep(self: EpochFigures, model: torch.nn.Module) -> dict[str, float]:
+        trained.extend(list(statistics.compute().load) for statistics in self.routing.values())
+        return compute(self, model)
 
-    monkeypatch.setattr(RouterHealth, "on_train_epoch_end", keep)
+    monkeypatch.setattr(EpochFigures, "compute", keep)
     collapse(monkeypatch)
     with caplog.at_level(logging.WARNING, "pcenet"):
         folder = train(start(epochs=1))
@@ -185,24 +183,6 @@ def test_a_layer_that_collapses_at_evaluation_shows_everywhere(
         result = evaluate(EvalConfig(str(folder.path), device="cpu", precision="fp32", workers=0))
     assert result.router == metrics["val_router"]
     assert [warning in message for message in caplog.messages] == [True]
-
-
-def test_a_checkpoint_that_kept_the_routers_of_training_goes_on(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Versions before kept the health of the last epoch in the callback's state."""
-    step = TrainingModule.training_step
-
-    def interrupted(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
-        if self.global_step == 4:
-            raise KeyboardInterrupt
-        return step(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingModule, "training_step", interrupted)
-        patch.setattr(RouterHealth, "state_dict", lambda _: {"health": {"stages.1.1.body": {"dead": [0]}}})
-        with pytest.raises(KeyboardInterrupt):
-            train(start())
-    folder: RunFolder = train(start(resume="auto"))
-    assert json.loads(folder.metrics.read_text())["val_router"]
 
 
 @pytest.mark.parametrize(

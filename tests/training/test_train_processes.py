@@ -21,8 +21,10 @@ from pcenet.runs.folder import RunFolder
 from pcenet.tasks.evaluation import evaluate
 from pcenet.tasks.segmentation import median_weights
 from pcenet.training.checkpoints import read_checkpoint
-from pcenet.training.module import TrainingModule, step_seed
+from pcenet.training.loop import Trainer, step_seed
+from pcenet.training.preparation import Run, bias_images
 from pcenet.training.run import train
+from pcenet.training.schedules import Schedules
 
 Start = Callable[..., TrainConfig]
 
@@ -64,9 +66,9 @@ def test_parts_of_an_evaluation_have_each_image_once() -> None:
 def test_chance_within_a_step_is_each_process_s_own(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({step_seed(0, 7, rank) for rank in range(8)}) == 8
     ranks: list[int] = []
-    monkeypatch.setattr("pcenet.training.module.own_rank", lambda: 3)
+    monkeypatch.setattr("pcenet.training.loop.own_rank", lambda: 3)
     monkeypatch.setattr(
-        "pcenet.training.module.step_seed", lambda seed, batch, rank: ranks.append(rank) or step_seed(seed, batch, rank)
+        "pcenet.training.loop.step_seed", lambda seed, batch, rank: ranks.append(rank) or step_seed(seed, batch, rank)
     )
     train(start(epochs=1))
     assert set(ranks) == {3}
@@ -80,20 +82,23 @@ def test_too_few_images_for_all_processes(length: int, shuffle: bool) -> None:
 
 def in_float64_with_sgd(patch: pytest.MonkeyPatch) -> None:
     """What makes runs comparable to rounding, and ends them after training."""
-    begin, forward = TrainingModule.__init__, TrainingModule.forward
+    begin, forward, images = Trainer.__init__, Trainer.forward, bias_images
 
-    def doubled(self: TrainingModule, model: nn.Module, *arguments: Any) -> None:
-        begin(self, model.double(), *arguments)
+    def doubled(self: Trainer, run: Run, *arguments: Any) -> None:
+        run.model.double()
+        begin(self, run, *arguments)
 
-    patch.setattr(TrainingModule, "__init__", doubled)
-    patch.setattr(TrainingModule, "forward", lambda self, images: forward(self, images.double()))
+    patch.setattr(Trainer, "__init__", doubled)
+    patch.setattr(Trainer, "forward", lambda self, network, images: forward(self, network, images.double()))
+    patch.setattr("pcenet.training.loop.bias_images", lambda run: (batch.double() for batch in images(run)))
     patch.setattr("pcenet.tasks.segmentation.median_weights", lambda counts: median_weights(counts).double())
-    patch.setattr("pcenet.training.run.finish", lambda run, fitted: None)
+    patch.setattr("pcenet.training.run.finish", lambda run, state: None)
 
-    def sgd(self: TrainingModule) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+    def sgd(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), momentum=0.9)
 
-    patch.setattr(TrainingModule, "configure_optimizers", sgd)
+    patch.setattr("pcenet.training.loop.make_optimizer", sgd)
+    patch.setattr(Schedules, "learning_rate", lambda self, step: 0.05 / self.config.lr)
 
 
 def streets(folder: Path) -> Path:
@@ -141,8 +146,8 @@ def test_two_processes_train_as_one(
     assert in_processes(lambda: train(config) and 0, tmp_path / "printed") == [0, 0], printed(tmp_path / "printed")
     two = RunFolder(config.folder)
     ours, theirs = (read_checkpoint(folder.steps[-1]) for folder in (one, two))
-    assert ours["global_step"] == theirs["global_step"] == 5
-    for key in ("current_model_state", "state_dict"):
+    assert ours["step"] == theirs["step"] == 5
+    for key in ("model", "averaged"):
         assert ours[key].keys() == theirs[key].keys()
         for name, value in ours[key].items():
             assert (value - theirs[key][name]).abs().max() < 1e-8, name

@@ -24,9 +24,10 @@ from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder, saved_config
 from pcenet.runtime.device import resolve_device, resolve_workers
 from pcenet.training.checkpoints import read_checkpoint, write_checkpoint
-from pcenet.training.module import TrainingModule
+from pcenet.training.loop import Trainer
 from pcenet.training.network import naming_model_args
-from pcenet.training.run import Run, bias_images, prepare, resolve, train
+from pcenet.training.preparation import Run, bias_images, prepare, resolve
+from pcenet.training.run import train
 from pcenet.writing import write_atomically
 
 Start = Callable[..., TrainConfig]
@@ -47,14 +48,14 @@ def rows(folder: RunFolder) -> list[dict[str, float]]:
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle of an epoch: `step` counts from 0, an epoch has three."""
-    original = TrainingModule.training_step
+    original = Trainer.training_step
 
-    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
-        if self.global_step == step:
+    def training_step(self: Trainer, batch: Any, number: int) -> Any:
+        if self.state.step == step:
             raise KeyboardInterrupt
-        return original(self, batch, batch_idx)
+        return original(self, batch, number)
 
-    monkeypatch.setattr(TrainingModule, "training_step", training_step)
+    monkeypatch.setattr(Trainer, "training_step", training_step)
 
 
 @pytest.fixture(scope="module")
@@ -321,10 +322,13 @@ FOUND_ANEW = ("expert_bias", "centring")  # for the weights that are kept, see u
 def test_model_holds_the_moving_average(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[dict[str, torch.Tensor]] = []
 
-    def keep(self: TrainingModule, *args: Any) -> None:
+    step = Trainer.train_step
+
+    def keep(self: Trainer, *args: Any) -> None:
+        step(self, *args)
         steps.append({name: value.clone() for name, value in self.model.state_dict().items()})
 
-    monkeypatch.setattr(TrainingModule, "on_train_batch_end", keep)
+    monkeypatch.setattr(Trainer, "train_step", keep)
     folder = train(start())
     saved = load_file(folder.model / "model.safetensors")
     assert len(steps) == 6
@@ -343,11 +347,11 @@ def test_model_holds_the_moving_average(start: Start, monkeypatch: pytest.Monkey
 
 def test_without_averaging_model_holds_the_last_weights(start: Start) -> None:
     folder = train(start(ema_decay=0.0))
-    current = read_checkpoint(folder.steps[-1])["current_model_state"]
+    current = read_checkpoint(folder.steps[-1])["model"]
     saved = load_file(folder.model / "model.safetensors")
-    assert {f"model.{name}" for name in saved} == set(current)
+    assert set(saved) == set(current)
     kept = {name: value for name, value in saved.items() if not name.endswith(FOUND_ANEW)}
-    assert all(torch.equal(value, current[f"model.{name}"]) for name, value in kept.items())
+    assert all(torch.equal(value, current[name]) for name, value in kept.items())
 
 
 def test_biases_are_found_for_the_weights_that_are_kept(start: Start) -> None:

@@ -7,16 +7,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
 
-from pcenet.nn import PCELayer, Router
+from pcenet.nn import PCELayer, Router, routers_of
 from pcenet.runs.config import TrainConfig
-from pcenet.training.router_schedules import RouterSchedules, set_routers
+from pcenet.training.loop import Trainer
 from pcenet.training.run import train
-from pcenet.training.schedules import Schedules, learning_rate_factor, linear
+from pcenet.training.schedules import Schedules, learning_rate_factor, linear, set_routers
 
 Start = Callable[..., TrainConfig]
 
@@ -143,11 +142,10 @@ def test_balance_weight_enters_the_loss(start: Start) -> None:
     assert added[1] == pytest.approx(0.3 * rows[1]["train/balance_loss"], rel=0.02)
 
 
-def test_the_callback_leaves_the_routers_as_the_network_has_them(start: Start) -> None:
-    layer = PCELayer(3, 3, patch_size=4)
-    module = L.LightningModule()
-    module.layer = layer
-    set_routers(module, 4.0, 0.3)
-    callback = RouterSchedules(Schedules(start(temperature=4.0, router_noise=0.3), 3))
-    callback.on_train_end(L.Trainer(logger=False, barebones=True, accelerator="cpu"), module)
-    assert (layer.router.temperature, layer.router.perturb) == (1.0, None)
+def test_a_trained_network_has_routers_at_rest(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainers: list[Trainer] = []
+    fit = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self: trainers.append(self) or fit(self))
+    train(start(epochs=1, temperature=4.0, temperature_epochs=9.0, router_noise=0.3, router_noise_epochs=9.0))
+    routers = [router for _, router in routers_of(trainers[0].model)]
+    assert {(router.temperature, router.perturb) for router in routers} == {(1.0, None)}

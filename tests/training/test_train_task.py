@@ -1,21 +1,19 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
+from trainers import classifying
 
 import pcenet  # noqa: F401
 from pcenet.nn import PCELayer, aux_loss, record_routing
 from pcenet.runs.config import TrainConfig
-from pcenet.tasks.classification import ClassificationObjective
-from pcenet.training.callbacks import Averaging, update_average
-from pcenet.training.module import TrainingModule, parameter_groups, step_seed
-from pcenet.training.nonfinite import FiniteSteps
+from pcenet.training.loop import step_seed, training_mode
+from pcenet.training.optimizer import average_of, parameter_groups, update_average
 from pcenet.upcycling import upcycle
 
 
@@ -77,32 +75,26 @@ def test_average_reads_the_count_once_and_only_for_numbers_that_are_averaged() -
     assert Count.readings == 1
 
 
-def classifying(model: nn.Module, config: TrainConfig) -> TrainingModule:
-    return TrainingModule(model, ClassificationObjective(config, 3), config, steps_per_epoch=1)
-
-
-def test_lightning_averages_every_parameter_and_buffer_bit_for_bit() -> None:
-    task = classifying(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)), TrainConfig())
-    callback = Averaging(0.25, FiniteSteps(0))
-    callback.setup(None, task, "fit")
-    average = callback._average_model
-    assert average is not None
+def test_every_parameter_and_buffer_is_averaged_bit_for_bit() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
+    average = average_of(model, 0.25)
+    assert not average.module.training
     expected = {}
     for n in range(4):
         with torch.no_grad():
-            for parameter in task.parameters():
+            for parameter in model.parameters():
                 parameter.normal_()
-        task.model(torch.randn(7, 3))
-        average.update_parameters(task)
+        model(torch.randn(7, 3))
+        average.update_parameters(model)
         # The first update takes everything over; then n updates lie behind: (1 + 1) / (10 + 1) = 0.18, then 0.25.
         weight = {0: 1.0, 1: 1 - 2 / 11}.get(n, 0.75)
-        for name, value in task.state_dict().items():
+        for name, value in model.state_dict().items():
             blend = n > 0 and value.is_floating_point()
             expected[name] = torch.lerp(expected[name], value, weight) if blend else value.clone()
     found = average.module.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    assert found["model.1.num_batches_tracked"] == 4
+    assert found["1.num_batches_tracked"] == 4
 
 
 class OneLayer(nn.Module):
@@ -127,18 +119,11 @@ class OneLayer(nn.Module):
         (1e20, 0.0, 0.5 * 1),
     ],
 )
-def test_loss_is_the_tasks_plus_the_weighted_auxiliary_ones(
-    level: float, z: float, auxiliary: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_is_the_tasks_plus_the_weighted_auxiliary_ones(level: float, z: float, auxiliary: float) -> None:
     config = TrainConfig(balance=0.5, z=z, label_smoothing=0.0)
-    task = classifying(OneLayer(level), config)
-    trainer = SimpleNamespace(global_step=0, optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])])
-    monkeypatch.setattr(TrainingModule, "trainer", trainer)
-    monkeypatch.setattr(task, "log", lambda *_, **__: None)
-    monkeypatch.setattr(task, "log_dict", lambda *_, **__: None)
+    trainer = classifying(OneLayer(level), config)
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])
-    loss = task.training_step((images, labels), 0)
-    (seen,) = task.seen
+    loss, seen = trainer.training_step((images, labels), 0)
     assert seen.values["balance_loss"].item() == 1
     assert loss.item() == pytest.approx(seen.values["task_loss"].item() + auxiliary, rel=1e-6)
 
@@ -154,13 +139,13 @@ def test_what_is_frozen_stays_what_it_was(freeze: str | None) -> None:
     """Weights, and the statistics of batch normalisations, which training mode would move."""
     resnet = ResNet(BasicBlock, layers=(1, 1, 1, 1), channels=(8, 8, 12, 12), stem_width=8, num_classes=3)
     model = upcycle(resnet, layers=1.0, num_experts=2, patch_size=2, example=torch.randn(1, 3, 32, 32), freeze=freeze)
-    task = classifying(model, TrainConfig())
-    task.eval()
-    task.train()
+    trainer = classifying(model, TrainConfig())
+    model.eval()
+    training_mode(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     with record_routing(model) as records:
-        loss = task.objective.loss(task(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 0])) + aux_loss(records)
+        loss = trainer.objective.loss(model(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 0])) + aux_loss(records)
     loss.backward()
     optimizer.step()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}

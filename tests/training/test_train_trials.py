@@ -20,9 +20,11 @@ from pcenet.data import EpochSampler, open_source
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder
 from pcenet.runtime.device import resolve_device
+from pcenet.training.figures import Seen
 from pcenet.training.find import find, find_batch_size, find_lr
-from pcenet.training.module import TrainingModule
-from pcenet.training.run import Run, announce, prepare, resolve, train
+from pcenet.training.loop import Trainer
+from pcenet.training.preparation import Run, prepare, resolve
+from pcenet.training.run import announce, train
 
 Start = Callable[..., TrainConfig]
 
@@ -76,10 +78,8 @@ def test_a_dry_run_does_everything_with_two_batches_and_leaves_nothing(
     start: Start, temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps: list[int] = []
-    original = TrainingModule.training_step
-    monkeypatch.setattr(
-        TrainingModule, "training_step", lambda self, *batch: steps.append(batch[1]) or original(self, *batch)
-    )
+    original = Trainer.training_step
+    monkeypatch.setattr(Trainer, "training_step", lambda self, *batch: steps.append(batch[1]) or original(self, *batch))
     written: set[str] = set()
 
     def draw(run: Run, rows: Any, result: Any) -> None:
@@ -190,28 +190,31 @@ def test_more_images_than_there_are_cannot_be_overfitted(start: Start) -> None:
     assert not config.folder.exists()
 
 
-class Quadratic(TrainingModule):
+class Quadratic(Trainer):
     """Its loss is the square of one weight, which starts at 1: the best step is by 1."""
 
-    def __init__(self, model: torch.nn.Module, *others: Any) -> None:
-        super().__init__(torch.nn.Linear(1, 1), *others)
-        self.model.weight.data.fill_(1.0)
-        self.sizes: list[int] = []
+    largest = 8
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        self.sizes.append(len(batch[0]))
-        if len(batch[0]) > 8:
+    def __init__(self, run: Run, *others: Any) -> None:
+        model = torch.nn.Linear(1, 1)
+        model.weight.data.fill_(1.0)
+        model.num_classes = run.model.num_classes
+        super().__init__(replace(run, model=model), *others)
+
+    def training_step(self, batch: Any, number: int) -> Any:
+        if len(batch[0]) > self.largest:
             raise RuntimeError("CUDA out of memory.")
-        return self.model.weight.square().sum()
+        loss = self.loss()
+        return loss, Seen(number, len(batch[0]), torch.ones(1), {"loss": loss.detach()}, {})
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Nothing to see."""
+    def loss(self) -> torch.Tensor:
+        return self.model.weight.square().sum()
 
 
 def test_the_rate_found_makes_the_loss_fall_and_nothing_is_left(
     start: Start, temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pcenet.training.run.TrainingModule", Quadratic)
+    monkeypatch.setattr("pcenet.training.find.Trainer", Quadratic)
     config = start(find="lr")
     rate = find(config)
     # AdamW moves the weight by the rate in each step, and rates grow by 1e6 ** (1/100) = 1.148 a step: what is behind
@@ -223,10 +226,8 @@ def test_the_rate_found_makes_the_loss_fall_and_nothing_is_left(
 
 
 def test_a_loss_that_is_no_number_gives_no_rate(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pcenet.training.run.TrainingModule", Quadratic)
-    monkeypatch.setattr(
-        Quadratic, "training_step", lambda self, *_: self.model.weight.sum() * torch.tensor(float("nan"))
-    )
+    monkeypatch.setattr("pcenet.training.find.Trainer", Quadratic)
+    monkeypatch.setattr(Quadratic, "loss", lambda self: self.model.weight.sum() * torch.tensor(float("nan")))
     config = start()
     config.folder.mkdir()
     with pytest.raises(ValueError, match="find 'lr': the loss exploded"):
@@ -235,7 +236,7 @@ def test_a_loss_that_is_no_number_gives_no_rate(start: Start, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_the_batch_size_found_is_the_largest_that_fits(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pcenet.training.run.TrainingModule", Quadratic)
+    monkeypatch.setattr("pcenet.training.find.Trainer", Quadratic)
     config = start()
     config.folder.mkdir()
     assert find_batch_size(prepared(config)) == 8  # 16 of the 24 images do not
@@ -243,8 +244,8 @@ def test_the_batch_size_found_is_the_largest_that_fits(start: Start, monkeypatch
 
 @pytest.mark.parametrize("batch_size", [4, pytest.param(128, marks=pytest.mark.slow)])
 def test_no_batch_is_larger_than_the_images(start: Start, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
-    monkeypatch.setattr("pcenet.training.run.TrainingModule", Quadratic)
-    monkeypatch.setattr(Quadratic, "training_step", lambda self, *_: self.model.weight.square().sum())
+    monkeypatch.setattr("pcenet.training.find.Trainer", Quadratic)
+    monkeypatch.setattr(Quadratic, "largest", 1000)
     config = start(batch_size=batch_size)
     config.folder.mkdir()
     assert find_batch_size(prepared(config)) == 16  # 32 are more than the 24 images

@@ -15,8 +15,8 @@ import pytest
 
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder
-from pcenet.training.loggers import TrackioLogger
 from pcenet.training.run import train
+from pcenet.training.trackers import Trackio
 
 Start = Callable[..., TrainConfig]
 
@@ -35,6 +35,9 @@ class FakeRun:
     def log(self, values: dict[str, Any], **_: Any) -> None:
         self.logged.append(dict(values))
 
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.counted_by = {name: step_metric}
+
     def finish(self) -> None:
         self.finished += 1
 
@@ -49,13 +52,9 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         made.runs.append(FakeRun())
         return made.runs[-1]
 
-    modules = {name: ModuleType(name) for name in ("wandb", "wandb.sdk", "wandb.sdk.lib", "wandb.wandb_run")}
-    modules["wandb"].__dict__.update(run=None, init=init, __spec__=SimpleNamespace(name="wandb"))
-    modules["wandb.sdk.lib"].__dict__["RunDisabled"] = FakeRun
-    modules["wandb.wandb_run"].__dict__["Run"] = FakeRun
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", True)
+    module = ModuleType("wandb")
+    module.__dict__.update(init=init, __spec__=SimpleNamespace(name="wandb"))
+    monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     return made
 
@@ -67,7 +66,8 @@ def test_figures_go_to_wandb_too(wandb: SimpleNamespace, start: Start) -> None:
     assert given["id"] == (folder.logs / "wandb-id").read_text()
     assert given["dir"] == str(folder.logs)
     names = {name for values in run.logged for name in values}
-    assert {"train/loss", "val/top1", "train/lr"} <= names
+    assert {"train/loss", "val/top1", "train/lr", "step/loss", "step"} <= names
+    assert run.counted_by == {"*": "step"}
     assert run.options["model"] == "dense_nano"
     assert run.finished == 1
     assert list(folder.logs.glob("tensorboard/events*"))
@@ -105,9 +105,9 @@ def test_trackio_goes_on_with_a_run(trackio: ModuleType, tmp_path: Path) -> None
     folder = RunFolder(tmp_path / "run")
     folder.logs.mkdir(parents=True)
     for step in (1, 2):
-        logger = TrackioLogger(folder)
-        logger.log_metrics({"loss": 1 / step}, step)
-        logger.experiment.finish()
+        tracker = Trackio(folder, TrainConfig(data="digits"))
+        tracker.log({"loss": 1 / step}, step)
+        tracker.close()
     (run,) = trackio.Api().runs("pcenet")
     assert [(row["step"], row["loss"]) for row in logged(run.name)] == [(1, 1.0), (2, 0.5)]
 
