@@ -145,7 +145,7 @@ class EpochSampler(Sampler[Key]):
         return order.tolist()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration yields. Lightning calls this; a plain loop has to."""
+        """Choose the epoch that the next iteration yields; whoever loops over epochs calls it."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -1,1 +1,1 @@
-"""What ``pcenet train`` does, from options to a trained network, on Lightning."""
+"""What ``pcenet train`` does, from options to a trained network, on Lightning Fabric."""

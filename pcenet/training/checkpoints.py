@@ -44,6 +44,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedError: if it is not intact, or no checkpoint of a training run.
+        ValueError: for one that an earlier version has written.
     """
     if fault := fault_of(path):
         raise DamagedError(f"{path} {fault}")
@@ -56,6 +57,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise
         kind = type(error).__name__
         raise DamagedError(f"{path} is damaged or no checkpoint of pcenet train ({kind})") from error
+    if isinstance(content, Mapping) and "pytorch-lightning_version" in content:
+        raise ValueError(
+            f"resume: {path} is of an earlier version of pcenet; finish its run with that version, or start afresh in"
+            " another folder with --out"
+        )
     if fault := fault_in(content):
         raise DamagedError(f"{path} is damaged or no checkpoint of pcenet train: {fault}")
     return dict(content)

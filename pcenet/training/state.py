@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from pcenet.training.engine import part_of, whole
 from pcenet.training.figures import EpochFigures, Row
 
-FORMAT = 3  # of checkpoints; 2 was Lightning's
+FORMAT = 3  # of checkpoints
 NUMBERS = ("step", "batch", "skipped", "images", "seconds", "elapsed", "stopped", "rows")
 
 

@@ -293,3 +293,19 @@ def test_whatever_has_the_name_of_a_checkpoint_is_replaced(tmp_path: Path, make:
     make(path)
     discard(path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.faults("a checkpoint of an earlier version")
+@pytest.mark.parametrize("resume", ["auto", "step-00000006"])
+def test_a_run_of_an_earlier_version_is_refused_in_one_line(
+    copied: RunFolder, start: Start, capsys: pytest.CaptureFixture[str], resume: str
+) -> None:
+    """Until version 0.2 checkpoints were Lightning's; nothing of the folder is touched."""
+    write_checkpoint(copied.checkpoint(6), {"pytorch-lightning_version": "2.6.6", "global_step": 6, "callbacks": {}})
+    before = {path: path.stat().st_mtime_ns for path in copied.path.rglob("*")}
+    config = start(resume="auto") if resume == "auto" else start("new", resume=str(copied.checkpoints / resume))
+    assert command(config) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "step-00000006 is of an earlier version of pcenet; finish its run with that version" in error
+    assert {path: path.stat().st_mtime_ns for path in copied.path.rglob("*")} == before
