@@ -195,13 +195,18 @@ def check_selection(
         raise ValueError(f"top_k={top_k!r} must be a whole number between 1 and num_experts={num_experts}")
     check_choice("gate", gate, get_args(Gate))
     # Not by math.isfinite, which torch.compile cannot follow for a number that changes from step to step.
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be a positive number")
+    check_temperature(temperature)
     for name, factor in capacity_factors.items():
         if factor is not None and not (is_number(factor) and 0 < factor <= LARGEST_FACTOR):
             raise ValueError(
                 f"{name}={factor!r} must be a positive number up to {LARGEST_FACTOR}, or None to drop nothing"
             )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a ``ValueError`` for a temperature that is no positive number."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be a positive number")
 
 
 class Router(nn.Module):
@@ -241,7 +246,6 @@ class Router(nn.Module):
         centring: a buffer, one number c from 0 to 1, used at evaluation only: c times the mean of an image's logits is
             taken off them before the bias is added. 0 until `pcenet.nn.update_expert_bias` sets it, which says why, and
             in networks that were saved without it; None without balancing.
-        temperature: as above; a training loop may change it between forward passes.
         synchronised: whether the bias is that of the batches of all processes that train together; see
             `pcenet.nn.synchronise`.
         perturb: in training, a function from logits ``[N, E]`` to the logits that are routed by, such as noise for
@@ -302,6 +306,16 @@ class Router(nn.Module):
         self.logits = LogitsLayer(hidden, num_experts)
         self.register_buffer("expert_bias", torch.zeros(num_experts) if balancing == "batch" else None)
         self.register_buffer("centring", torch.zeros(()) if balancing == "batch" else None)
+
+    @property
+    def temperature(self) -> float:
+        """T of ``probs = softmax(logits / T)``; setting it checks it, so that a forward pass need not."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, temperature: float) -> None:
+        check_temperature(temperature)
+        self._temperature = temperature
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As any module's; networks that were saved before there was ``centring`` have none, and keep their outputs."""

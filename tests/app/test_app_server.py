@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
@@ -298,8 +299,14 @@ def test_uploads_without_end_leave_a_few(server):
     for number in range(15):
         files = [("files", (f"{index}.png", b"%d %d" % (number, index))) for index in range(20)]
         assert httpx.post(f"{server.url}/gradio_api/upload", files=files, timeout=60).status_code == 200
-    visitor.web.get("/config")  # by the next answer the last upload is tidied up
-    assert sum(name.endswith(".png") for _, _, names in os.walk(own) for name in names) == 50
+
+    def kept() -> int:
+        return sum(name.endswith(".png") for _, _, names in os.walk(own) for name in names)
+
+    deadline = time.monotonic() + 30  # tidying up follows the answer, later where the machine is busy
+    while kept() != 50 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert kept() == 50
     assert "cannot be read" in words_of(visitor.upload("last.png", b"but the last is there")["notice"])
 
 

@@ -217,7 +217,7 @@ def test_a_disk_that_becomes_read_only(
             original(path, content)
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints, "write_checkpoint", refuse)
+            patch.setattr("pcenet.training.loop.write_checkpoint", refuse)
             assert command(config) == 2
         assert "step-00000006: Read-only file system; choose another path" in capsys.readouterr().err
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
