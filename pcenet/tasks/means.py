@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pcenet.nn.processes import process_count, sum_over_processes
+from pcenet.runtime.distributed import exchange_device, gather
 
 
 class EpochMeans:
@@ -29,12 +30,14 @@ class EpochMeans:
         self.images += images
 
     def compute(self) -> dict[str, Tensor]:
-        """The means so far, over all processes, each of which has seen images; empty without images."""
+        """The means so far, over all processes; empty where none has seen images."""
         if process_count() == 1:
             return {name: value / self.images for name, value in self.sums.items()}
-        own = torch.stack([value.double() for value in self.sums.values()])
-        *sums, images = sum_over_processes(torch.cat((own, own.new_tensor([self.images])))).unbind()
-        return {name: (value / images).float() for name, value in zip(self.sums, sums, strict=True)}
+        names = max(gather(list(self.sums)), key=len)  # one of them may have seen none
+        none = torch.zeros((), dtype=torch.float64, device=exchange_device())
+        own = torch.stack([*(self.sums.get(name, none).double() for name in names), none + self.images])
+        *sums, images = sum_over_processes(own).unbind()
+        return {name: (value / images).float() for name, value in zip(names, sums, strict=True)}
 
     def add(self, state: Mapping[str, Any]) -> None:
         """Add the images of another object's `state_dict`."""

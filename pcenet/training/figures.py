@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -137,11 +138,13 @@ def epoch_line(row: Row, epochs: int, train_score: str, score: str, images: tupl
     """
     train_digits, val_digits = map(score_digits, images)
     dead = sum(value for name, value in row.items() if name.startswith(f"{EVALUATED}/") and name.endswith("/dead"))
+    loss, task, balance, z, train = (  # none where all steps were left out
+        row.get(f"train/{name}", math.nan) for name in ("loss", "task_loss", "balance_loss", "z_loss", train_score)
+    )
     parts = (
         f"epoch {row['epoch']:.0f}/{epochs}",
-        f"loss {row['train/loss']:.4f} (task {row['train/task_loss']:.4f}, "
-        f"balance {row['train/balance_loss']:.4f}, z {row['train/z_loss']:.4f})",
-        f"train {row[f'train/{train_score}']:.{train_digits}%}",
+        f"loss {loss:.4f} (task {task:.4f}, balance {balance:.4f}, z {z:.4f})",
+        f"train {train:.{train_digits}%}",
         f"val {row[f'val/{score}']:.{val_digits}%}",
         *([f"{dead:.0f} dead expert{'s' * (dead > 1)} on val"] if dead else []),
         f"lr {row['train/lr']:.2e}",

@@ -216,3 +216,14 @@ def test_the_other_runs_of_a_comparison_go_on(start: Start, monkeypatch: pytest.
         compare(config)
     report = json.loads((tmp_path / "all" / "comparison.json").read_text())
     assert [run["name"] for run in report["runs"]] == ["dense_nano-0"]
+
+
+@pytest.mark.faults("steps that are not finite, left out")
+def test_an_epoch_of_which_nothing_is_left(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no figures of training, and the run goes on."""
+    poison_input(monkeypatch, math.nan, steps=(0, 1, 2, 3))
+    folder = train(start(skip_nonfinite=4))
+    first, second = rows_of(folder)
+    assert first["train/loss"] == ""
+    assert math.isfinite(float(second["train/loss"]))
+    assert math.isfinite(float(first["val/loss"]))

@@ -225,7 +225,7 @@ def test_loss_scaling() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, when it looks at its graph's inputs
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's, of its graph's inputs
 def test_compiled_afterwards() -> None:
     torch.compiler.reset()
     expected = added(network(), images())

@@ -18,7 +18,10 @@ from torch import nn
 from pcenet.data import EpochSampler
 from pcenet.runs.config import EvalConfig, TrainConfig
 from pcenet.runs.folder import RunFolder
+from pcenet.runtime.distributed import own_rank, together
+from pcenet.runtime.launcher import ranks_of_environment
 from pcenet.tasks.evaluation import evaluate
+from pcenet.tasks.means import EpochMeans
 from pcenet.tasks.segmentation import median_weights
 from pcenet.training.checkpoints import read_checkpoint
 from pcenet.training.loop import Trainer, step_seed
@@ -78,6 +81,22 @@ def test_chance_within_a_step_is_each_process_s_own(start: Start, monkeypatch: p
 def test_too_few_images_for_all_processes(length: int, shuffle: bool) -> None:
     with pytest.raises(ValueError, match=rf"devices 3: {length} images are too few .* fewer --devices"):
         EpochSampler(length, shuffle=shuffle).divide(0, 3, batch_size=4)
+
+
+def test_the_mean_of_processes_of_which_one_has_seen_nothing(tmp_path: Path) -> None:
+    """Two images with mean 1 and one with 4 make 2, whoever has seen them; without images there is no mean."""
+
+    def work() -> int:
+        with together(ranks_of_environment(), torch.device("cpu"), minutes=0.5):
+            means = EpochMeans()
+            assert means.compute() == {}
+            if own_rank() == 0:
+                means.update({"loss": torch.tensor(1.0)}, 2)
+                means.update({"loss": torch.tensor(4.0)}, 1)
+            assert {name: float(value) for name, value in means.compute().items()} == {"loss": 2.0}
+        return 0
+
+    assert in_processes(work, tmp_path) == [0, 0], printed(tmp_path)
 
 
 def in_float64_with_sgd(patch: pytest.MonkeyPatch) -> None:
