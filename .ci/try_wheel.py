@@ -23,7 +23,7 @@ OURS = re.compile(
 )
 NEEDED = {
     "pcenet/py.typed",
-    "pcenet/explain/page.html",
+    "pcenet/explanation/page.html",
     "pcenet/networks.json",
     "pcenet/runs/config.py",
     "pcenet/ops/cpu/bind.cpp",

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pcenet.explain.command import FIGURES, NUMBERS
-from pcenet.explain.figures import slug
+from pcenet.explanation.command import FIGURES, NUMBERS
+from pcenet.explanation.figures import slug
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 WIDTH, GAP, TITLE = 240, 6, 22  # pixels: of a column, between pictures, above a picture

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from probes import PER_OBJECT, ProbeResult, paired_difference, probe_modules
 from torch import nn
 
-from pcenet.analysis.probes import PER_OBJECT, ProbeResult, paired_difference, probe_modules
 from pcenet.benchmark.machine import describe, machine
 from pcenet.data import SceneSource, cover_transform
 from pcenet.data.scenes import VERSION

@@ -99,7 +99,7 @@ def biases_table(name: str) -> str:
 
 def comparison_tables(name: str) -> str:
     """The tables of `pcenet compare`, from the ``comparison.json`` that it left."""
-    from pcenet.compare.tables import sheets
+    from pcenet.comparison.tables import sheets
 
     path = HERE / "results" / name / "comparison.json"
     if not path.is_file():

@@ -21,9 +21,9 @@ from pcenet.app.config import AppConfig
 from pcenet.benchmark.config import BenchConfig
 from pcenet.catalogue import SOURCES, check_network, fault_of_source, networks, task_of_source, weights_of
 from pcenet.choices import did_you_mean
-from pcenet.compare.config import OF_A_RUN, CompareConfig
-from pcenet.explain.config import ExplainConfig
-from pcenet.export.config import ExportConfig
+from pcenet.comparison.config import OF_A_RUN, CompareConfig
+from pcenet.explanation.config import ExplainConfig
+from pcenet.exporting.config import ExportConfig
 from pcenet.inference.config import PredictConfig
 from pcenet.parsing import ABOUT, entries_of, parse, parse_json_flag, parse_values, read_variant
 from pcenet.publish.config import PushConfig
@@ -224,7 +224,7 @@ def run_compare(arguments: list[str]) -> None:
     if not config.status:  # which asks for no data
         check_source(recipe_config)
     say_loading()
-    from pcenet.compare.run import compare, status
+    from pcenet.comparison.run import compare, status
 
     (status if config.status else compare)(config)
 
@@ -276,7 +276,7 @@ def run_export(arguments: list[str]) -> None:
     config = parse("export", ExportConfig, arguments)
     check_run(config.run)
     say_loading()
-    from pcenet.export.command import export
+    from pcenet.exporting.command import export
 
     export(config)
 
@@ -286,7 +286,7 @@ def run_explain(arguments: list[str]) -> None:
     config = parse("explain", ExplainConfig, arguments)
     check_run(config.run)
     say_loading()
-    from pcenet.explain.command import explain
+    from pcenet.explanation.command import explain
 
     explain(config)
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import yaml
 
-from pcenet.compare.config import CompareConfig
+from pcenet.comparison.config import CompareConfig
 from pcenet.runs.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]

@@ -1,5 +1,4 @@
-"""Looking at what a trained network does. Linear probes are in `pcenet.analysis.probes`, what interventions cost in
-`pcenet.analysis.effects`."""
+"""Looking at what a trained network does; what interventions cost is in `pcenet.analysis.effects`."""
 
 from pcenet.analysis.agreement import Agreement, AgreementStatistics
 from pcenet.analysis.counting import PatchCounts, count_experts, patch_classes

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pcenet.analysis import expert_map
 from pcenet.choices import Precision
-from pcenet.export.files import ExportedNet
+from pcenet.exporting.files import ExportedNet
 from pcenet.models import SavableModel
 from pcenet.nn import Routing, record_routing
 from pcenet.runtime.device import autocast

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from pcenet.data.loaders import naming_dead_workers
-from pcenet.export.files import ExportedNet, is_exported
+from pcenet.exporting.files import ExportedNet, is_exported
 from pcenet.inference.batches import Batch, read_batches
 from pcenet.inference.classify import Classifier
 from pcenet.inference.config import PredictConfig

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from pcenet.cli import main
-from pcenet.compare.config import CompareConfig
-from pcenet.compare.run import baseline_of
+from pcenet.comparison.config import CompareConfig
+from pcenet.comparison.run import baseline_of
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.options import options_of
 
@@ -145,7 +145,7 @@ def test_a_file_holds_recipe_and_comparison_and_the_command_line_has_the_last_wo
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[CompareConfig] = []
-    monkeypatch.setattr("pcenet.compare.run.compare", found.append)
+    monkeypatch.setattr("pcenet.comparison.run.compare", found.append)
     monkeypatch.chdir(tmp_path)
     Path("other.zip").touch()
     path = tmp_path / "recipe.yaml"

@@ -16,11 +16,11 @@ import yaml
 from PIL import Image
 
 from pcenet.cli import main
-from pcenet.compare.config import CompareConfig
-from pcenet.compare.report import make_report, write_report
-from pcenet.compare.results import read_results
-from pcenet.compare.run import status
-from pcenet.compare.tables import label_sheet, router_sheet, run_sheet
+from pcenet.comparison.config import CompareConfig
+from pcenet.comparison.report import make_report, write_report
+from pcenet.comparison.results import read_results
+from pcenet.comparison.run import status
+from pcenet.comparison.tables import label_sheet, router_sheet, run_sheet
 from pcenet.runs.config import TrainConfig
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
@@ -189,6 +189,7 @@ def test_the_files(kept: CompareConfig, capsys: pytest.CaptureFixture[str]) -> N
         "comparison.json",
         "comparison.md",
         "curves.png",
+        ".lock",
     }
     # JSON has no numbers as names: seeds become texts.
     assert json.loads((kept.folder / "comparison.json").read_text()) == json.loads(json.dumps(report))

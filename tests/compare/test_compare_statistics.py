@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from pcenet.compare.curves import mean_curve
-from pcenet.compare.statistics import deviation, difference, half_width
+from pcenet.comparison.curves import mean_curve
+from pcenet.comparison.statistics import deviation, difference, half_width
 
 
 def test_the_deviation_divides_by_one_less_than_the_values() -> None:

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pcenet.analysis import Seen
-from pcenet.explain.figures import class_map, from_figure, load_history, place_in_words, place_maps, short
-from pcenet.explain.overlays import DROPPED, FAINTEST, LIGHT, STRONGEST, class_overlay, expert_overlay
+from pcenet.explanation.figures import class_map, from_figure, load_history, place_in_words, place_maps, short
+from pcenet.explanation.overlays import DROPPED, FAINTEST, LIGHT, STRONGEST, class_overlay, expert_overlay
 from pcenet.nn import Grid, route
 from pcenet.reporting.colours import class_colours
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 import pcenet.data as data
 from pcenet.cli import main
-from pcenet.explain.command import history_of
+from pcenet.explanation.command import history_of
 from pcenet.models import load_model
 from pcenet.nn import record_routing
 from pcenet.runs.folder import RunFolder
@@ -219,7 +219,7 @@ def test_without_matplotlib_it_says_so_before_any_work(
     awkward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr("pcenet.explain.command.open_trained", None)
+    monkeypatch.setattr("pcenet.explanation.command.open_trained", None)
     assert "pip install 'pcenet[plot]'" in refusal(capsys, str(awkward / "routed"), "--out", str(tmp_path / "out"))
 
 

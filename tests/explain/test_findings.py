@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pcenet.explain.findings import layer_findings, owners, summary
+from pcenet.explanation.findings import layer_findings, owners, summary
 
 
 def health(load: list[float], max_min: float | None, drop_rate: float = 0.0) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from pcenet.cli import main
-from pcenet.explain.page import millions
+from pcenet.explanation.page import millions
 
 PREFIX = "data:image/png;base64,"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pcenet.analysis.agreement import Pixels
-from pcenet.explain.study import Study, study
+from pcenet.explanation.study import Study, study
 from pcenet.nn import PCELayer
 
 PIXELS = Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

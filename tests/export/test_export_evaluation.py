@@ -9,7 +9,7 @@ from exporting import trained_like
 from torch import nn
 from torch.nn.utils import prune
 
-from pcenet.export.evaluation import evaluation_form, fold_batch_norms, trace
+from pcenet.exporting.evaluation import evaluation_form, fold_batch_norms, trace
 from pcenet.models import create_network
 from pcenet.nn import PCEConv2d, PCELayer
 from pcenet.nn.conv import leaders_of

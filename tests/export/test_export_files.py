@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pcenet.cli import main
-from pcenet.export.checks import CheckReport, margin_of, sent_to_one
-from pcenet.export.files import ExportedNet
+from pcenet.exporting.checks import CheckReport, margin_of, sent_to_one
+from pcenet.exporting.files import ExportedNet
 from pcenet.models import create_network
 from pcenet.nn import Grid, record_routing
 from pcenet.nn.routing import route
@@ -59,7 +59,7 @@ def test_the_file_carries_what_is_needed_to_use_it(exported):
 
 
 def test_the_graph_does_the_work_of_one_expert_for_each_patch(exported):
-    from pcenet.export.counting import count_multiply_adds
+    from pcenet.exporting.counting import count_multiply_adds
 
     _, folder = exported
     counts = [
@@ -82,7 +82,7 @@ def test_the_graph_does_the_work_of_one_expert_for_each_patch(exported):
 
 @pytest.mark.slow
 def test_the_file_for_one_image_multiplies_few_patches_pixel_by_pixel(exported, tmp_path):
-    from pcenet.export.counting import count_multiply_adds
+    from pcenet.exporting.counting import count_multiply_adds
 
     model, folder = exported
     path = tmp_path / "one.onnx"
@@ -121,7 +121,7 @@ def test_the_file_is_not_overwritten(exported, capsys):
 
 
 def test_a_file_that_computes_something_else_is_deleted(exported, tmp_path, capsys, monkeypatch):
-    from pcenet.export import command
+    from pcenet.exporting import command
 
     _, folder = exported
 

@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 
-from pcenet.export.lowering import Lowering
+from pcenet.exporting.lowering import Lowering
 from pcenet.ops import Affine
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pcenet.cli import main
-from pcenet.export.files import ExportedNet, run_with
+from pcenet.exporting.files import ExportedNet, run_with
 
 METADATA: dict[str, Any] = {
     "architecture": "pce_nano",

@@ -15,8 +15,8 @@ from faults.runs import Start, assert_same_run, at_step, pcenet, rows_of
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from pcenet.compare.config import CompareConfig
-from pcenet.compare.run import compare
+from pcenet.comparison.config import CompareConfig
+from pcenet.comparison.run import compare
 from pcenet.data.loaders import EpochSampler
 from pcenet.nn import Router
 from pcenet.runs.config import TrainConfig

@@ -13,7 +13,7 @@ import timm
 import yaml
 
 from pcenet.cli import COMMANDS, main
-from pcenet.compare.config import OF_A_RUN
+from pcenet.comparison.config import OF_A_RUN
 from pcenet.runs.config import COMMON, GROUPS, TrainConfig
 from pcenet.training.loop import Trainer
 

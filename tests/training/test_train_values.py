@@ -13,7 +13,7 @@ from PIL import Image
 
 from pcenet.app.config import AppConfig
 from pcenet.cli import main
-from pcenet.explain.config import ExplainConfig
+from pcenet.explanation.config import ExplainConfig
 from pcenet.models import load_model
 from pcenet.parsing import parse
 from pcenet.runs.config import CheckDataConfig, EvalConfig, TrainConfig

@@ -12,7 +12,7 @@ from pcenet.analysis import specialisation
 from pcenet.analysis.effects import Effect, Intervention, Tally, effect, score
 from pcenet.analysis.specialisation import Counts
 from pcenet.choices import TaskName
-from pcenet.explain.study import LayerStudy, Study
+from pcenet.explanation.study import LayerStudy, Study
 from pcenet.runs.health import health_of
 
 SCORES: dict[TaskName, str] = {"classify": "top-1", "segment": "mIoU"}

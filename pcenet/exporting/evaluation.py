@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pcenet.export.lowering import Lowering
+from pcenet.exporting.lowering import Lowering
 from pcenet.nn import routers_of
 from pcenet.nn.experts import SharedConv2d, StackedConv2d
 from pcenet.ops.library import lowering

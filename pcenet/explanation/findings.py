@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pcenet.explain.report import Report
+from pcenet.explanation.report import Report
 from pcenet.reporting.numbers import in_prose, score_digits, share_text
 from pcenet.runs.health import UNEVEN, experts_in_words
 

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
-
-from pcenet.analysis.probes import (
+from probes import (
     AttributeProbe,
     Place,
     collect,
@@ -20,6 +18,8 @@ from pcenet.analysis.probes import (
     probe,
     probe_modules,
 )
+from torch import Tensor, nn
+
 from pcenet.data import ObjectSource, SceneObject, SceneSource
 from pcenet.models import create_network
 

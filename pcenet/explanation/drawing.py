@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pcenet.analysis import Gallery, Seen
-from pcenet.explain import figures, overlays
-from pcenet.explain.figures import Picture
-from pcenet.explain.report import Report
+from pcenet.explanation import figures, overlays
+from pcenet.explanation.figures import Picture
+from pcenet.explanation.report import Report
 from pcenet.reporting.numbers import share_text
 from pcenet.reporting.plots import Row, layers_of
 

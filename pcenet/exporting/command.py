@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pcenet
-from pcenet.export.checks import SMALL_MARGIN, CheckReport, check_runner, list_names, sent_to_one
-from pcenet.export.config import ExportConfig
-from pcenet.export.counting import count_multiply_adds
-from pcenet.export.evaluation import evaluation_form, trace
-from pcenet.export.files import EXTRA, METADATA, ExportedNet, Runner, output_names, require, run_with
-from pcenet.export.quantising import quantise
+from pcenet.exporting.checks import SMALL_MARGIN, CheckReport, check_runner, list_names, sent_to_one
+from pcenet.exporting.config import ExportConfig
+from pcenet.exporting.counting import count_multiply_adds
+from pcenet.exporting.evaluation import evaluation_form, trace
+from pcenet.exporting.files import EXTRA, METADATA, ExportedNet, Runner, output_names, require, run_with
+from pcenet.exporting.quantising import quantise
 from pcenet.models import SavableModel, complexity, load_model
 from pcenet.models.preprocessing import image_size, preprocessing
 from pcenet.nn import record_routing, routers_of
@@ -150,7 +150,7 @@ class Subject:
             # Imported here: it needs the extra.
             import onnx_ir
 
-            from pcenet.export.onnx_writing import to_onnx
+            from pcenet.exporting.onnx_writing import to_onnx
 
             self.metadata["versions"]["onnx"] = version("onnx")
             carried = {METADATA: json.dumps(self.metadata), "class_names": json.dumps(self.metadata["class_names"])}

@@ -21,12 +21,12 @@ from pcenet.analysis.effects import Targets, standard_interventions, tallies
 from pcenet.catalogue import bundled
 from pcenet.choices import GreyRange
 from pcenet.data import Transform, cover_transform, first_images
-from pcenet.explain.config import ExplainConfig
-from pcenet.explain.drawing import Shown, draw
-from pcenet.explain.findings import points, row_label, summary
-from pcenet.explain.page import page
-from pcenet.explain.report import Report, intervention_report, twin_report, whole_report
-from pcenet.explain.study import study
+from pcenet.explanation.config import ExplainConfig
+from pcenet.explanation.drawing import Shown, draw
+from pcenet.explanation.findings import points, row_label, summary
+from pcenet.explanation.page import page
+from pcenet.explanation.report import Report, intervention_report, twin_report, whole_report
+from pcenet.explanation.study import study
 from pcenet.inference.inputs import InputFile, find_inputs
 from pcenet.inference.outputs import output_folder
 from pcenet.models import SavableModel, twin_of

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from pcenet.choices import Precision
-from pcenet.compare.config import CompareConfig, PlannedRun
-from pcenet.compare.report import Report, make_report, write_report
-from pcenet.compare.results import finished, rows_file
-from pcenet.compare.tables import Sheet, sheets, warnings
+from pcenet.comparison.config import CompareConfig, PlannedRun
+from pcenet.comparison.report import Report, make_report, write_report
+from pcenet.comparison.results import finished, rows_file
+from pcenet.comparison.tables import Sheet, sheets, warnings
 from pcenet.models import twin_of
 from pcenet.reporting.tables import console
 from pcenet.runs.config import TrainConfig

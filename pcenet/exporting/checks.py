@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcenet.export.files import Runner
+from pcenet.exporting.files import Runner
 from pcenet.nn import Routing, record_routing, routers_of
 
 TOLERANCE = 1e-4  # of logits, by their largest magnitude where that is above 1

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pcenet.compare.config import OF_A_RUN, CompareConfig, PlannedRun
-from pcenet.compare.curves import curves
-from pcenet.compare.results import Result, read_results
-from pcenet.compare.statistics import CONFIDENCE, deviation, difference
-from pcenet.compare.tables import markdown
+from filelock import FileLock
+
+from pcenet.comparison.config import OF_A_RUN, CompareConfig, PlannedRun
+from pcenet.comparison.curves import curves
+from pcenet.comparison.results import Result, read_results
+from pcenet.comparison.statistics import CONFIDENCE, deviation, difference
+from pcenet.comparison.tables import markdown
 from pcenet.reporting.plots import drawing, png_of
 from pcenet.runs.health import EVALUATED, TRAINED, recorded_health
-from pcenet.runs.locks import locked
 from pcenet.tasks import get_task
 from pcenet.writing import write_bytes, write_json, write_text
 
@@ -38,13 +38,15 @@ def write_report(config: CompareConfig, baseline: str | None) -> Report:
         The content of ``comparison.json``. Where no run is finished nothing is written.
     """
     folder = config.folder
-    with locked(folder, flags=os.O_RDONLY, wait=True):
+    report = make_report(config, baseline)
+    if not report["runs"]:
+        return report
+    with FileLock(folder / ".lock"):
         report = make_report(config, baseline)
-        if report["runs"]:
-            write_json(folder / "comparison.json", report)
-            write_text(folder / "comparison.md", markdown(report))
-            with drawing(folder / "curves.png"):
-                write_bytes(folder / "curves.png", png_of(curves(report)))
+        write_json(folder / "comparison.json", report)
+        write_text(folder / "comparison.md", markdown(report))
+        with drawing(folder / "curves.png"):
+            write_bytes(folder / "curves.png", png_of(curves(report)))
     return report
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pcenet.export.files import require
+from pcenet.exporting.files import require
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from pcenet.explain.findings import points, row_label
-from pcenet.explain.report import Report
+from pcenet.explanation.findings import points, row_label
+from pcenet.explanation.report import Report
 from pcenet.reporting.colours import class_colours
 from pcenet.reporting.numbers import share_text
 from pcenet.reporting.plots import PALETTE, Row, as_label, draw_load, new_figure, png_of

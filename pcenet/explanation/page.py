@@ -7,10 +7,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pcenet.explain.drawing import Pictures
-from pcenet.explain.figures import Picture
-from pcenet.explain.findings import layer_findings, owners, points, row_label, summary
-from pcenet.explain.report import Report
+from pcenet.explanation.drawing import Pictures
+from pcenet.explanation.figures import Picture
+from pcenet.explanation.findings import layer_findings, owners, points, row_label, summary
+from pcenet.explanation.report import Report
 from pcenet.reporting.colours import class_colours
 from pcenet.reporting.numbers import in_prose, share_text
 from pcenet.runs.health import ratio_in_words
@@ -29,7 +29,7 @@ def page(report: Report, pictures: Pictures, captions: list[tuple[str, str]]) ->
         captions: name and caption of each image that is shown.
     """
     environment = Environment(
-        loader=PackageLoader("pcenet.explain", package_path=""),
+        loader=PackageLoader("pcenet.explanation", package_path=""),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=lambda value: shown(value) if type(value) is str else value,  # not Markup, which is made of such

@@ -188,7 +188,7 @@ def probe_modules(
     Raises:
         ValueError: a module does not exist, did not run or gives no such map, its cells and the patches do not fit, no
             patch lies in an object, or the sources know different attributes.
-        ModuleNotFoundError: without scikit-learn; ``pip install 'pcenet[digits]'``.
+        ModuleNotFoundError: without scikit-learn; ``pip install scikit-learn``.
     """
     if {k: tuple(v) for k, v in source_train.attributes.items()} != {
         k: tuple(v) for k, v in source_val.attributes.items()
@@ -445,7 +445,7 @@ def _make_classifier() -> Any:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("probes need scikit-learn: pip install 'pcenet[digits]'") from error
+        raise ModuleNotFoundError("probes need scikit-learn: pip install scikit-learn") from error
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=MOST_STEPS))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pcenet.choices import Split
-from pcenet.export.files import METADATA, ExportedNet, require
+from pcenet.exporting.files import METADATA, ExportedNet, require
 from pcenet.runs.config import EvalConfig
 from pcenet.tasks.evaluation import Trained, eval_batch_size, open_trained
 

@@ -16,7 +16,7 @@ from onnxscript import opset20 as op
 from onnxscript.optimizer import fold_constants, remove_unused_nodes
 from torch import Tensor, nn
 
-from pcenet.export.evaluation import trace
+from pcenet.exporting.evaluation import trace
 
 OPSET = 20  # the first with Gelu
 
@@ -73,7 +73,7 @@ def _convolve_tiles(
     shifts: Sequence[Any],
     transforms: Sequence[Any],
 ) -> Any:
-    """`pcenet.export.lowering.convolve_tiles`."""
+    """`pcenet.exporting.lowering.convolve_tiles`."""
     axis, shared, width = (1 if transforms else 0), len(kernels) == 1, kernels[0].shape[-1]
     own = [reads] if shared else op.Split(reads, counts, axis=axis, num_outputs=len(kernels))
     zeros = np.zeros((transforms[1].shape[0], 1, width) if transforms else (1, width), np.float32)
