@@ -294,5 +294,5 @@ def test_sources_of_different_attributes():
 
 def test_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'pcenet\[digits\]'"):
+    with pytest.raises(ModuleNotFoundError, match="pip install scikit-learn"):
         probe(Network(), Squares(1), Squares(2), module="colours", patch=4, transform=to_tensor)
