@@ -15,7 +15,8 @@ and for segmentation::
 
 from pcenet.choices import Augment, Split
 from pcenet.data.base import IGNORE, DataError, ImageSource, ObjectSource, SegmentationSource, Source
-from pcenet.data.check import CheckReport, Finding, Sample, check_data, quick_check
+from pcenet.data.check import check_data, quick_check
+from pcenet.data.findings import CheckReport, Finding, Sample
 from pcenet.data.loaders import (
     EpochSampler,
     ImageDataset,

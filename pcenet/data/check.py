@@ -1,7 +1,7 @@
 """All faults of a data set at once: what training would refuse, and what it would pass over in silence.
 
-The rules are those of the sources themselves (``layout``, ``pairs``, ``images``, ``masks``); here none of them stops
-the search.
+``pcenet check-data``. The rules are those of the sources themselves, in `class_folders`, `mask_folders`, `images` and
+`masks`; here none of them stops the search.
 """
 
 from __future__ import annotations
@@ -10,123 +10,46 @@ import hashlib
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from PIL import Image
 
-from pcenet.choices import NOTHING_IGNORED, GreyRange, IgnoreIndex, Split, TaskName, check_grey_range
+from pcenet.choices import GreyRange, IgnoreIndex, Split, TaskName, check_grey_range
 from pcenet.data.base import IGNORE, DataError, Fault, ImageSource, SegmentationSource, Source
+from pcenet.data.class_folders import Item, Layout, find_layout
 from pcenet.data.files import FileTree
-from pcenet.data.grey import way_out
+from pcenet.data.findings import (
+    CheckReport,
+    Finding,
+    Sample,
+    SeenImage,
+    duplicate,
+    few_images,
+    imbalance,
+    little_grey,
+    much_ignored,
+    passed_over,
+)
 from pcenet.data.images import decode_mask, inspect_image
-from pcenet.data.layout import Item, Layout, find_layout
+from pcenet.data.mask_folders import Pair, PairLayout, find_pairs
 from pcenet.data.masks import (
     MaskClasses,
     check_ignore_index,
     given_names,
-    listed,
     named_by_value,
     number_classes,
     size_fault,
 )
-from pcenet.data.pairs import Pair, PairLayout, find_pairs
 from pcenet.data.sources import SEGMENTATION_SOURCE_NAMES, SOURCE_NAMES, open_tree
 from pcenet.data.splits import held_out_parts, hold_out_alike
 
-Severity = Literal["error", "warning"]
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 E = TypeVar("E", Item, Pair)
 
 TINY = 8  # pixels; a shorter side below is worth a warning
-IMBALANCE: dict[TaskName, int] = {"classify": 10, "segment": 100}  # so many times rarer is worth a warning
-MANY_IGNORED = 0.2  # of the pixels of the masks; more that do not count are worth a warning
-LITTLE_GREY = 0.5  # of the range of deep grey images; a set that uses less is worth a warning
 SAMPLES_PER_CLASS, SAMPLES, SAMPLE_SIDE = 8, 12, 192  # of the sample sheet: to classify; to segment; in pixels
 QUICK_IMAGES, QUICK_SECONDS = 32, 0.4  # of each split; whichever is reached first
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong or odd.
-
-    Attributes:
-        severity: ``"error"``: training would fail; ``"warning"``: it would not.
-        kind: what sort of thing, in a few words, the same for all alike.
-        file: the file or folder, from the root of the data set; empty where it is the set as a whole.
-        message: what is the matter, and the way out.
-    """
-
-    severity: Severity
-    kind: str
-    file: str
-    message: str
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture of the sample sheet, reduced to a side of 192 pixels at most.
-
-    Attributes:
-        file: its name.
-        label: its class; None in segmentation.
-        image: in mode RGB.
-        mask: in segmentation, of the image's size: class numbers, or ``IGNORE``.
-    """
-
-    file: str
-    label: str | None
-    image: Image.Image
-    mask: Image.Image | None = None
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """What a data set holds, and what is wrong with it.
-
-    Attributes:
-        source: its path.
-        task: what it was checked for.
-        classes: class names, by class number; empty where they could not be found out.
-        images: images per split, as training would see the splits.
-        counts: per split and class the images, or in segmentation the pixels.
-        sizes: how many images have which size, width x height, upright; the most frequent first.
-        kinds: how many images have which format and mode, such as "JPEG RGB"; the most frequent first.
-        mask_values: pixels of each value in the masks.
-        ignored: per split the pixels of the masks that do not count.
-        findings: errors first.
-        samples: training images for the sample sheet.
-    """
-
-    source: str
-    task: TaskName
-    classes: tuple[str, ...] = ()
-    images: Mapping[str, int] = field(default_factory=dict)
-    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    kinds: Mapping[str, int] = field(default_factory=dict)
-    mask_values: Mapping[int, int] = field(default_factory=dict)
-    ignored: Mapping[str, int] = field(default_factory=dict)
-    findings: tuple[Finding, ...] = ()
-    samples: tuple[Sample, ...] = field(default=(), repr=False)
-
-    @property
-    def usable(self) -> bool:
-        """Whether training would accept the set, which it does if no finding is an error."""
-        return all(finding.severity != "error" for finding in self.findings)
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Each class's share of the training images, or pixels that count."""
-        counts = self.counts.get("train", {})
-        return {name: count / max(sum(counts.values()), 1) for name, count in counts.items()}
-
-    def to_json(self) -> dict[str, Any]:
-        """The report without its pictures, as what JSON can hold."""
-        values = {name: value for name, value in vars(self).items() if name not in ("findings", "samples")}
-        findings = [asdict(finding) for finding in self.findings]
-        return values | {"usable": self.usable, "shares": self.shares, "findings": findings}
 
 
 def check_data(
@@ -185,7 +108,7 @@ def quick_check(sources: Mapping[Split, Source]) -> list[Finding]:
         DataError: an image or a mask among those that were read is faulty.
     """
     train = sources["train"]
-    findings = [_note(fault) for fault in train.notes]
+    findings = [passed_over(fault) for fault in train.notes]
     for split, source in sources.items():
         deadline = time.monotonic() + QUICK_SECONDS
         pixels: Counter[bool] = Counter()  # of the masks, by whether they count
@@ -198,21 +121,12 @@ def quick_check(sources: Mapping[Split, Source]) -> list[Finding]:
             if time.monotonic() > deadline:
                 break
         if split == "train":
-            findings += _much_ignored(pixels[False], pixels.total())
-    findings += _few_images(len(train), train.classes)
+            findings += much_ignored(pixels[False], pixels.total())
+    findings += few_images(len(train), train.classes)
     if isinstance(train, ImageSource):
         counts = Counter(train.labels)
-        findings += _balance({name: counts[number] for number, name in enumerate(train.classes)}, "classify")
+        findings += imbalance({name: counts[number] for number, name in enumerate(train.classes)}, "classify")
     return findings
-
-
-class _Seen(NamedTuple):
-    """What is remembered of an image to recognise it."""
-
-    split: str
-    file: str
-    label: str | None
-    content: bytes
 
 
 class _Notes:
@@ -225,7 +139,7 @@ class _Notes:
         self.sizes: Counter[str] = Counter()
         self.kinds: Counter[str] = Counter()
         self.grey: list[tuple[int, int, int, int]] = []  # see `pcenet.data.images.Inspection`
-        self._seen: dict[bytes, _Seen] = {}
+        self._seen: dict[bytes, SeenImage] = {}
         self._texts: set[str] = set()
 
     def refuse(self, kind: str, file: str, fault: DataError | str) -> None:
@@ -261,10 +175,10 @@ class _Notes:
             text = f"it has {image.width} x {image.height} pixels, fewer than {TINY} in a side."
             self.findings.append(Finding("warning", "tiny image", file, text))
         pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
-        this = _Seen(split, file, label, hashlib.sha256(data).digest())
+        this = SeenImage(split, file, label, hashlib.sha256(data).digest())
         first = self._seen.setdefault(pixels, this)
         if first is not this:
-            self.findings.append(_duplicate(first, this))
+            self.findings.append(duplicate(first, this))
         return image
 
     def mask(self, file: str) -> Image.Image | None:
@@ -283,7 +197,7 @@ class _Notes:
 def _check_classification(source: str, names: list[str], notes: _Notes, progress: Progress) -> CheckReport:
     layout, faults = find_layout(names, notes.tree.around)
     notes.refuse_all("names and folders", faults)
-    notes.findings += [_note(fault) for fault in layout.notes]
+    notes.findings += [passed_over(fault) for fault in layout.notes]
     _refuse_small_classes(layout, notes)
     splits = _splits_of(layout, notes)
     by_class = _by_class(splits.get("train", [])).values()
@@ -298,8 +212,8 @@ def _check_classification(source: str, names: list[str], notes: _Notes, progress
     counts = {
         split: {name: total[label] for label, name in enumerate(layout.classes)} for split, total in totals.items()
     }
-    notes.findings += _little_grey(notes.grey)
-    notes.findings += _balance(counts.get("train", {}), "classify")
+    notes.findings += little_grey(notes.grey)
+    notes.findings += imbalance(counts.get("train", {}), "classify")
     return _report(source, "classify", layout.classes, splits, notes, counts=counts, samples=samples)
 
 
@@ -313,7 +227,7 @@ def _check_segmentation(
 ) -> CheckReport:
     layout, faults = find_pairs(names)
     notes.refuse_all("names and folders", faults)
-    notes.findings += [_note(fault) for fault in layout.notes]
+    notes.findings += [passed_over(fault) for fault in layout.notes]
     splits = _splits_of(layout, notes)
     wanted = set(_spread(splits.get("train", []), SAMPLES))
     pixels: dict[str, dict[int, int]] = {}
@@ -327,7 +241,7 @@ def _check_segmentation(
         elif image and mask and pair in wanted:
             small = _reduced(image)
             samples.append(Sample(pair.image, None, small, mask.resize(small.size, Image.Resampling.NEAREST)))
-    notes.findings += _little_grey(notes.grey)
+    notes.findings += little_grey(notes.grey)
     classes = _classes_of(layout, notes, pixels, given, ignore_index)
     totals: Counter[int] = Counter()
     for histogram in pixels.values():
@@ -340,9 +254,9 @@ def _check_segmentation(
     counts = {split: _pixels_by_class(pairs, pixels, classes) for split, pairs in splits.items()}
     ignored = {split: _ignored_pixels(pairs, pixels, classes) for split, pairs in splits.items()}
     counted = sum(counts.get("train", {}).values())
-    notes.findings += _much_ignored(ignored.get("train", 0), ignored.get("train", 0) + counted, classes.ignored)
-    notes.findings += _few_images(len(splits.get("train", [])), classes.names)
-    notes.findings += _balance(counts.get("train", {}), "segment")
+    notes.findings += much_ignored(ignored.get("train", 0), ignored.get("train", 0) + counted, classes.ignored)
+    notes.findings += few_images(len(splits.get("train", [])), classes.names)
+    notes.findings += imbalance(counts.get("train", {}), "segment")
     table = classes.table
     numbered = [Sample(sample.file, None, sample.image, sample.mask.point(table)) for sample in samples if sample.mask]
     return _report(
@@ -446,79 +360,6 @@ def _pixels_by_class(
 def _ignored_pixels(pairs: Sequence[Pair], pixels: Mapping[str, Mapping[int, int]], classes: MaskClasses) -> int:
     found = (pixels.get(pair.mask, {}).items() for pair in pairs)
     return sum(count for histogram in found for value, count in histogram if value in classes.ignored)
-
-
-def _duplicate(first: _Seen, this: _Seen) -> Finding:
-    same = "the same file" if first.content == this.content else "another file with the same pixels"
-    text = f"it shows what '{first.file}' shows ({same})"
-    if first.label != this.label:
-        text += f", under class '{this.label}' instead of '{first.label}'"
-    if first.split == this.split:
-        return Finding("warning", "duplicate", this.file, f"{text}. Remove one of them.")
-    text += f", but it is in {this.split} and that in {first.split}. Remove one: what was learnt cannot test."
-    return Finding("warning", "duplicate between splits", this.file, text)
-
-
-def _note(fault: Fault) -> Finding:
-    """What was guessed or passed over."""
-    return Finding("warning", "names and folders", fault.file, fault.text)
-
-
-def _much_ignored(ignored: int, pixels: int, values: Iterable[int] = ()) -> list[Finding]:
-    """Whether so many of the pixels for training do not count that a class may be among them."""
-    if ignored <= MANY_IGNORED * pixels:
-        return []
-    which = f" (mask values {listed(sorted(values))})" if values else ""
-    text = (
-        f"{ignored / pixels:.1%} of the training pixels do not count{which}. If one of the values that do not is a"
-        f" class, change --ignore-index: with {NOTHING_IGNORED} every value counts, 255 too."
-    )
-    return [Finding("warning", "pixels that do not count", "", text)]
-
-
-def _little_grey(found: Sequence[tuple[int, int, int, int]]) -> list[Finding]:
-    """Whether deep grey images together use so little of their range that they are dark or flat."""
-    if not found:
-        return []
-    least, most = min(grey[0] for grey in found), max(grey[1] for grey in found)
-    black, white = min(grey[2] for grey in found), max(grey[3] for grey in found)
-    used = (min(most, white) - max(least, black)) / (white - black)
-    if used >= LITTLE_GREY or least == most:  # images of one value have nothing to lose
-        return []
-    text = (
-        f"the {len(found)} grey images of more than 8 bits have values from {least} to {most}, {max(used, 0):.1%} of"
-        f" the range {black} to {white}: they will be dark or flat. {way_out(least, most)}"
-    )
-    return [Finding("warning", "grey range", "", text)]
-
-
-def _few_images(count: int, classes: Sequence[str]) -> list[Finding]:
-    if count >= len(classes):
-        return []
-    text = f"there are {count} training images for {len(classes)} classes. Add images."
-    return [Finding("warning", "class balance", "", text)]
-
-
-def _balance(counts: Mapping[str, int], task: TaskName) -> list[Finding]:
-    """What is worth knowing about the training images, or pixels, of each class."""
-    what, enough = (
-        ("training image", "images") if task == "classify" else ("training pixel", "images, or weigh it more")
-    )
-    findings = []
-    for name, count in counts.items():
-        if count <= 1:
-            never = "" if count or task == "classify" else ": it can never be learnt"
-            text = f"class '{name}' has {'a single' if count else 'no'} {what}{never}. Add {enough}."
-            findings.append(Finding("warning", "class balance", name, text))
-    several = {name: count for name, count in counts.items() if count > 1}
-    rarest, commonest = (pick(several, key=several.__getitem__, default="") for pick in (min, max))
-    if several and several[rarest] * IMBALANCE[task] < several[commonest]:
-        text = (
-            f"class '{commonest}' has {counts[commonest]} {what}s, class '{rarest}' {counts[rarest]}, more than"
-            f" {IMBALANCE[task]} times fewer: a network may never choose it. Add {enough}."
-        )
-        findings.append(Finding("warning", "class balance", rarest, text))
-    return findings
 
 
 def _spread(items: Sequence[E | int], count: int) -> list[Any]:

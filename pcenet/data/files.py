@@ -14,8 +14,8 @@ from PIL import Image
 
 from pcenet.choices import GreyRange, Split
 from pcenet.data.base import DataError, Fault, ImageSource
+from pcenet.data.class_folders import read_layout
 from pcenet.data.images import decode_image
-from pcenet.data.layout import read_layout
 from pcenet.data.limits import LARGEST_FILE, file_fault
 from pcenet.data.names import is_visible
 from pcenet.reading import check_regular
@@ -211,7 +211,7 @@ def _digest(entries: list[zipfile.ZipInfo]) -> bytes:
 
 
 class FileSource(ImageSource):
-    """One split of a tree of image files; ``pcenet.data.layout`` says how the tree is understood."""
+    """One split of a tree of image files; ``pcenet.data.class_folders`` says how the tree is understood."""
 
     def __init__(self, tree: FileTree, split: Split, grey_range: GreyRange | None = None) -> None:
         layout = read_layout(tree.names(), str(tree.path), tree.around)

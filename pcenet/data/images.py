@@ -16,7 +16,7 @@ from pcenet.data.grey import LEAST_USED, OUTLIERS, Grey, GreyRangeError, grey_of
 from pcenet.data.limits import scans_fault, shape_fault
 
 T = TypeVar("T")
-# What a file that ends in one of `pcenet.data.layout.IMAGE_SUFFIXES` may be. For others Pillow may run other programs.
+# What a file that ends in one of `pcenet.data.tree.IMAGE_SUFFIXES` may be. For others Pillow may run other programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 ORIENTATION = 0x0112  # EXIF's tag
 TURNED = range(2, 9)  # its values for images that are not upright

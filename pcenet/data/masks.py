@@ -14,8 +14,8 @@ from pcenet.data.base import IGNORE, DataError, SegmentationSource
 from pcenet.data.files import FileTree
 from pcenet.data.images import decode_image, decode_mask
 from pcenet.data.limits import LARGEST_FILE
+from pcenet.data.mask_folders import Pair, PairLayout, read_pairs
 from pcenet.data.names import one_form
-from pcenet.data.pairs import Pair, PairLayout, read_pairs
 from pcenet.reading import check_regular
 
 

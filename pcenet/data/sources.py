@@ -12,8 +12,8 @@ from pcenet.choices import GreyRange, IgnoreIndex, Split, TaskName, check_grey_r
 from pcenet.data.arrays import KNOWN_SOURCES
 from pcenet.data.base import DataError, ImageSource, SegmentationSource
 from pcenet.data.files import FileSource, FileTree, FolderTree, ZipTree
+from pcenet.data.mask_folders import find_pairs
 from pcenet.data.masks import MaskClasses, open_pairs
-from pcenet.data.pairs import find_pairs
 from pcenet.data.scenes import NAME, SceneSource
 
 KNOWN_SEGMENTATION_SOURCES: Mapping[str, Callable[[Split], SegmentationSource]] = {NAME: SceneSource}
@@ -40,7 +40,7 @@ def open_source(
 
     Args:
         source: ``"digits"`` (needs no network), ``"fashion-mnist"``, ``"cifar10"``, ``"cifar100"``, or the
-            path of a folder or ``.zip`` of images (see ``pcenet.data.layout``). A name goes before a path;
+            path of a folder or ``.zip`` of images (see ``pcenet.data.class_folders``). A name goes before a path;
             write ``./digits`` for a folder of that name.
         split: ``"train"``, ``"val"`` or ``"test"``.
         root: the folder for downloads; by default ``default_root()``.
@@ -71,8 +71,8 @@ def open_segmentation_source(
 
     Args:
         source: ``"scenes"`` (drawn when asked for, see `SceneSource`), or the path of a folder or ``.zip`` of images
-            and masks (see ``pcenet.data.pairs``). A name goes before a path; write ``./scenes`` for a folder of that
-            name.
+            and masks (see ``pcenet.data.mask_folders``). A name goes before a path; write ``./scenes`` for a folder of
+            that name.
         split: ``"train"``, ``"val"`` or ``"test"``.
         classes: the name of each mask value, from 0 on, or the path of a text file with a name per line. By default
             the file ``classes.txt`` of the set; else the values in the masks that came for training, all of which

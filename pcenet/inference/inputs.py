@@ -13,7 +13,7 @@ from pcenet.choices import GreyRange, did_you_mean
 from pcenet.data.base import DataError
 from pcenet.data.files import FileTree, FolderTree, ZipTree
 from pcenet.data.images import decode_image
-from pcenet.data.layout import IMAGE_SUFFIXES, is_image
+from pcenet.data.tree import IMAGE_SUFFIXES, is_image
 
 ARCHIVE = ".zip"
 SIMILAR = 0.6  # how like a word a path must be for a suggestion

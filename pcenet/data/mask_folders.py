@@ -1,4 +1,4 @@
-"""Names of files -> images with their masks, and splits: how a tree for segmentation is understood.
+"""Folders of images and masks: how a tree for segmentation is understood.
 
 Two layouts, either of them inside one more folder if need be::
 
@@ -7,7 +7,7 @@ Two layouts, either of them inside one more folder if need be::
 
 An image and its mask have the same name up to the suffix, folders below ``images`` and ``masks`` included. ``Images``
 and ``MASKS`` will do. A file ``classes.txt`` beside the splits may name the classes. Names of splits, holding out and
-files that do not count are as in ``pcenet.data.layout``.
+files that do not count are as in `pcenet.data.class_folders`.
 
 `read_pairs` raises the first fault, `find_pairs` lists all of them.
 """
@@ -20,7 +20,9 @@ from typing import NamedTuple
 
 from pcenet.choices import Split
 from pcenet.data.base import DataError, Fault
-from pcenet.data.layout import (
+from pcenet.data.names import bare, difference, nearly, one_form
+from pcenet.data.splits import hold_out_alike, select_split
+from pcenet.data.tree import (
     IMAGE_SUFFIXES,
     IMAGE_WORDS,
     MASK_WORDS,
@@ -35,8 +37,6 @@ from pcenet.data.layout import (
     split_roots,
     unread_format,
 )
-from pcenet.data.names import bare, difference, nearly, one_form
-from pcenet.data.splits import hold_out_alike, select_split
 
 IMAGES, MASKS, CLASSES_FILE = "images", "masks", "classes.txt"
 MASK_SUFFIX = ".png"

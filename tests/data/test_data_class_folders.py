@@ -8,8 +8,9 @@ import random
 import pytest
 
 from pcenet.data.base import DataError
-from pcenet.data.layout import IMAGE_SUFFIXES, find_layout, read_layout
+from pcenet.data.class_folders import find_layout, read_layout
 from pcenet.data.splits import hold_out
+from pcenet.data.tree import IMAGE_SUFFIXES
 
 
 def flat(**counts: int) -> list[str]:

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from pcenet.data.base import DataError
-from pcenet.data.pairs import find_pairs, read_pairs
+from pcenet.data.mask_folders import find_pairs, read_pairs
 
 
 def both(*stems: str, prefix: str = "") -> list[str]:
