@@ -52,12 +52,12 @@ def measured_step(trainer: Trainer, *arguments: object) -> None:
 
 
 RESULT: dict[str, int] = {}
-TRAIN_STEP = Trainer.train_step
+TRAIN_STEP = Trainer.optimizer_step
 
 
 def one_process(count: int, strategy: str, folder: str) -> None:
     """Do a process's part of a run, and write what it has kept."""
-    Trainer.train_step = measured_step
+    Trainer.optimizer_step = measured_step
     options = {"epochs": 1, "batch_size": 32 // count, "max_images": 96, "workers": 0, "checkpoint_minutes": None}
     train(
         TrainConfig(

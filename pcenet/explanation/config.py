@@ -42,14 +42,14 @@ class ExplainConfig:
             "[a.jpg, b.jpg]. null: some images of the data."
         ),
     ] = None
-    shown: Annotated[int, Option("Lay the experts over so many images at most.", at_least=1, at_most=64)] = 6
+    shown: Annotated[int, Option("Lay the experts over at most this many images.", at_least=1, at_most=64)] = 6
     max_images: Annotated[
-        int | None, Option("Count over so many images of the data, drawn by the seed; null: all.", at_least=1)
+        int | None, Option("Count over this many images of the data, drawn by the seed; null: all.", at_least=1)
     ] = None
     intervention_images: Annotated[
         int,
         Option(
-            "Try the interventions on so many images at most, drawn by the seed: one pass over them for each "
+            "Try the interventions on at most this many images, drawn by the seed: one pass over them for each "
             "intervention, E + 1 in each layer of E experts, and a few more. 0: no interventions.",
             at_least=0,
         ),

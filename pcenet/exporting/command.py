@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import pcenet
 from pcenet.exporting.checks import SMALL_MARGIN, CheckReport, check_runner, list_names, sent_to_one
 from pcenet.exporting.config import ExportConfig
-from pcenet.exporting.counting import count_multiply_adds
 from pcenet.exporting.evaluation import evaluation_form, trace
 from pcenet.exporting.files import EXTRA, METADATA, ExportedNet, Runner, output_names, require, run_with
+from pcenet.exporting.multiply_adds import count_multiply_adds
 from pcenet.exporting.quantising import quantise
 from pcenet.models import SavableModel, complexity, load_model
 from pcenet.models.preprocessing import image_size, preprocessing

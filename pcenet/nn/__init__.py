@@ -1,7 +1,8 @@
 """The idea itself: patches, routing, experts, losses, and the layer made of them. Imports torch alone."""
 
-from pcenet.nn.attaching import AttachedLosses, attach_aux_losses
+from pcenet.nn.attached_losses import AttachedLosses, attach_aux_losses
 from pcenet.nn.conv import PCEConv2d
+from pcenet.nn.expert_bias_update import update_expert_bias
 from pcenet.nn.experts import ConvExperts
 from pcenet.nn.fourier import fourier_features
 from pcenet.nn.layer import PCELayer
@@ -16,7 +17,6 @@ from pcenet.nn.losses import (
 )
 from pcenet.nn.patches import Grid, PatchExtractor
 from pcenet.nn.recording import record_routing, routers_of
-from pcenet.nn.renewing import update_expert_bias
 from pcenet.nn.routing import Router, Routing, expert_counts, route
 from pcenet.nn.statistics import RoutingStatistics, RoutingSummary
 from pcenet.nn.synchronising import synchronise

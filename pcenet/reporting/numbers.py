@@ -9,7 +9,7 @@ def percent(value: float | None) -> str:
 
 
 def score_digits(images: int) -> int:
-    """Decimals of a percentage that so many images support: no finer than one image of them, and 2 at most."""
+    """Decimals of a percentage that this many images support: no finer than one image of them, and 2 at most."""
     return 0 if images <= 100 else 1 if images <= 1000 else 2
 
 

@@ -150,8 +150,8 @@ class TrainConfig:
     skip_nonfinite: Annotated[
         int,
         Option(
-            "Leave out steps whose input, router logits, loss or gradient is NaN or infinite, up to so many in a row; "
-            "0: the first one ends the run.",
+            "Leave out steps whose input, router logits, loss or gradient is NaN or infinite, up to this many in a "
+            "row; 0: the first one ends the run.",
             at_least=0,
         ),
     ] = 0
@@ -277,7 +277,7 @@ class TrainConfig:
         int, Option("Decides initial weights, order of the images and augmentation.", at_least=0, below=2**32)
     ] = 0
     early_stopping: Annotated[
-        int | None, Option("Stop after so many epochs without a better validation score; null: never.", at_least=1)
+        int | None, Option("Stop after this many epochs without a better validation score; null: never.", at_least=1)
     ] = None
     max_time: Annotated[
         str | None,
@@ -289,7 +289,7 @@ class TrainConfig:
     max_images: Annotated[
         int | None,
         Option(
-            "Train on so many of the training images, drawn by the seed, and validate on all of val: for trials. "
+            "Train on this many of the training images, drawn by the seed, and validate on all of val: for trials. "
             "null: all.",
             at_least=1,
         ),
@@ -297,7 +297,7 @@ class TrainConfig:
     overfit: Annotated[
         int | None,
         Option(
-            "Train and validate on the first so many training images, without augmentation: whether the network can "
+            "Train and validate on the first N training images, without augmentation: whether the network can "
             "learn them at all.",
             at_least=1,
         ),

@@ -133,7 +133,7 @@ class RunFolder:
         return sorted(found, key=lambda path: int(path.name.removeprefix(STEP)))
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint after so many steps of the optimiser is."""
+        """Where the checkpoint after this many optimiser steps is."""
         return self.checkpoints / f"{STEP}{step:08d}"
 
     def enter(self, config: TrainConfig) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import pcenet.data as data
 from pcenet.choices import TaskName
-from pcenet.data.names import bare, nearly, one_form
 from pcenet.models import SavableModel, load_model
 from pcenet.models.preprocessing import image_size
 from pcenet.runs.config import EvalConfig
@@ -22,6 +20,7 @@ from pcenet.runs.records import read_record
 from pcenet.runs.schemas import TEXT
 from pcenet.runtime.device import resolve_device, resolve_precision, resolve_workers, set_threads
 from pcenet.tasks import Task, get_task
+from pcenet.tasks.classes import check_same_classes
 from pcenet.texts import say
 from pcenet.writing import write_json
 
@@ -35,29 +34,6 @@ def eval_batch_size(model: Any) -> int:
     """Images of a step: as usual for the task, and fewer where they are large."""
     height, width = image_size(model)
     return max(1, min(EVAL_BATCH_SIZE[model.task], STEP_PIXELS // (height * width)))
-
-
-def check_classes(expected: Sequence[str], found: Sequence[str], expected_by: str, found_in: str) -> None:
-    """Raise a ``ValueError`` that names the difference unless both lists are the same, in the same order.
-
-    Names are the same in either Unicode form.
-    """
-    ours, theirs = ([one_form(name) for name in names] for names in (expected, found))
-    if ours == theirs:
-        return
-    missing = [name for name in expected if one_form(name) not in theirs]
-    extra = [name for name in found if one_form(name) not in ours]
-    if missing or extra:
-        difference = "; ".join(
-            f"only {where}: {', '.join(names)}"
-            for where, names in ((f"in {expected_by}", missing), (f"in {found_in}", extra))
-            if names
-        )
-    else:
-        difference = f"the same classes in another order, {', '.join(expected)} and {', '.join(found)}"
-    alike = {bare(name): name for name in extra}
-    difference += next((f".{hint}" for name in missing if (hint := nearly(name, alike))), "")
-    raise ValueError(f"classes of {found_in} are not those of {expected_by}: {difference}")
 
 
 def evaluate(config: EvalConfig) -> Any:
@@ -169,7 +145,7 @@ def check_against_network(model: SavableModel, source: Any, name: str) -> None:
             "--ignore-index the value that does not count"
         )
     try:
-        check_classes(model.class_names, source.classes, name, source.name)
+        check_same_classes(model.class_names, source.classes, name, source.name)
     except ValueError as error:
         raise ValueError(f"{error}; {way_out}") from error
 

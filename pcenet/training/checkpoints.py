@@ -16,7 +16,7 @@ import torch
 from pcenet.runs.folder import RunFolder
 from pcenet.runs.manifest import STATE, fault_of, seal
 from pcenet.runtime.memory import ran_out_of_memory
-from pcenet.training.contents import fault_in
+from pcenet.training.checkpoint_schema import fault_in
 from pcenet.writing import discard, replacing
 
 KEPT = 2  # newest checkpoints that are kept, beside that of the best epoch

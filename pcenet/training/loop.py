@@ -23,6 +23,7 @@ from pcenet.runtime.distributed import decide, largest, own_rank, share_statisti
 from pcenet.runtime.signals import Stop, end_by
 from pcenet.texts import say
 from pcenet.training import engine
+from pcenet.training.averaging import average_of
 from pcenet.training.checkpoints import read_checkpoint, remove_old, write_checkpoint
 from pcenet.training.figures import (
     EpochFigures,
@@ -34,12 +35,12 @@ from pcenet.training.figures import (
     write_rows,
 )
 from pcenet.training.nonfinite import first_cause, is_finite, leave_out
-from pcenet.training.optimizer import average_of, make_optimizer
+from pcenet.training.optimizer import make_optimizer
 from pcenet.training.preparation import Run, bias_images, steps_per_epoch
 from pcenet.training.progress import EpochBar
 from pcenet.training.schedules import Schedules, set_routers
 from pcenet.training.state import State, load_weights
-from pcenet.training.synchronising import synchronised
+from pcenet.training.sync_batch_norm import synchronised
 from pcenet.training.trackers import Trackers
 
 LOG_EVERY = 50  # steps, or once in an epoch of fewer
@@ -106,7 +107,7 @@ class Trainer:
         return state
 
     def train_epoch(self) -> None:
-        """Train on the batches of the epoch at work that are not behind it yet."""
+        """Train on the batches of the current epoch that are not done yet."""
         state, loader = self.state, self.run.loaders["train"]
         assert isinstance(loader.sampler, EpochSampler)
         assert loader.batch_size is not None
@@ -116,7 +117,7 @@ class Trainer:
         began = time.perf_counter() - state.seconds
         batches = enumerate(loader, start=state.batch)
         while step := list(islice(batches, self.config.accumulate)):
-            self.train_step(step)
+            self.optimizer_step(step)
             state.batch += len(step)
             state.images += sum(len(images) for _, (images, _) in step)
             over = state.batch >= len(loader)
@@ -132,8 +133,8 @@ class Trainer:
                 self.save()
                 end_by(signal)
 
-    def train_step(self, batches: Sequence[tuple[int, Any]]) -> None:
-        """One step of the optimiser with some batches, or what is left of it where something is not finite.
+    def optimizer_step(self, batches: Sequence[tuple[int, Any]]) -> None:
+        """One step of the optimiser with some batches; where something is not finite it is left out.
 
         Args:
             batches: each with its number in the epoch.
@@ -145,7 +146,7 @@ class Trainer:
         buffers = [buffer.clone() for buffer in self.model.buffers()] if config.skip_nonfinite else []
         seen, norm = self.backward(batches)
         if is_finite(seen, norm):
-            self.update(norm, config.lr * self.schedules.learning_rate(state.step))
+            self.update(norm, config.lr * self.schedules.learning_rate_factor(state.step))
             state.averaged.update_parameters(self.model)
             state.figures.update(seen)
             state.skipped = 0
@@ -162,12 +163,12 @@ class Trainer:
             self.trackers.log({f"step/{name}": value for name, value in figures.items()}, state.step)
 
     def backward(self, batches: Sequence[tuple[int, Any]]) -> tuple[list[Seen], Tensor]:
-        """The gradient of some batches, whose mean loss it is of; what was noted of each, and the gradient's norm."""
+        """Compute the gradient of some batches' mean loss; returns what was noted of each, and the gradient's norm."""
         seen: list[Seen] = []
         self.state.optimizer.zero_grad()
         for number, batch in batches:
             with self.fabric.no_backward_sync(self.network, enabled=len(seen) + 1 < len(batches)):
-                loss, noted = self.training_step(self.fabric.to_device(batch), number)
+                loss, noted = self.batch_loss(self.fabric.to_device(batch), number)
                 self.fabric.backward(loss / self.config.accumulate)
             seen.append(noted)
         return seen, get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
@@ -180,7 +181,7 @@ class Trainer:
             group["lr"] = learning_rate
         self.state.optimizer.step()
 
-    def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> tuple[Tensor, Seen]:
+    def batch_loss(self, batch: tuple[Tensor, Tensor], number: int) -> tuple[Tensor, Seen]:
         """The loss of a batch, the task's plus the auxiliary ones of PCE layers, and what is noted of it, without a
         transfer to the host."""
         images, targets = batch

@@ -22,7 +22,7 @@ from pcenet.runs.folder import RunFolder, images_per_step
 from pcenet.runtime.device import resolve_precision, resolve_workers
 from pcenet.runtime.launcher import Ranks, ranks_of_environment
 from pcenet.tasks import Task, get_task
-from pcenet.tasks.evaluation import check_classes
+from pcenet.tasks.classes import check_same_classes
 from pcenet.training.network import build_model, check_model, default_input_size, naming_model_args
 from pcenet.training.resume import Fingerprint, Position, fingerprint, first_intact, position_of
 
@@ -107,7 +107,7 @@ def prepare(
         "val": task.open(config, config.data, "val"),
     }
     classes = sources["train"].classes
-    check_classes(classes, sources["val"].classes, "train", "val")
+    check_same_classes(classes, sources["val"].classes, "train", "val")
     known = fingerprint(sources)
     for finding in data.quick_check(sources):
         log.warning("%s: %s", config.data, finding.message)

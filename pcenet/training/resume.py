@@ -14,9 +14,9 @@ from torch import nn
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import ELSEWHERE, RunFolder, check_same, differences, saved_config
 from pcenet.tasks import get_task
-from pcenet.tasks.evaluation import check_classes
+from pcenet.tasks.classes import check_same_classes
+from pcenet.training.checkpoint_schema import fault_for
 from pcenet.training.checkpoints import DamagedError, read_checkpoint
-from pcenet.training.contents import fault_for
 from pcenet.training.optimizer import make_optimizer
 
 T = TypeVar("T")
@@ -131,7 +131,7 @@ def position_of(
     except ValueError as error:
         raise DamagedError(str(error)) from error
     check_same(saved, config, str(checkpoint), f"give the same ones, or {AFRESH}")
-    check_classes(run["classes"], classes, str(checkpoint), config.data)
+    check_same_classes(run["classes"], classes, str(checkpoint), config.data)
     check_data_same(run["data"], data, str(checkpoint), config.data)
     score = get_task(config.task).objective.score
     optimizer = make_optimizer(model, config)

@@ -56,7 +56,7 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
 
     Args:
         config: the options.
-        batches: train and validate on so many batches of images only, to try everything out; None: on all.
+        batches: train and validate on this many batches only, to try everything out; None: on all.
 
     Returns:
         The run folder with ``config.yaml``, ``environment.json``, ``logs/``, ``checkpoints/``,

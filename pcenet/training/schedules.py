@@ -77,7 +77,7 @@ class Schedules:
             if changes
         }
 
-    def learning_rate(self, step: int) -> float:
+    def learning_rate_factor(self, step: int) -> float:
         """Share of the peak learning rate."""
         return learning_rate_factor(
             step,

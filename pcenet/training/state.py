@@ -25,15 +25,15 @@ class State:
         model: the network.
         averaged: the moving average of its weights, which is validated and kept.
         optimizer: of the network's parameters.
-        step: steps of the optimiser behind it, those that were left out included.
-        batch: batches of the epoch at work behind it.
-        skipped: steps in a row that were left out last.
-        images: images of the epoch at work that this process has trained on since it began or went on.
-        seconds: of training in the epoch at work, loading included.
+        step: steps of the optimiser that are done, those that were left out included.
+        batch: batches of the current epoch that are done.
+        skipped: consecutive steps that were left out, up to now.
+        images: images of the current epoch that this process has trained on.
+        seconds: of training in the current epoch, loading included.
         elapsed: seconds of the whole run, validation included.
         stopped: the option that has ended training early, if any has.
         rows: the figures of each epoch.
-        figures: those of the epoch at work.
+        figures: those of the current epoch.
     """
 
     model: nn.Module
@@ -51,7 +51,7 @@ class State:
 
     @property
     def epoch(self) -> int:
-        """Whole epochs behind it."""
+        """Epochs that are done."""
         return len(self.rows)
 
     def state_dict(self) -> dict[str, Any]:

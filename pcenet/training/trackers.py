@@ -26,7 +26,7 @@ class Tracker(Protocol):
     """What is told the figures of a run."""
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Figures after so many steps of the optimiser."""
+        """Figures after this many optimiser steps."""
 
     def close(self) -> None:
         """There will be no more."""
@@ -46,7 +46,7 @@ class TensorBoard:
         self.writer: Any = SummaryWriter(folder.logs / "tensorboard", purge_step=first_step)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Figures after so many steps of the optimiser."""
+        """Figures after this many optimiser steps."""
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
 
@@ -79,7 +79,7 @@ class WeightsAndBiases:
         self.run.define_metric("*", step_metric="step")  # its own counter goes on where a resumed run repeats steps
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Figures after so many steps of the optimiser."""
+        """Figures after this many optimiser steps."""
         self.run.log({**figures, "step": step})
 
     def close(self) -> None:
@@ -107,7 +107,7 @@ class Trackio:
         self.run.config.update(asdict(config))
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Figures after so many steps of the optimiser."""
+        """Figures after this many optimiser steps."""
         self.run.log(dict(figures), step=step)
 
     def close(self) -> None:
@@ -152,7 +152,7 @@ class Trackers:
             log.warning("%s failed (%s: %s); training goes on without it", title, type(error).__name__, error)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Figures after so many steps of the optimiser."""
+        """Figures after this many optimiser steps."""
         for title, tracker in list(self.alive.items()):
             with self.forgiving(title):
                 tracker.log(figures, step)

@@ -49,15 +49,15 @@ def digest(folder: Path) -> dict[str, str]:
 def done(recipe: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Done:
     config = CompareConfig(LABELS, 2, VARIANTS, out=str(tmp_path_factory.mktemp("compare") / "all"), recipe=recipe)
     batches: dict[str, list[str]] = {}
-    original = Trainer.training_step
+    original = Trainer.batch_loss
 
-    def training_step(self: Trainer, batch: Any, number: int) -> Any:
+    def batch_loss(self: Trainer, batch: Any, number: int) -> Any:
         content = hashlib.sha256(batch[0].contiguous().numpy().tobytes()).hexdigest()
         batches.setdefault(self.config.folder.name, []).append(content)
         return original(self, batch, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "training_step", training_step)
+        patch.setattr(Trainer, "batch_loss", batch_loss)
         compare(config)
     return Done(config, batches)
 
@@ -169,10 +169,10 @@ def test_an_interrupted_comparison_goes_on(
 ) -> None:
     for name in ("quick-0", "quick-1"):
         unfinish(copy, name)
-    original = Trainer.training_step
+    original = Trainer.batch_loss
     steps: list[int] = []
 
-    def training_step(self: Trainer, batch: Any, number: int) -> Any:
+    def batch_loss(self: Trainer, batch: Any, number: int) -> Any:
         steps.append(self.state.step)
         if len(steps) == 5:
             raise KeyboardInterrupt
@@ -182,7 +182,7 @@ def test_an_interrupted_comparison_goes_on(
     recipe |= {name: getattr(copy.recipe, name) for name in ("data", "epochs", "batch_size", "precision", "workers")}
     file = copy.folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr(Trainer, "training_step", training_step)
+    monkeypatch.setattr(Trainer, "batch_loss", batch_loss)
     assert main(["compare", "--config", str(file), "--device", "cpu"]) == 130
     assert "interrupted; the same command goes on from there" in capsys.readouterr().err
     assert trained == ["quick-0"]

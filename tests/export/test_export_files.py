@@ -59,7 +59,7 @@ def test_the_file_carries_what_is_needed_to_use_it(exported):
 
 
 def test_the_graph_does_the_work_of_one_expert_for_each_patch(exported):
-    from pcenet.exporting.counting import count_multiply_adds
+    from pcenet.exporting.multiply_adds import count_multiply_adds
 
     _, folder = exported
     counts = [
@@ -82,7 +82,7 @@ def test_the_graph_does_the_work_of_one_expert_for_each_patch(exported):
 
 @pytest.mark.slow
 def test_the_file_for_one_image_multiplies_few_patches_pixel_by_pixel(exported, tmp_path):
-    from pcenet.exporting.counting import count_multiply_adds
+    from pcenet.exporting.multiply_adds import count_multiply_adds
 
     model, folder = exported
     path = tmp_path / "one.onnx"

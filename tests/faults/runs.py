@@ -162,11 +162,11 @@ def alive(process: int) -> bool:
 
 def at_step(step: int, patch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
     """Something happens at the beginning of an optimiser's step; 0 is the first."""
-    original = Trainer.training_step
+    original = Trainer.batch_loss
 
-    def training_step(self: Trainer, batch: Any, number: int) -> Any:
+    def batch_loss(self: Trainer, batch: Any, number: int) -> Any:
         if self.state.step == step:
             happens()
         return original(self, batch, number)
 
-    patch.setattr(Trainer, "training_step", training_step)
+    patch.setattr(Trainer, "batch_loss", batch_loss)

@@ -32,16 +32,16 @@ POISON = {"nan": math.nan, "infinite": math.inf}
 
 def poison_input(patch: pytest.MonkeyPatch, value: float, steps: tuple[int, ...] = (STEP,)) -> None:
     """One pixel of the fourth image of a batch."""
-    original = Trainer.training_step
+    original = Trainer.batch_loss
 
-    def training_step(self: Trainer, batch: Any, number: int) -> Any:
+    def batch_loss(self: Trainer, batch: Any, number: int) -> Any:
         images, labels = batch
         if self.state.step in steps:
             images = images.clone()
             images[3, 1, 7, 9] = value
         return original(self, (images, labels), number)
 
-    patch.setattr(Trainer, "training_step", training_step)
+    patch.setattr(Trainer, "batch_loss", batch_loss)
 
 
 def poison_logits(patch: pytest.MonkeyPatch, value: float) -> None:
@@ -60,13 +60,13 @@ def poison_logits(patch: pytest.MonkeyPatch, value: float) -> None:
 
 
 def poison_loss(patch: pytest.MonkeyPatch, value: float) -> None:
-    original, step = ClassificationObjective.loss, Trainer.training_step
+    original, step = ClassificationObjective.loss, Trainer.batch_loss
 
-    def training_step(self: Trainer, *batch: Any) -> Any:
+    def batch_loss(self: Trainer, *batch: Any) -> Any:
         self.objective.factor = value if self.state.step == STEP else 1.0
         return step(self, *batch)
 
-    patch.setattr(Trainer, "training_step", training_step)
+    patch.setattr(Trainer, "batch_loss", batch_loss)
     patch.setattr(ClassificationObjective, "loss", lambda self, *both: original(self, *both) * self.factor)
 
 
@@ -139,13 +139,13 @@ def test_steps_are_left_out_up_to_a_limit(
 ) -> None:
     """Weights and running statistics are those of before; the figures are means over the other batches."""
     states: dict[int, dict[str, Tensor]] = {}
-    original = Trainer.train_step
+    original = Trainer.optimizer_step
 
     def keep(self: Trainer, *arguments: Any) -> None:
         original(self, *arguments)
         states[self.state.step] = {name: value.clone() for name, value in self.model.state_dict().items()}
 
-    monkeypatch.setattr(Trainer, "train_step", keep)
+    monkeypatch.setattr(Trainer, "optimizer_step", keep)
     poison_input(monkeypatch, math.nan, steps=(1, 2))
     folder = train(start(epochs=1, skip_nonfinite=2))
     said = [text for text in caplog.messages if "left out" in text]

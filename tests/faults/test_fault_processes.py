@@ -197,15 +197,15 @@ def test_the_process_whose_images_they_are_is_named(
     start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config, log = start(**PROCESSES), tmp_path / "log"
-    original = Trainer.training_step
+    original = Trainer.batch_loss
 
-    def training_step(self: Trainer, batch: Any, number: int) -> Any:
+    def batch_loss(self: Trainer, batch: Any, number: int) -> Any:
         if self.state.step == 2 and own_rank() == 1:
             batch[0][1] = float("nan")
         return original(self, batch, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "training_step", training_step)
+        patch.setattr(Trainer, "batch_loss", batch_loss)
         assert together(config, log) == [2, 2], printed(log)
     first, second = printed(log)
     assert "pcenet: error: step 3, process 1, epoch 1, batch 3: the input is not finite" in first

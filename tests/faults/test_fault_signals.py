@@ -48,7 +48,7 @@ def test_a_signal_between_two_steps_ends_the_run_after_the_next(
     options = {"checkpoint_minutes": None}
     config = start(**options)
 
-    step = Trainer.train_step
+    step = Trainer.optimizer_step
 
     def early(self: Trainer, *arguments: Any) -> None:
         if self.state.step == 6:
@@ -56,7 +56,7 @@ def test_a_signal_between_two_steps_ends_the_run_after_the_next(
         step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", early)
+        patch.setattr(Trainer, "optimizer_step", early)
         assert pcenet(config, tmp_path / "log") == STOPPED[number][0], (tmp_path / "log").read_text()
     assert RunFolder(config.folder).steps[-1].name == "step-00000007"
     assert_same_run(train(start(resume="auto", **options)), whole)

@@ -259,10 +259,10 @@ def test_ctrl_c_exits_with_130_and_says_how_training_goes_on(
 
 
 def test_ctrl_c_within_a_step_exits_with_130(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    def training_step(self: Trainer, batch: Any, number: int) -> Any:
+    def batch_loss(self: Trainer, batch: Any, number: int) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "training_step", training_step)
+    monkeypatch.setattr(Trainer, "batch_loss", batch_loss)
     assert main(["train", *arguments_of(start())]) == 130
 
 

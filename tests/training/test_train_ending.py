@@ -40,13 +40,13 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock on which every training step takes a minute and all else no time."""
     now = [0.0]
-    original = Trainer.training_step
+    original = Trainer.batch_loss
 
-    def training_step(self: Trainer, batch: Any, number: int) -> Any:
+    def batch_loss(self: Trainer, batch: Any, number: int) -> Any:
         now[0] += 60
         return original(self, batch, number)
 
-    monkeypatch.setattr(Trainer, "training_step", training_step)
+    monkeypatch.setattr(Trainer, "batch_loss", batch_loss)
     monkeypatch.setattr(
         "pcenet.training.loop.time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
     )
@@ -63,15 +63,15 @@ def weights(folder: RunFolder) -> bytes:
 
 def interrupted(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train until Ctrl-C at the beginning of an optimiser step."""
-    original = Trainer.training_step
+    original = Trainer.batch_loss
 
-    def training_step(self: Trainer, batch: Any, number: int) -> Any:
+    def batch_loss(self: Trainer, batch: Any, number: int) -> Any:
         if self.state.step == step:
             raise KeyboardInterrupt
         return original(self, batch, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "training_step", training_step)
+        patch.setattr(Trainer, "batch_loss", batch_loss)
         with pytest.raises(KeyboardInterrupt):
             train(config)
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from pcenet.data import IMAGENET_STD, eval_transform, open_source
 from pcenet.models import create_network
 from pcenet.nn import PCELayer
+from pcenet.tasks.classes import check_same_classes
 from pcenet.tasks.classification import eval_transform_of, evaluate_model, model_loader
-from pcenet.tasks.evaluation import check_classes, eval_batch_size, result_path
+from pcenet.tasks.evaluation import eval_batch_size, result_path
 
 CPU = torch.device("cpu")
 
@@ -33,11 +34,11 @@ def images_of(rows: list[list[float]]) -> Tensor:
 
 
 def test_classes_are_the_same_in_either_unicode_form() -> None:
-    check_classes(["caf\u00e9", "dog"], ["cafe\u0301", "dog"], "model", "data")
+    check_same_classes(["caf\u00e9", "dog"], ["cafe\u0301", "dog"], "model", "data")
     with pytest.raises(
         ValueError, match=r"only in model: Cat; only in data: cat\. There is 'cat', which differs in case"
     ):
-        check_classes(["Cat", "dog"], ["cat", "dog"], "model", "data")
+        check_same_classes(["Cat", "dog"], ["cat", "dog"], "model", "data")
 
 
 def test_figures_of_a_hand_made_confusion_matrix() -> None:
@@ -105,9 +106,9 @@ def test_router_health_counts_every_patch_of_the_split() -> None:
     ],
 )
 def test_other_classes_are_refused_by_name(expected: list[str], found: list[str], message: str) -> None:
-    check_classes(expected, list(expected), "model", "data")
+    check_same_classes(expected, list(expected), "model", "data")
     with pytest.raises(ValueError, match=message):
-        check_classes(expected, found, "model", "data")
+        check_same_classes(expected, found, "model", "data")
 
 
 def test_figures_of_sources_of_one_name_get_files_of_their_own(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_loss_and_accuracy_are_of_the_mixed_targets(options: dict[str, float]) -
     mixing = task.objective.mixing
     task.objective.mixing = None  # a registered module is replaced by a plain function that remembers
     object.__setattr__(task.objective, "mixing", lambda *given: seen.append(mixing(*given)) or seen[-1])
-    loss, noted = task.training_step((batch()[0], torch.arange(3)), 0)
+    loss, noted = task.batch_loss((batch()[0], torch.arange(3)), 0)
     ((images, targets),) = seen
     smooth = 0.8 * targets + 0.2 / 3
     expected = -(smooth * Means()(images).log_softmax(1)).sum(1).mean()

@@ -117,7 +117,7 @@ def in_float64_with_sgd(patch: pytest.MonkeyPatch) -> None:
         return torch.optim.SGD(model.parameters(), momentum=0.9)
 
     patch.setattr("pcenet.training.loop.make_optimizer", sgd)
-    patch.setattr(Schedules, "learning_rate", lambda self, step: 0.05 / self.config.lr)
+    patch.setattr(Schedules, "learning_rate_factor", lambda self, step: 0.05 / self.config.lr)
 
 
 def streets(folder: Path) -> Path:

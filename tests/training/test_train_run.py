@@ -19,7 +19,7 @@ import pcenet.data as data
 from pcenet.models import load_model
 from pcenet.models.preprocessing import image_side
 from pcenet.nn import PCELayer, record_routing
-from pcenet.nn.renewing import CENTRING
+from pcenet.nn.expert_bias_update import CENTRING
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder, saved_config
 from pcenet.runtime.device import resolve_device, resolve_workers
@@ -48,14 +48,14 @@ def rows(folder: RunFolder) -> list[dict[str, float]]:
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle of an epoch: `step` counts from 0, an epoch has three."""
-    original = Trainer.training_step
+    original = Trainer.batch_loss
 
-    def training_step(self: Trainer, batch: Any, number: int) -> Any:
+    def batch_loss(self: Trainer, batch: Any, number: int) -> Any:
         if self.state.step == step:
             raise KeyboardInterrupt
         return original(self, batch, number)
 
-    monkeypatch.setattr(Trainer, "training_step", training_step)
+    monkeypatch.setattr(Trainer, "batch_loss", batch_loss)
 
 
 @pytest.fixture(scope="module")
@@ -322,13 +322,13 @@ FOUND_ANEW = ("expert_bias", "centring")  # for the weights that are kept, see u
 def test_model_holds_the_moving_average(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[dict[str, torch.Tensor]] = []
 
-    step = Trainer.train_step
+    step = Trainer.optimizer_step
 
     def keep(self: Trainer, *args: Any) -> None:
         step(self, *args)
         steps.append({name: value.clone() for name, value in self.model.state_dict().items()})
 
-    monkeypatch.setattr(Trainer, "train_step", keep)
+    monkeypatch.setattr(Trainer, "optimizer_step", keep)
     folder = train(start())
     saved = load_file(folder.model / "model.safetensors")
     assert len(steps) == 6

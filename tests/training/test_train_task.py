@@ -12,8 +12,9 @@ from trainers import classifying
 import pcenet  # noqa: F401
 from pcenet.nn import PCELayer, aux_loss, record_routing
 from pcenet.runs.config import TrainConfig
+from pcenet.training.averaging import average_of, update_average
 from pcenet.training.loop import step_seed, training_mode
-from pcenet.training.optimizer import average_of, parameter_groups, update_average
+from pcenet.training.optimizer import parameter_groups
 from pcenet.upcycling import upcycle
 
 
@@ -123,7 +124,7 @@ def test_loss_is_the_tasks_plus_the_weighted_auxiliary_ones(level: float, z: flo
     config = TrainConfig(balance=0.5, z=z, label_smoothing=0.0)
     trainer = classifying(OneLayer(level), config)
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])
-    loss, seen = trainer.training_step((images, labels), 0)
+    loss, seen = trainer.batch_loss((images, labels), 0)
     assert seen.values["balance_loss"].item() == 1
     assert loss.item() == pytest.approx(seen.values["task_loss"].item() + auxiliary, rel=1e-6)
 

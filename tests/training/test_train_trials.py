@@ -78,8 +78,8 @@ def test_a_dry_run_does_everything_with_two_batches_and_leaves_nothing(
     start: Start, temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps: list[int] = []
-    original = Trainer.training_step
-    monkeypatch.setattr(Trainer, "training_step", lambda self, *batch: steps.append(batch[1]) or original(self, *batch))
+    original = Trainer.batch_loss
+    monkeypatch.setattr(Trainer, "batch_loss", lambda self, *batch: steps.append(batch[1]) or original(self, *batch))
     written: set[str] = set()
 
     def draw(run: Run, rows: Any, result: Any) -> None:
@@ -201,7 +201,7 @@ class Quadratic(Trainer):
         model.num_classes = run.model.num_classes
         super().__init__(replace(run, model=model), *others)
 
-    def training_step(self, batch: Any, number: int) -> Any:
+    def batch_loss(self, batch: Any, number: int) -> Any:
         if len(batch[0]) > self.largest:
             raise RuntimeError("CUDA out of memory.")
         loss = self.loss()

@@ -32,7 +32,7 @@ from pcenet.training.state import FORMAT
 WEIGHTS = ("model", "averaged")  # of now, and their average
 
 
-def is_plain(value: Any) -> bool:
+def is_plain_tensor(value: Any) -> bool:
     """Whether a value is an ordinary tensor of real numbers on the processor, with memory for all of them."""
     return (
         type(value) in (Tensor, nn.Parameter)
@@ -44,11 +44,11 @@ def is_plain(value: Any) -> bool:
     )
 
 
-FINITE = Rule("a tensor of finite numbers", lambda value: is_plain(value) and bool(value.isfinite().all()))
-SCALAR = Rule("a single number in a tensor", lambda value: is_plain(value) and value.ndim == 0)
+FINITE = Rule("a tensor of finite numbers", lambda value: is_plain_tensor(value) and bool(value.isfinite().all()))
+SCALAR = Rule("a single number in a tensor", lambda value: is_plain_tensor(value) and value.ndim == 0)
 COUNTS = Rule(
     "a tensor of counts",
-    lambda value: is_plain(value) and value.dtype == torch.int64 and value.ndim < 2 and bool((value >= 0).all()),
+    lambda value: is_plain_tensor(value) and value.dtype == torch.int64 and value.ndim < 2 and bool((value >= 0).all()),
 )
 SPLIT = Rule(
     "a number of images and a digest",

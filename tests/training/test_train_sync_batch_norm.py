@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from pcenet.runs.config import TrainConfig
-from pcenet.training.synchronising import synchronised
+from pcenet.training.sync_batch_norm import synchronised
 
 
 @pytest.mark.parametrize("training", [True, False])
