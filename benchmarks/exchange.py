@@ -14,7 +14,8 @@ from torch import nn
 
 import pcenet
 from pcenet.nn import PCELayer, record_routing
-from pcenet.nn.experts import ConvExperts, SharedConv2d
+from pcenet.nn.experts import ConvExperts
+from pcenet.nn.stacked import SharedConv2d
 
 MODELS = {"pce_nano": 32, "pce_tiny": 224, "pce_small": 224}
 FLOAT = 4

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pcenet.nn import Router, Routing, routers_of
-from pcenet.nn.experts import check_stored
 from pcenet.nn.patches import Grid, merge_patches, split_map
+from pcenet.nn.stacked import check_stored
 
 Redirect = Callable[[str, Routing], Tensor]
 """Layer name and its Routing to the experts ``[N, k]`` that serve the patches instead."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -12,11 +11,11 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from pcenet.benchmark.config import BORDERS, LAYER_MEASURES, BenchConfig, Shape, parse_shape
 from pcenet.benchmark.machine import as_file_name, describe, machine
+from pcenet.benchmark.showing import plot, verdict_table
 from pcenet.benchmark.subjects import (
     CLASSES,
     DenseLayer,
@@ -28,7 +27,7 @@ from pcenet.benchmark.subjects import (
     make_layer,
     model_step_call,
 )
-from pcenet.benchmark.targets import LINES, Record, in_digits, in_precision, judge
+from pcenet.benchmark.targets import LINES, Record, in_precision, judge
 from pcenet.benchmark.timing import (
     Call,
     compare,
@@ -42,7 +41,7 @@ from pcenet.models import create_network, task_of, twin_of
 from pcenet.models.preprocessing import image_size
 from pcenet.reporting.tables import console
 from pcenet.runtime.device import resolve_device, resolve_precision
-from pcenet.writing import filling, write_json
+from pcenet.writing import write_json
 
 # The table of targets (docs/performance.md).
 TABLE_SHAPES = (Shape(64, 64, 32, 8), Shape(64, 128, 16, 4), Shape(16, 64, 56, 14))
@@ -374,47 +373,3 @@ def prepared(module: nn.Module, compiled: bool) -> nn.Module:
 def unfinished(path: Path) -> Path:
     """Where the records stand until all are there."""
     return path.with_name(f"{path.name}.part")
-
-
-def verdict_table(verdicts: Sequence[Record]) -> Table:
-    """The table of targets as measured."""
-    table = Table("what", "cases", "mean", "worst", "must", "goal", "holds", title="time (or memory) by the base's")
-    for verdict in verdicts:
-        table.add_row(
-            verdict["line"],
-            str(verdict["cases"]),
-            *(in_digits(verdict[key], verdict["figure"]) for key in ("mean", "worst", "must", "goal")),
-            "yes" if verdict["holds"] else "no",
-        )
-    return table
-
-
-def plot(records: Sequence[Record], path: str) -> None:
-    """Draw the scaling suite: ratio to the dense block against the number of experts and the side of the map."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    series: Iterator[tuple[Any, str, str, Callable[[Record], int]]] = iter(
-        (
-            (panels[0], "scaling by experts", "experts", lambda record: record["experts"]),
-            (panels[1], "scaling by side", "side of the map, pixels", lambda record: parse_shape(record["name"]).side),
-        )
-    )
-    for panel, line, label, place in series:
-        chosen = [record for record in records if record["line"] == line]
-        x = [place(record) for record in chosen]
-        panel.plot(x, [record["ratio"] for record in chosen], marker="o", label="PCE layer")
-        panel.fill_between(
-            x, [record["ratio_low"] for record in chosen], [record["ratio_high"] for record in chosen], alpha=0.25
-        )
-        panel.axhline(1, color="black", linewidth=1, label="dense block")
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(x, map(str, x))
-        panel.set_xlabel(label)
-        top = max((record["ratio_high"] for record in records), default=1.0)
-        panel.set_ylim(0, math.ceil(2 * top) / 2)
-    panels[0].set_ylabel("time of a training step")
-    panels[0].legend(loc="lower right")
-    with filling(Path(path).parent) as folder:
-        figure.savefig(folder / Path(path).name)

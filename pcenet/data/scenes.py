@@ -11,7 +11,8 @@ from PIL import Image
 from pcenet.choices import Split
 from pcenet.data.base import DataError, ObjectSource
 from pcenet.scenes import SceneObject
-from pcenet.scenes.drawing import ATTRIBUTES, CLASSES, Scene, draw_scene
+from pcenet.scenes.drawing import CLASSES, Scene, draw_scene
+from pcenet.scenes.objects import ATTRIBUTES
 
 NAME = "scenes"
 VERSION = 1  # another one for every change of what is drawn, so that nobody takes the results of one for the other's

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from pcenet.exporting.lowering import Lowering
 from pcenet.nn import routers_of
-from pcenet.nn.experts import SharedConv2d, StackedConv2d
+from pcenet.nn.stacked import SharedConv2d, StackedConv2d
 from pcenet.ops.library import lowering
 
 _NORMS = (torch.ops.aten.native_batch_norm.default, torch.ops.aten.cudnn_batch_norm.default)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from pcenet.models.stages import Stage
 from pcenet.nn import PCELayer
 from pcenet.nn.checks import check_at_least, is_number, is_plain
-from pcenet.nn.experts import StackedBatchNorm, double_conv
+from pcenet.nn.experts import double_conv
+from pcenet.nn.stacked import StackedBatchNorm
 
 # What a network sets itself for each of its layers; everything else of PCELayer is an option of the network. So is the
 # width inside an expert, which stages share as a ratio.

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from pcenet.nn.checks import check_at_least, is_number
-from pcenet.nn.experts import SharedConv2d, StackedConv2d, kernel_parts, run_choices
+from pcenet.nn.experts import run_choices
 from pcenet.nn.patches import check_grid, check_map
 from pcenet.nn.routing import Router, Routing
+from pcenet.nn.stacked import SharedConv2d, StackedConv2d, kernel_parts
 from pcenet.ops import Affine, patch_conv2d
 
 KERNEL_SIZES = (1, 3)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from pcenet.nn.experts import StackedBatchNorm
 from pcenet.nn.routing import Router
+from pcenet.nn.stacked import StackedBatchNorm
 
 ORDINARY = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

@@ -5,7 +5,6 @@ This module imports neither torch nor Lightning, so that ``pcenet train --help``
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +24,7 @@ from pcenet.runs.options import (
     check,
     check_path,
 )
-from pcenet.runs.rules import check_together
+from pcenet.runs.rules import check_input_size, check_together
 
 ClassWeights = Literal["none", "median"]
 Schedule = Literal["cosine", "poly", "constant"]
@@ -35,18 +34,6 @@ Strategy = Literal["auto", "ddp", "fsdp"]
 
 DEFAULT_MODEL: dict[TaskName, str] = {"classify": "pce_nano", "segment": "pce_unet_nano"}
 DEFAULT_BATCH_SIZE: dict[TaskName, int] = {"classify": 128, "segment": 8}
-
-
-def check_input_size(value: int | str | None, task: TaskName) -> None:
-    """Raise a ``ValueError`` unless the images of a task can have this size."""
-    if value is None or re.fullmatch("[1-9][0-9]*", str(value)):
-        return
-    if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", str(value)):
-        rule = "pixels, such as 224, or to segment HEIGHTxWIDTH, such as 192x256"
-        raise ValueError(f"input_size must be {rule}; got {value!r}")
-    if task == "classify":
-        raise ValueError(f"input_size {value!r}: images to classify are square; give one number")
-
 
 # How help shows the options of a training run: in groups, the common ones first.
 GROUPS: dict[str, tuple[str, ...]] = {

@@ -7,6 +7,8 @@ from dataclasses import fields
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from pcenet.choices import TaskName
+
 if TYPE_CHECKING:
     from pcenet.runs.config import TrainConfig
 
@@ -87,3 +89,14 @@ def check_overfit(config: TrainConfig) -> None:
         raise ValueError(
             f"augment {config.augment!r} changes the images, and overfit learns them as they are: leave one of them out"
         )
+
+
+def check_input_size(value: int | str | None, task: TaskName) -> None:
+    """Raise a ``ValueError`` unless the images of a task can have this size."""
+    if value is None or re.fullmatch("[1-9][0-9]*", str(value)):
+        return
+    if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", str(value)):
+        rule = "pixels, such as 224, or to segment HEIGHTxWIDTH, such as 192x256"
+        raise ValueError(f"input_size must be {rule}; got {value!r}")
+    if task == "classify":
+        raise ValueError(f"input_size {value!r}: images to classify are square; give one number")

@@ -9,7 +9,7 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.optim import AdamW
 
-from pcenet.nn.experts import SharedConv2d
+from pcenet.nn.stacked import SharedConv2d
 from pcenet.runs.config import TrainConfig
 
 

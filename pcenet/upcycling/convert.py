@@ -20,8 +20,8 @@ from pcenet.choices import did_you_mean
 from pcenet.nn import PCEConv2d, Router
 from pcenet.nn.checks import check_at_least, check_choice, is_number
 from pcenet.nn.conv import ROUTER_DEFAULTS
-from pcenet.nn.experts import SharedConv2d
 from pcenet.nn.routing import Gate
+from pcenet.nn.stacked import SharedConv2d
 from pcenet.upcycling.record import Converted, Upcycling
 from pcenet.upcycling.survey import Found, make_example, run, survey, tensors_of
 

@@ -13,7 +13,7 @@ from pcenet.exporting.evaluation import evaluation_form, fold_batch_norms, trace
 from pcenet.models import create_network
 from pcenet.nn import PCEConv2d, PCELayer
 from pcenet.nn.conv import leaders_of
-from pcenet.nn.experts import SharedConv2d, StackedBatchNorm
+from pcenet.nn.stacked import SharedConv2d, StackedBatchNorm
 from pcenet.upcycling import upcycle
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcenet.nn import ConvExperts, Grid, PatchExtractor, PCELayer, route
-from pcenet.nn.experts import StackedBatchNorm
+from pcenet.nn.stacked import StackedBatchNorm
 
 
 def random_experts(*args: int, **options: Any) -> ConvExperts:

@@ -37,7 +37,8 @@ from pcenet.nn import (
     routers_of,
     synchronise,
 )
-from pcenet.nn.experts import SharedConv2d, StackedBatchNorm, StackedConv2d, double_conv
+from pcenet.nn.experts import double_conv
+from pcenet.nn.stacked import SharedConv2d, StackedBatchNorm, StackedConv2d
 from pcenet.upcycling import upcycle
 
 WIDTHS = {"widths": (8, 12, 16), "num_classes": 3}
