@@ -154,7 +154,7 @@ def change_checkpoint(change: Callable[[dict[str, Any]], object]) -> Spoil:
 
 
 def widen(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.head.fc.weight"] = torch.zeros(2, 9)
+    tensors["head.fc.weight"] = torch.zeros(2, 9)
 
 
 @dataclass(frozen=True)
@@ -404,13 +404,13 @@ CASES = [
         "checkpoint of another shape",
         RESUME,
         [CHECKPOINT, "tensor head.fc.weight has shape (2, 9), expected (2, 8)", "start afresh in another folder"],
-        change_checkpoint(lambda content: widen(content["state_dict"])),
+        change_checkpoint(lambda content: widen(content["averaged"])),
     ),
     Case(
         "checkpoint that lacks a tensor",
         RESUME,
         [CHECKPOINT, "tensor head.fc.bias is missing", "start afresh in another folder"],
-        change_checkpoint(lambda content: content["state_dict"].pop("model.head.fc.bias")),
+        change_checkpoint(lambda content: content["averaged"].pop("head.fc.bias")),
     ),
     # Models.
     Case("no model", ["predict", "pics", "pics"], ["run: pics is no run folder or model folder"]),

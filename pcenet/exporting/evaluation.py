@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -156,13 +157,17 @@ def _after_folding(norm: nn.Module) -> nn.Module | None:
 
 
 def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    weight, dtype = convolution.weight.double(), convolution.weight.dtype
+    """Folded in double precision, so that what is rounded is the result alone."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale = (norm.running_var.double() + norm.eps).rsqrt() * norm.weight.double()
-    bias = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-    if convolution.bias is not None:
-        bias = convolution.bias.double()
-    bias = (bias - norm.running_mean.double()) * scale + norm.bias.double()
-    convolution.weight = nn.Parameter((weight * scale[:, None, None, None]).to(dtype), requires_grad=False)
-    convolution.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    bias, dtype = convolution.bias, convolution.weight.dtype
+    folded = fuse_conv_bn_weights(
+        convolution.weight.detach().double(),
+        None if bias is None else bias.detach().double(),
+        norm.running_mean.double(),
+        norm.running_var.double(),
+        norm.eps,
+        norm.weight.detach().double(),
+        norm.bias.detach().double(),
+    )
+    convolution.weight, convolution.bias = (nn.Parameter(part.to(dtype), requires_grad=False) for part in folded)

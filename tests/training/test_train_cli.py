@@ -123,7 +123,7 @@ def test_a_task_that_is_not_given_is_that_of_the_data(
     (tmp_path / "street.yaml").write_text("data: street\n")
     (tmp_path / "given.yaml").write_text("data: street\ntask: classify\n")
     configs: list[Any] = []
-    monkeypatch.setattr(f"pcenet.{'training' if command == 'train' else 'compare'}.run.{command}", configs.append)
+    monkeypatch.setattr(f"pcenet.{'training' if command == 'train' else 'comparison'}.run.{command}", configs.append)
     models = ["--models", "[pce_nano]"] if command == "compare" else []
     assert main([command, *options.split(), *models]) == 0
     (config,) = configs
