@@ -169,7 +169,8 @@ def perceptron_logits(router: nn.Module, x: Tensor) -> Tensor:
     w1, b1 = router.hidden.weight, router.hidden.bias
     w2, b2 = router.logits.weight, router.logits.bias
     logits = []
-    enriched = enriched_patches(x, side, router.num_bands)
+    seen = torch.zeros_like(x) if router.gate_input == "position" else x
+    enriched = enriched_patches(seen, side, router.num_bands)
     for patch, p in zip(enriched, places(batch, height, width, side), strict=True):
         if router.gate_input == "flat":
             logits.append(w2 @ gelu(w1.flatten(1) @ patch.flatten() + b1) + b2)

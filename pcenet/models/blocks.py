@@ -11,6 +11,7 @@ from typing import Any
 from timm.layers import DropPath, create_conv2d
 from torch import Tensor, nn
 
+from pcenet.models.controls import PositionMap, mixed_double_conv
 from pcenet.models.stages import Stage
 from pcenet.nn import PCELayer
 from pcenet.nn.checks import check_at_least, is_number, is_plain
@@ -116,6 +117,15 @@ def make_downsampling(before: Stage, stage: Stage) -> list[nn.Module]:
     return [ConvNormAct(before.width, stage.width, step, step)]
 
 
+def dense_body(stage: Stage, dropout: float) -> nn.Sequential:
+    """What a dense block computes."""
+    if stage.mixed_kernels is None:
+        body = double_conv(stage.width, stage.width, dropout=dropout)
+    else:
+        body = mixed_double_conv(stage.width, stage.mixed_kernels, dropout)
+    return body if stage.position_map is None else nn.Sequential(PositionMap(stage.width, stage.position_map), *body)
+
+
 def make_blocks(
     stage: Stage, drop_path_rates: Sequence[Any], dropout: float, options: dict[str, Any]
 ) -> list[nn.Module]:
@@ -124,7 +134,7 @@ def make_blocks(
 
     def body() -> nn.Module:
         if stage.patch_size is None:
-            return double_conv(stage.width, stage.width, dropout=dropout)
+            return dense_body(stage, dropout)
         return PCELayer(
             stage.width,
             stage.width,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pcenet.models.controls import MixedConv2d
 from pcenet.nn import PCEConv2d, PCELayer, Router, Routing, routers_of
 from pcenet.nn.conv import leaders_of
 from pcenet.upcycling.survey import run
@@ -66,6 +67,10 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
         channels = positions.shape[-1] if isinstance(module, nn.Linear) else positions.shape[1]
         counts["dense"] += weight.numel() * positions.numel() // channels
 
+    def count_mixed(module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
+        assert isinstance(module, MixedConv2d)
+        counts["dense"] += module.multiply_adds(args[0])
+
     def counter_of(router: Router, weights: int) -> Callable[[nn.Module, tuple[Tensor, ...], Routing], None]:
         def count(_router: nn.Module, args: tuple[Tensor, ...], routing: Routing) -> None:
             counts["router"] += _router_multiply_adds(router, args[0], routing)
@@ -77,6 +82,8 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
     with ExitStack() as stack:
         counted_apart = {part for _, router in routers_of(model) for part in router.modules()}
         for module in set(model.modules()) - counted_apart:
+            if isinstance(module, MixedConv2d):
+                stack.callback(module.register_forward_hook(count_mixed).remove)
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 stack.callback(module.register_forward_hook(count_dense).remove)
         leaders = leaders_of(model)
@@ -119,8 +126,8 @@ def _router_multiply_adds(router: Router, x: Tensor, routing: Routing) -> int:
     hidden = router.hidden.out_channels
     batch, rows, columns = routing.grid
     side, bands = router.patch_size, router.num_bands
-    if router.gate_input == "pixels":
-        content = batch * x.shape[1] * x.shape[2] * x.shape[3] * hidden
+    if router.gate_input != "flat":
+        content = 0 if router.gate_input == "position" else batch * x.shape[1] * x.shape[2] * x.shape[3] * hidden
         position = (rows + columns) * side * 4 * bands * hidden
     else:
         content = routing.grid.patches * side**2 * router.hidden.in_channels * hidden

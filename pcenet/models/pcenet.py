@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pcenet.catalogue import weights_of
 from pcenet.models.blocks import make_blocks, make_downsampling, make_stem, resolve_layer_options, stacked_norm_names
+from pcenet.models.controls import position_map_names
 from pcenet.models.hub import SavableModel
 from pcenet.models.pretrained import class_names_of, record_of
 from pcenet.models.stages import dense, make_stages
@@ -40,6 +41,10 @@ class PCENet(SavableModel):
         depths: blocks per stage.
         widths: channels per stage.
         patch_sizes: patch side per stage in pixels of its map, None for a dense stage; see `make_stages` for the rule.
+        position_maps: of dense stages, for controls: the side of the learned map that each block adds to what its body
+            reads; None for a stage, or for all: no map.
+        mixed_kernels: of dense stages, for controls: the number of kernels that each convolution mixes for each image
+            (CondConv); None for a stage, or for all: one.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         dropout: inside the blocks, between their convolutions.
@@ -65,6 +70,8 @@ class PCENet(SavableModel):
         depths: Sequence[int] = (2, 2, 2, 2),
         widths: Sequence[int] = (32, 64, 128, 256),
         patch_sizes: Sequence[int | None] = (14, 7, 2, None),
+        position_maps: Sequence[int | None] | None = None,
+        mixed_kernels: Sequence[int | None] | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         dropout: float = 0.0,
@@ -73,7 +80,8 @@ class PCENet(SavableModel):
         **layer_options: Any,
     ) -> None:
         super().__init__()
-        stages = make_stages(strides, depths, widths, patch_sizes)
+        stages = make_stages(strides, depths, widths, patch_sizes, position_maps, mixed_kernels)
+        controls = {"position_maps": position_maps, "mixed_kernels": mixed_kernels}
         options = resolve_layer_options(self, layer_options, stages)
         self.model_args = {
             "in_chans": in_chans,
@@ -82,6 +90,7 @@ class PCENet(SavableModel):
             "depths": list(depths),
             "widths": list(widths),
             "patch_sizes": list(patch_sizes),
+            **{name: list(values) for name, values in controls.items() if values is not None},
             "drop_rate": drop_rate,
             "drop_path_rate": drop_path_rate,
             "dropout": dropout,
@@ -116,8 +125,8 @@ class PCENet(SavableModel):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The stacked normalisations, see ``stacked_norm_names``."""
-        return stacked_norm_names(self)
+        """The stacked normalisations, see ``stacked_norm_names``, and learned positions."""
+        return stacked_norm_names(self) | position_map_names(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -249,7 +258,7 @@ _CFGS = {
         ("tiny_s2", _cfg(256, 16), ("",)),
     )
     for kind, suffix in (*(("pce", suffix) for suffix in suffixes), ("dense", ""))
-} | {"dense_nano_wide": _NANO_CFG}
+} | dict.fromkeys(("dense_nano_wide", "dense_nano_position", "dense_nano_condconv"), _NANO_CFG)
 
 
 def _with_weights(name: str, cfg: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -345,6 +354,18 @@ def dense_nano(pretrained: bool = False, **kwargs: Any) -> PCENet:
 def dense_nano_wide(pretrained: bool = False, **kwargs: Any) -> PCENet:
     """`dense_nano`, so much wider that it has the parameters of `pce_nano`, at 3.6 times the multiply-adds."""
     return _create("dense_nano_wide", pretrained, dense(_NANO_WIDE), kwargs)
+
+
+@register_model
+def dense_nano_position(pretrained: bool = False, **kwargs: Any) -> PCENet:
+    """`dense_nano` with a learned map of positions in the stages that `pce_nano` routes: a control."""
+    return _create("dense_nano_position", pretrained, {**dense(_NANO), "position_maps": (None, 16, 8)}, kwargs)
+
+
+@register_model
+def dense_nano_condconv(pretrained: bool = False, **kwargs: Any) -> PCENet:
+    """`dense_nano` with four kernels, mixed for each image, in the stages that `pce_nano` routes: a rival."""
+    return _create("dense_nano_condconv", pretrained, {**dense(_NANO), "mixed_kernels": (None, 4, 4)}, kwargs)
 
 
 @register_model

@@ -17,12 +17,17 @@ class Stage(NamedTuple):
         depth: blocks.
         width: channels.
         patch_size: patch side in pixels of the map; None for a dense stage.
+        position_map: of a dense stage, the side of the learned map that each block adds to what its body reads; None:
+            no map.
+        mixed_kernels: of a dense stage, the number of kernels that each convolution mixes for each image; None: one.
     """
 
     stride: int
     depth: int
     width: int
     patch_size: int | None
+    position_map: int | None = None
+    mixed_kernels: int | None = None
 
 
 def dense(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -31,27 +36,39 @@ def dense(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_stages(
-    strides: Sequence[int], depths: Sequence[int], widths: Sequence[int], patch_sizes: Sequence[int | None]
+    strides: Sequence[int],
+    depths: Sequence[int],
+    widths: Sequence[int],
+    patch_sizes: Sequence[int | None],
+    position_maps: Sequence[int | None] | None = None,
+    mixed_kernels: Sequence[int | None] | None = None,
 ) -> list[Stage]:
     """Put stages together and check them.
 
     Strides multiply by a whole number from stage to stage; the first is a power of two. From routed stage to routed
     stage the patch side in map pixels shrinks strictly, and what a patch covers of the image, ``patch_size * stride``,
-    never grows.
+    never grows. ``position_maps`` and ``mixed_kernels``, of dense stages alone, are None for none at all.
 
     Raises:
         ValueError: where a rule is broken, with the numbers.
     """
-    lengths = {"strides": len(strides), "depths": len(depths), "widths": len(widths), "patch_sizes": len(patch_sizes)}
+    given = {"strides": strides, "depths": depths, "widths": widths, "patch_sizes": patch_sizes}
+    given |= {"position_maps": position_maps} if position_maps is not None else {}
+    given |= {"mixed_kernels": mixed_kernels} if mixed_kernels is not None else {}
+    lengths = {name: len(values) for name, values in given.items()}
     if not strides or len(set(lengths.values())) > 1:
         raise ValueError(f"strides, depths, widths and patch_sizes must have one entry per stage, not {lengths}")
-    stages = [Stage(*fields) for fields in zip(strides, depths, widths, patch_sizes, strict=True)]
-    for name in ("stride", "depth", "width", "patch_size"):
-        for index, stage in enumerate(stages):
-            value = getattr(stage, name)
-            dense = name == "patch_size" and value is None
-            if not dense and (not is_whole(value) or value < 1):
+    none = (None,) * len(strides)
+    columns = (strides, depths, widths, patch_sizes, position_maps or none, mixed_kernels or none)
+    stages = [Stage(*fields) for fields in zip(*columns, strict=True)]
+    for index, stage in enumerate(stages):
+        for name, value in stage._asdict().items():
+            optional = name in ("patch_size", "position_map", "mixed_kernels") and value is None
+            if not optional and (not is_whole(value) or value < 1):
                 raise ValueError(f"{name} of stage {index} is {value!r}; it must be a whole number and at least 1")
+        for name in ("position_map", "mixed_kernels"):
+            if stage.patch_size is not None and getattr(stage, name) is not None:
+                raise ValueError(f"{name} of stage {index} has no effect on a routed stage; it is for dense ones")
     if strides[0] & (strides[0] - 1):
         raise ValueError(f"strides[0]={strides[0]} must be a power of two: the stem halves the image step by step")
     for before, after in pairwise(strides):

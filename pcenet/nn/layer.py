@@ -34,7 +34,8 @@ class PCELayer(nn.Module):
             the first convolution, ``"exchange"`` the neighbours in both.
         gate: ``"prob"`` scales an expert's output by its probability, ``"straight_through"`` by 1 (normalised over the
             chosen for k > 1) with the probability's gradient.
-        gate_input: what the router's perceptron sees: ``"pixels"`` or the ``"flat"`` patch, see `Router`.
+        gate_input: what the router's perceptron sees: ``"pixels"``, the ``"flat"`` patch, or its ``"position"`` alone;
+            see `Router`.
         num_bands: K, bands of the position features (8K channels).
         router_hidden: width of the router's perceptron; None: see `Router`.
         balancing: what keeps the loads even beside the balance loss: ``"batch"``, a bias per expert, or ``"none"``; see

@@ -16,7 +16,7 @@ from pcenet.nn.fourier import position_lines
 from pcenet.nn.patches import PatchExtractor
 from pcenet.ops import patch_perceptron
 
-GateInput = Literal["pixels", "flat"]
+GateInput = Literal["pixels", "flat", "position"]
 
 
 class HiddenLayer(nn.Module):
@@ -32,7 +32,8 @@ class HiddenLayer(nn.Module):
         patch_size: S.
         num_bands: K, bands of the position features.
         gate_input: ``"pixels"``: the layer is applied to every enriched pixel and averaged over the patch's real
-            pixels; ``"flat"``: to the whole enriched patch, flattened.
+            pixels; ``"flat"``: to the whole enriched patch, flattened; ``"position"``: as ``"pixels"``, with zeros in
+            the content's place.
 
     Attributes:
         weight: ``[hidden, C + 8K, k, k]``, k = 1 or, for a flat patch, S.
@@ -67,7 +68,11 @@ class HiddenLayer(nn.Module):
         x, weight, bias = x.to(dtype), self.weight.to(dtype).flatten(1), self.bias.to(dtype)
         if self.gate_input == "flat":
             return F.gelu(F.linear(self.extractor(x).flatten(1), weight, bias))
-        return patch_perceptron(x, weight, bias, *self.lines(x), self.patch_size)
+        return patch_perceptron(self.seen(x), weight, bias, *self.lines(x), self.patch_size)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What the layer sees of a map's content."""
+        return torch.zeros_like(x) if self.gate_input == "position" else x
 
     def lines(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features of the rows ``[H, 8K]`` and columns ``[W, 8K]`` of a map, in its type."""

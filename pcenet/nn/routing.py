@@ -228,8 +228,8 @@ class Router(nn.Module):
         eval_capacity_factor: the same at evaluation; the default None makes a prediction independent of its batch.
         gate: see `gate_weights`.
         gate_input: ``"pixels"``: the perceptron's hidden layer is applied to every enriched pixel and averaged over the
-            patch's real pixels; ``"flat"``: to the whole enriched patch, flattened; see
-            `pcenet.nn.perceptron.HiddenLayer`.
+            patch's real pixels; ``"flat"``: to the whole enriched patch, flattened; ``"position"``: as ``"pixels"``,
+            but a patch's place alone decides, for controls. See `pcenet.nn.perceptron.HiddenLayer`.
         num_bands: K, bands of the position features.
         balancing: ``"batch"`` adds a bias per expert to the logits. In training it is the one that spreads the batch
             evenly (see `balancing_bias`), at evaluation its running mean over the batches of training, as BatchNorm has
@@ -342,7 +342,7 @@ class Router(nn.Module):
         if self._is_fixed(x):
             first = (hidden.weight.flatten(1), hidden.bias, *hidden.lines(x))
             second = (last.weight, last.bias, self.expert_bias, self.centring)
-            logits = patch_logits(x, first, self.patch_size, *second)
+            logits = patch_logits(hidden.seen(x), first, self.patch_size, *second)
         else:
             logits = self.compute_logits(x)
             if self.training and self.perturb is not None:
@@ -354,7 +354,7 @@ class Router(nn.Module):
 
     def _is_fixed(self, x: Tensor) -> bool:
         """Whether one operator may compute the logits: at evaluation, in float32, with no hook on either layer."""
-        if self.training or self.gate_input != "pixels" or x.dtype != torch.float32 or autocast_enabled(x):
+        if self.training or self.gate_input == "flat" or x.dtype != torch.float32 or autocast_enabled(x):
             return False
         layers = ((self.hidden, HiddenLayer), (self.logits, LogitsLayer))
         return all(is_plain(layer, kind) and layer.weight.dtype == torch.float32 for layer, kind in layers)

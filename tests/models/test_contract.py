@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import timm
@@ -19,7 +20,7 @@ NAMES = ["dense_nano", "dense_small", "dense_tiny"] + [
     f"pce_{size}{suffix}" for size in ("nano", "small", "tiny") for suffix in ("", "_spec")
 ]
 NAMES += [f"{kind}_{size}_s2" for kind in ("dense", "pce") for size in ("nano", "tiny")]
-NAMES += ["dense_nano_wide"]
+NAMES += ["dense_nano_condconv", "dense_nano_position", "dense_nano_wide"]
 ROUTED = {"dense_nano": 0, "pce_nano": 2, "pce_nano_spec": 3}  # stages
 NANO = list(ROUTED)
 
@@ -42,6 +43,8 @@ def test_the_registry_holds_the_networks():
 def test_twins():
     assert {name: twin_of(name) for name in NAMES} == {
         "dense_nano": None,
+        "dense_nano_condconv": None,
+        "dense_nano_position": None,
         "dense_nano_s2": None,
         "dense_nano_wide": None,
         "dense_small": None,
@@ -100,8 +103,8 @@ def test_features_of_every_level(name):
     x = images(name)
     outputs = model(x)
     assert len(outputs) == len(model.feature_info) >= 3
-    reductions = {"nano": [1, 2, 4], "nano_wide": [1, 2, 4], "nano_s2": [2, 4, 8], "tiny_s2": [2, 4, 8, 16]}
-    size = name.removesuffix("_spec").partition("_")[2]
+    reductions = {"nano": [1, 2, 4], "nano_s2": [2, 4, 8], "tiny_s2": [2, 4, 8, 16]}
+    size = re.sub("_(spec|wide|position|condconv)$", "", name).partition("_")[2]
     assert model.feature_info.reduction() == reductions.get(size, [4, 8, 16, 32])
     for output, channels, reduction in zip(
         outputs, model.feature_info.channels(), model.feature_info.reduction(), strict=True
@@ -321,7 +324,7 @@ def test_model_options_are_taken():
     assert {"strides", "widths", "global_pool", "num_experts", "border", "top_k"} <= set(options)
     assert not {"self", "num_classes", "device", "layer_options", "shortcut", "patch_size"} & set(options)
     default = create("pce_nano").model_args
-    assert create("pce_nano", **{name: default[name] for name in options}).model_args == default
+    assert create("pce_nano", **{name: default.get(name) for name in options}).model_args == default
 
 
 def test_package_exports():

@@ -136,7 +136,7 @@ def test_the_registry_makes_them():
     model = create_network(name, num_classes=3, pretrained_cfg_overlay={"input_size": (3, 64, 64)})
     assert isinstance(model, DecodedNet)
     assert model.pretrained_cfg["input_size"] == (3, 64, 64)
-    given = {option: model.model_args[option] for option in model_options(name)}
+    given = {option: model.model_args.get(option) for option in model_options(name)}
     assert create_network(name, **given).model_args == model.model_args
 
 

@@ -178,7 +178,7 @@ def test_straight_through_is_exactly_one() -> None:
 SHAPES = [(2, 3, 8, 8, 4), (2, 3, 7, 5, 3), (1, 5, 2, 3, 4), (3, 2, 4, 6, 1), (1, 4, 9, 4, 4)]
 
 
-@pytest.mark.parametrize("gate_input", ["pixels", "flat"])
+@pytest.mark.parametrize("gate_input", ["pixels", "flat", "position"])
 @pytest.mark.parametrize("num_bands", [0, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_router_equals_the_perceptron_on_enriched_patches(
