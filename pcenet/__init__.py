@@ -15,7 +15,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pcenet.models import complexity, create_network, load_model
+    from pcenet.api import TrainedRun, compare, evaluate, explain, export, predict, train
+    from pcenet.models import create_network, load_model
+    from pcenet.models.complexity import complexity
     from pcenet.nn import PCEConv2d, PCELayer, attach_aux_losses, aux_loss, record_routing
     from pcenet.upcycling import upcycle
 
@@ -23,13 +25,20 @@ __version__ = "0.1.0"
 __all__ = [
     "PCEConv2d",
     "PCELayer",
+    "TrainedRun",
     "__version__",
     "attach_aux_losses",
     "aux_loss",
+    "compare",
     "complexity",
     "create_network",
+    "evaluate",
+    "explain",
+    "export",
     "load_model",
+    "predict",
     "record_routing",
+    "train",
     "upcycle",
 ]
 
@@ -43,6 +52,7 @@ _HOME = {
     "create_network": "pcenet.models",
     "load_model": "pcenet.models",
     "upcycle": "pcenet.upcycling",
+    **dict.fromkeys(("TrainedRun", "compare", "evaluate", "explain", "export", "predict", "train"), "pcenet.api"),
 }
 
 

@@ -119,12 +119,16 @@ def test_timm_can_be_imported_where_the_networks_cannot():
     )
 
 
+# What a method of a network imports when it is called.
+CALLED = {("models/hub.py", "pcenet.inference.predictions")}
+
+
 def test_imports_point_up_only():
     for path in PACKAGE.rglob("*.py"):
         relative = path.relative_to(PACKAGE)
         part = relative.parts[0] if len(relative.parts) > 1 else None
         for name in _imported(path):
-            if part in ALLOWED and name.startswith("pcenet."):
+            if part in ALLOWED and name.startswith("pcenet.") and (str(relative), name) not in CALLED:
                 allowed = ALLOWED[part] | {part} | (EVERYWHERE if part not in ("nn", "ops") else set())
                 assert name.split(".")[1] in allowed, f"{relative} imports {name}"
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import timm
 import torch
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pcenet.catalogue import CONFIG, bundled_folder, or_bundled
-from pcenet.choices import GreyRange, TaskName, check_grey_range, without_removed
+from pcenet.choices import GreyRange, Precision, TaskName, check_grey_range, without_removed
 from pcenet.models.card import model_card
 from pcenet.models.limits import (
     LARGEST_COUNT,
@@ -37,6 +37,9 @@ from pcenet.models.limits import (
 from pcenet.models.pretrained import WEIGHTS, preprocessing_of
 from pcenet.reading import check_regular
 from pcenet.writing import write_bytes, write_text
+
+if TYPE_CHECKING:
+    from pcenet.inference.predictions import Predictions
 
 # Where and how a network is made, and what is loaded into it, is for whoever makes it to say, not for a file.
 _NOT_IN_A_FILE = {*inspect.signature(timm.create_model).parameters, "device", "dtype"} - {"kwargs"}
@@ -87,6 +90,37 @@ class SavableModel(nn.Module, ModelHubMixin):
             config["mask_values"] = list(self.mask_values)
             config["ignored_values"] = list(self.ignored_values or ())
         return config
+
+    def predict(
+        self,
+        inputs: Any,
+        *,
+        top: int = 5,
+        batch_size: int | None = None,
+        precision: Precision | None = None,
+    ) -> Predictions:
+        """Apply the network, on the device where it is, to images.
+
+        Args:
+            inputs: an image file, a folder (with all that is below it) or a .zip archive; a PIL image; an array
+                ``[H, W]``, ``[H, W, 3]`` or ``[B, H, W, 3]``, or a tensor ``[3, H, W]`` or ``[B, 3, H, W]``, of uint8
+                or of float from 0 to 1; or a list of them. Images are resized and normalised as the network needs them.
+            top: to classify, how many classes to list for each image.
+            batch_size: images per step; None: 256, or 8 to segment, fewer where they are large.
+            precision: ``"fp32"`` or ``"bf16"``; None: bfloat16 where the device has it.
+
+        Returns:
+            A list of `pcenet.inference.Prediction` or, to segment, `Segmentation`, with ``to_csv``, ``plot`` and
+            ``left_out``, the files that could not be read.
+
+        Raises:
+            ValueError: for a path that does not exist or holds no image, an array that is none, or a network whose
+                outputs are not finite.
+            TypeError: for anything else that is no image.
+        """
+        from pcenet.inference.predictions import predict_images
+
+        return predict_images(self, inputs, top=top, batch_size=batch_size, precision=precision)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write ``model.safetensors``, ``config.json`` and a model card into a folder.
@@ -184,8 +218,8 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
     """Load a network that ``save_pretrained`` wrote, in evaluation mode and float32.
 
     Args:
-        folder: holds ``model.safetensors`` and ``config.json``; or, where there is no such path, the name of weights
-            that come with the package, such as ``"cifar10/pce_nano"``, see `bundled`.
+        folder: holds ``model.safetensors`` and ``config.json``, or is the run folder around it; or, where there is no
+            such path, the name of weights that come with the package, such as ``"cifar10/pce_nano"``, see `bundled`.
         overrides: arguments of the network that replace the saved ones, such as ``border="zero"``.
 
     Raises:
@@ -195,6 +229,8 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
 
     hint = or_bundled(folder)
     folder = bundled_folder(folder) or Path(folder)
+    if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
+        folder = folder / "model"
     config_path, weights_path = folder / CONFIG, folder / WEIGHTS
     for path in (config_path, weights_path):
         if not path.is_file():
