@@ -32,6 +32,13 @@ def _few_threads() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _autograd_begun() -> None:
+    """Some tests fork. Autograd's engine, where it begins after fake tensors have been made, believes that there is a
+    GPU, starts threads for it, and refuses to work in a forked process."""
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _operators_decided() -> None:
     """Before a test takes the cache of kernels away. With ``PCENET_OPS=required`` no test runs without them."""
     ops.backend()

@@ -62,8 +62,9 @@ class Uploads:
             path = Path(name)
             try:
                 about = path.stat()
-            except FileNotFoundError:  # gradio has removed it, for its age
-                self.files.discard(name)
+            except FileNotFoundError:
+                if not self.arriving:  # gradio has removed it, for its age; else it may still be on its way there
+                    self.files.discard(name)
             else:
                 found.append((about.st_ctime_ns, path, about.st_size))
         return [(path, size) for _, path, size in sorted(found, reverse=True)]

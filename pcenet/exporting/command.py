@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pcenet
-from pcenet.exporting.checks import SMALL_MARGIN, CheckReport, check_runner, list_names, sent_to_one
+from pcenet.exporting.checks import CheckReport, check_runner, list_names, sent_to_one
 from pcenet.exporting.config import ExportConfig
 from pcenet.exporting.evaluation import evaluation_form, trace
 from pcenet.exporting.files import EXTRA, METADATA, ExportedNet, Runner, output_names, require, run_with
@@ -239,13 +239,11 @@ def size_multiple(model: nn.Module, size: tuple[int, int]) -> int:
 def show(path: Path, report: CheckReport) -> None:
     """Print what the comparison found."""
     say(
-        f"checked {path}: {report.samples} images, logits within {report.largest_difference:.1e}, "
-        f"{report.small_margins} of {report.patches} patches with a router margin under {SMALL_MARGIN:g}"
+        f"passed: {path} computes what the network does; {report.samples} images, logits within"
+        f" {report.largest_difference:.1e} (docs/export.md says what is compared)"
     )
-    if report.unsure:
-        say(f"unsure: {list_names(report.unsure)}")
     if report.excused:
-        say(f"of these differ: {list_names(report.excused)}")
+        say(f"left out, since rounding may decide who serves a patch of them: {list_names(report.excused)}")
 
 
 def show_cost(path: Path, subject: Subject) -> None:

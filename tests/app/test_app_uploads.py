@@ -60,6 +60,19 @@ def test_what_gradio_has_removed_for_its_age_is_forgotten(tmp_path):
     assert known == {str(new)}
 
 
+def test_files_that_are_still_being_moved_are_not_forgotten(tmp_path):
+    """gradio answers, and then moves a request's files to their places; meanwhile another request may end."""
+    known: set[str] = set()
+    uploads = Uploads(tmp_path, known, LIMIT, ROOM)
+    with uploads.arrival(1):
+        known |= {str(tmp_path / f"digest-{number}" / f"{number}.png") for number in range(KEPT + 5)}
+        with uploads.arrival(1):
+            pass
+        for number in range(KEPT + 5):
+            put(tmp_path, known, str(number), 1)
+    assert len(list(tmp_path.iterdir())) == len(known) == KEPT
+
+
 def test_what_broke_off_is_removed_when_nothing_arrives(tmp_path):
     uploads = Uploads(tmp_path, set(), LIMIT, ROOM)
     (tmp_path / "tmpabc").write_bytes(b"half a file")
