@@ -34,7 +34,7 @@ default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
     # What other projects define: their inventories would have to be fetched.
-    ("py:.*", r"(abc|collections|contextlib|huggingface_hub|lightning|numpy|pathlib|PIL|rich|timm|torch)\..*"),
+    ("py:.*", r"(abc|collections|contextlib|huggingface_hub|lightning|numpy|os|pathlib|PIL|rich|timm|torch)\..*"),
     # Names of types that stand for themselves in signatures, and what is private to a package.
     ("py:class", r"[A-Z]\w*|nn\.Module"),
     ("py:(class|exc)", r"pcenet\.(analysis|data|explain|inference|training|upcycling)\.\w+\.\w+"),

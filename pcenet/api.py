@@ -65,7 +65,7 @@ class TrainedRun:
 def train(**options: Any) -> TrainedRun:
     """Train a network, as ``pcenet train`` does; a run that is finished is not trained again.
 
-    >>> run = pcenet.train(data="pictures", model="pce_nano", epochs=15)  # doctest: +SKIP
+    ``run = pcenet.train(data="pictures", model="pce_nano", epochs=15)``, then ``run.score``, ``run.model``.
 
     Args:
         options: those of ``pcenet train``: ``data``, ``model``, ``epochs``, ``lr``, ``out``, ``resume`` ... Without
@@ -127,12 +127,12 @@ def evaluate(run: str | os.PathLike[str], data: str | None = None, **options: An
 
 
 def predict(run: str | os.PathLike[str], inputs: Any, **options: Any) -> Predictions:
-    """Apply a trained network to images; see `pcenet.models.SavableModel.predict`, which does it.
+    """Apply a trained network to images; by its method ``predict``.
 
     Args:
         run: a run folder, a model folder, the name of bundled weights, or a `TrainedRun`.
         inputs: files, folders, archives, PIL images, arrays, tensors, or a list of them.
-        options: those of `SavableModel.predict`.
+        options: ``top``, ``batch_size``, ``precision``.
     """
     from pcenet.models import load_model
     from pcenet.runs.finding import find_model
