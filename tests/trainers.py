@@ -13,7 +13,7 @@ from pcenet.runtime.launcher import Ranks
 from pcenet.runtime.signals import Stop
 from pcenet.tasks.classification import ClassificationObjective
 from pcenet.training.loop import Trainer
-from pcenet.training.progress import EpochBar
+from pcenet.training.progress import RunBar
 from pcenet.training.trackers import Trackers
 
 
@@ -30,4 +30,4 @@ def classifying(model: nn.Module, config: TrainConfig, num_classes: int = 3) -> 
         loaders={"train": range(1)},
         checkpoint=None,
     )
-    return Trainer(run, Stop(), Trackers({}), EpochBar(1, shown=False))
+    return Trainer(run, Stop(), Trackers({}), RunBar(1, shown=False))

@@ -23,7 +23,7 @@ from pcenet.runtime.signals import Stop
 from pcenet.texts import say
 from pcenet.training.loop import Trainer
 from pcenet.training.preparation import Run, prepare, resolve
-from pcenet.training.progress import EpochBar
+from pcenet.training.progress import RunBar
 from pcenet.training.trackers import Trackers
 
 LEARNING_RATES = (1e-6, 1.0)
@@ -62,7 +62,7 @@ def find(config: TrainConfig) -> float:
 
 def trainer_of(run: Run) -> Trainer:
     """What trains a run's network, without telling anybody."""
-    return Trainer(run, Stop(), Trackers({}), EpochBar(run.config.epochs, shown=False))
+    return Trainer(run, Stop(), Trackers({}), RunBar(run.config.epochs, shown=False))
 
 
 def find_lr(run: Run) -> float:

@@ -37,7 +37,7 @@ from pcenet.training.figures import (
 from pcenet.training.nonfinite import first_cause, is_finite, leave_out
 from pcenet.training.optimizer import make_optimizer
 from pcenet.training.preparation import Run, bias_images, steps_per_epoch
-from pcenet.training.progress import EpochBar
+from pcenet.training.progress import RunBar
 from pcenet.training.schedules import Schedules, set_routers
 from pcenet.training.state import State, load_weights
 from pcenet.training.sync_batch_norm import synchronised
@@ -68,10 +68,10 @@ class Trainer:
         run: everything that it is made of; it goes on from ``run.checkpoint``, if there is one.
         stop: knows whether a signal has asked for the end.
         trackers: are told the figures.
-        bar: shows how far an epoch is.
+        bar: shows how far the run is.
     """
 
-    def __init__(self, run: Run, stop: Stop, trackers: Trackers, bar: EpochBar) -> None:
+    def __init__(self, run: Run, stop: Stop, trackers: Trackers, bar: RunBar) -> None:
         self.run, self.config = run, run.config
         self.stop, self.trackers, self.bar = stop, trackers, bar
         self.fabric = engine.launch(run.config, run.device, run.ranks)

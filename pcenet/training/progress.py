@@ -1,17 +1,19 @@
-"""The bar that shows on a terminal how far an epoch is."""
+"""The bar that shows on a terminal how far a run is."""
 
 from __future__ import annotations
 
 from typing import Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from pcenet.reporting.tables import console
 
 
-class EpochBar:
-    """A bar of batches; a context, within which lines may be printed above it.
+class RunBar:
+    """A bar of a whole run, with the epoch at work, its batches and the time left.
+
+    It is a context, within which lines may be printed above it.
 
     Args:
         epochs: how many there will be.
@@ -21,7 +23,9 @@ class EpochBar:
     def __init__(self, epochs: int, shown: bool) -> None:
         self.epochs = epochs
         self.shown = shown
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.batches = 1
+        self.epoch = self.done = 0
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         loss = TextColumn("loss {task.fields[loss]:.4f}")
         self.progress = Progress(*columns, loss, console=console(), disable=not shown, transient=True)
         self.task = self.progress.add_task("", loss=0.0)
@@ -35,10 +39,20 @@ class EpochBar:
 
     def start(self, epoch: int, batches: int, done: int) -> None:
         """Begin with an epoch, counted from 0, of which some batches may be done."""
-        description = f"epoch {epoch + 1}/{self.epochs}"
-        self.progress.reset(self.task, total=batches, completed=done, description=description)
+        self.epoch, self.batches, self.done = epoch, batches, done
+        self._draw()
 
     def advance(self, batches: int, loss: Tensor) -> None:
         """Go on by some batches; the last one's loss is read where it is shown alone: on a GPU that waits for it."""
+        self.done += batches
         if self.shown:
-            self.progress.update(self.task, advance=batches, loss=float(loss))
+            self._draw(loss=float(loss))
+
+    def _draw(self, **fields: float) -> None:
+        self.progress.update(
+            self.task,
+            description=f"epoch {self.epoch + 1}/{self.epochs}, batch {self.done}/{self.batches}",
+            completed=self.epoch * self.batches + self.done,
+            total=self.epochs * self.batches,
+            **fields,  # type: ignore[arg-type]
+        )

@@ -35,7 +35,7 @@ from pcenet.training.checkpoints import read_checkpoint
 from pcenet.training.loop import Trainer
 from pcenet.training.network import build_model
 from pcenet.training.preparation import Run, prepare, resolve, steps_per_epoch
-from pcenet.training.progress import EpochBar
+from pcenet.training.progress import RunBar
 from pcenet.training.state import State
 from pcenet.training.trackers import Trackers, check_tracker, tracking
 from pcenet.writing import write_atomically, write_json
@@ -162,7 +162,7 @@ def fit(run: Run, stop: Stop) -> State:
         trackers = Trackers({})
         if run.ranks.first:
             trackers = stack.enter_context(tracking(config, run.folder, run.position.step))
-        bar = stack.enter_context(EpochBar(config.epochs, shown=run.ranks.first and sys.stdout.isatty()))
+        bar = stack.enter_context(RunBar(config.epochs, shown=run.ranks.first and sys.stdout.isatty()))
         return Trainer(run, stop, trackers, bar).fit()
 
 
