@@ -28,6 +28,11 @@ from pcenet.runs.folder import RunFolder
 from pcenet.writing import write_atomically
 
 CARD = "README.md"
+# What is known of the terms of the data, none of which is part of the package.
+DATA = {
+    "cifar10": "CIFAR-10 (Krizhevsky, 2009) is a set of images collected from the web; no licence of it is known.",
+    "camvid": "CamVid (Brostow et al., 2009) was published for research; no licence of it is known.",
+}
 LIMIT = 6 * 10**6  # bytes of a file: whoever installs the package downloads all of them
 LICENSE = "apache-2.0"
 
@@ -99,6 +104,7 @@ def card_text(
     """The body of the card. No path of the machine that trained is in it."""
     network, val = name.partition("/")[2], metrics["val"]
     score, options = score_of(val), recipe(config)
+    about = DATA.get(name.partition("/")[0], "Look at the terms of the data before you use the weights for business.")
     versions = ", ".join(f"{part} {environment['versions'][part]}" for part in ("torch", "timm"))
     return f"""# {name}
 
@@ -111,6 +117,8 @@ def card_text(
 | validation | {SCORES[score]} {val[score]:.2%} of {val["images"]} images |
 | epochs | {metrics["epochs"]} |
 | made with | pcenet {environment["pcenet"]}, {versions}, {environment["precision"]} on {environment["device"]} |
+
+The weights are under the licence of the package. {about}
 
 The recipe, as `pcenet train --config` reads it:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from collections.abc import Mapping
@@ -27,6 +28,14 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "pcenet": pcenet.__version__,
     }
+
+
+def other_work() -> str | None:
+    """A warning where other processes have the cores, so that ratios are of what is left of them; None: they are free."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load < cores:
+        return None
+    return f"the machine is busy (load {load:.1f} on {cores} cores): no figure is worth much; try again when it is idle"
 
 
 def kind_of(device: torch.device) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -14,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from pcenet.benchmark.config import BORDERS, LAYER_MEASURES, BenchConfig, Shape, parse_shape
-from pcenet.benchmark.machine import as_file_name, describe, machine
+from pcenet.benchmark.machine import as_file_name, describe, machine, other_work
 from pcenet.benchmark.showing import plot, verdict_table
 from pcenet.benchmark.subjects import (
     CLASSES,
@@ -44,6 +45,7 @@ from pcenet.runtime.device import resolve_device, resolve_precision
 from pcenet.writing import write_json
 
 # The table of targets (docs/performance.md).
+WIDE = 2.0  # a ratio whose upper quartile is more than so many times its lower one says nothing
 TABLE_SHAPES = (Shape(64, 64, 32, 8), Shape(64, 128, 16, 4), Shape(16, 64, 56, 14))
 TABLE_EXPERTS = (4, 16)
 SMALL_PATCHES = tuple(Shape(64, channels, 8, patch) for channels in (48, 96, 256) for patch in (2, 1))
@@ -61,6 +63,9 @@ EAGER_LINES = {"step": "network, training step", "latency": "network, batch 1"}
 COMPILED_LINES = {"step": "network, both compiled, training step", "latency": "network, both compiled, batch 1"}
 MEMORY_LINES = {"memory": "network, peak memory of a training step"}
 COMPILE_TIME_LINES = {"pce_nano": {"compile step": "time to compile pce_nano's training step"}}
+
+
+log = logging.getLogger(__name__)
 
 
 class Bench:
@@ -92,7 +97,10 @@ class Bench:
             if about.get(key) is not None
         )
         unit = next(unit for unit in ("ms", "s", "mb") if unit in figures)
-        spread = f" ({figures['ratio_low']:.2f} to {figures['ratio_high']:.2f})" if "ratio_low" in figures else ""
+        spread = ""
+        if "ratio_low" in figures:
+            low, high = figures["ratio_low"], figures["ratio_high"]
+            spread = f" ({low:.2f} to {high:.2f}{', too wide to say anything' if high > WIDE * low else ''})"
         self.screen.print(
             f"{about['name']}, {about['measure']}, {details}{', compiled' if about['compiled'] else ''}: "
             f"{figures[unit]:.1f} {UNITS[unit]}, {about['beside']} {figures[f'base_{unit}']:.1f} {UNITS[unit]}, "
@@ -335,6 +343,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     run = Bench(config, screen)
     run.report["machine"]["freed_memory"] = "kept" if keep_freed_memory() else "returned"
     screen.print(describe(run.report["machine"]), highlight=False, soft_wrap=True)
+    if warning := other_work():
+        log.warning("%s", warning)
     whole_table = not (config.layers or config.models) and config.suite == "table"
     if config.layers or config.models:
         run.chosen()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from pcenet.benchmark import machine, run, subjects, timing
@@ -185,6 +186,23 @@ def test_options_that_break_a_rule_are_named(options: dict[str, Any], message: s
 def test_a_model_without_a_twin_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--models", "[dense_nano]"]) == 2
     assert "models='dense_nano' has no dense twin" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("load", "busy"), [(0.9, False), (1.9, False), (2.0, True), (13.0, True)])
+def test_a_busy_machine_is_named(load: float, busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert (f"load {load:.1f} on 2 cores" in (machine.other_work() or "")) == busy
+
+
+@pytest.mark.parametrize(("low", "high", "wide"), [(1.0, 2.0, False), (1.0, 2.1, True)])
+def test_a_spread_that_says_nothing_is_named(
+    low: float, high: float, wide: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = run.Bench(BenchConfig(layers=["16x32x8x4"]), Console())
+    about = {"name": "a", "measure": "forward", "compiled": False, "beside": "dense"}
+    bench.add(about, {"ms": 1.0, "base_ms": 1.0, "ratio": 1.5, "ratio_low": low, "ratio_high": high})
+    assert ("too wide to say anything" in capsys.readouterr().out) == wide
 
 
 def test_layers_beside_dense_block_and_rival(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
