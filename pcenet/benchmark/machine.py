@@ -31,7 +31,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def other_work() -> str | None:
-    """A warning where other processes have the cores, so that ratios are of what is left of them; None: they are free."""
+    """A warning where other processes have the cores, so that no figure is worth much; None: they are free."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load < cores:
         return None
