@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,3 +141,18 @@ def test_hugging_faces_trainer_does_so_too(tmp_path: Path) -> None:
     Watched(wrapped, arguments, train_dataset=data, callbacks=[Gradients()]).train()
     assert len(batches) == 2
     assert_equal(found, mean_gradients(batches))
+
+
+@pytest.mark.slow
+def test_the_tour_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The notebook's cells, one after the other; the last network has learnt, and routing matters."""
+    monkeypatch.chdir(FOLDER)
+    monkeypatch.setattr("pcenet.training.run.pictures_of", lambda *_: {})
+    cells = json.loads((FOLDER / "tour.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "tour.ipynb", "exec"), names)
+    assert names["kept"] < 0.9
+    assert names["result"].top1 > 0.8
