@@ -11,7 +11,7 @@ COMPARE = $(BIN)/pcenet compare --config experiments/$(1).yaml --data $(2) --out
 .PHONY: help demo bench experiments docs test test-faults test-speed examples audit lint dist clean
 
 help:
-	@echo "make demo   train pce_nano and its dense twin on digits, compare them, draw the routing"
+	@echo "make demo   who does what in a street scene, whether it matters, and a training (3 minutes)"
 	@echo "make bench  time and memory against the dense twin, the whole table (about 25 minutes)"
 	@echo "make experiments CIFAR10=... CAMVID=...   show what is left of the runs over three seeds, and go on with it (hours)"
 	@echo "make docs   the site, into docs/_build/html, and the code of its pages and docstrings"
