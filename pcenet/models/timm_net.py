@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import logging as hub_logging
 from torch import Tensor, nn
 
 from pcenet.choices import did_you_mean
@@ -155,18 +157,30 @@ class TimmNet(SavableModel):
         return logits
 
 
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Without a network the Hub's client tells of every try; one error says it all in the end."""
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(before)
+
+
 def _create(
     name: str, pretrained: bool, num_classes: int, drop_rate: float, overlay: dict[str, Any], options: dict[str, Any]
 ) -> nn.Module:
     try:
-        return timm.create_model(
-            name,
-            pretrained=pretrained,
-            num_classes=num_classes,
-            drop_rate=drop_rate,
-            pretrained_cfg_overlay=overlay,
-            **options,
-        )
+        with quiet_hub():
+            return timm.create_model(
+                name,
+                pretrained=pretrained,
+                num_classes=num_classes,
+                drop_rate=drop_rate,
+                pretrained_cfg_overlay=overlay,
+                **options,
+            )
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise

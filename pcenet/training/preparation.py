@@ -23,6 +23,7 @@ from pcenet.runtime.device import resolve_precision, resolve_workers
 from pcenet.runtime.launcher import Ranks, ranks_of_environment
 from pcenet.tasks import Task, get_task
 from pcenet.tasks.classes import check_same_classes
+from pcenet.texts import say
 from pcenet.training.network import build_model, check_model, default_input_size, naming_model_args
 from pcenet.training.resume import Fingerprint, Position, fingerprint, first_intact, position_of
 
@@ -113,6 +114,8 @@ def prepare(
         log.warning("%s: %s", config.data, finding.message)
     sources = choose_images(sources, config, batches)
     seed_everything(config.seed, workers=True, verbose=False)
+    if config.pretrained and ":" in config.model_name and not checkpoints:
+        say(f"getting the weights of {config.model_name}, from the Hugging Face Hub where they are not on this machine")
     model = build_model(config, len(classes), start=not checkpoints)
     with naming_model_args(config.model_args):
         cost = cost_of(model)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import pytest
 import timm
 import torch
+from huggingface_hub import logging as hub_logging
 
 import pcenet
 from pcenet.models import TimmNet, create_network, input_size_of, task_of, twin_of
@@ -94,8 +96,14 @@ def test_what_is_no_network_is_refused(name: str, options: dict[str, Any], messa
         create_network(name, **options)
 
 
-def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_had(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One error, and no word of each try; afterwards the Hub's client speaks as before."""
+    verbosity = hub_logging.get_verbosity()
+
     def unreachable(*args: Any, **kwargs: Any) -> Any:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 8s [Retry 5/5].")
         raise OSError("no route to host")
 
     monkeypatch.setattr("timm.create_model", unreachable)
@@ -103,5 +111,7 @@ def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match="could not get the weights of resnet18, which come from the Hugging Face Hub: no"
     ):
         create_network("timm:resnet18", pretrained=True)
+    assert "Retrying" not in capsys.readouterr().err + caplog.text
+    assert hub_logging.get_verbosity() == verbosity
     with pytest.raises(OSError, match="no route"):
         create_network("timm:resnet18")
