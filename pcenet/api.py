@@ -1,13 +1,14 @@
 """The commands as functions: ``pcenet.train(data="pictures", model="pce_nano", epochs=15)``.
 
-Options are those of the commands, with underscores, and have their defaults; what the commands print, these print.
+Options are those of the commands, with underscores, and have their defaults; what the commands print, these print. But
+`predict` keeps its results in memory, and takes the options of a network's method ``predict``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -63,7 +64,7 @@ class TrainedRun:
 
 
 def train(**options: Any) -> TrainedRun:
-    """Train a network, as ``pcenet train`` does; a run that is finished is not trained again.
+    """Train a network, as ``pcenet train`` does; a run that has begun in ``out`` is gone on with (``resume="auto"``).
 
     ``run = pcenet.train(data="pictures", model="pce_nano", epochs=15)``, then ``run.score``, ``run.model``.
 
@@ -81,7 +82,7 @@ def train(**options: Any) -> TrainedRun:
     from pcenet.runs.config import TrainConfig
     from pcenet.training.run import train as train_run
 
-    folder = train_run(config_of(TrainConfig, with_task(options)))
+    folder = train_run(config_of(TrainConfig, {"resume": "auto", **with_task(options)}))
     return TrainedRun(folder.path, json.loads(folder.metrics.read_text(encoding="utf-8")))
 
 
@@ -95,18 +96,24 @@ def config_of(config_class: type[C], options: Mapping[str, Any]) -> C:
     for name in options:
         if name not in known:
             raise TypeError(f"unknown option {name!r}{did_you_mean(name, known)}")
-    return config_class(**options)
+    return config_class(**{name: as_text(value) for name, value in options.items()})
+
+
+def as_text(value: Any) -> Any:
+    """Paths as texts, in lists too; other values as they are."""
+    if isinstance(value, list | tuple):
+        return [as_text(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def with_task(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with the task of the data, where they give none; paths are texts."""
+    """Options with the task of the data, where they give none."""
     from pcenet.parsing import task_of_the_data
     from pcenet.runs.config import TrainConfig
 
-    values = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in options.items()}
-    if "task" not in values:
-        values["task"] = task_of_the_data(values.get("data", TrainConfig.data))
-    return values
+    if "task" in options:
+        return dict(options)
+    return {"task": task_of_the_data(as_text(options.get("data", TrainConfig.data))), **options}
 
 
 def evaluate(run: str | os.PathLike[str], data: str | None = None, **options: Any) -> Evaluation | PixelEvaluation:
@@ -157,21 +164,27 @@ def export(run: str | os.PathLike[str], **options: Any) -> Export:
     return export_run(config_of(ExportConfig, {"run": os.fspath(run), **options}))
 
 
-def compare(models: Sequence[str] = (), **options: Any) -> dict[str, Any]:
+def compare(models: list[str] | None = None, **options: Any) -> dict[str, Any]:
     """Train several networks with several seeds under one recipe, as ``pcenet compare``.
 
     Args:
-        models: networks, and labels of ``variants``.
+        models: networks, and labels of ``variants``; None: all of these.
         options: those of ``pcenet compare`` (``seeds``, ``variants``, ``baseline``, ``out``) and of ``pcenet train``.
 
     Returns:
         The content of ``comparison.json``.
     """
-    from pcenet.comparison.config import CompareConfig
+    from pcenet.comparison.config import OF_A_RUN, CompareConfig
     from pcenet.comparison.run import compare as compare_runs
+    from pcenet.comparison.run import status
     from pcenet.runs.config import TrainConfig
+
+    for name in OF_A_RUN:
+        if name in options and name != "out":
+            raise TypeError(f"{name} is of a single run, and set by the comparison; see seeds, and status")
 
     of_comparison = {item.name for item in fields(CompareConfig)} - {"models", "recipe"}
     own = {name: options.pop(name) for name in of_comparison & options.keys()}
     recipe = config_of(TrainConfig, with_task(options))
-    return compare_runs(config_of(CompareConfig, {"models": list(models), "recipe": recipe, **own}))
+    config = config_of(CompareConfig, {"models": [] if models is None else models, "recipe": recipe, **own})
+    return (status if config.status else compare_runs)(config)

@@ -16,6 +16,7 @@ from PIL import Image
 
 import pcenet
 from pcenet.cli import main
+from pcenet.data import DataError
 from pcenet.inference.predictions import GivenImage, Prediction, Predictions, Segmentation, pictures
 
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 8, "workers": 0, "device": "cpu", "precision": "fp32"}
@@ -43,7 +44,7 @@ def test_a_run_says_what_it_is(run: pcenet.TrainedRun, pictures: Path) -> None:
     assert repr(run) == f"TrainedRun('{run.path}': dense_nano, top1 {run.score:.4f}, 1 epochs)"
     assert run.model.class_names == sorted(path.name for path in (pictures / "train").iterdir())
     assert run.model is run.model
-    again = pcenet.train(data=pictures, model="dense_nano", out=run.path, resume="auto", **QUICK)
+    again = pcenet.train(data=pictures, model="dense_nano", out=run.path, **QUICK)
     assert again.metrics == metrics
     measured = pcenet.evaluate(run, workers=0, device="cpu", precision="fp32")
     assert measured.top1 == pytest.approx(run.score)
@@ -160,11 +161,50 @@ def test_what_is_no_image_is_named(given: Any, error: type[Exception], message: 
 
 
 def test_grey_and_transparent_pictures_become_colours() -> None:
-    (grey,) = pictures(np.full((2, 3), 7, np.uint8))
+    (grey,) = pictures(np.full((2, 3), 7, np.uint8), "a")
     assert (grey.mode, grey.size, grey.getpixel((0, 0))) == ("RGB", (3, 2), (7, 7, 7))
-    (transparent,) = pictures(Image.new("RGBA", (3, 2), (1, 2, 3, 0)))
-    assert (transparent.mode, transparent.getpixel((0, 0))) == ("RGB", (1, 2, 3))
-    assert len(list(pictures(torch.zeros(5, 1, 4, 4)))) == 5
+    given = Image.new("RGBA", (3, 2), (1, 2, 3, 0))
+    (transparent,) = pictures(given, "a")
+    assert (transparent.mode, transparent.getpixel((0, 0))) == ("RGB", (255, 255, 255))  # laid on white, as files are
+    assert given.getpixel((0, 0)) == (1, 2, 3, 0)
+    deep = Image.fromarray(np.array([[0, 2000], [4000, 1000]], np.uint16))
+    (seen,) = pictures(deep, "a", grey_range=(0, 4000))
+    assert [seen.getpixel((x, y))[0] for x, y in ((0, 0), (1, 0), (0, 1))] == [0, 127, 255]
+    with pytest.raises(DataError, match="a: its pixels are floating-point numbers"):
+        list(pictures(Image.new("F", (3, 2)), "a"))
+    assert len(list(pictures(torch.zeros(5, 1, 4, 4), "a"))) == 5
+
+
+def test_a_picture_is_what_its_file_is(run: pcenet.TrainedRun, tmp_path: Path) -> None:
+    """Transparent where it would be black, and turned."""
+    image = Image.new("RGBA", (32, 40), (0, 0, 0, 0))
+    image.paste((200, 30, 30, 255), (4, 4, 20, 30))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    image.save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as opened:
+        found = [run.model.predict(each, precision="fp32")[0] for each in (tmp_path / "a.png", opened)]
+    assert found[0].probability == found[1].probability
+    assert np.array_equal(np.array(found[0].picture()), np.array(found[1].picture()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top": 0}, "top must be a whole number from 1 on, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1 on, got 0"),
+        ({"precision": "bf61"}, "precision 'bf61' is not one of auto, bf16, fp32"),
+    ],
+)
+def test_options_of_predict_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pcenet.load_model("cifar10/pce_nano").predict(np.zeros((4, 4, 3), np.uint8), **options)
+
+
+@pytest.mark.parametrize("name", ["seed", "resume", "dry_run", "find"])
+def test_a_comparison_has_no_options_of_a_single_run(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} is of a single run"):
+        pcenet.compare(["dense_nano"], data="digits", **{name: 1})
 
 
 @pytest.mark.parametrize("function", ["train", "evaluate", "explain", "export", "compare"])
@@ -177,10 +217,14 @@ def test_an_unknown_option_is_named(function: str, run: pcenet.TrainedRun) -> No
 
 
 def test_an_exported_file_and_a_comparison(run: pcenet.TrainedRun, pictures: Path, tmp_path: Path) -> None:
-    written = pcenet.export(run, format="pt2", out=str(tmp_path / "net.pt2"))
+    written = pcenet.export(run, format="pt2", out=tmp_path / "net.pt2")
     assert written.path == tmp_path / "net.pt2"
     assert written.path.is_file()
     report = pcenet.compare(
-        ["dense_nano"], seeds=1, data=pictures, out=str(tmp_path / "all"), **QUICK, variants={"slow": {"lr": 1e-4}}
+        ["dense_nano"], seeds=1, data=pictures, out=tmp_path / "all", **QUICK, variants={"slow": {"lr": 1e-4}}
     )
     assert [each["name"] for each in report["runs"]] == ["dense_nano-0"]
+    before = set((tmp_path / "all").rglob("*"))
+    shown = pcenet.compare(["dense_nano"], seeds=2, data=pictures, out=tmp_path / "all", **QUICK, status=True)
+    assert [each["name"] for each in shown["runs"]] == ["dense_nano-0"]
+    assert set((tmp_path / "all").rglob("*")) == before

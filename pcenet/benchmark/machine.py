@@ -32,7 +32,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def other_work() -> str | None:
     """A warning where other processes have the cores, so that no figure is worth much; None: they are free."""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    load, cores = (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), os.cpu_count() or 1  # not on Windows
     if load < cores:
         return None
     return f"the machine is busy (load {load:.1f} on {cores} cores): no figure is worth much; try again when it is idle"

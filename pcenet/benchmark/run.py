@@ -44,8 +44,8 @@ from pcenet.reporting.tables import console
 from pcenet.runtime.device import resolve_device, resolve_precision
 from pcenet.writing import write_json
 
+WIDE = 2.0  # a ratio whose upper quartile is more than this many times its lower one says nothing
 # The table of targets (docs/performance.md).
-WIDE = 2.0  # a ratio whose upper quartile is more than so many times its lower one says nothing
 TABLE_SHAPES = (Shape(64, 64, 32, 8), Shape(64, 128, 16, 4), Shape(16, 64, 56, 14))
 TABLE_EXPERTS = (4, 16)
 SMALL_PATCHES = tuple(Shape(64, channels, 8, patch) for channels in (48, 96, 256) for patch in (2, 1))

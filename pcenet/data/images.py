@@ -74,6 +74,18 @@ def decode_image(
     return _decode(data, name, partial(_to_rgb, grey_range=grey_range), max_pixels, formats)
 
 
+def picture_of(image: Image.Image, name: str, *, grey_range: GreyRange | None = None) -> Image.Image:
+    """An image of Pillow as `decode_image` gives that of a file: upright, in mode RGB; the one given stays as it is.
+
+    Raises:
+        DataError: for what that refuses.
+    """
+    try:
+        return _rgb_of(_upright(image, in_place=False), grey_range)
+    except (_RefusedError, GreyRangeError, OSError, ValueError) as error:
+        raise DataError(f"{name}: {error}") from error
+
+
 def inspect_image(data: bytes, name: str, *, grey_range: GreyRange | None = None) -> Inspection:
     """``decode_image``, and what it passes over in silence. Arguments and errors are the same."""
     return _decode(data, name, partial(_inspect, grey_range=grey_range))
@@ -173,11 +185,15 @@ def _to_rgb(image: Image.Image, grey_range: GreyRange | None) -> Image.Image:
     return _rgb_of(_upright(image), grey_range)
 
 
-def _upright(image: Image.Image) -> Image.Image | Grey:
+def _upright(image: Image.Image, in_place: bool = True) -> Image.Image | Grey:
     """The image upright; grey of more than 8 bits as its values. Refuses what it would show wrongly."""
     packed, deep_colours = packing(image), _has_deep_colours(image)
     _check_bands(image)
-    ImageOps.exif_transpose(image, in_place=True)
+    if in_place:
+        ImageOps.exif_transpose(image, in_place=True)
+    else:
+        kind, image = image.format, ImageOps.exif_transpose(image)
+        image.format = kind
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; store it with 8 or 16 bits per channel")
     if is_deep(image.mode):

@@ -8,16 +8,17 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from pcenet.choices import Precision
+from pcenet.choices import GreyRange, Precision
 from pcenet.data import Transform, cover_transform
+from pcenet.data.images import picture_of
 from pcenet.inference.batches import read_batches
 from pcenet.inference.inputs import InputFile, LeftOut, find_inputs
 from pcenet.inference.network import Network
@@ -165,6 +166,8 @@ class Predictions(Sequence[Prediction | Segmentation]):
     def plot(self, columns: int = 4) -> Any:
         """A matplotlib figure of the first pictures with their labels, or under their classes' colours.
 
+        A notebook shows figures once ``matplotlib.pyplot`` has been imported in it.
+
         Raises:
             ModuleNotFoundError: without matplotlib; ``pip install 'pcenet[plot]'``.
         """
@@ -193,12 +196,17 @@ def predict_images(
     model: SavableModel, inputs: Any, *, top: int = 5, batch_size: int | None = None, precision: Precision | None = None
 ) -> Predictions:
     """Apply a network, where it is, to images; arguments and errors as in `SavableModel.predict`."""
+    for name, value in (("top", top), ("batch_size", batch_size)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
+    if precision not in (None, *get_args(Precision)):
+        raise ValueError(f"precision {precision!r} is not one of {', '.join(get_args(Precision))}")
     if model.num_classes < 1:
         raise ValueError("the network has no classifier (num_classes is 0), so there is no class to predict")
     files, left_out = given_images(inputs, model)
     device = next(model.parameters()).device
     classes = list(model.class_names or map(str, range(model.num_classes)))
-    network = Network(model, classes, True, device, precision or resolve_precision("auto", device))
+    network = Network(model, classes, True, device, resolve_precision(precision or "auto", device))
     batches = read_batches(files, transform_of(model), batch_size=batch_size or eval_batch_size(model), workers=0)
     modes = [(module, module.training) for module in model.modules()]
     items: list[Prediction | Segmentation] = []
@@ -248,19 +256,22 @@ def given_images(inputs: Any, model: SavableModel) -> tuple[list[Any], list[Left
             files += found
             left_out += lost
         else:
-            files += [GivenImage(f"image {len(files) + number}", each) for number, each in enumerate(pictures(given))]
+            first = len(files)
+            given_ones = pictures(given, f"image {first}", model.grey_range)
+            files += [GivenImage(f"image {first + number}", each) for number, each in enumerate(given_ones)]
     return files, left_out
 
 
-def pictures(given: Any) -> Iterator[Image.Image]:
+def pictures(given: Any, name: str, grey_range: GreyRange | None = None) -> Iterator[Image.Image]:
     """The pictures in a PIL image, an array ``[H, W]`` or ``[H, W, 3]``, a tensor ``[3, H, W]``, or a batch of these.
 
     Raises:
+        DataError: for a PIL image that would be refused in a file, too.
         TypeError: for anything else.
         ValueError: for other shapes, or numbers that are no colours.
     """
     if isinstance(given, Image.Image):
-        yield ImageOps.exif_transpose(given).convert("RGB")
+        yield picture_of(given, name, grey_range=grey_range)
         return
     if isinstance(given, Tensor):
         values = given.detach().cpu()

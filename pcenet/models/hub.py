@@ -107,15 +107,15 @@ class SavableModel(nn.Module, ModelHubMixin):
                 or of float from 0 to 1; or a list of them. Images are resized and normalised as the network needs them.
             top: to classify, how many classes to list for each image.
             batch_size: images per step; None: 256, or 8 to segment, fewer where they are large.
-            precision: ``"fp32"`` or ``"bf16"``; None: bfloat16 where the device has it.
+            precision: ``"fp32"``, ``"bf16"`` or ``"auto"``, which is None: bfloat16 where the device has it.
 
         Returns:
             A list of `pcenet.inference.Prediction` or, to segment, `Segmentation`, with ``to_csv``, ``plot`` and
             ``left_out``, the files that could not be read.
 
         Raises:
-            ValueError: for a path that does not exist or holds no image, an array that is none, or a network whose
-                outputs are not finite.
+            ValueError: for a path that does not exist or holds no image, an array that is none, an option that breaks
+                its rule, or a network whose outputs are not finite.
             TypeError: for anything else that is no image.
         """
         from pcenet.inference.predictions import predict_images

@@ -58,10 +58,6 @@ class EpochFigures:
     """The figures of an epoch's training so far, those of this process; they survive an interruption."""
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything."""
         self.means = EpochMeans()
         self.routing: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
 
@@ -77,7 +73,11 @@ class EpochFigures:
             name if name.startswith(TRAINED) else f"train/{name}": float(mean)
             for name, mean in self.means.compute().items()
         }
-        dropped = {name: over_processes(counts).compute().drop_rate for name, counts in self.routing.items()}
+        counted: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
+        for state in gather({name: in_memory(counts.state_dict()) for name, counts in self.routing.items()}):
+            for name, counts in state.items():  # one process may have seen nothing
+                add_counts(counted[name], counts)
+        dropped = {name: counts.compute().drop_rate for name, counts in counted.items()}
         return {
             **means,
             **{f"{TRAINED}/{name}/drop_rate": float(rate) for name, rate in dropped.items()},
@@ -87,15 +87,19 @@ class EpochFigures:
     def state_dict(self) -> list[dict[str, Any]]:
         """Everything, as a checkpoint keeps it: of each process, in their order."""
         routing = {name: statistics.state_dict() for name, statistics in self.routing.items()}
-        return gather(apply_to_collection({"means": self.means.state_dict(), "routing": routing}, Tensor, Tensor.cpu))
+        return gather(in_memory({"means": self.means.state_dict(), "routing": routing}))
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on with them; where there are more or fewer processes than before, the first with all."""
-        self.reset()
+        """Add them to none; where there are more or fewer processes than before, the first process has all."""
         for state in [states[own_rank()]] if len(states) == process_count() else states if own_rank() == 0 else []:
             self.means.add(state["means"])
             for name, counts in state["routing"].items():
                 add_counts(self.routing[name], counts)
+
+
+def in_memory(state: dict[str, Any]) -> dict[str, Any]:
+    """A state with its tensors on the processor."""
+    return dict(apply_to_collection(state, Tensor, Tensor.cpu))
 
 
 def add_counts(statistics: RoutingStatistics, counts: Mapping[str, Tensor | None]) -> None:

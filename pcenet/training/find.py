@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from pcenet.training.trackers import Trackers
 LEARNING_RATES = (1e-6, 1.0)
 STEPS = 100
 SMOOTHING = 0.98  # of the losses that are compared, as in fastai and Lightning
-FIRST = 10  # steps that are passed over at the beginning, in which the average is not settled
+SETTLING = 10  # steps that are passed over at the beginning, until the average has settled
 EXPLODED = 4.0  # times the lowest loss so far
 LARGEST_BATCH = 8192
 
@@ -77,16 +77,17 @@ def find_lr(run: Run) -> float:
     trainer = trainer_of(run)
     low, high = LEARNING_RATES
     rates, losses, average, lowest = [], [], 0.0, math.inf
-    for step, batch in zip(range(STEPS), endless(run), strict=False):
+    batches = enumerate(endless(run))
+    for step in range(STEPS):
         rates.append(low * (high / low) ** (step / STEPS))
-        seen, norm = trainer.backward([(step, batch)])
+        seen, norm = trainer.backward(islice(batches, run.config.accumulate), run.config.accumulate)
         trainer.update(norm, rates[-1])
         average = SMOOTHING * average + (1 - SMOOTHING) * float(seen[-1].values["loss"])
         losses.append(average / (1 - SMOOTHING ** (step + 1)))
         lowest = min(lowest, losses[-1])
         if not losses[-1] <= EXPLODED * lowest:
             break
-    rates, losses = rates[FIRST:-1], losses[FIRST:-1]
+    rates, losses = rates[SETTLING:-1], losses[SETTLING:-1]
     if len(losses) < 2:
         raise ValueError("find 'lr': the loss exploded within the first steps; check data and options with --dry-run")
     return rates[int(np.gradient(losses, np.log(rates)).argmin())]
@@ -117,7 +118,7 @@ def fits(trainer: Trainer, size: int) -> bool:
     batch = next(iter(loader))
     try:
         for step in range(2):
-            _, norm = trainer.backward([(step, batch)])
+            _, norm = trainer.backward([(step, batch)], 1)
             trainer.update(norm, 0.0)
     except Exception as error:
         if not ran_out_of_memory(error):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -91,19 +91,26 @@ class Trainer:
         if content:
             self.state.load_state_dict(content)
         self.parameters = [parameter for group in self.state.optimizer.param_groups for parameter in group["params"]]
+        training_mode(self.model)
         self.written = self.started = time.monotonic()
         self.before = self.state.elapsed
 
     def fit(self) -> State:
-        """Train until all epochs are over, or an option or a signal ends it; a checkpoint holds the state returned."""
+        """Train until all epochs are over, or an option or a signal ends it; a checkpoint holds the state returned.
+
+        A first signal waits for the end of a step, or of a validation.
+        """
         state, config = self.state, self.config
-        while state.epoch < config.epochs and not state.stopped:
-            self.train_epoch()
-            validated = self.validate()
-            self.end_epoch(validated)
-            self.save()
-            end_by(largest([self.stop.signal])[0])
-        set_routers(self.model)
+        with self.stop.waiting():
+            while state.epoch < config.epochs and not state.stopped:
+                self.train_epoch()
+                validated = self.validate()
+                self.end_epoch(validated)
+                self.save()
+                end_by(largest([self.stop.signal])[0])
+        end_by(self.stop.signal)  # one that came since
+        if self.schedules.of_the_routers:
+            set_routers(self.model)
         return state
 
     def train_epoch(self) -> None:
@@ -116,10 +123,10 @@ class Trainer:
         self.bar.start(state.epoch, len(loader), state.batch)
         began = time.perf_counter() - state.seconds
         batches = enumerate(loader, start=state.batch)
-        while step := list(islice(batches, self.config.accumulate)):
-            self.optimizer_step(step)
-            state.batch += len(step)
-            state.images += sum(len(images) for _, (images, _) in step)
+        while state.batch < len(loader):
+            count = min(self.config.accumulate, len(loader) - state.batch)
+            state.images += self.optimizer_step(islice(batches, count), count)
+            state.batch += count
             over = state.batch >= len(loader)
             if over and self.run.device.type == "cuda":
                 torch.cuda.synchronize(self.run.device)
@@ -133,18 +140,22 @@ class Trainer:
                 self.save()
                 end_by(signal)
 
-    def optimizer_step(self, batches: Sequence[tuple[int, Any]]) -> None:
+    def optimizer_step(self, batches: Iterable[tuple[int, Any]], count: int) -> int:
         """One step of the optimiser with some batches; where something is not finite it is left out.
 
         Args:
             batches: each with its number in the epoch.
+            count: how many there are.
+
+        Returns:
+            The images in them.
         """
         state, config = self.state, self.config
         if self.schedules.of_the_routers:
             set_routers(self.model, self.schedules.temperature(state.step), self.schedules.router_noise(state.step))
         # A forward pass writes what it sees into running statistics.
         buffers = [buffer.clone() for buffer in self.model.buffers()] if config.skip_nonfinite else []
-        seen, norm = self.backward(batches)
+        seen, norm = self.backward(batches, count)
         if is_finite(seen, norm):
             self.update(norm, config.lr * self.schedules.learning_rate_factor(state.step))
             state.averaged.update_parameters(self.model)
@@ -161,13 +172,16 @@ class Trainer:
             losses = {name: float(value) for name, value in seen[-1].values.items() if name.endswith("loss")}
             figures = losses | {"lr": state.optimizer.param_groups[0]["lr"]}
             self.trackers.log({f"step/{name}": value for name, value in figures.items()}, state.step)
+        return sum(batch.images for batch in seen)
 
-    def backward(self, batches: Sequence[tuple[int, Any]]) -> tuple[list[Seen], Tensor]:
+    def backward(self, batches: Iterable[tuple[int, Any]], count: int) -> tuple[list[Seen], Tensor]:
         """Compute the gradient of some batches' mean loss; returns what was noted of each, and the gradient's norm."""
         seen: list[Seen] = []
         self.state.optimizer.zero_grad()
         for number, batch in batches:
-            with self.fabric.no_backward_sync(self.network, enabled=len(seen) + 1 < len(batches)):
+            # With FSDP each process keeps its part of the gradients alone, so that they are exchanged every time.
+            wait = len(seen) + 1 < count and self.config.strategy != "fsdp"
+            with self.fabric.no_backward_sync(self.network, enabled=wait):
                 loss, noted = self.batch_loss(self.fabric.to_device(batch), number)
                 self.fabric.backward(loss / self.config.accumulate)
             seen.append(noted)
@@ -250,7 +264,7 @@ class Trainer:
             "epoch": state.epoch + 1,
             "step": state.step,
             **state.figures.compute(self.model),
-            "train/lr": state.optimizer.param_groups[0]["lr"],
+            "train/lr": config.lr * self.schedules.learning_rate_factor(last),
             **{f"train/{name}": value(last) for name, value in self.schedules.of_the_routers.items()},
             "train/epoch_seconds": state.seconds,
             "train/images_per_second": run.ranks.count * state.images / state.seconds,
@@ -261,7 +275,7 @@ class Trainer:
         state.elapsed = self.before + time.monotonic() - self.started
         if state.step < self.schedules.total_steps:
             state.stopped = self.reason_to_stop()
-        self.trackers.log(row, state.step)
+        self.trackers.log({name: value for name, value in row.items() if "/" in name}, state.step)
         if run.ranks.first:
             write_rows(run.folder.logs / "metrics.csv", state.rows)
             images = (len(run.sources["train"]), len(run.sources["val"]))

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pcenet.reporting.tables import console
 
+PERIOD = 600.0  # seconds of which the speed is taken: steps may take half a minute
+
 
 class RunBar:
     """A bar of a whole run, with the epoch at work, its batches and the time left.
@@ -27,7 +29,9 @@ class RunBar:
         self.epoch = self.done = 0
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         loss = TextColumn("loss {task.fields[loss]:.4f}")
-        self.progress = Progress(*columns, loss, console=console(), disable=not shown, transient=True)
+        self.progress = Progress(
+            *columns, loss, console=console(), disable=not shown, transient=True, speed_estimate_period=PERIOD
+        )
         self.task = self.progress.add_task("", loss=0.0)
 
     def __enter__(self) -> Self:

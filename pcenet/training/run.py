@@ -32,11 +32,11 @@ from pcenet.runtime.launcher import ranks_of_environment
 from pcenet.runtime.signals import Stop, listening
 from pcenet.texts import say
 from pcenet.training.checkpoints import read_checkpoint
+from pcenet.training.figures import Row
 from pcenet.training.loop import Trainer
 from pcenet.training.network import build_model
 from pcenet.training.preparation import Run, prepare, resolve, steps_per_epoch
 from pcenet.training.progress import RunBar
-from pcenet.training.state import State
 from pcenet.training.trackers import Trackers, check_tracker, tracking
 from pcenet.writing import write_atomically, write_json
 
@@ -96,8 +96,8 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
         if batches is None and (hint := few_steps(run)):
             say(hint)
         decide(lambda: begin(run, begun, stack))
-        state = fit(run, stop)
-        finish(run, state)
+        rows, stopped = fit(run, stop)
+        finish(run, rows, stopped)
         if batches is None:
             command = "explain" if run.cost["router_multiply_adds"] else "eval"
             say(f"next: pcenet {command} {shlex.quote(str(folder.path))}")
@@ -153,17 +153,21 @@ def few_steps(run: Run) -> str | None:
     )
 
 
-def fit(run: Run, stop: Stop) -> State:
-    """Train; the averaged weights end up in the last checkpoint. Signals wait for the end of a step meanwhile."""
+def fit(run: Run, stop: Stop) -> tuple[list[Row], str | None]:
+    """Train; the averaged weights end up in the last checkpoint.
+
+    Returns:
+        The figures of each epoch, and the option that ended training early, if any did.
+    """
     config = run.config
     with ExitStack() as stack:
         stack.enter_context(quiet())
-        stack.enter_context(stop.waiting())
         trackers = Trackers({})
         if run.ranks.first:
-            trackers = stack.enter_context(tracking(config, run.folder, run.position.step))
+            trackers = stack.enter_context(tracking(config, run.folder, run.position.step + 1))
         bar = stack.enter_context(RunBar(config.epochs, shown=run.ranks.first and sys.stdout.isatty()))
-        return Trainer(run, stop, trackers, bar).fit()
+        state = Trainer(run, stop, trackers, bar).fit()
+        return state.rows, state.stopped
 
 
 @contextmanager
@@ -215,7 +219,7 @@ def announce(run: Run) -> None:
     say(*lines)
 
 
-def finish(run: Run, state: State) -> None:
+def finish(run: Run, rows: Sequence[Row], stopped: str | None) -> None:
     """Write ``model/`` from the last checkpoint's averaged weights, measure and draw it, write ``metrics.json``."""
     config, source = run.config, run.sources["val"]
     model = run.model
@@ -225,7 +229,7 @@ def finish(run: Run, state: State) -> None:
     decide(lambda: keep_averaged(model, run.folder))
     share(list(model.state_dict().values()))
     result = run.task.evaluate(model, run.loaders["val"], source.classes, device=run.device, precision=config.precision)
-    decide(lambda: report(run, state, result))
+    decide(lambda: report(run, rows, stopped, result))
 
 
 def keep_averaged(model: SavableModel, folder: RunFolder) -> None:
@@ -234,14 +238,14 @@ def keep_averaged(model: SavableModel, folder: RunFolder) -> None:
     write_atomically(folder.model, model.save_pretrained)
 
 
-def report(run: Run, state: State, result: Any) -> None:
+def report(run: Run, rows: Sequence[Row], stopped: str | None, result: Any) -> None:
     """Write and show what was measured."""
     config, folder = run.config, run.folder
-    draw(run, state.rows, result)
-    metrics = summary(run, state, result)
+    draw(run, rows, result)
+    metrics = summary(run, rows, stopped, result)
     write_json(folder.metrics, metrics)
-    if state.stopped:
-        say(f"stopped by {state.stopped} in epoch {len(state.rows)} of {config.epochs}")
+    if stopped:
+        say(f"stopped by {stopped} in epoch {len(rows)} of {config.epochs}")
     say(f"validation {run.task.headline(result)}")
     if result.router:
         console().print(router_table(result.router))
@@ -261,9 +265,9 @@ def draw(run: Run, rows: Sequence[Mapping[str, float]], result: Any) -> None:
         write_atomically(run.folder.pictures, partial(save_pictures, pictures))
 
 
-def summary(run: Run, state: State, result: Any) -> dict[str, Any]:
+def summary(run: Run, rows: Sequence[Row], stopped: str | None, result: Any) -> dict[str, Any]:
     """The content of ``metrics.json``."""
-    score, rows = run.task.objective.score, state.rows
+    score = run.task.objective.score
     best = max(rows, key=lambda row: row[f"val/{score}"])
     return {
         "task": run.config.task,
@@ -272,7 +276,7 @@ def summary(run: Run, state: State, result: Any) -> dict[str, Any]:
         "seed": run.config.seed,
         "epochs": len(rows),
         "steps": int(rows[-1]["step"]),
-        "stopped": state.stopped,
+        "stopped": stopped,
         "val": run.task.summary(result),
         "best": {"epoch": int(best["epoch"]), score: best[f"val/{score}"]},
         "epoch_seconds": statistics.median(row["train/epoch_seconds"] for row in rows),

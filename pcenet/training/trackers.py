@@ -49,6 +49,7 @@ class TensorBoard:
         """Figures after this many optimiser steps."""
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
+        self.writer.flush()  # what a run that is killed has logged is there
 
     def close(self) -> None:
         """There will be no more."""

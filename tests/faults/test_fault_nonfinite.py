@@ -141,9 +141,10 @@ def test_steps_are_left_out_up_to_a_limit(
     states: dict[int, dict[str, Tensor]] = {}
     original = Trainer.optimizer_step
 
-    def keep(self: Trainer, *arguments: Any) -> None:
-        original(self, *arguments)
+    def keep(self: Trainer, *arguments: Any) -> int:
+        images = original(self, *arguments)
         states[self.state.step] = {name: value.clone() for name, value in self.model.state_dict().items()}
+        return images
 
     monkeypatch.setattr(Trainer, "optimizer_step", keep)
     poison_input(monkeypatch, math.nan, steps=(1, 2))

@@ -50,10 +50,10 @@ def test_a_signal_between_two_steps_ends_the_run_after_the_next(
 
     step = Trainer.optimizer_step
 
-    def early(self: Trainer, *arguments: Any) -> None:
+    def early(self: Trainer, *arguments: Any) -> int:
         if self.state.step == 6:
             os.kill(os.getpid(), number)
-        step(self, *arguments)
+        return step(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "optimizer_step", early)

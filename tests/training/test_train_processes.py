@@ -111,7 +111,7 @@ def in_float64_with_sgd(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Trainer, "forward", lambda self, network, images: forward(self, network, images.double()))
     patch.setattr("pcenet.training.loop.bias_images", lambda run: (batch.double() for batch in images(run)))
     patch.setattr("pcenet.tasks.segmentation.median_weights", lambda counts: median_weights(counts).double())
-    patch.setattr("pcenet.training.run.finish", lambda run, state: None)
+    patch.setattr("pcenet.training.run.finish", lambda *_: None)
 
     def sgd(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), momentum=0.9)

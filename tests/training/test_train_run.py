@@ -324,9 +324,10 @@ def test_model_holds_the_moving_average(start: Start, monkeypatch: pytest.Monkey
 
     step = Trainer.optimizer_step
 
-    def keep(self: Trainer, *args: Any) -> None:
-        step(self, *args)
+    def keep(self: Trainer, *args: Any) -> int:
+        images = step(self, *args)
         steps.append({name: value.clone() for name, value in self.model.state_dict().items()})
+        return images
 
     monkeypatch.setattr(Trainer, "optimizer_step", keep)
     folder = train(start())

@@ -225,6 +225,24 @@ def test_the_rate_found_makes_the_loss_fall_and_nothing_is_left(
     assert list(temporary.iterdir()) == []
 
 
+def test_a_rate_is_found_with_the_steps_of_the_run(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two batches to a step, each of whose losses counts half; what is frozen stays in evaluation mode."""
+    counts: list[int] = []
+    backward = Trainer.backward
+
+    def watch(self: Trainer, batches: Any, count: int) -> Any:
+        given = list(batches)
+        counts.append(len(given))
+        assert len(given) == count
+        assert self.model.training
+        return backward(self, given, count)
+
+    monkeypatch.setattr(Trainer, "backward", watch)
+    monkeypatch.setattr("pcenet.training.find.STEPS", 15)
+    find_lr(prepared(start(model="dense_nano", accumulate=2)))
+    assert counts == [2] * 15
+
+
 def test_a_loss_that_is_no_number_gives_no_rate(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pcenet.training.find.Trainer", Quadratic)
     monkeypatch.setattr(Quadratic, "loss", lambda self: self.model.weight.sum() * torch.tensor(float("nan")))
