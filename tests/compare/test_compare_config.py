@@ -164,10 +164,10 @@ def test_a_file_holds_recipe_and_comparison_and_the_command_line_has_the_last_wo
     )
 
 
-def test_the_recipe_of_the_readme_is_one(
+def test_the_recipe_of_the_guide_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
     (recipe,) = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     commands = re.findall(r"^pcenet (compare .*)$", text, re.MULTILINE)
     assert [command + " --status" for command in commands[:1]] == commands[1:]

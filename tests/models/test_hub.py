@@ -172,9 +172,16 @@ def test_weights_that_do_not_fit(folder, change, message):
         load_model(folder)
 
 
+def test_the_run_folder_around_it_will_do(folder, tmp_path):
+    ours, theirs = load_model(tmp_path).state_dict(), load_model(folder).state_dict()
+    assert folder == tmp_path / "model"
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
 def test_broken_folders(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds no config\.json"):
-        load_model(tmp_path)
+        load_model(tmp_path / "empty")
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(b"no tensors here")
     with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file"):
