@@ -40,8 +40,10 @@ bench: $(VENV)/installed
 experiments: $(VENV)/installed
 	$(call COMPARE,camvid,$(CAMVID)) --status
 	$(call COMPARE,cifar10,$(CIFAR10)) --status
+	$(call COMPARE,controls-cifar10,$(CIFAR10)) --status
 	$(call COMPARE,camvid,$(CAMVID))
 	$(call COMPARE,cifar10,$(CIFAR10))
+	$(call COMPARE,controls-cifar10,$(CIFAR10))
 	$(BIN)/python experiments/report.py
 
 docs: $(VENV)/installed
