@@ -31,11 +31,12 @@ from pcenet.data.findings import (
     much_ignored,
     passed_over,
 )
-from pcenet.data.images import decode_mask, inspect_image
+from pcenet.data.images import inspect_image
 from pcenet.data.mask_folders import Pair, PairLayout, find_pairs
 from pcenet.data.masks import (
     MaskClasses,
     check_ignore_index,
+    decode_mask,
     given_names,
     named_by_value,
     number_classes,

@@ -22,7 +22,6 @@ ORIENTATION = 0x0112  # EXIF's tag
 TURNED = range(2, 9)  # its values for images that are not upright
 SAMPLES, EXTRA_SAMPLES, ALPHA = 277, 338, (1, 2, 999)  # TIFF's tags; values of the latter for transparency
 USED_BANDS = {"RGB": 3, "RGBA": 3, "LAB": 3, "CMYK": 4}  # by mode; of the others one
-SPREAD = {"L;2": 85, "L;4": 17}  # by raw mode: the factor by which Pillow spreads grey over 0 to 255
 
 
 class Inspection(NamedTuple):
@@ -71,7 +70,7 @@ def decode_image(
             (``pcenet.data.limits``), has more bands than are used, or values of more than 8 bits that use hardly any
             of their range, or floating-point pixels, whose range is unknown.
     """
-    return _decode(data, name, partial(_to_rgb, grey_range=grey_range), max_pixels, formats)
+    return decode(data, name, partial(_to_rgb, grey_range=grey_range), max_pixels, formats)
 
 
 def picture_of(image: Image.Image, name: str, *, grey_range: GreyRange | None = None) -> Image.Image:
@@ -88,32 +87,17 @@ def picture_of(image: Image.Image, name: str, *, grey_range: GreyRange | None = 
 
 def inspect_image(data: bytes, name: str, *, grey_range: GreyRange | None = None) -> Inspection:
     """``decode_image``, and what it passes over in silence. Arguments and errors are the same."""
-    return _decode(data, name, partial(_inspect, grey_range=grey_range))
+    return decode(data, name, partial(_inspect, grey_range=grey_range))
 
 
-def decode_mask(data: bytes, name: str) -> Image.Image:
-    """Decode one mask to an upright image in mode L whose pixels are the file's values.
-
-    Read are PNG files, grey (of 1, 2, 4, 8 or 16 bits) or with a palette, of which the index is the value. Other
-    formats lose values (JPEG), or turn them round or scale them by what their header says.
-
-    Args:
-        data: the file's content.
-        name: what to call the file in an error.
-
-    Raises:
-        DataError: as ``decode_image``; the mask is no PNG, has colours, or a value over 255.
-    """
-    return _decode(data, name, _to_values, formats=("PNG",))
-
-
-def _decode(
+def decode(
     data: bytes,
     name: str,
     convert: Callable[[Image.Image], T],
     max_pixels: int | None = None,
     formats: tuple[str, ...] = FORMATS,
 ) -> T:
+    """What ``convert`` makes of the image in a file; whatever goes wrong is a `DataError` with the name of the file."""
     limit, limit_name = _limit(max_pixels)
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
@@ -237,19 +221,3 @@ def _rgb_of(picture: Image.Image | Grey, grey_range: GreyRange | None) -> Image.
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def _to_values(image: Image.Image) -> Image.Image:
-    factor = SPREAD.get(packing(image)[0], 1)
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "L":
-        return image.point([value // factor for value in range(256)])
-    if image.mode not in ("1", "P", "I") and not image.mode.startswith("I;16"):
-        raise ValueError(
-            f"its mode is {image.mode}; a mask has one channel of whole numbers, the class of each pixel:"
-            f" save it as a grey or palette PNG, not as the colours that stand for the classes"
-        )
-    values = np.asarray(image)
-    if values.max() > 255:
-        raise ValueError(f"it has the value {values.max()}; the values of a mask are 0 to 255")
-    return Image.fromarray(values.astype(np.uint8))

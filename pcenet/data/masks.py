@@ -1,4 +1,4 @@
-"""Images with masks out of a folder or archive: which mask value is which class."""
+"""Masks: decoding them, and which of their values is which class; images with masks out of a folder or archive."""
 
 from __future__ import annotations
 
@@ -7,16 +7,52 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 from pcenet.choices import NOTHING_IGNORED, GreyRange, IgnoreIndex, Split
 from pcenet.data.base import IGNORE, DataError, SegmentationSource
 from pcenet.data.files import FileTree
-from pcenet.data.images import decode_image, decode_mask
+from pcenet.data.grey import packing
+from pcenet.data.images import decode, decode_image
 from pcenet.data.limits import LARGEST_FILE
 from pcenet.data.mask_folders import Pair, PairLayout, read_pairs
 from pcenet.data.names import one_form
 from pcenet.reading import check_regular
+
+SPREAD = {"L;2": 85, "L;4": 17}  # by raw mode: the factor by which Pillow spreads grey over 0 to 255
+
+
+def decode_mask(data: bytes, name: str) -> Image.Image:
+    """Decode one mask to an upright image in mode L whose pixels are the file's values.
+
+    Read are PNG files, grey (of 1, 2, 4, 8 or 16 bits) or with a palette, of which the index is the value. Other
+    formats lose values (JPEG), or turn them round or scale them by what their header says.
+
+    Args:
+        data: the file's content.
+        name: what to call the file in an error.
+
+    Raises:
+        DataError: as ``decode_image``; the mask is no PNG, has colours, or a value over 255.
+    """
+    return decode(data, name, _to_values, formats=("PNG",))
+
+
+def _to_values(image: Image.Image) -> Image.Image:
+    factor = SPREAD.get(packing(image)[0], 1)
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "L":
+        return image.point([value // factor for value in range(256)])
+    if image.mode not in ("1", "P", "I") and not image.mode.startswith("I;16"):
+        raise ValueError(
+            f"its mode is {image.mode}; a mask has one channel of whole numbers, the class of each pixel:"
+            f" save it as a grey or palette PNG, not as the colours that stand for the classes"
+        )
+    values = np.asarray(image)
+    if values.max() > 255:
+        raise ValueError(f"it has the value {values.max()}; the values of a mask are 0 to 255")
+    return Image.fromarray(values.astype(np.uint8))
 
 
 @dataclass(frozen=True)

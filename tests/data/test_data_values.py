@@ -13,7 +13,8 @@ from handmade import COLOUR, COLOUR_ALPHA, GREY, GREY_ALPHA, PALETTE, png, tiff
 from PIL import Image
 
 from pcenet.data import DataError, check_data, open_segmentation_source, open_source
-from pcenet.data.images import decode_image, decode_mask, inspect_image
+from pcenet.data.images import decode_image, inspect_image
+from pcenet.data.masks import decode_mask
 
 SHADES = np.arange(256).reshape(16, 16)  # an image of 8 bits
 
