@@ -1,7 +1,7 @@
 """The commands as functions: ``pcenet.train(data="pictures", model="pce_nano", epochs=15)``.
 
-Options are those of the commands, with underscores, and have their defaults; what the commands print, these print. But
-`predict` keeps its results in memory, and takes the options of a network's method ``predict``.
+Options have the commands' names, with underscores, and the same defaults; the functions print what the commands print.
+The exception is `predict`: it prints nothing, returns its results, and takes the options of a network's ``predict``.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def train(**options: Any) -> TrainedRun:
     ``run = pcenet.train(data="pictures", model="pce_nano", epochs=15)``, then ``run.score``, ``run.model``.
 
     Args:
-        options: those of ``pcenet train``: ``data``, ``model``, ``epochs``, ``lr``, ``out``, ``resume`` ... Without
-            ``task`` it is that of the data.
+        options: those of ``pcenet train``: ``data``, ``model``, ``epochs``, ``lr``, ``out``, ``resume`` ... ``task`` is
+            inferred from the data by default.
 
     Returns:
         The run: its path, score and network.
@@ -92,7 +92,7 @@ def config_of(config_class: type[C], options: Mapping[str, Any]) -> C:
     Raises:
         TypeError: for an option that there is not; names the nearest.
     """
-    known = [item.name for item in fields(config_class)]  # type: ignore[arg-type]
+    known = [item.name for item in fields(config_class)]  # type: ignore[arg-type] # all configs are dataclasses
     for name in options:
         if name not in known:
             raise TypeError(f"unknown option {name!r}{did_you_mean(name, known)}")

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from pcenet.analysis import redirect
 from pcenet.analysis.interventions import Redirect
 from pcenet.choices import Precision
-from pcenet.data import Transform, cover_transform
 from pcenet.models import SavableModel
-from pcenet.models.preprocessing import image_size, preprocessing
+from pcenet.models.preprocessing import preprocessing
 from pcenet.nn import Routing, record_routing, routers_of
 from pcenet.runtime.device import autocast
-from pcenet.tasks.classification import eval_transform_of
+from pcenet.tasks import get_task
 from pcenet.tasks.pixels import upsample
 
 Floats = npt.NDArray[np.float32]
@@ -214,7 +213,7 @@ class Explorer:
         self.classes = tuple(classes)
         self.device = device
         self.precision: Precision = precision
-        self._transform = transform_of(model)
+        self._transform = get_task(model.task).image_transform(model)
         self._pass = Lock()  # hooks on the network are every thread's
         if not any(routers_of(model)):
             raise ValueError(
@@ -309,14 +308,6 @@ class Explorer:
     def reset(self, visit: Visit) -> Visit:
         """Let the router choose for all patches again."""
         return replace(visit, moves={}, after=visit.before)
-
-
-def transform_of(model: SavableModel) -> Transform:
-    """What prepares an image, as ``pcenet eval`` does."""
-    if model.task == "classify":
-        return eval_transform_of(model)
-    values = preprocessing(model)
-    return cover_transform(image_size(model), mean=values["mean"], std=values["std"])
 
 
 def fitted(image: Image.Image, side: int) -> Image.Image:

@@ -1,7 +1,7 @@
 """All faults of a data set at once: what training would refuse, and what it would pass over in silence.
 
-``pcenet check-data``. The rules are those of the sources themselves, in `class_folders`, `mask_folders`, `images` and
-`masks`; here none of them stops the search.
+This is ``pcenet check-data``. It applies the rules that loading applies (`class_folders`, `mask_folders`, `images`,
+`masks`), but collects every violation instead of stopping at the first.
 """
 
 from __future__ import annotations

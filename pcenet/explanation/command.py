@@ -20,7 +20,7 @@ from pcenet.analysis.agreement import VIEWS, Pixels
 from pcenet.analysis.effects import Targets, standard_interventions, tallies
 from pcenet.catalogue import bundled
 from pcenet.choices import GreyRange
-from pcenet.data import Transform, cover_transform, first_images
+from pcenet.data import first_images
 from pcenet.explanation.config import ExplainConfig
 from pcenet.explanation.drawing import Shown, draw
 from pcenet.explanation.findings import points, row_label, summary
@@ -30,7 +30,7 @@ from pcenet.explanation.study import study
 from pcenet.inference.inputs import InputFile, find_inputs
 from pcenet.inference.outputs import output_folder
 from pcenet.models import SavableModel, twin_of
-from pcenet.models.preprocessing import cost_of, image_size, preprocessing
+from pcenet.models.preprocessing import cost_of, preprocessing
 from pcenet.nn import routers_of
 from pcenet.reporting.numbers import in_prose, share_text
 from pcenet.reporting.plots import Row, layers_of, new_figure
@@ -38,7 +38,6 @@ from pcenet.reporting.tables import console
 from pcenet.runs.folder import RunFolder
 from pcenet.runs.records import read_rows
 from pcenet.runtime.device import autocast, resolve_device, resolve_precision, resolve_workers, set_threads
-from pcenet.tasks.classification import eval_transform_of
 from pcenet.tasks.evaluation import Trained, eval_batch_size, open_trained
 from pcenet.tasks.pixels import upsample
 from pcenet.texts import say
@@ -221,7 +220,7 @@ class Work:
     @torch.inference_mode()
     def _shown(self, image: Image.Image, name: str, truth: str | None = None, mask: Image.Image | None = None) -> Shown:
         model = self.trained.model
-        inputs = self._transform(image)[None]
+        inputs = self.trained.task.image_transform(self.trained.model)(image)[None]
         with observe(model) as seen:
             logits = self.forward(model, inputs)[0]
         pixels = self.pixels.of(inputs)[0]
@@ -234,14 +233,6 @@ class Work:
         masks = {kind: values.view(image.height, image.width) for kind, values in masks.items()}
         masks["prediction"] = upsample(logits, (pixels.shape[1], pixels.shape[2])).argmax(0)
         return Shown(name, "", pixels, dict(seen), masks)
-
-    @property
-    def _transform(self) -> Transform:
-        model = self.trained.model
-        if model.task == "classify":
-            return eval_transform_of(model)
-        values = preprocessing(model)
-        return cover_transform(image_size(model), mean=values["mean"], std=values["std"])
 
     def _place(self, model: SavableModel) -> None:
         model.to(self.device).to(memory_format=torch.channels_last).eval()

@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 
-from pcenet.data import Transform
 from pcenet.inference.batches import Batch
 from pcenet.inference.network import Grids, Network
 from pcenet.inference.outputs import Row
 from pcenet.reporting.numbers import percent
-from pcenet.tasks.classification import eval_transform_of
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,6 @@ class Classifier:
     top: int
 
     headings = ("file", "label", "probability")
-
-    @property
-    def transform(self) -> Transform:
-        """What prepares an image, as `pcenet eval` does."""
-        return eval_transform_of(self.network.model)
 
     @property
     def columns(self) -> list[str]:

@@ -25,6 +25,7 @@ from pcenet.reporting.colours import legend
 from pcenet.reporting.tables import console
 from pcenet.runs.finding import find_model
 from pcenet.runtime.device import resolve_device, resolve_precision, resolve_workers, set_threads
+from pcenet.tasks import get_task
 from pcenet.tasks.evaluation import eval_batch_size
 from pcenet.texts import one_line, say
 from pcenet.writing import filling
@@ -76,7 +77,7 @@ def predict(config: PredictConfig) -> Predicted:
         predictor = make_predictor(network, config, place)
         batches = read_batches(
             files,
-            predictor.transform,
+            get_task(model.task).image_transform(model),
             batch_size=config.batch_size or eval_batch_size(model),
             workers=resolve_workers(config.workers, device),
         )

@@ -17,17 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from pcenet.choices import GreyRange, Precision
-from pcenet.data import Transform, cover_transform
 from pcenet.data.images import picture_of
 from pcenet.inference.batches import read_batches
 from pcenet.inference.inputs import InputFile, LeftOut, find_inputs
 from pcenet.inference.network import Network
 from pcenet.models import SavableModel
-from pcenet.models.preprocessing import image_size, preprocessing
 from pcenet.reporting.colours import palette
 from pcenet.reporting.numbers import percent
 from pcenet.runtime.device import resolve_precision
-from pcenet.tasks.classification import eval_transform_of
+from pcenet.tasks import get_task
 from pcenet.tasks.evaluation import eval_batch_size
 from pcenet.tasks.pixels import classes_at
 from pcenet.texts import valid
@@ -207,7 +205,9 @@ def predict_images(
     device = next(model.parameters()).device
     classes = list(model.class_names or map(str, range(model.num_classes)))
     network = Network(model, classes, True, device, resolve_precision(precision or "auto", device))
-    batches = read_batches(files, transform_of(model), batch_size=batch_size or eval_batch_size(model), workers=0)
+    batches = read_batches(
+        files, get_task(model.task).image_transform(model), batch_size=batch_size or eval_batch_size(model), workers=0
+    )
     modes = [(module, module.training) for module in model.modules()]
     items: list[Prediction | Segmentation] = []
     model.eval()
@@ -236,14 +236,6 @@ def item_of(
     image = file.image()
     mask = classes_at(logits, (image.height, image.width)).cpu().numpy()
     return Segmentation(file.file, mask, classes, experts, file)
-
-
-def transform_of(model: SavableModel) -> Transform:
-    """What prepares an image for a network, as ``pcenet eval`` does."""
-    if model.task == "classify":
-        return eval_transform_of(model)
-    values = preprocessing(model)
-    return cover_transform(image_size(model), mean=values["mean"], std=values["std"])
 
 
 def given_images(inputs: Any, model: SavableModel) -> tuple[list[Any], list[LeftOut]]:

@@ -11,12 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pcenet.data import Transform, cover_transform
 from pcenet.inference.batches import Batch
 from pcenet.inference.inputs import InputFile
 from pcenet.inference.network import Grids, Network
 from pcenet.inference.outputs import OutputNames, Row
-from pcenet.models.preprocessing import image_size, preprocessing
 from pcenet.reporting.colours import palette
 from pcenet.reporting.numbers import percent
 from pcenet.tasks.pixels import classes_at
@@ -42,12 +40,6 @@ class Segmenter:
     names: OutputNames = field(default_factory=lambda: OutputNames(PICTURES))
 
     headings = ("file", "largest shares")
-
-    @property
-    def transform(self) -> Transform:
-        """What prepares an image, as `pcenet eval` does."""
-        values = preprocessing(self.network.model)
-        return cover_transform(image_size(self.network.model), mean=values["mean"], std=values["std"])
 
     @property
     def columns(self) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -82,6 +83,10 @@ class Task(ABC):
         self, model: nn.Module, source: Any, *, batch_size: int, workers: int, pin_memory: bool = False
     ) -> DataLoader[Any]:
         """Plain batches, prepared as the model's ``pretrained_cfg`` says, in order."""
+
+    @abstractmethod
+    def image_transform(self, model: nn.Module) -> Callable[[Image.Image], Tensor]:
+        """What prepares a single image, as ``pcenet eval`` does."""
 
     @abstractmethod
     def images_of(self, batches: Iterable[Any]) -> Iterator[Tensor]:

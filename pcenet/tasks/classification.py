@@ -122,6 +122,10 @@ class Classification(Task):
         """Plain batches, in order."""
         return model_loader(model, source, batch_size=batch_size, workers=workers, pin_memory=pin_memory)
 
+    def image_transform(self, model: nn.Module) -> data.Transform:
+        """Resized and cropped to the network's square."""
+        return eval_transform_of(model)
+
     def images_of(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
         """The images ``[B, 3, h, w]`` of `eval_loader`'s batches."""
         return (images for images, _ in batches)

@@ -158,6 +158,11 @@ class Segmentation(Task):
             source, transform, batch_size=batch_size, train=False, workers=workers, pin_memory=pin_memory
         )
 
+    def image_transform(self, model: nn.Module) -> data.Transform:
+        """Enlarged or reduced so that it covers the network's rectangle."""
+        values = preprocessing(model)
+        return data.cover_transform(image_size(model), mean=values["mean"], std=values["std"])
+
     def images_of(self, batches: Iterable[PixelBatches]) -> Iterator[Tensor]:
         """The images ``[B, 3, h, w]`` of `eval_loader`'s batches."""
         return (images for batch in batches for images, _ in batch)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pcenet.data import EpochSampler
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder
 from pcenet.runtime.device import resolve_device, set_threads
@@ -95,9 +96,11 @@ def find_lr(run: Run) -> float:
 
 def endless(run: Run) -> Iterator[Any]:
     """A run's training batches, epoch after epoch."""
+    loader = run.loaders["train"]
+    assert isinstance(loader.sampler, EpochSampler)
     for epoch in count():
-        run.loaders["train"].sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-        yield from run.loaders["train"]
+        loader.sampler.set_epoch(epoch)
+        yield from loader
 
 
 def find_batch_size(run: Run) -> int:

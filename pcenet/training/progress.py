@@ -50,13 +50,13 @@ class RunBar:
         """Go on by some batches; the last one's loss is read where it is shown alone: on a GPU that waits for it."""
         self.done += batches
         if self.shown:
-            self._draw(loss=float(loss))
+            self.progress.update(self.task, loss=float(loss))
+            self._draw()
 
-    def _draw(self, **fields: float) -> None:
+    def _draw(self) -> None:
         self.progress.update(
             self.task,
             description=f"epoch {self.epoch + 1}/{self.epochs}, batch {self.done}/{self.batches}",
             completed=self.epoch * self.batches + self.done,
             total=self.epochs * self.batches,
-            **fields,  # type: ignore[arg-type]
         )

@@ -21,4 +21,4 @@ def test_where_nothing_is_shown_no_loss_is_read() -> None:
         def __float__(self) -> float:
             raise AssertionError("it was read")
 
-    RunBar(3, shown=False).advance(1, Unread())  # type: ignore[arg-type]
+    RunBar(3, shown=False).advance(1, Unread())  # type: ignore[arg-type] # no tensor, so that reading it fails
