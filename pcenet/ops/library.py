@@ -11,20 +11,18 @@ Where there is none everything runs on the reference, in plain torch. ``PCENET_O
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pcenet.ops import build
+from pcenet.ops import build, schemas
 
 VARIABLE = "PCENET_OPS"
 CHOICES = ("auto", "required", "reference", *build.SETS)
@@ -197,7 +195,8 @@ def load() -> Library:
 
 
 def _open(path: Path) -> Library | None:
-    """Load a library into the process, and register its operators; None where the system refuses."""
+    """Load a library into the process; None where the system refuses."""
+    schemas.register()
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -208,7 +207,6 @@ def _open(path: Path) -> Library | None:
     names = [functions.pcenet_set(number) for number in range(len(build.SETS))]
     sets = tuple(name.decode() for name in names if name is not None)
     runnable = tuple(name for number, name in enumerate(sets) if functions.pcenet_runs(number))
-    _register()
     return Library(path, functions, sets, runnable)
 
 
@@ -234,79 +232,6 @@ def lowering(convolution: Callable[..., Tensor]) -> Iterator[None]:
 def lowered() -> Callable[..., Tensor] | None:
     """The function that `lowering` set, while torch.export traces."""
     return getattr(_here, "lowered", None) if torch.compiler.is_exporting() else None
-
-
-@functools.cache  # torch takes each once per process
-def _register() -> None:
-    """Tell torch's tracers what shapes the operators return, all in float32, and its FlopCounterMode what they multiply
-    and add."""
-    from torch.utils.flop_counter import register_flop_formula
-
-    for name, shapes in SHAPES.items():
-
-        def fake(*inputs: Any, shapes: Callable[..., Any] = shapes) -> Any:
-            found = shapes(*inputs)
-            outs = [inputs[0].new_empty(shape, dtype=torch.float32) for shape in found]
-            return outs[0] if len(outs) == 1 else tuple(outs)
-
-        torch.library.register_fake(f"pcenet::{name}", fake)
-    for name, flops in FLOPS.items():
-
-        def formula(*shapes: Any, flops: Callable[..., int] = flops, **_: Any) -> int:
-            return flops(*shapes)
-
-        register_flop_formula(getattr(torch.ops.pcenet, name))(formula)
-
-
-def _patches(x: Any, size: int) -> int:
-    return x[0] * -(-x[1] // size) * -(-x[2] // size)
-
-
-# Of each operator's inputs, the shapes of its outputs. Maps are pixels [B, H, W, C].
-SHAPES: dict[str, Callable[..., Any]] = {
-    "patch_conv2d": lambda x, weight, *_: [(*x.shape[:3], weight.shape[1])],
-    "patch_conv2d_input_grad": lambda grad, weight, *_: [(*grad.shape[:3], weight.shape[2])],
-    "patch_conv2d_weight_grad": lambda grad, x, _, __, ___, experts, kernel: [
-        (experts, grad.shape[3], kernel, kernel, x.shape[3])
-    ],
-    "patch_affine": lambda x, *_: [x.shape],
-    "expert_moments": lambda x, _, __, experts: [(experts,), *[(experts, x.shape[3])] * 2],
-    "patch_affine_sums": lambda _, x, expert, __, experts, *___: [*[(experts, x.shape[3])] * 2, expert.shape],
-    "patch_affine_input_grad": lambda _, x, *__: [x.shape],
-    "balancing_bias": lambda logits, *_: [logits.shape[1:]],
-    "expert_block": lambda x, _, __, *parts: [(*x.shape[:3], parts[5].shape[1])],
-    "patch_perceptron": lambda x, weight, *others: [(_patches(x.shape, others[3]), weight.shape[0])],
-    "patch_logits": lambda x, *others: [(_patches(x.shape, others[4]), others[5].shape[0])],
-    "patch_perceptron_backward": lambda _, x, weight, *others: [
-        x.shape if others[-1] else (0,),
-        (weight.shape[0], x.shape[3]),
-        *[(size, weight.shape[0]) for size in x.shape[1:3]],
-    ],
-}
-
-
-def _convolution_flops(pixels: Any, weight: Any) -> int:
-    return 2 * math.prod(pixels[:3]) * math.prod(weight[1:])
-
-
-def _perceptron_flops(x: Any, weight: Any) -> int:
-    content, position = math.prod(x[:3]) * x[3], (x[1] + x[2]) * (weight[1] - x[3])
-    return 2 * weight[0] * (content + position)
-
-
-# Likewise, of their shapes.
-FLOPS: dict[str, Callable[..., int]] = {
-    "patch_conv2d": lambda x, weight, *_: _convolution_flops(x, weight),
-    "patch_conv2d_input_grad": lambda grad, weight, *_: _convolution_flops(grad, weight),
-    "patch_conv2d_weight_grad": lambda grad, x, *others: _convolution_flops(x, (0, grad[3], x[3], *[others[-1]] * 2)),
-    "expert_block": lambda x, _, __, *parts: _convolution_flops(x, parts[0]) + _convolution_flops(x, parts[5]),
-    "patch_perceptron": lambda x, weight, *_: _perceptron_flops(x, weight),
-    "patch_logits": lambda x, weight, *others: (
-        _perceptron_flops(x, weight) + 2 * _patches(x, others[3]) * math.prod(others[4])
-    ),
-    # The first layer is computed again, then for the weight, and perhaps for x.
-    "patch_perceptron_backward": lambda _, x, weight, *others: (2 + others[-1]) * _perceptron_flops(x, weight),
-}
 
 
 def _renew_lock() -> None:

@@ -673,31 +673,7 @@ Tensor balancing_bias(const Tensor &logits, int64_t top_k, int64_t sweeps, doubl
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(pcenet, m) {
-  m.def("patch_conv2d(Tensor x, Tensor weight, Tensor? base, Tensor expert, int patch_size, bool neighbours, Tensor? scale, "
-        "Tensor? shift, bool gelu, Tensor? gate, Tensor? residual) -> Tensor");
-  m.def("patch_conv2d_input_grad(Tensor grad, Tensor weight, Tensor? base, Tensor expert, int patch_size, "
-        "bool neighbours) -> Tensor");
-  m.def("patch_conv2d_weight_grad(Tensor grad, Tensor x, Tensor expert, int patch_size, bool neighbours, "
-        "int num_experts, int kernel_size) -> Tensor");
-  m.def("patch_affine(Tensor x, Tensor expert, int patch_size, Tensor? scale, Tensor? shift, bool gelu, Tensor? gate, "
-        "Tensor? residual) -> Tensor");
-  m.def("expert_moments(Tensor x, Tensor expert, int patch_size, int num_experts) -> (Tensor, Tensor, Tensor)");
-  m.def("patch_affine_sums(Tensor grad, Tensor x, Tensor expert, int patch_size, int num_experts, Tensor? scale, "
-        "Tensor? shift, bool gelu, Tensor? gate, Tensor? centre) -> (Tensor, Tensor, Tensor)");
-  m.def("patch_affine_input_grad(Tensor grad, Tensor x, Tensor expert, int patch_size, Tensor? scale, Tensor? shift, "
-        "bool gelu, Tensor? gate, Tensor? slope, Tensor? offset) -> Tensor");
-  m.def("balancing_bias(Tensor logits, int top_k, int sweeps, float damping) -> Tensor");
-  m.def("expert_block(Tensor x, Tensor expert, int patch_size, Tensor weight1, Tensor? base1, Tensor[] norm1, "
-        "float eps1, bool neighbours1, Tensor weight2, Tensor? base2, Tensor[] norm2, float eps2, bool neighbours2, "
-        "Tensor? gate, Tensor? residual) -> Tensor");
-  m.def("patch_perceptron(Tensor x, Tensor weight, Tensor bias, Tensor rows, Tensor columns, int patch_size) -> Tensor");
-  m.def("patch_logits(Tensor x, Tensor weight, Tensor bias, Tensor rows, Tensor columns, int patch_size, Tensor weight2, "
-        "Tensor bias2, Tensor? expert_bias, Tensor? centring) -> Tensor");
-  m.def("patch_perceptron_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor rows, Tensor columns, "
-        "int patch_size, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
+// Declared in schemas.py.
 STABLE_TORCH_LIBRARY_IMPL(pcenet, CPU, m) {
   m.impl("patch_conv2d", TORCH_BOX(&patch_conv2d));
   m.impl("patch_conv2d_input_grad", TORCH_BOX(&patch_conv2d_input_grad));
