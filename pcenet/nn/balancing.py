@@ -33,7 +33,7 @@ def balancing_bias(logits: Tensor, top_k: int = 1) -> Tensor:
     if share >= num_patches or top_k == num_experts:  # too few patches to tell, or everybody gets all
         return logits.new_zeros(num_experts)
     # The same in one operator, at less than half of the time.
-    if logits.dtype == torch.float32 and library.takes(logits) and not transforming():
+    if logits.dtype == torch.float32 and library.takes("balancing_bias", logits) and not transforming():
         return torch.ops.pcenet.balancing_bias(logits.contiguous(), top_k, SWEEPS, DAMPING)
     bias = -logits.mean(dim=0)
     for _ in range(SWEEPS):

@@ -1,6 +1,7 @@
-"""The compiled library's operators, called with tensors as it takes them, and their gradients.
+"""Kernels, called with tensors as they take them, and their gradients.
 
-It computes in float32 on pixels ``[B, H, W, C]``; other types are converted here. Axes as in `pcenet.ops.functional`.
+All compute on pixels ``[B, H, W, C]``, the compiled library in float32 alone: what is of another type is converted
+here. Axes as in `pcenet.ops.functional`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pcenet.ops.reference import Affine
 OPS = torch.ops.pcenet
 
 
-def runs(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the compiled library computes an operator on these tensors, those of them that there are."""
-    return library.takes(x, *others) and not transforming()
+def runs(operator: str, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether kernels compute an operator on these tensors, those of them that there are."""
+    return library.takes(operator, x, *others) and not transforming()
 
 
 def transforming() -> bool:
@@ -47,8 +48,9 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def _pixels(x: Tensor) -> Tensor:
-    """A map as the library takes it; of one in float32 that is channels-last, a view."""
-    return x.permute(0, 2, 3, 1).float().contiguous()
+    """A map as kernels take it; of a channels-last one, in a type in which they compute, a view."""
+    pixels = x.permute(0, 2, 3, 1)
+    return (pixels if library.kernels_on(x.device.type) == "triton" else pixels.float()).contiguous()
 
 
 def _map(pixels: Tensor, dtype: torch.dtype) -> Tensor:
@@ -56,7 +58,7 @@ def _map(pixels: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _kernel(weight: Tensor | None) -> Tensor | None:
-    """A weight as the library takes it, with taps in equal steps, in whatever layout."""
+    """A weight as kernels take it, with taps in equal steps, in whatever layout."""
     if weight is None:
         return None
     rows, columns = weight.stride()[-2:]

@@ -8,8 +8,9 @@ a private matter of a backend.
 Axes: B images, C channels in, D channels out, H x W the map, N patches, E experts, S patch side, K kernel side. With k
 experts per patch there are k*B images, one map for each choice: ``torch.cat([x] * k)`` and experts ``[k * N]``.
 
-Where the compiled library runs (`pcenet.ops.backend`), `pcenet.ops.compiled` calls its operators, with gradients of
-their own; everything else, second derivatives and transforms of `torch.func` among it, takes `pcenet.ops.reference`.
+Where kernels run, the compiled library's or Triton's (`pcenet.ops.backend`), `pcenet.ops.compiled` calls them, with
+gradients of their own; everything else, second derivatives and transforms of `torch.func` among it, takes
+`pcenet.ops.reference`.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ def patch_conv2d(
         return lowered(x, weight, expert, patch_size, neighbours, base=base, then=then or Affine())
     x = autocast(x)
     inputs = (x, weight, base, expert, patch_size, neighbours)
-    if not runs(x, weight):
+    if not runs("patch_conv2d", x, weight):
         out = reference.patch_conv2d(*inputs)
-    elif tracked(x, weight, base, *(then or ())) or (then is not None and not runs(x, then.residual)):
+    elif tracked(x, weight, base, *(then or ())) or (then is not None and not runs("patch_conv2d", x, then.residual)):
         out = compiled.apply(compiled.CONVOLUTION, *inputs)
     else:
         return compiled.patch_conv2d(*inputs, then)
@@ -66,7 +67,11 @@ def patch_conv2d(
 def patch_affine(x: Tensor, expert: Tensor, patch_size: int, affine: Affine) -> Tensor:
     """Scale and shift each patch of a map ``[B, C, H, W]`` by what its expert has, and what else `Affine` says."""
     inputs = (x, expert, patch_size, *affine)
-    return compiled.apply(compiled.AFFINE, *inputs) if runs(x, affine.residual) else reference.patch_affine(*inputs)
+    return (
+        compiled.apply(compiled.AFFINE, *inputs)
+        if runs("patch_affine", x, affine.residual)
+        else reference.patch_affine(*inputs)
+    )
 
 
 class ConvNorm(NamedTuple):
@@ -100,7 +105,7 @@ def expert_block(
     needs a gradient."""
     x = autocast(x)
     tensors = (first.weight, first.base, *first.norm, second.weight, second.base, *second.norm, gate, residual)
-    if runs(x, first.weight, residual) and not tracked(x, *tensors):
+    if runs("expert_block", x, first.weight, residual) and not tracked(x, *tensors):
         return compiled.expert_block(x, expert, patch_size, first, second, gate, residual)
     hidden = Affine(*affine_of(*first.norm, first.eps), gelu=True)
     out = Affine(*affine_of(*second.norm, second.eps), gate=gate, residual=residual)
@@ -122,7 +127,7 @@ def expert_moments(x: Tensor, expert: Tensor, patch_size: int, num_experts: int)
     Differentiable where the reference runs; `expert_norm` needs no gradient of it elsewhere.
     """
     inputs = (x, expert, patch_size, num_experts)
-    return compiled.expert_moments(*inputs) if runs(x) else reference.expert_moments(*inputs)
+    return compiled.expert_moments(*inputs) if runs("expert_moments", x) else reference.expert_moments(*inputs)
 
 
 class Normed(NamedTuple):
@@ -164,7 +169,7 @@ def expert_norm(
         total: sums a tensor over all processes that train together, where statistics are theirs; differentiable.
     """
     parts = (gelu, gate, residual)
-    if not runs(x, residual) or weight.dtype == torch.float64:
+    if not runs("patch_affine", x, residual) or weight.dtype == torch.float64:
         out, moments = reference.expert_norm(x, weight, bias, expert, patch_size, *parts, *running, eps, total)
     else:
         own = compiled.expert_moments(x, expert, patch_size, len(weight))
@@ -192,7 +197,7 @@ def patch_perceptron(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, colu
         ``[N, D]``.
     """
     inputs = (x, weight, bias, rows, columns, patch_size)
-    if runs(x, weight) and x.dtype == torch.float32:
+    if runs("patch_perceptron", x, weight) and x.dtype == torch.float32:
         return compiled.apply(compiled.PERCEPTRON, *inputs)
     return reference.patch_perceptron(*inputs)
 
@@ -221,7 +226,7 @@ def patch_logits(
     Returns:
         ``[N, E]``.
     """
-    if runs(x, weight) and x.dtype == torch.float32 and not tracked(x, *hidden, weight, bias):
+    if runs("patch_logits", x, weight) and x.dtype == torch.float32 and not tracked(x, *hidden, weight, bias):
         return compiled.patch_logits(x, hidden, patch_size, weight, bias, expert_bias, centring)
     logits = F.linear(patch_perceptron(x, *hidden, patch_size), weight, bias)
     return logits if expert_bias is None or centring is None else centred(logits, x.shape[0], expert_bias, centring)

@@ -1,11 +1,13 @@
-"""The compiled library: found, or compiled at first use; loaded once per process; what runs, and why.
+"""The compiled library: found, or compiled at first use; loaded once per process; what runs where, and why.
 
-Where there is none everything runs on the reference, in plain torch. ``PCENET_OPS`` may say what is to run:
+What has no kernels runs on the reference, in plain torch. ``PCENET_OPS`` may say what is to run:
 
 - ``auto``, the default: the best instruction set that the processor has, else the reference;
 - ``required``: the same, but that there is no library is an error;
 - ``reference``: plain torch;
-- the name of an instruction set (``pcenet.ops.build.SETS``): that one, or an error.
+- the name of an instruction set (``pcenet.ops.build.SETS``): that one, or an error;
+- ``triton``: the Triton kernels (`pcenet.ops.gpu`) on a GPU, and on the processor as with ``auto``. They have never run
+  on a GPU, and so run only where they are asked for. Under ``TRITON_INTERPRET=1`` they compute on the processor.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from torch import Tensor
 from pcenet.ops import build, schemas
 
 VARIABLE = "PCENET_OPS"
-CHOICES = ("auto", "required", "reference", *build.SETS)
+CHOICES = ("auto", "required", "reference", "triton", *build.SETS)
 OLDEST_TORCH = "2.10"  # its stable interface is what the library is compiled against
 REFERENCE_COST = 1.8  # times that pce_nano's training step takes on the reference, on a processor with AVX2
-TYPES = (torch.float32, torch.bfloat16)
+TYPES = {"cpu": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +52,17 @@ class Library(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What runs: an instruction set, or, for None, the reference, with the reason."""
+    """What runs.
+
+    Attributes:
+        instructions: an instruction set on the processor, or, for None, the reference,
+        reason: with the reason.
+        triton: the kinds of devices on which the Triton kernels run.
+    """
 
     instructions: str | None
     reason: str | None = None
+    triton: tuple[str, ...] = ()
 
 
 _library: Library | None = None
@@ -63,15 +72,18 @@ _here = threading.local()
 
 
 def backend() -> str:
-    """What computes on the processor: ``"cpu (avx2)"``, or another instruction set, or ``"reference"``.
+    """What computes on the processor: ``"cpu (avx2)"``, or another instruction set, ``"reference"``, or, for tests,
+    ``"triton (interpreted)"``.
 
     The first call in a process decides, loads, and may compile, for up to a minute.
 
     Raises:
         ValueError: if ``PCENET_OPS`` has a wrong value, or one that cannot be had here.
     """
-    instructions = choice().instructions
-    return f"cpu ({instructions})" if instructions else "reference"
+    found = choice()
+    if "cpu" in found.triton:
+        return "triton (interpreted)"
+    return f"cpu ({found.instructions})" if found.instructions else "reference"
 
 
 def why_reference() -> str | None:
@@ -79,13 +91,17 @@ def why_reference() -> str | None:
     return choice().reason
 
 
-def compiled() -> bool:
-    """Whether the compiled operators run. Dynamo takes the answer for a constant: it cannot trace how it is found."""
-    return choice().instructions is not None
+def kernels_on(device: str) -> str | None:
+    """Whose kernels run on a kind of device: ``"cpu"`` for the compiled library's, ``"triton"``, or None. Dynamo takes
+    the answer for a constant: it cannot trace how it is found."""
+    found = choice()
+    if device in found.triton:
+        return "triton"
+    return "cpu" if device == "cpu" and found.instructions is not None else None
 
 
 # What torch.compiler.assume_constant_result does, which imports all of Dynamo first: seconds.
-compiled._dynamo_marked_constant = True  # type: ignore[attr-defined] # a mark on a function
+kernels_on._dynamo_marked_constant = True  # type: ignore[attr-defined] # a mark on a function
 
 
 def loaded() -> Library | None:
@@ -139,6 +155,10 @@ def use(name: str) -> Choice:
 def _choose(name: str) -> Choice:
     if name == "reference":
         return Choice(None, f"{VARIABLE}=reference")
+    if name == "triton":
+        devices = _triton_devices()
+        processor = Choice(None, "TRITON_INTERPRET=1") if "cpu" in devices else _choose("auto")
+        return processor._replace(triton=devices)
     try:
         if name in ("auto", "required"):
             _check_worth_loading()
@@ -154,6 +174,24 @@ def _choose(name: str) -> Choice:
         raise ValueError(f"{VARIABLE}={name}: {error}; {VARIABLE}=reference does without kernels") from error
     library.functions.pcenet_choose(library.sets.index(instructions))
     return Choice(instructions)
+
+
+def _triton_devices() -> tuple[str, ...]:
+    """The kinds of devices on which the Triton kernels can run here; they are made known to torch."""
+    try:
+        from triton import knobs
+    except ImportError as error:
+        raise ValueError(
+            f"{VARIABLE}=triton: Triton cannot be imported ({error}); it comes with torch for NVIDIA and AMD GPUs"
+        ) from error
+    from pcenet.ops import gpu
+
+    interpreted = bool(knobs.runtime.interpret)
+    if not interpreted and not torch.cuda.is_available():
+        raise ValueError(f"{VARIABLE}=triton: torch sees no GPU; TRITON_INTERPRET=1 computes on the processor, slowly")
+    device = "cpu" if interpreted else "cuda"
+    gpu.register(device)
+    return (device,)
 
 
 def _check_worth_loading() -> None:
@@ -210,11 +248,15 @@ def _open(path: Path) -> Library | None:
     return Library(path, functions, sets, runnable)
 
 
-def takes(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the compiled operators compute on a map, and on what belongs to it, where there is any; not where
+def takes(operator: str, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether kernels compute an operator on a map, and on what belongs to it, where there is any; not where
     torch.export looks on, whose programs run without this package."""
-    own = x.device.type == "cpu" and all(t is None or t.dtype in TYPES for t in (x, *others))
-    return own and not torch.compiler.is_exporting() and compiled()
+    if torch.compiler.is_exporting():
+        return False
+    kernels = kernels_on(x.device.type)
+    if kernels is None or (kernels == "triton" and operator not in schemas.OF_TRITON):
+        return False
+    return all(t is None or t.dtype in TYPES[kernels] for t in (x, *others))
 
 
 @contextmanager

@@ -50,11 +50,11 @@ class Slots(NamedTuple):
     of_patch: Tensor
 
 
-def fill_slots(expert: Tensor, num_experts: int) -> Slots:
-    """Sort patches into slots by their ``expert`` ``[N]``."""
+def fill_slots(expert: Tensor, num_experts: int, block: int | None = None) -> Slots:
+    """Sort patches into slots, ``block`` to a block, by their ``expert`` ``[N]``."""
     num_patches = expert.shape[0]
-    # A quarter of an expert's fair share bounds what is padded by a quarter of the work.
-    block = max(1, num_patches // (4 * num_experts))
+    if block is None:  # a quarter of an expert's fair share bounds what is padded by a quarter of the work
+        block = max(1, num_patches // (4 * num_experts))
     blocks = -(-num_patches // block) + num_experts
     patches = torch.arange(num_patches, device=expert.device)
     load = expert.new_zeros(num_experts + 1).scatter_add(0, expert + 1, torch.ones_like(expert))[1:]

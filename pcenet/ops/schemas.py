@@ -66,6 +66,17 @@ SHAPES: dict[str, Callable[..., Any]] = {
     ],
 }
 
+# Those that the Triton backend has.
+OF_TRITON = (
+    "patch_conv2d",
+    "patch_conv2d_input_grad",
+    "patch_conv2d_weight_grad",
+    "patch_affine",
+    "expert_moments",
+    "patch_affine_sums",
+    "patch_affine_input_grad",
+)
+
 # Those that make a map, and whether their last input is a residual.
 MAPS = {
     "patch_conv2d": True,

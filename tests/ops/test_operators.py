@@ -2,8 +2,9 @@
 
 Tolerances: a sum of n products in a type of precision eps is off by some ``eps * sqrt(n)`` of its size, because
 roundings fall up as often as down; twice that is allowed. What follows a sum (an activation, a factor, a difference)
-takes ten roundings more at most, GELU's approximation among them, which is good to 1e-7. In bfloat16 a compiled
-operator sums in float32 and rounds once; the reference rounds between its operators.
+takes ten roundings more at most, GELU's approximation among them, which is good to 1e-7. In 16 bits kernels sum in
+float32 and round once; the gradient of a convolution's input is the sum of up to nine such parts in Triton, each off
+by as much either way, three times as much in all. The reference rounds between its operators.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import reference
 import torch
-from backends import BACKENDS
+from backends import BACKENDS, INTERPRETED
 from torch import Tensor
 
 from pcenet import ops
@@ -66,11 +67,15 @@ CASES = [
     Case(4, 3, True, (8, 12, 13), 5, 8, 2, "one", False, False),  # gradients of images in blocks
     Case(4, 3, True, (1, 8, 7), 128, 128, 2, "contiguous", False, False),  # a weight's gradient in pieces
     Case(8, 3, True, (1, 17, 13), 24, 70, 4, "slice", False, True),
+    Case(9, 3, True, (1, 10, 12), 5, 5, 2, "contiguous", True, True),  # a patch is more than a program computes
     Case(8, 3, False, (2, 11, 16), 16, 24, 3, "channels last", True, False),
     Case(24, 3, True, (1, 25, 49), 5, 24, 3, "contiguous", True, True),  # a patch is more than a chunk
     Case(24, 3, False, (2, 30, 20), 8, 5, 2, "uneven", False, False),
     Case(5, 3, True, (3, 4, 3), 5, 5, 9, "channels last", True, False),  # fewer patches than experts, and smaller ones
 ]
+
+if INTERPRETED:  # a program takes some 50 ms
+    CASES = [case for case in CASES if math.prod(case.size) <= 200 and case.channels * case.outs <= 2000]
 
 
 def name_of(case: Case) -> str:
@@ -120,10 +125,19 @@ MODES = {
     "float32": Mode(torch.float32, torch.float32),
     "bfloat16": Mode(torch.bfloat16, torch.bfloat16),
     "bfloat16 maps": Mode(torch.bfloat16, torch.float32),
+    "float16": Mode(torch.float16, torch.float16),
 }
 
 
-KINDS = [(backend, mode) for backend in BACKENDS for mode in MODES if backend == "reference" or mode != "float64"]
+def modes_of(backend: str) -> list[str]:
+    """Types in which a backend computes itself; Triton's interpreter takes bfloat16 for whole numbers."""
+    if backend == "triton":
+        return ["float32", "float16"]
+    exact = ["float64"] if backend == "reference" else []
+    return [*exact, "float32", "bfloat16", "bfloat16 maps"]
+
+
+KINDS = [(backend, mode) for backend in BACKENDS for mode in modes_of(backend)]
 everywhere = pytest.mark.parametrize(("backend", "mode"), KINDS, indirect=True)
 
 
@@ -138,7 +152,9 @@ def tolerance(found: Tensor, expected: Tensor, terms: float, backend: str, mode:
     if backend == "reference" and mode.maps == torch.bfloat16:
         return 2 * torch.finfo(torch.bfloat16).eps * largest
     sums = torch.float64 if mode.maps == torch.float64 else torch.float32
-    rounded = torch.finfo(torch.bfloat16).eps / 2 * largest if found.dtype == torch.bfloat16 else 0.0
+    rounded = torch.finfo(found.dtype).eps / 2 * largest if found.dtype.itemsize == 2 else 0.0
+    if backend == "triton":
+        rounded *= 3
     return 2 * torch.finfo(sums).eps * math.sqrt(terms) * largest + rounded
 
 
@@ -262,9 +278,8 @@ def test_affine_map(shape: Any, chosen: str, backend: str, mode: Mode) -> None:
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_convolution_and_affine_map_in_one(kernel: int, chosen: str, compiled: str) -> None:
     """What runs where nothing needs a gradient; with one it is the two operators."""
-    for case in CASES:
-        if case.kernel != kernel:
-            continue
+    cases = [case for case in CASES if case.kernel == kernel]
+    for case in cases[::4] if INTERPRETED else cases:
         expert, mode = experts_of(case), MODES["float32"]
         x = draw(case.size[0], case.channels, *case.size[1:], dtype=torch.float32)
         weight = draw(case.experts, case.outs, case.channels, kernel, kernel, dtype=torch.float32)
@@ -377,7 +392,7 @@ PERCEPTRONS = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "mode"), [kind for kind in KINDS if "bfloat16" not in kind[1]], indirect=True)
+@pytest.mark.parametrize(("backend", "mode"), [kind for kind in KINDS if "float16" not in kind[1]], indirect=True)
 @pytest.mark.parametrize("shape", PERCEPTRONS, ids=str)
 def test_perceptron(shape: Any, backend: str, mode: Mode) -> None:
     side, (batch, height, width), channels, hidden, features = shape
