@@ -12,8 +12,8 @@ from typing import Any, Literal
 Augment = Literal["auto", "crop", "resized_crop", "randaugment", "none"]
 Split = Literal["train", "val", "test"]
 TaskName = Literal["classify", "segment"]
-Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "bf16", "fp32"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "bf16", "fp16", "fp32", "tf32"]
 GreyRange = list[int]  # of grey images of more than 8 bits: the two values that are black and white
 NOTHING_IGNORED = "none"
 IgnoreIndex = int | str | None  # the mask value that does not count beside 255; NOTHING_IGNORED: all count, 255 too

@@ -24,7 +24,7 @@ from pcenet.models import SavableModel, load_model
 from pcenet.runs.config import EvalConfig
 from pcenet.runs.finding import find_model
 from pcenet.runs.folder import RunFolder
-from pcenet.runtime.device import resolve_device, resolve_precision, set_threads
+from pcenet.runtime.device import resolve_device, resolve_precision, set_precision, set_threads
 from pcenet.tasks.evaluation import check_against_network, open_data
 from pcenet.texts import say, shown
 
@@ -50,7 +50,9 @@ def serve(config: AppConfig) -> None:
     model = load_model(folder)
     model.grey_range = config.grey_range or model.grey_range
     classes = model.class_names or [str(number) for number in range(model.num_classes)]
-    explorer = Explorer(model, classes, device=device, precision=resolve_precision(config.precision, device))
+    precision = resolve_precision(config.precision, device)
+    set_precision(precision, device)
+    explorer = Explorer(model, classes, device=device, precision=precision)
     source = open_samples(config, model, run)
     with listen(config.host, config.port) as listener, terminable(), private_files() as files:
         page = make_page(explorer, source, config)

@@ -37,7 +37,14 @@ from pcenet.reporting.plots import Row, layers_of, new_figure
 from pcenet.reporting.tables import console
 from pcenet.runs.folder import RunFolder
 from pcenet.runs.records import read_rows
-from pcenet.runtime.device import autocast, resolve_device, resolve_precision, resolve_workers, set_threads
+from pcenet.runtime.device import (
+    autocast,
+    resolve_device,
+    resolve_precision,
+    resolve_workers,
+    set_precision,
+    set_threads,
+)
 from pcenet.tasks.evaluation import Trained, eval_batch_size, open_trained
 from pcenet.tasks.pixels import upsample
 from pcenet.texts import say
@@ -127,6 +134,7 @@ class Work:
         self.config, self.trained = config, trained
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
+        set_precision(self.precision, self.device)
         values = preprocessing(trained.model)
         self.classes = list(trained.source.classes)
         self.pixels = Pixels(values["mean"], values["std"])

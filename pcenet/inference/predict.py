@@ -24,7 +24,7 @@ from pcenet.models import SavableModel, load_model
 from pcenet.reporting.colours import legend
 from pcenet.reporting.tables import console
 from pcenet.runs.finding import find_model
-from pcenet.runtime.device import resolve_device, resolve_precision, resolve_workers, set_threads
+from pcenet.runtime.device import resolve_device, resolve_precision, resolve_workers, set_precision, set_threads
 from pcenet.tasks import get_task
 from pcenet.tasks.evaluation import eval_batch_size
 from pcenet.texts import one_line, say
@@ -65,6 +65,7 @@ def predict(config: PredictConfig) -> Predicted:
     set_threads(config.threads)
     device = resolve_device("cpu" if is_exported(config.run) else config.device)
     precision = resolve_precision(config.precision, device)
+    set_precision(precision, device)
     model = open_network(config).to(device).to(memory_format=torch.channels_last)
     files, left_out = find_inputs(config.inputs, config.grey_range or model.grey_range)
     folder = output_folder(config.out, "predictions")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -72,15 +73,22 @@ def aux_terms(records: Mapping[str, Sequence[Routing]], synchronised: bool = Fal
         synchronised: count loads over all processes of torch's process group, each of which must ask at the same point.
             The mean of their losses, and so the mean of their gradients, is then that of one large batch.
     """
-    balance = z = torch.zeros(())
+    terms: tuple[list[Tensor], list[Tensor]] = ([], [])
     for routings in records.values():
         loads = [routing.expert_counts for routing in routings]
         if synchronised:
             loads = list(sum_over_processes(torch.stack(loads)))
         for routing, load in zip(routings, loads, strict=True):
-            balance = load_balance_loss(routing, load) / len(routings) + balance.to(routing.logits.device)
-            z = z_loss(routing) / len(routings) + z.to(routing.logits.device)
-    return AuxTerms(balance, z)
+            terms[0].append(load_balance_loss(routing, load) / len(routings))
+            terms[1].append(z_loss(routing) / len(routings))
+    # Layers may be on different devices; nothing of the first one's is moved.
+    return AuxTerms(*(_total(own) for own in terms))
+
+
+def _total(terms: Sequence[Tensor]) -> Tensor:
+    if not terms:
+        return torch.zeros(())
+    return functools.reduce(lambda total, term: term + total.to(term.device), terms)
 
 
 def aux_loss(

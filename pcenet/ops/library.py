@@ -71,19 +71,19 @@ _lock = threading.RLock()
 _here = threading.local()
 
 
-def backend() -> str:
-    """What computes on the processor: ``"cpu (avx2)"``, or another instruction set, ``"reference"``, or, for tests,
-    ``"triton (interpreted)"``.
+def backend(device: str = "cpu") -> str:
+    """What computes on a kind of device: ``"cpu (avx2)"``, or another instruction set, ``"triton"``, ``"reference"``,
+    or, for tests, ``"triton (interpreted)"``.
 
     The first call in a process decides, loads, and may compile, for up to a minute.
 
     Raises:
         ValueError: if ``PCENET_OPS`` has a wrong value, or one that cannot be had here.
     """
-    found = choice()
-    if "cpu" in found.triton:
-        return "triton (interpreted)"
-    return f"cpu ({found.instructions})" if found.instructions else "reference"
+    kernels = kernels_on(device)
+    if kernels == "triton":
+        return "triton (interpreted)" if device == "cpu" else "triton"
+    return f"cpu ({choice().instructions})" if kernels else "reference"
 
 
 def why_reference() -> str | None:

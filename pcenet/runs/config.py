@@ -51,7 +51,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "augmentation": ("augment", "min_scale", "max_scale", "jitter", "random_erasing", "mixup", "cutmix"),
     "hardware": (
-        *("device", "devices", "precision", "workers", "threads", "strategy", "sync_batch_norm", "process_timeout"),
+        *("device", "devices", "precision", "compile", "workers", "threads", "strategy", "sync_batch_norm"),
+        "process_timeout",
     ),
     "run": ("out", "resume", "seed", "log", "checkpoint_minutes", "skip_nonfinite", "dry_run", "find"),
 }
@@ -304,6 +305,13 @@ class TrainConfig:
         ),
     ] = "tensorboard"
     precision: PrecisionOption = "auto"
+    compile: Annotated[
+        bool,
+        Option(
+            "Train through torch.compile: a step is faster, after a minute or more for compiling. Validation is not "
+            "compiled."
+        ),
+    ] = False
     device: DeviceOption = "auto"
     devices: Annotated[
         int,

@@ -43,9 +43,13 @@ TaskOption = Annotated[
     ),
 ]
 PrecisionOption = Annotated[
-    Precision, Option("bf16: bfloat16 autocast; auto: that where the hardware has bfloat16, else fp32.")
+    Precision,
+    Option(
+        "bf16, fp16: autocast in 16 bits, in training with a loss scale for fp16; fp32; tf32: fp32 whose products an "
+        "NVIDIA GPU rounds to 10 bits. auto: bf16 where the hardware has it, else fp32."
+    ),
 ]
-DeviceOption = Annotated[Device, Option("auto: a CUDA GPU where there is one.")]
+DeviceOption = Annotated[Device, Option("auto: a CUDA GPU where there is one, else cpu; mps: the GPU of a Mac.")]
 WorkersOption = Annotated[
     int | None,
     Option(

@@ -20,14 +20,14 @@ PACKAGES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy"
 
 
 def resolve_device(name: Device, count: int = 1) -> torch.device:
-    """``"auto"`` is a CUDA GPU where there is one.
+    """``"auto"`` is a CUDA GPU where there is one, else the processor.
 
     Args:
         name: what the options say.
         count: processes on this machine, each of which needs a GPU of its own.
 
     Raises:
-        ValueError: for ``"cuda"`` where torch sees no GPU, or too few.
+        ValueError: for ``"cuda"`` where torch sees no GPU, or too few; for ``"mps"`` likewise, which is one GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,15 +37,27 @@ def resolve_device(name: Device, count: int = 1) -> torch.device:
         raise ValueError(
             f"devices {count}: torch sees {torch.cuda.device_count()} CUDA GPUs; give as many or fewer, or --device cpu"
         )
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps': torch sees no GPU of a Mac; use --device cpu")
+    if name == "mps" and count > 1:
+        raise ValueError(f"devices {count}: a Mac has one GPU; give one, or --device cpu")
     return torch.device(name)
 
 
 def resolve_precision(name: Precision, device: torch.device) -> Precision:
-    """``"auto"`` is ``"bf16"`` where the hardware computes with bfloat16 natively, else ``"fp32"``."""
+    """``"auto"`` is ``"bf16"`` where the hardware computes with bfloat16 natively, else ``"fp32"``.
+
+    Raises:
+        ValueError: for ``"tf32"`` but on an NVIDIA GPU.
+    """
+    if name == "tf32" and (device.type != "cuda" or torch.version.cuda is None):
+        raise ValueError(f"precision 'tf32' is of NVIDIA GPUs, and the device is {device.type}; use --precision fp32")
     if name != "auto":
         return name
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        native = False  # never tried
     else:
         capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
         native = any(capabilities.get(key, False) for key in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -65,9 +77,18 @@ def resolve_workers(workers: int | None, device: torch.device, count: int = 1) -
     return 0 if device.type == "cpu" else min(8, max(1, (os.cpu_count() or 1) // count))
 
 
+def set_precision(precision: Precision, device: torch.device) -> None:
+    """Let a GPU multiply numbers in float32 as a resolved precision says: torch's own choice is TF32 for convolutions
+    and not for matrix products."""
+    if device.type == "cuda":
+        allowed = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
     """The autocast context of a resolved precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision in ("bf16", "fp16"))
 
 
 def set_threads(threads: int | None) -> None:
@@ -109,8 +130,8 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
         "versions": versions,
         "system": platform.platform(),
         "processor": processor_name(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
-        "operators": "reference" if device.type == "cuda" else ops.backend(),
+        "operators": ops.backend(device.type),
         "precision": precision,
     }

@@ -18,7 +18,7 @@ from pcenet.runs.folder import RunFolder
 from pcenet.runs.health import complaint
 from pcenet.runs.records import read_record
 from pcenet.runs.schemas import TEXT
-from pcenet.runtime.device import resolve_device, resolve_precision, resolve_workers, set_threads
+from pcenet.runtime.device import resolve_device, resolve_precision, resolve_workers, set_precision, set_threads
 from pcenet.tasks import Task, get_task
 from pcenet.tasks.classes import check_same_classes
 from pcenet.texts import say
@@ -49,6 +49,7 @@ def evaluate(config: EvalConfig) -> Any:
     set_threads(config.threads)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
+    set_precision(precision, device)
     trained = open_trained(config)
     model, task, source, run = trained.model, trained.task, trained.source, trained.run
     workers = resolve_workers(config.workers, device)

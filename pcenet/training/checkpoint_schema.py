@@ -68,6 +68,7 @@ CONTENT = {
     "averaged": Each(FINITE),
     "averages": COUNT,
     "optimizer": {"state": Each(Each(FINITE), keys=COUNT), "param_groups": [Each(ANYTHING)]},
+    "scaler": Each(FIGURE),
     "figures": [FIGURES],
     "step": COUNT,
     "batch": COUNT,

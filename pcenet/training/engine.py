@@ -24,7 +24,8 @@ from pcenet.runtime.launcher import Ranks
 
 
 def launch(config: TrainConfig, device: torch.device, ranks: Ranks) -> Fabric:
-    """Fabric for a run's device, precision and processes, which have been started and know each other."""
+    """Fabric for a run's device and processes, which have been started and know each other; precision is the loop's,
+    which has to see gradients before and after they are scaled."""
     options: dict[str, Any] = {"devices": 1}
     if ranks.count > 1:
         elastic = TorchElasticEnvironment.detect()
@@ -34,7 +35,6 @@ def launch(config: TrainConfig, device: torch.device, ranks: Ranks) -> Fabric:
             "strategy": make_strategy(config, ranks.count),
             "plugins": [TorchElasticEnvironment() if elastic else LightningEnvironment()],
         }
-    options["precision"] = "bf16-mixed" if config.precision == "bf16" else "32-true"
     fabric = Fabric(accelerator=device.type, **options)
     fabric.launch()
     return fabric

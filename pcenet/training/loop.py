@@ -19,6 +19,7 @@ from pcenet.nn import RoutingStatistics, aux_terms, record_routing, update_exper
 from pcenet.nn.processes import process_count
 from pcenet.runs.health import TRAINED, count_routings, logit_spread
 from pcenet.runs.rules import duration
+from pcenet.runtime.device import autocast
 from pcenet.runtime.distributed import decide, largest, own_rank, share_statistics
 from pcenet.runtime.signals import Stop, end_by
 from pcenet.texts import say
@@ -82,12 +83,16 @@ class Trainer:
         content = read_checkpoint(run.checkpoint) if run.checkpoint else None
         if content:
             load_weights(content, self.model, averaged)
+        if run.config.compile:
+            self.model.compile()  # in place, and not its average: names of weights stay as they are
         self.network = self.fabric.setup_module(self.model)  # which may wrap it, or divide its weights
         averaged.to(self.fabric.device)
         if run.config.strategy == "fsdp":
             assert isinstance(self.fabric.strategy, ModelParallelStrategy)
             engine.divide(averaged.module, self.fabric.strategy.device_mesh)
-        self.state = State(self.model, averaged, make_optimizer(self.model, run.config))
+        # Where a gradient is not finite only because it was scaled, the step is left out and the scale halved.
+        scaler = torch.amp.GradScaler(run.device.type, enabled=run.config.precision == "fp16")
+        self.state = State(self.model, averaged, make_optimizer(self.model, run.config), scaler)
         if content:
             self.state.load_state_dict(content)
         self.parameters = [parameter for group in self.state.optimizer.param_groups for parameter in group["params"]]
@@ -161,6 +166,9 @@ class Trainer:
             state.averaged.update_parameters(self.model)
             state.figures.update(seen)
             state.skipped = 0
+        elif state.scaler.get_scale() > 1 and is_finite(seen):
+            state.scaler.update()
+            state.figures.update(seen)
         else:
             cause = first_cause(seen, self.model, self.run.loaders["train"], state.epoch)
             state.skipped = leave_out(f"step {state.step + 1}, {cause}", state.skipped, config.skip_nonfinite)
@@ -183,8 +191,9 @@ class Trainer:
             wait = len(seen) + 1 < count and self.config.strategy != "fsdp"
             with self.fabric.no_backward_sync(self.network, enabled=wait):
                 loss, noted = self.batch_loss(self.fabric.to_device(batch), number)
-                self.fabric.backward(loss / self.config.accumulate)
+                self.fabric.backward(self.state.scaler.scale(loss / self.config.accumulate))
             seen.append(noted)
+        self.state.scaler.unscale_(self.state.optimizer)
         return seen, get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
 
     def update(self, norm: Tensor, learning_rate: float) -> None:
@@ -193,7 +202,8 @@ class Trainer:
             clip_grads_with_norm_(self.parameters, self.config.clip_grad, norm)
         for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.state.optimizer.step()
+        self.state.scaler.step(self.state.optimizer)
+        self.state.scaler.update()
 
     def batch_loss(self, batch: tuple[Tensor, Tensor], number: int) -> tuple[Tensor, Seen]:
         """The loss of a batch, the task's plus the auxiliary ones of PCE layers, and what is noted of it, without a
@@ -204,7 +214,7 @@ class Trainer:
         share_statistics(self.model)
         batches_per_epoch = self.schedules.steps_per_epoch * config.accumulate
         torch.manual_seed(step_seed(config.seed, state.epoch * batches_per_epoch + number, own_rank()))
-        with self.fabric.autocast():
+        with autocast(config.precision, self.run.device):
             images, targets = self.objective.mix(images, targets)
             with record_routing(self.model) as records:
                 logits = self.forward(self.network, images)
@@ -247,7 +257,7 @@ class Trainer:
             count_routings(routing, records)
             return logits
 
-        with self.fabric.autocast():
+        with autocast(self.config.precision, self.run.device):
             some = (self.fabric.to_device(images) for images in bias_images(self.run))
             update_expert_bias((images.to(memory_format=torch.channels_last) for images in some), network)
             for batch in self.run.loaders["val"]:

@@ -23,17 +23,18 @@ NUMBERED = 20  # images of which it gives the numbers
 
 
 @torch.no_grad()
-def is_finite(seen: Sequence[Seen], norm: Tensor) -> bool:
+def is_finite(seen: Sequence[Seen], norm: Tensor | None = None) -> bool:
     """Whether input, router logits, loss and gradient of a step are finite in all processes.
 
     They are looked at together, so that there is one transfer to the host in a step, after its backward pass.
 
     Args:
         seen: the batches of the step.
-        norm: of the gradient.
+        norm: of the gradient, where that is to be looked at.
     """
     parts = [part for batch in seen for part in parts_of(batch)]
-    parts.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).float())
+    if norm is not None:
+        parts.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).float())
     return not any(largest([not torch.stack(parts).isfinite().all()]))  # all processes take the step, or none
 
 

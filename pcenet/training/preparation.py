@@ -17,9 +17,10 @@ import pcenet.data as data
 from pcenet import ops
 from pcenet.models import SavableModel
 from pcenet.models.preprocessing import cost_of
+from pcenet.ops.build import find_compiler
 from pcenet.runs.config import DEFAULT_BATCH_SIZE, TrainConfig
 from pcenet.runs.folder import RunFolder, images_per_step
-from pcenet.runtime.device import resolve_precision, resolve_workers
+from pcenet.runtime.device import resolve_precision, resolve_workers, set_precision
 from pcenet.runtime.launcher import Ranks, ranks_of_environment
 from pcenet.tasks import Task, get_task
 from pcenet.tasks.classes import check_same_classes
@@ -67,6 +68,8 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
     if config.devices not in (1, count):
         way_out = "give as many, or none" if count > 1 else "they are started by the command line, or by torchrun"
         raise ValueError(f"devices {config.devices}, but there are {count} processes; {way_out}")
+    if config.strategy == "fsdp" and config.precision == "fp16":
+        raise ValueError("precision 'fp16' with strategy 'fsdp': parts of gradients are not scaled; use bf16")
     if config.strategy == "fsdp" and count == 1:
         raise ValueError("strategy 'fsdp' divides a network between processes: give --devices, or --strategy auto")
     return replace(
@@ -102,6 +105,9 @@ def prepare(
             that cannot be had (``PCENET_OPS``).
     """
     ops.backend()  # decided, and compiled if need be, before time is spent on anything else
+    set_precision(config.precision, device)
+    if config.compile and find_compiler() is None:
+        raise ValueError("compile: torch.compile needs a C++ compiler; install g++, or leave --compile out")
     task = get_task(config.task)
     sources: dict[data.Split, Any] = {
         "train": task.open(config, config.data, "train"),

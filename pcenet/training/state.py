@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.amp import GradScaler
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel
 
 from pcenet.training.engine import part_of, whole
 from pcenet.training.figures import EpochFigures, Row
 
-FORMAT = 3  # of checkpoints
+FORMAT = 4  # of checkpoints
 NUMBERS = ("step", "batch", "skipped", "images", "seconds", "elapsed", "stopped", "rows")
 
 
@@ -25,6 +26,7 @@ class State:
         model: the network.
         averaged: the moving average of its weights, which is validated and kept.
         optimizer: of the network's parameters.
+        scaler: of the loss, where its gradients are in float16.
         step: steps of the optimiser that are done, those that were left out included.
         batch: batches of the current epoch that are done.
         skipped: consecutive steps that were left out, up to now.
@@ -39,6 +41,7 @@ class State:
     model: nn.Module
     averaged: AveragedModel
     optimizer: AdamW
+    scaler: GradScaler
     step: int = 0
     batch: int = 0
     skipped: int = 0
@@ -62,6 +65,7 @@ class State:
             "averaged": whole(self.averaged.module.state_dict()),
             "averages": int(self.averaged.n_averaged),
             "optimizer": whole(self.optimizer.state_dict()),
+            "scaler": self.scaler.state_dict(),
             "figures": self.figures.state_dict(),
             **{name: getattr(self, name) for name in NUMBERS},
         }
@@ -71,6 +75,7 @@ class State:
         for name in NUMBERS:
             setattr(self, name, content[name])
         self.averaged.n_averaged.fill_(content["averages"])
+        self.scaler.load_state_dict(content["scaler"])
         self.figures.load_state_dict(content["figures"])
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         parts = {
