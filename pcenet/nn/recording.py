@@ -35,8 +35,8 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
     block is not recorded.
 
     Raises:
-        ValueError: for a compiled network, whose graph calls no hooks that are added later; enter the recorder on the
-            network itself.
+        ValueError: for a router in a compiled part, whose graph calls no hooks that are added later; enter the
+            recorder on the network itself.
 
     Yields:
         Layer name (as in ``model.named_modules()``, ``""`` for the model itself) to its Routings in the order of the
@@ -65,9 +65,10 @@ class _Collector:
 
 
 def check_not_compiled(model: nn.Module, way_out: str) -> None:
-    """Raise a ``ValueError`` with a way out if a network, or a part of it, is compiled."""
+    """Raise a ``ValueError`` with a way out if a network, or a part of it with a router, is compiled."""
     for name, module in model.named_modules():
-        if name.endswith("_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        compiled = name.endswith("_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        if compiled and any(isinstance(part, Router) for part in module.modules()):
             raise ValueError(f"model is compiled, and a compiled network calls no hooks added later: {way_out}")
 
 

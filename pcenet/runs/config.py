@@ -348,6 +348,8 @@ class TrainConfig:
             raise ValueError(f"min_scale {self.min_scale:g} is above max_scale {self.max_scale:g}")
         if self.task == "segment" and self.augment not in ("auto", "none"):
             raise ValueError(f"augment {self.augment!r} is for classification; to segment give auto or none")
+        if self.strategy == "fsdp" and self.precision == "fp16":
+            raise ValueError("precision 'fp16' with strategy 'fsdp': parts of gradients are not scaled; use bf16")
         check_together(self)
         check_path("data", self.data)
         check_path("out", str(self.folder))

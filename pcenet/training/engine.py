@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from pcenet.models.blocks import ResidualBlock
+from pcenet.nn import Router
 from pcenet.runs.config import TrainConfig
 from pcenet.runtime.distributed import own_rank
 from pcenet.runtime.launcher import Ranks
@@ -63,6 +64,17 @@ def placement(parameter: nn.Parameter, count: int) -> Shard:
     """
     even = [axis for axis, length in enumerate(parameter.shape) if length % count == 0]
     return Shard(even[0] if even else 0)
+
+
+def compile_parts(model: nn.Module) -> None:
+    """Compile the largest parts of a network that have no router, all of a dense one: hooks note what routers do, and
+    the graph of a compiled part calls none that come later. Equal parts share what was compiled."""
+    if not any(isinstance(part, Router) for part in model.modules()):
+        if not isinstance(model, nn.ModuleList | nn.ModuleDict):  # nobody calls these
+            model.compile()
+    elif not isinstance(model, Router):
+        for part in model.children():
+            compile_parts(part)
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class Trainer:
         if content:
             load_weights(content, self.model, averaged)
         if run.config.compile:
-            self.model.compile()  # in place, and not its average: names of weights stay as they are
+            engine.compile_parts(self.model)  # in place, and not its average: names of weights stay as they are
         self.network = self.fabric.setup_module(self.model)  # which may wrap it, or divide its weights
         averaged.to(self.fabric.device)
         if run.config.strategy == "fsdp":

@@ -68,8 +68,6 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
     if config.devices not in (1, count):
         way_out = "give as many, or none" if count > 1 else "they are started by the command line, or by torchrun"
         raise ValueError(f"devices {config.devices}, but there are {count} processes; {way_out}")
-    if config.strategy == "fsdp" and config.precision == "fp16":
-        raise ValueError("precision 'fp16' with strategy 'fsdp': parts of gradients are not scaled; use bf16")
     if config.strategy == "fsdp" and count == 1:
         raise ValueError("strategy 'fsdp' divides a network between processes: give --devices, or --strategy auto")
     return replace(
