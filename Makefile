@@ -8,7 +8,7 @@ CIFAR10 ?= cifar10.zip
 CAMVID ?= camvid.zip
 COMPARE = $(BIN)/pcenet compare --config experiments/$(1).yaml --data $(2) --out experiments/results/$(1)
 
-.PHONY: help demo bench experiments docs test test-faults test-speed test-triton examples audit lint dist clean
+.PHONY: help demo bench experiments docs test test-faults test-speed test-triton gpu examples audit lint dist clean
 
 help:
 	@echo "make demo   who does what in a street scene, whether it matters, and a training (3 minutes)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-faults   kill, fill, damage, deceive: each fault of docs/reliability.md with its outcome (minutes)"
 	@echo "make test-speed   whether a layer has become slow; run it alone (a minute)"
 	@echo "make test-triton  the kernels for GPUs, in Triton's interpreter and its compiler, without one (two minutes)"
+	@echo "make gpu CIFAR10=...   all that is to be known of a GPU, on a machine with one (eight minutes)"
 	@echo "make audit  known vulnerabilities of the locked versions (needs the internet)"
 	@echo "make dist   sdist and wheel, with compiled kernels where a C++ compiler is, tried in an empty virtual environment"
 	@echo "            without one (needs a package index)"
@@ -69,6 +70,9 @@ test-speed: $(VENV)/installed
 test-triton: $(VENV)/installed
 	TRITON_INTERPRET=1 PCENET_OPS=triton $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/ops/test_operators.py tests/ops/test_triton.py
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 tests/ops/test_triton.py -m "slow or not slow"
+
+gpu: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu.py --out benchmarks/results/gpu --data $(CIFAR10)
 
 examples: $(VENV)/installed
 	$(BIN)/python -m pytest tests/test_examples.py -m "slow or not slow"

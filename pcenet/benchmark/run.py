@@ -75,6 +75,8 @@ class Bench:
         self.config = config
         self.screen = screen
         self.device = resolve_device(config.device)
+        if self.device.type == "mps":
+            raise ValueError("device 'mps': how long a Mac's GPU takes is not measured; use --device cpu or cuda")
         self.rival = None if config.against is None else load_rival(config.against)
         self.report: dict[str, Any] = {"machine": machine(self.device), "config": vars(config), "records": []}
         kind = as_file_name(self.report["machine"]["kind"])

@@ -45,6 +45,7 @@ from pcenet.data.subsets import first_images
 from pcenet.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Normalize,
     Transform,
     eval_transform,
     train_transform,
@@ -66,6 +67,7 @@ __all__ = [
     "ImageSource",
     "JointTransform",
     "MaskClasses",
+    "Normalize",
     "ObjectSource",
     "Sample",
     "SceneObject",

@@ -27,6 +27,7 @@ def train_transform(
     random_erasing: float = 0.0,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    normalize: bool = True,
 ) -> Transform:
     """The transform of training images: PIL image -> float32 ``[3, size, size]``, normalised.
 
@@ -45,11 +46,14 @@ def train_transform(
             3.3, becomes the mean colour (Zhong et al., 2020), under any ``augment``.
         mean: mean of the R, G and B values (scale 0..1), subtracted.
         std: their standard deviation, divided by.
+        normalize: False: uint8 all the same, for a GPU that applies `Normalize` itself; not with ``random_erasing``.
 
     Raises:
-        ValueError: ``size`` is below 1, ``augment`` is unknown, ``random_erasing`` is not between 0 and 1, or ``mean``
-            or ``std`` is not three numbers.
+        ValueError: ``size`` is below 1, ``augment`` is unknown, ``random_erasing`` is not between 0 and 1, or above 0
+            without ``normalize``, or ``mean`` or ``std`` is not three numbers.
     """
+    if random_erasing and not normalize:
+        raise ValueError(f"random_erasing {random_erasing} is of normalised images: leave out normalize=False.")
     if not 0 <= random_erasing <= 1:
         raise ValueError(f"random_erasing must be between 0 and 1, not {random_erasing}.")
     erasing = [v2.RandomErasing(random_erasing)] if random_erasing else []
@@ -59,7 +63,7 @@ def train_transform(
             f"{did_you_mean(augment, get_args(Augment))}"
         )
     if augment == "none":
-        plain = eval_transform(size, mean=mean, std=std)
+        plain = eval_transform(size, mean=mean, std=std, normalize=normalize)
         return v2.Compose([plain, *erasing]) if erasing else plain
     _check_size(size)
     shift, zoom = _RandomShift(size), v2.RandomResizedCrop(size)
@@ -70,7 +74,7 @@ def train_transform(
             geometry,
             *([v2.RandomHorizontalFlip()] if horizontal_flip else []),
             *([v2.RandAugment(num_ops=2, magnitude=9)] if augment == "randaugment" else []),
-            Normalize(mean, std),
+            *([Normalize(mean, std)] if normalize else []),
             *erasing,
         ]
     )
@@ -78,7 +82,11 @@ def train_transform(
 
 
 def eval_transform(
-    size: int, *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+    size: int,
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    normalize: bool = True,
 ) -> Transform:
     """The transform of evaluation images: PIL image -> float32 ``[3, size, size]``, normalised.
 
@@ -86,7 +94,8 @@ def eval_transform(
     Arguments and errors as for ``train_transform``.
     """
     _check_size(size)
-    transform: Transform = v2.Compose([v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size), Normalize(mean, std)])
+    last = [Normalize(mean, std)] if normalize else []
+    transform: Transform = v2.Compose([v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size), *last])
     return transform
 
 
@@ -128,6 +137,9 @@ class _BySize(nn.Module):
 class Normalize(nn.Module):
     """uint8 -> ``(image / 255 - mean) / std`` in float32; one scale and one shift, a fifth of v2's time."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
@@ -135,10 +147,11 @@ class Normalize(nn.Module):
                 f"mean and std must be three numbers each (R, G, B), std above 0, not mean={mean}, std={std}."
             )
         deviation = torch.tensor(std, dtype=torch.float64).view(3, 1, 1)
-        self.scale = (1 / (255 * deviation)).float()
-        self.shift = (-torch.tensor(mean, dtype=torch.float64).view(3, 1, 1) / deviation).float()
+        self.register_buffer("scale", (1 / (255 * deviation)).float(), persistent=False)
+        shift = -torch.tensor(mean, dtype=torch.float64).view(3, 1, 1) / deviation
+        self.register_buffer("shift", shift.float(), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """``[3, H, W]`` in, ``[3, H, W]`` out."""
+        """``[..., 3, H, W]`` in and out."""
         values = image.to(torch.float32, memory_format=torch.contiguous_format)
         return values.mul_(self.scale).add_(self.shift)

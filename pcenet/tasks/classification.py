@@ -39,15 +39,19 @@ class ClassificationObjective(Objective):
     score = "top1"
     train_score = "top1"
 
-    def __init__(self, config: TrainConfig, num_classes: int) -> None:
+    def __init__(self, config: TrainConfig, num_classes: int, normalize: nn.Module | None = None) -> None:
         super().__init__()
+        self.normalize = normalize  # of images that come to a GPU as uint8
         self.num_classes = num_classes
         self.label_smoothing = config.label_smoothing
         self.mixing = make_mixing(config.mixup, config.cutmix)
         self.validation = EpochMeans()
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch with mixup or cutmix, where the options ask for it."""
+        """The batch, normalised by now, with mixup or cutmix, where the options ask for it."""
+        if images.dtype == torch.uint8:
+            assert self.normalize is not None
+            images = self.normalize(images)
         if self.mixing is None:
             return images, targets
         return self.mixing(images, F.one_hot(targets, self.num_classes).float())
@@ -95,7 +99,7 @@ class Classification(Task):
     def train_loader(
         self, model: SavableModel, source: Any, config: TrainConfig, *, workers: int, pin_memory: bool
     ) -> DataLoader[Any]:
-        """Augmented, shuffled batches."""
+        """Augmented, shuffled batches; uint8 where they go to a GPU, which the objective's `mix` normalises."""
         values = preprocessing(model)
         transform = data.train_transform(
             image_side(model),
@@ -104,6 +108,7 @@ class Classification(Task):
             random_erasing=config.random_erasing,
             mean=values["mean"],
             std=values["std"],
+            normalize=not pin_memory or config.random_erasing > 0,  # else on the GPU: a quarter of the bytes to bring
         )
         assert config.batch_size is not None
         return data.build_loader(
@@ -133,7 +138,8 @@ class Classification(Task):
     def make_objective(self, model: SavableModel, config: TrainConfig, source: Any) -> ClassificationObjective:
         """What trains the model."""
         assert isinstance(model.num_classes, int)
-        return ClassificationObjective(config, model.num_classes)
+        values = preprocessing(model)
+        return ClassificationObjective(config, model.num_classes, data.Normalize(values["mean"], values["std"]))
 
     def evaluate(
         self,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from pcenet.data import eval_transform, train_transform
+from pcenet.data import IMAGENET_MEAN, IMAGENET_STD, Normalize, eval_transform, train_transform
 from pcenet.data.transforms import Augment
 
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -39,6 +39,23 @@ def test_normalisation_by_hand() -> None:
         expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
         assert result.mean(dim=(1, 2)).tolist() == pytest.approx(expected, abs=1e-6)
         assert result.std(dim=(1, 2)).tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("augment", ["crop", "resized_crop", "randaugment", "none"])
+def test_a_gpu_normalises_to_the_same_bits(augment: Augment) -> None:
+    image = picture(20, 24)
+    torch.manual_seed(3)
+    expected = train_transform(16, augment=augment)(image)
+    torch.manual_seed(3)
+    raw = train_transform(16, augment=augment, normalize=False)(image)
+    assert raw.dtype == torch.uint8
+    batch = Normalize(IMAGENET_MEAN, IMAGENET_STD)(torch.stack([raw, raw]))
+    assert torch.equal(batch, torch.stack([expected, expected]))
+
+
+def test_what_is_erased_is_normalised_first() -> None:
+    with pytest.raises(ValueError, match=r"^random_erasing 0.5 is of normalised images: leave out normalize=False"):
+        train_transform(16, random_erasing=0.5, normalize=False)
 
 
 def test_evaluation_cuts_out_the_centre() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from pcenet.cli import main
 from pcenet.nn import Router, record_routing
 from pcenet.runs.config import TrainConfig
 from pcenet.runtime.device import resolve_device, resolve_precision, set_precision
+from pcenet.tasks.classification import Classification
 from pcenet.training.engine import compile_parts
+from pcenet.training.run import train
 
 CUDA = torch.device("cuda")
 
@@ -146,6 +149,7 @@ def test_compiling_without_a_compiler(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's, of its graph's inputs
 def test_a_compiled_network_trains_like_another(pictures: Path, tmp_path: Path) -> None:
     rows = []
     for name, options in (("eager", []), ("compiled", ["--compile"])):
@@ -157,3 +161,25 @@ def test_a_compiled_network_trains_like_another(pictures: Path, tmp_path: Path) 
         rows.append(dict(zip(header.split(","), row.split(","), strict=True)))
     assert float(rows[1]["train/loss"]) == pytest.approx(float(rows[0]["train/loss"]), rel=1e-3)
     assert pcenet.load_model(tmp_path / "compiled" / "model").num_classes == 3
+
+
+def test_images_for_a_gpu_come_as_they_are_and_train_the_same(
+    start: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of the bytes are brought to it; here it is the processor, which then does what a GPU would."""
+    weights = []
+    for name, pinned in (("as usual", False), ("for a GPU", True)):
+        config = start(name, epochs=1, mixup=0.2)
+        load = Classification.train_loader
+
+        def loader(*args: Any, pin_memory: bool, pinned: bool = pinned, load: Any = load, **options: Any) -> Any:
+            made = load(*args, pin_memory=pinned, **options)
+            made.pin_memory = False  # there is nothing to pin it for
+            assert next(iter(made))[0].dtype == (torch.uint8 if pinned else torch.float32)
+            return made
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Classification, "train_loader", loader)
+            train(config)
+        weights.append(pcenet.load_model(config.folder / "model").state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

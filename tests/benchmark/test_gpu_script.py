@@ -1,0 +1,52 @@
+"""The script for the day on which there is a GPU, rehearsed on the processor."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no Triton for this system")
+def test_rehearsal(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--data", "digits", "--rehearse"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    ended = {step["step"]: step.get("status", step.get("skipped")) for step in summary["steps"]}
+    assert ended.pop("networks-compiled") == "takes minutes on a processor"
+    assert set(ended.values()) == {0}
+    assert list(ended) == [
+        *("kernels", "tests", "layers", "layers-reference", "networks", "images", "graph", "profile", "train"),
+    ]
+    parts = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
+    assert {part["part"] for part in parts} == {"convolution", "normalisation", "x", "weight", "scale", "shift"}
+    assert all(0 < part["error"] <= part["allowed"] for part in parts)
+    for name in ("layers", "networks"):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["records"]
+    assert (tmp_path / "train" / "pce_nano-0" / "metrics.json").is_file()
+
+
+@pytest.mark.slow
+def test_time_that_is_over_ends_it(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--rehearse", "--minutes", "0"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {step["skipped"] for step in summary["steps"]} == {"no time was left"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out")]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "torch sees no GPU; --rehearse runs on the processor" in found.stderr
+    assert not (tmp_path / "out").exists()
