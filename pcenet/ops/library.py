@@ -234,7 +234,6 @@ def load() -> Library:
 
 def _open(path: Path) -> Library | None:
     """Load a library into the process; None where the system refuses."""
-    schemas.register()
     try:
         torch.ops.load_library(path)
     except OSError as error:

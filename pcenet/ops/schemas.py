@@ -6,12 +6,12 @@ type, or that of a residual which is wider; everything else is float32.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 _AFFINE = "Tensor? scale, Tensor? shift, bool gelu, Tensor? gate"
 _PLACES = "Tensor expert, int patch_size"
@@ -116,11 +116,8 @@ FLOPS: dict[str, Callable[..., int]] = {
 }
 
 
-@functools.cache  # torch takes each once per process
 def register() -> None:
     """Make the operators known to torch: their arguments, and what its tracers and its FlopCounterMode ask."""
-    from torch.utils.flop_counter import register_flop_formula
-
     for name, schema in SCHEMAS.items():
         torch.library.define(f"pcenet::{name}", schema)
         torch.library.register_fake(f"pcenet::{name}", _fake(name))
@@ -141,3 +138,6 @@ def _fake(name: str) -> Callable[..., Any]:
         return outs[0] if len(outs) == 1 else tuple(outs)
 
     return fake
+
+
+register()  # whoever counts or traces does so before a layer runs, and looks once

@@ -1,5 +1,8 @@
 """Costs by hand, and against torch's own counter of floating-point operations."""
 
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -55,6 +58,22 @@ def test_agrees_with_torch(name):
         model(torch.zeros(1, *input_size))
     cost = pcenet.complexity(model, input_size)
     assert 2 * cost.multiply_adds <= counter.get_total_flops() <= 2 * (cost.multiply_adds + cost.routed_multiply_adds)
+
+
+def test_torch_counts_right_the_first_time():
+    """Its counter knows the operators that there are when it is made, before a layer has run."""
+    code = """
+import torch, pcenet
+from torch.utils.flop_counter import FlopCounterMode
+model = pcenet.create_network("pce_nano", num_classes=10).eval()
+counts = []
+for _ in range(2):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32))
+    counts.append(counter.get_total_flops())
+assert counts[0] == counts[1] >= 2 * 34e6, counts
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("border", ["zero", "halo", "exchange"])

@@ -281,6 +281,5 @@ def patch_affine_sums(
 @functools.cache  # torch takes each once per process
 def register(device: str) -> None:
     """Have the operators of a kind of device, ``"cuda"`` or, interpreted, ``"cpu"``, run here."""
-    schemas.register()
     for name in schemas.OF_TRITON:
         torch.library.impl(f"pcenet::{name}", device, func=globals()[name])
