@@ -228,7 +228,7 @@ def as_text(report: dict[str, Any]) -> str:
             ("processor", compute["processor"]),
             ("threads of torch", compute["threads"]),
             ("CUDA", f"{compute['cuda'] or 'not built in'}; {', '.join(compute['gpus']) or 'no GPU'}"),
-            ("MPS", "available, not used" if compute["mps"] else "not available"),
+            ("MPS", "available; --device mps, which was never tried" if compute["mps"] else "not available"),
             ("device of --device auto", compute["device"]),
             ("bfloat16", "native" if compute["native_bfloat16"] else "emulated: --precision auto takes fp32"),
             *((f"3x3 convolution, {kind}", f"{speed:.1f} GFLOP/s") for kind, speed in compute["convolution"].items()),

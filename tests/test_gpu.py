@@ -19,6 +19,7 @@ from torch import Tensor
 import pcenet
 from pcenet.cli import main
 from pcenet.nn import PCELayer, aux_loss, record_routing
+from pcenet.runtime.device import set_precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -68,6 +69,21 @@ def test_the_layer_equals_the_reference(options: dict[str, Any], train_mode: boo
     assert layer.router.expert_bias is not None
     assert on_gpu.router.expert_bias is not None
     torch.testing.assert_close(on_gpu.router.expert_bias.cpu(), layer.router.expert_bias, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_the_layer_in_float32_is_near_the_reference(options: dict[str, Any]) -> None:
+    """Where kernels compute, they do so in this type; routing is the processor's, so that none goes elsewhere."""
+    set_precision("fp32", torch.device("cuda"))
+    layer = reference.randomise(PCELayer(4, 6, num_experts=3, num_bands=2, router_hidden=5, **options), 0)
+    x = torch.randn(2, 4, 7, 5)
+    for train_mode in (True, False):
+        on_gpu, exact = copy.deepcopy(layer).cuda().train(train_mode), copy.deepcopy(layer).double().train(train_mode)
+        expected, routing = exact.forward_with_routing(x.double())
+        own, found = on_gpu.forward_with_routing(x.cuda())
+        same = (found.expert_ids.cpu() == routing.expert_ids).all()
+        if same:  # a patch between two experts may go to either
+            torch.testing.assert_close(own.cpu().double(), expected, rtol=1e-4, atol=1e-4, check_stride=False)
 
 
 @pytest.mark.parametrize("name", ["pce_nano", "pce_unet_nano"])
@@ -176,7 +192,7 @@ def test_predictions_are_those_of_the_processor(pictures: Path, tmp_path: Path) 
         assert main(["predict", str(tmp_path / "run"), str(pictures / "val"), *options]) == 0
         predictions = json.loads((out / "predictions.json").read_text())["predictions"]
         found.append({each["file"]: each["probability"] for each in predictions})
-    # Convolutions are in TF32 on a GPU, 10 bits of mantissa.
+    # Sums are made in another order, and a patch between two experts may go to either.
     assert found[0] == pytest.approx(found[1], abs=0.02)
     assert len(found[0]) == 12
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pcenet.nn import Routing
-from pcenet.reporting.plots import PALETTE, new_figure
+from pcenet.reporting.colours import PALETTE
+from pcenet.reporting.plots import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

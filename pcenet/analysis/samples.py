@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from pcenet.data import IGNORE, CheckReport
-from pcenet.reporting.colours import class_colours, palette
+from pcenet.reporting.colours import class_colours, css, palette
 from pcenet.reporting.plots import as_label
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _masked(report: CheckReport) -> Figure:
         axis.imshow(overlay(sample.image, sample.mask))
         axis.set_title(as_label(sample.file.rpartition("/")[2]), fontsize=8)
     legend = [
-        Patch(color="#{:02x}{:02x}{:02x}".format(*colour), label=as_label(f"{name}: {shares[name]:.1%}"))
+        Patch(color=css(colour), label=as_label(f"{name}: {shares[name]:.1%}"))
         for name, colour in zip(report.classes, class_colours(), strict=False)
     ]
     legend.append(Patch(facecolor="none", edgecolor="grey", label="uncoloured: does not count"))

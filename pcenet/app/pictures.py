@@ -10,7 +10,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont
 
 from pcenet.analysis.samples import overlay
 from pcenet.app.session import LayerRouting, Visit
-from pcenet.reporting.colours import class_colours
+from pcenet.reporting.colours import expert_colours
 
 DROPPED = (128, 128, 128)
 CHANGED = ImageColor.getrgb("#D55E00")
@@ -46,7 +46,7 @@ def expert_picture(visit: Visit) -> Image.Image:
 
 def expert_colour(expert: int) -> tuple[int, ...]:
     """Red, green and blue of an expert; grey for -1, a patch that none served."""
-    return DROPPED if expert < 0 else class_colours()[expert % len(class_colours())]
+    return DROPPED if expert < 0 else expert_colours()[expert % len(expert_colours())]
 
 
 def _draw_marks(

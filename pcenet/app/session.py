@@ -200,7 +200,7 @@ class Explorer:
         model: with PCE layers; it is put into evaluation mode and changed by nothing else.
         classes: class names, by class number.
         device: where to compute.
-        precision: ``"bf16"`` or ``"fp32"``.
+        precision: a resolved one.
 
     Raises:
         ValueError: for a network without PCE layers, where there is nothing to see.

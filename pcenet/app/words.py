@@ -10,6 +10,7 @@ import numpy as np
 
 from pcenet.app.pictures import expert_colour
 from pcenet.app.session import Change, Floats, LayerRouting, Visit, change
+from pcenet.reporting.colours import class_colours
 from pcenet.reporting.numbers import share_text
 from pcenet.texts import shown
 
@@ -82,7 +83,7 @@ def class_table(visit: Visit, classes: Sequence[str]) -> str:
     caption = f"Classes by their {kind}" + (", with the router's choices and now" if moved else "")
     rows = []
     for number in largest.tolist():
-        spot = swatch(expert_colour(number), str(number)) if segment else ""
+        spot = swatch(class_colours()[number], str(number)) if segment else ""
         figures = [share_text(before.shares[number]), share_text(after.shares[number])] if moved else []
         figures += [points(after.shares[number] - before.shares[number])] if moved else [_bar(after.shares, number)]
         rows.append([f"{spot} {escape(classes[number])}", *figures])

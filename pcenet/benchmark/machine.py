@@ -22,7 +22,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "processor": processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "kind": kind_of(device),
-        "backend": backend(),
+        "backend": backend(device.type),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

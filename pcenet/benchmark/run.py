@@ -41,7 +41,7 @@ from pcenet.benchmark.timing import (
 from pcenet.models import create_network, task_of, twin_of
 from pcenet.models.preprocessing import image_size
 from pcenet.reporting.tables import console
-from pcenet.runtime.device import resolve_device, resolve_precision
+from pcenet.runtime.device import resolve_device, resolve_precision, set_precision
 from pcenet.writing import write_json
 
 WIDE = 2.0  # a ratio whose upper quartile is more than this many times its lower one says nothing
@@ -77,6 +77,7 @@ class Bench:
         self.device = resolve_device(config.device)
         if self.device.type == "mps":
             raise ValueError("device 'mps': how long a Mac's GPU takes is not measured; use --device cpu or cuda")
+        set_precision("fp32", self.device)
         self.rival = None if config.against is None else load_rival(config.against)
         self.report: dict[str, Any] = {"machine": machine(self.device), "config": vars(config), "records": []}
         kind = as_file_name(self.report["machine"]["kind"])

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pcenet.reporting.plots import PALETTE, as_label, new_figure
+from pcenet.reporting.colours import PALETTE
+from pcenet.reporting.plots import as_label, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,9 +12,9 @@ from PIL import Image
 
 from pcenet.explanation.findings import points, row_label
 from pcenet.explanation.report import Report
-from pcenet.reporting.colours import class_colours
+from pcenet.reporting.colours import PALETTE, css, expert_colours
 from pcenet.reporting.numbers import share_text
-from pcenet.reporting.plots import PALETTE, Row, as_label, draw_load, new_figure, png_of
+from pcenet.reporting.plots import Row, as_label, draw_load, new_figure, png_of
 from pcenet.runs.health import EVALUATED
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def typical_place(layer: Report, expert: int) -> Picture:
     rows, columns = layer["grid"]
     counts = np.array(layer["by_place"][expert], float).reshape(rows, columns)
     weight = (counts / max(counts.max(), 1))[..., None]
-    cells = (255 * (1 - weight) + np.array(class_colours()[expert]) * weight).round().astype(np.uint8)
+    cells = (255 * (1 - weight) + np.array(expert_colours()[expert]) * weight).round().astype(np.uint8)
     scale = max(1, 120 // max(rows, columns))
     map_ = np.kron(cells, np.ones((scale, scale, 1), np.uint8))
     framed = np.pad(map_, ((2, 2), (2, 2), (0, 0)), constant_values=90)
@@ -194,7 +194,7 @@ def load_history(layer: Report, rows: Sequence[Row]) -> Picture:
     """
     figure = new_figure(WIDTH, 2.2)
     axis: Any = figure.subplots()
-    draw_load(axis, rows, layer["name"], _colours(layer["experts"]))
+    draw_load(axis, rows, layer["name"])
     axis.set(xlabel="epoch", ylabel="share of the patches")
     axis.xaxis.get_major_locator().set_params(integer=True)
     last = [value for name, value in rows[-1].items() if name.startswith(f"{EVALUATED}/{layer['name']}/load_")]
@@ -301,7 +301,7 @@ def short(name: str) -> str:
 
 def _colours(experts: int) -> list[str]:
     """The experts' colours, as matplotlib has them."""
-    return ["#{:02x}{:02x}{:02x}".format(*colour) for colour in class_colours()[:experts]]
+    return [css(colour) for colour in expert_colours()[:experts]]
 
 
 def _heat_map(

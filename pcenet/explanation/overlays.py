@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional
 
 from pcenet.analysis import Seen
 from pcenet.analysis.galleries import SIDE, Exhibit
-from pcenet.reporting.colours import class_colours, palette
+from pcenet.reporting.colours import expert_colours, palette
 
 WIDTH = 400  # pixels of an overlay
 FAINTEST, STRONGEST = 0.15, 0.75  # opacity of the colours at gate values 0 and 1
@@ -53,7 +53,7 @@ def expert_overlay(pixels: Tensor, seen: Seen, image: int) -> Image.Image:
             box = _whole(seen.box(row, column, (grey.height, grey.width)))
             boxes[row, column] = box
             served = kept[row][column]
-            colour_draw.rectangle(box, class_colours()[experts[row][column]] if served else DROPPED)
+            colour_draw.rectangle(box, expert_colours()[experts[row][column]] if served else DROPPED)
             strength = FAINTEST + (STRONGEST - FAINTEST) * gate[row][column] if served else STRONGEST
             opacity_draw.rectangle(box, round(255 * strength))
     result = Image.composite(colours, grey, opacity)

@@ -11,7 +11,7 @@ from pcenet.explanation.drawing import Pictures
 from pcenet.explanation.figures import Picture
 from pcenet.explanation.findings import layer_findings, owners, points, row_label, summary
 from pcenet.explanation.report import Report
-from pcenet.reporting.colours import class_colours
+from pcenet.reporting.colours import class_colours, css, expert_colours
 from pcenet.reporting.numbers import in_prose, share_text
 from pcenet.runs.health import ratio_in_words
 from pcenet.texts import shown
@@ -51,7 +51,8 @@ def page(report: Report, pictures: Pictures, captions: list[tuple[str, str]]) ->
         findings=summary(report),
         layer_findings=layer_findings,
         row_label=row_label,
-        colour=colour,
+        expert_colour=expert_colour,
+        class_colour=class_colour,
         served=served,
         without=without,
         ratio_in_words=ratio_in_words,
@@ -68,9 +69,14 @@ def millions(value: float) -> str:
     return f"{value / 1e6:.3g} M"
 
 
-def colour(number: int) -> str:
-    """The colour of an expert or class, as CSS has it."""
-    return "#{:02x}{:02x}{:02x}".format(*class_colours()[number])
+def expert_colour(number: int) -> str:
+    """The colour of an expert, as CSS has it."""
+    return css(expert_colours()[number])
+
+
+def class_colour(number: int) -> str:
+    """The colour of a class, likewise."""
+    return css(class_colours()[number])
 
 
 def served(layer: Report, expert: int) -> list[str]:

@@ -31,7 +31,7 @@ class Network:
         classes: class names, by class number.
         routing: whether to note the expert of each patch.
         device: where to compute, and where the model is.
-        precision: ``"bf16"`` or ``"fp32"``.
+        precision: a resolved one.
     """
 
     model: SavableModel | ExportedNet

@@ -24,7 +24,7 @@ from pcenet.inference.network import Network
 from pcenet.models import SavableModel
 from pcenet.reporting.colours import palette
 from pcenet.reporting.numbers import percent
-from pcenet.runtime.device import resolve_precision
+from pcenet.runtime.device import resolve_precision, set_precision
 from pcenet.tasks import get_task
 from pcenet.tasks.evaluation import eval_batch_size
 from pcenet.tasks.pixels import classes_at
@@ -208,6 +208,7 @@ def predict_images(
     batches = read_batches(
         files, get_task(model.task).image_transform(model), batch_size=batch_size or eval_batch_size(model), workers=0
     )
+    set_precision(network.precision, device)
     modes = [(module, module.training) for module in model.modules()]
     items: list[Prediction | Segmentation] = []
     model.eval()

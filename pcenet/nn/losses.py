@@ -81,7 +81,7 @@ def aux_terms(records: Mapping[str, Sequence[Routing]], synchronised: bool = Fal
         for routing, load in zip(routings, loads, strict=True):
             terms[0].append(load_balance_loss(routing, load) / len(routings))
             terms[1].append(z_loss(routing) / len(routings))
-    # Layers may be on different devices; nothing of the first one's is moved.
+    # Where layers are on different devices, a sum goes on to the next one's.
     return AuxTerms(*(_total(own) for own in terms))
 
 

@@ -71,7 +71,7 @@ def _floats(x: Tensor | None) -> Tensor | None:
 
 
 def _parts(x: Tensor, affine: Affine | None) -> tuple[tuple[Any, ...], torch.dtype]:
-    """An affine map as the library takes it, and the type of what it makes of x."""
+    """An affine map as kernels take it, and the type of what it makes of x."""
     scale, shift, gelu, gate, residual = affine or Affine()
     dtype = x.dtype
     if residual is not None and residual.dtype != dtype:
@@ -128,9 +128,9 @@ class Operator(NamedTuple):
     """What `apply` needs of an operator; all take the same inputs.
 
     Attributes:
-        compute: calls the compiled library.
+        compute: calls kernels.
         reference: the same in plain torch, for derivatives of gradients.
-        gradients: ``gradients(needed, grad, *inputs)``, by the library, for as many of the inputs as may need one.
+        gradients: ``gradients(needed, grad, *inputs)``, by kernels, for as many of the inputs as may need one.
     """
 
     compute: Callable[..., Tensor]
@@ -139,7 +139,7 @@ class Operator(NamedTuple):
 
 
 def apply(operator: Operator, *inputs: Any) -> Tensor:
-    """An operator of the compiled library, differentiable."""
+    """An operator that has kernels, differentiable."""
     return _Differentiable.apply(operator, *inputs) if tracked(*inputs) else operator.compute(*inputs)
 
 

@@ -29,6 +29,7 @@ from pcenet.ops import build, schemas
 VARIABLE = "PCENET_OPS"
 CHOICES = ("auto", "required", "reference", "triton", *build.SETS)
 OLDEST_TORCH = "2.10"  # its stable interface is what the library is compiled against
+OLDEST_GPU = (8, 0)  # compute capability: products in 16 bits are tensor cores' from there on
 REFERENCE_COST = 1.8  # times that pce_nano's training step takes on the reference, on a processor with AVX2
 TYPES = {"cpu": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -55,8 +56,8 @@ class Choice(NamedTuple):
     """What runs.
 
     Attributes:
-        instructions: an instruction set on the processor, or, for None, the reference,
-        reason: with the reason.
+        instructions: an instruction set on the processor; None: the reference.
+        reason: why it is the reference.
         triton: the kinds of devices on which the Triton kernels run.
     """
 
@@ -139,7 +140,7 @@ def use(name: str) -> Choice:
     """Decide what runs in this process from now on, in place of ``PCENET_OPS``.
 
     Args:
-        name: ``auto``, ``required``, ``reference`` or an instruction set.
+        name: one of `CHOICES`.
 
     Raises:
         ValueError: if there is no such choice, or it cannot be had here.
@@ -182,13 +183,17 @@ def _triton_devices() -> tuple[str, ...]:
         from triton import knobs
     except ImportError as error:
         raise ValueError(
-            f"{VARIABLE}=triton: Triton cannot be imported ({error}); it comes with torch for NVIDIA and AMD GPUs"
+            f"{VARIABLE}=triton: Triton cannot be imported ({error}); it comes with torch for NVIDIA GPUs"
         ) from error
     from pcenet.ops import gpu
 
     interpreted = bool(knobs.runtime.interpret)
     if not interpreted and not torch.cuda.is_available():
         raise ValueError(f"{VARIABLE}=triton: torch sees no GPU; TRITON_INTERPRET=1 computes on the processor, slowly")
+    if not interpreted and (torch.version.hip or torch.cuda.get_device_capability() < OLDEST_GPU):
+        raise ValueError(f"{VARIABLE}=triton: the kernels are for NVIDIA GPUs of compute capability 8.0 or more")
+    if not interpreted and build.find_compiler() is None:
+        raise ValueError(f"{VARIABLE}=triton: Triton needs a C compiler; install gcc")
     device = "cpu" if interpreted else "cuda"
     gpu.register(device)
     return (device,)

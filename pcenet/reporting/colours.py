@@ -1,4 +1,4 @@
-"""The colours of classes, and a legend that names them."""
+"""The colours of classes and of experts, which nobody should take for each other, and a legend of classes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from itertools import chain, product
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from pcenet.reporting.plots import PALETTE
 from pcenet.texts import shown
 
 MOST = 256  # colours of a palette
 LEVELS = range(0, 256, 36)  # of red, green and blue, of the colours to choose from
 ROW, MARGIN, TEXT = 28, 8, 16  # pixels
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; of lines, and of the first classes.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+# Of the first experts; a third of red, green or blue apart from each other and from the first dozen classes.
+EXPERTS = ("#B4E600", "#332288", "#FF6F61", "#00E5CF", "#9B5DE5", "#7A4B16", "#F2DCA6")
 
 Colour = tuple[int, ...]
 
@@ -25,7 +29,17 @@ def class_colours() -> tuple[Colour, ...]:
 
     First those that colour-blind readers can tell apart, then always the one that lies farthest from all before it.
     """
-    colours: list[Colour] = [ImageColor.getrgb(colour) for colour in PALETTE]
+    return _and_farthest(PALETTE)
+
+
+@cache
+def expert_colours() -> tuple[Colour, ...]:
+    """Likewise of `MOST` experts; the first are no class's."""
+    return _and_farthest(EXPERTS)
+
+
+def _and_farthest(first: Sequence[str]) -> tuple[Colour, ...]:
+    colours: list[Colour] = [ImageColor.getrgb(colour) for colour in first]
     candidates: list[Colour] = list(product(LEVELS, repeat=3))
     distances = [min(math.dist(candidate, colour) for colour in colours) for candidate in candidates]
     while len(colours) < MOST:
@@ -33,6 +47,11 @@ def class_colours() -> tuple[Colour, ...]:
         colours.append(farthest)
         distances = [min(old, math.dist(each, farthest)) for old, each in zip(distances, candidates, strict=True)]
     return tuple(colours)
+
+
+def css(colour: Colour) -> str:
+    """A colour as CSS and matplotlib have it."""
+    return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def palette(count: int) -> list[int]:

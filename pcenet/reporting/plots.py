@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pcenet.reporting.colours import PALETTE, css, expert_colours
 from pcenet.runs.health import EVALUATED, TRAINED
 from pcenet.runtime.memory import reason_of
 from pcenet.texts import shown
@@ -18,8 +19,6 @@ from pcenet.texts import shown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; repeated beyond eight.
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 LABELLED = 40  # classes up to which the confusion matrix names them
 NUMBERED = 15  # and writes its shares down
 NAMED = 16  # experts up to which a legend names them; one of more would leave no room for the load
@@ -167,21 +166,27 @@ def expert_load(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw_load(axis: Any, rows: Sequence[Row], layer: str, colours: Sequence[str] = PALETTE) -> None:
+def draw_load(axis: Any, rows: Sequence[Row], layer: str) -> None:
     """The load of a layer's experts on ``val`` over the epochs that know it, as bars that add up to 1.
 
     Args:
         axis: matplotlib's, to draw on.
         rows: the figures of each epoch, as in ``metrics.csv``.
         layer: name of the layer.
-        colours: of the experts, repeated where there are fewer.
     """
     rows = [row for row in rows if f"{EVALUATED}/{layer}/load_0" in row]
     epochs = [row["epoch"] for row in rows]
     below = [0.0] * len(rows)
     for expert, name in enumerate(name for name in rows[-1] if name.startswith(f"{EVALUATED}/{layer}/load_")):
         shares = [row[name] for row in rows]
-        axis.bar(epochs, shares, bottom=below, width=1, color=colours[expert % len(colours)], label=str(expert))
+        axis.bar(
+            epochs,
+            shares,
+            bottom=below,
+            width=1,
+            color=css(expert_colours()[expert % len(expert_colours())]),
+            label=str(expert),
+        )
         below = [a + b for a, b in zip(below, shares, strict=True)]
     axis.set_ylim(0, 1)
     if len(axis.containers) <= NAMED:

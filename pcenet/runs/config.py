@@ -349,7 +349,11 @@ class TrainConfig:
         if self.task == "segment" and self.augment not in ("auto", "none"):
             raise ValueError(f"augment {self.augment!r} is for classification; to segment give auto or none")
         if self.strategy == "fsdp" and self.precision == "fp16":
-            raise ValueError("precision 'fp16' with strategy 'fsdp': parts of gradients are not scaled; use bf16")
+            raise ValueError(
+                "precision 'fp16' with strategy 'fsdp': nobody sees that a divided gradient overflows; use bf16"
+            )
+        if self.strategy == "fsdp" and self.compile:
+            raise ValueError("compile with strategy 'fsdp' was never tried; leave one of them out")
         check_together(self)
         check_path("data", self.data)
         check_path("out", str(self.folder))

@@ -18,7 +18,17 @@ from pcenet.yaml_files import BoundedLoader, read_yaml, write_yaml
 
 ELSEWHERE = {"out", "resume"}  # options that say where a run goes on, not what it is
 SAFE_TO_CHANGE = ELSEWHERE | {
-    *("log", "device", "workers", "threads", "checkpoint_minutes", "skip_nonfinite", "strategy", "process_timeout")
+    *(
+        "log",
+        "device",
+        "workers",
+        "threads",
+        "checkpoint_minutes",
+        "skip_nonfinite",
+        "strategy",
+        "compile",
+        "process_timeout",
+    )
 }
 STEP = "step-"  # how the names of checkpoints begin
 

@@ -49,7 +49,9 @@ PrecisionOption = Annotated[
         "NVIDIA GPU rounds to 10 bits. auto: bf16 where the hardware has it, else fp32."
     ),
 ]
-DeviceOption = Annotated[Device, Option("auto: a CUDA GPU where there is one, else cpu; mps: the GPU of a Mac.")]
+DeviceOption = Annotated[
+    Device, Option("auto: a CUDA GPU where there is one, else cpu; mps: the GPU of a Mac, never tried.")
+]
 WorkersOption = Annotated[
     int | None,
     Option(

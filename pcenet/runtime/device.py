@@ -78,11 +78,16 @@ def resolve_workers(workers: int | None, device: torch.device, count: int = 1) -
 
 
 def set_precision(precision: Precision, device: torch.device) -> None:
-    """Let a GPU multiply numbers in float32 as a resolved precision says: torch's own choice is TF32 for convolutions
-    and not for matrix products."""
+    """Let a GPU multiply numbers in float32 as a resolved precision says, in the whole process from now on: torch's own
+    choice is TF32 for convolutions and not for matrix products."""
     if device.type == "cuda":
         allowed = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The type for sums over a whole data set: float64, which a Mac's GPU has not."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:

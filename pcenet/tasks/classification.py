@@ -23,7 +23,7 @@ from pcenet.reporting.numbers import score_text
 from pcenet.reporting.tables import console, router_table
 from pcenet.runs.config import EvalConfig, TrainConfig
 from pcenet.runs.health import count_routings, health_of
-from pcenet.runtime.device import autocast
+from pcenet.runtime.device import autocast, widest
 from pcenet.runtime.distributed import over_processes
 from pcenet.tasks.base import Objective, Task
 from pcenet.tasks.means import EpochMeans
@@ -185,7 +185,7 @@ def evaluate_model(
         batches: images and their class numbers ``[B]``.
         classes: class names, by class number.
         device: where to compute.
-        precision: ``"bf16"`` or ``"fp32"``.
+        precision: a resolved one.
     """
     from torchmetrics import classification as metrics
 
@@ -194,7 +194,7 @@ def evaluate_model(
     confusion = metrics.MulticlassConfusionMatrix(count).to(device)
     calibration = metrics.MulticlassCalibrationError(count, n_bins=CALIBRATION_BINS).to(device)
     top5 = metrics.MulticlassAccuracy(count, top_k=TOP_K, average="micro").to(device) if count >= TOP_K else None
-    loss = torch.zeros((), device=device, dtype=torch.float64)
+    loss = torch.zeros((), device=device, dtype=widest(device))
     routing: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
     for images, labels in batches:
         images, labels = images.to(device, memory_format=torch.channels_last), labels.to(device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pcenet.data import IGNORE
 from pcenet.nn.processes import sum_over_processes
+from pcenet.runtime.device import widest
 
 ROOM = 2**27  # numbers, half a gigabyte: what may be made of an image's logits at its full size at once
 
@@ -59,7 +60,7 @@ class PixelScores:
         from torchmetrics.classification import MulticlassConfusionMatrix
 
         self._confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE, validate_args=False).to(device)
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._loss = torch.zeros((), dtype=widest(device), device=device)
 
     @torch.no_grad()
     def update(self, logits: Tensor, masks: Sequence[Tensor]) -> None:

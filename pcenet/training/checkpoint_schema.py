@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from pcenet.models.hub import MisfitError, check_tensors
 from pcenet.nn import routers_of
@@ -57,6 +58,15 @@ SPLIT = Rule(
     ),
 )
 
+SCALER = Rule(
+    "the state of a loss scale, or nothing",
+    lambda value: (
+        isinstance(value, dict)
+        and (not value or value.keys() == GradScaler("cpu").state_dict().keys())
+        and all(type(each) in (int, float) and 0 <= each < math.inf for each in value.values())
+        and all(value.get(name, 1) > 0 for name in ("scale", "growth_factor", "backoff_factor", "growth_interval"))
+    ),
+)
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 FIGURES = {
     "means": {"sums": Each(SCALAR), "images": COUNT},
@@ -68,7 +78,7 @@ CONTENT = {
     "averaged": Each(FINITE),
     "averages": COUNT,
     "optimizer": {"state": Each(Each(FINITE), keys=COUNT), "param_groups": [Each(ANYTHING)]},
-    "scaler": Each(FIGURE),
+    "scaler": SCALER,
     "figures": [FIGURES],
     "step": COUNT,
     "batch": COUNT,

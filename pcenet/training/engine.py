@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from pcenet.models.blocks import ResidualBlock
-from pcenet.nn import Router
+from pcenet.nn import PCEConv2d, Router
 from pcenet.runs.config import TrainConfig
 from pcenet.runtime.distributed import own_rank
 from pcenet.runtime.launcher import Ranks
@@ -68,13 +69,25 @@ def placement(parameter: nn.Parameter, count: int) -> Shard:
 
 def compile_parts(model: nn.Module) -> None:
     """Compile the largest parts of a network that have no router, all of a dense one: hooks note what routers do, and
-    the graph of a compiled part calls none that come later. Equal parts share what was compiled."""
-    if not any(isinstance(part, Router) for part in model.modules()):
-        if not isinstance(model, nn.ModuleList | nn.ModuleDict):  # nobody calls these
-            model.compile()
-    elif not isinstance(model, Router):
-        for part in model.children():
-            compile_parts(part)
+    the graph of a compiled part calls none that come later."""
+    import torch._dynamo.config as dynamo
+
+    parts = list(parts_without_router(model))
+    # All modules whose `forward` is torch's own count as one function, of which no more than this are compiled.
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(parts))
+    for part in parts:
+        part.compile(dynamic=False)
+
+
+def parts_without_router(module: nn.Module) -> Iterator[nn.Module]:
+    """The largest parts of a network, none within another, that neither route nor follow another layer's router."""
+    if not any(isinstance(part, Router | PCEConv2d) for part in module.modules()):
+        called = not isinstance(module, nn.ModuleList | nn.ModuleDict)
+        if called and any(True for _ in module.parameters()):  # what has none has next to nothing to compute
+            yield module
+    elif not isinstance(module, Router | PCEConv2d):
+        for part in module.children():
+            yield from parts_without_router(part)
 
 
 def local_part(tensor: Tensor) -> Tensor:

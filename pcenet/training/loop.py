@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -43,6 +44,8 @@ from pcenet.training.schedules import Schedules, set_routers
 from pcenet.training.state import State, load_weights
 from pcenet.training.sync_batch_norm import synchronised
 from pcenet.training.trackers import Trackers
+
+log = logging.getLogger(__name__)
 
 LOG_EVERY = 50  # steps, or once in an epoch of fewer
 
@@ -166,8 +169,7 @@ class Trainer:
             state.averaged.update_parameters(self.model)
             state.figures.update(seen)
             state.skipped = 0
-        elif state.scaler.get_scale() > 1 and is_finite(seen):
-            state.scaler.update()
+        elif self.scaled_too_far(seen):
             state.figures.update(seen)
         else:
             cause = first_cause(seen, self.model, self.run.loaders["train"], state.epoch)
@@ -195,6 +197,23 @@ class Trainer:
             seen.append(noted)
         self.state.scaler.unscale_(self.state.optimizer)
         return seen, get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+
+    def scaled_too_far(self, seen: Sequence[Seen]) -> bool:
+        """Whether a gradient is not finite perhaps only because its loss was scaled; the scale is halved then."""
+        scaler = self.state.scaler
+        before = scaler.get_scale()
+        scaler.update()
+        after = scaler.get_scale()
+        if not (after < before > 1 and is_finite(seen)):
+            return False
+        log.info(
+            "step %d: a gradient overflows in float16; the step is left out, and losses are scaled by %g from"
+            " now on, not by %g",
+            self.state.step + 1,
+            after,
+            before,
+        )
+        return True
 
     def update(self, norm: Tensor, learning_rate: float) -> None:
         """Move the weights by a gradient of this norm."""

@@ -200,8 +200,11 @@ def announce(run: Run) -> None:
         f"{config.precision}, {torch.get_num_threads()} threads, seed {config.seed}",
         f"run folder: {run.folder.path}",
     ]
-    if run.device.type == "cpu" and cost["router_multiply_adds"] and (reason := ops.why_reference()):
+    if ops.backend("cpu") == "reference" and run.device.type == "cpu" and cost["router_multiply_adds"]:
+        reason = ops.why_reference()
         lines.append(f"PCE layers run on the reference, about {REFERENCE_COST:g} times slower than kernels; {reason}")
+    if run.device.type != "cpu" and cost["router_multiply_adds"]:
+        lines.append(f"PCE layers run on: {ops.backend(run.device.type)}")
     if config.init and not run.checkpoint:
         lines.append(f"starting from the weights of {config.init}")
     if isinstance(run.model, TimmNet) and run.model.upcycling:

@@ -75,7 +75,8 @@ class State:
         for name in NUMBERS:
             setattr(self, name, content[name])
         self.averaged.n_averaged.fill_(content["averages"])
-        self.scaler.load_state_dict(content["scaler"])
+        if content["scaler"]:  # another precision has none
+            self.scaler.load_state_dict(content["scaler"])
         self.figures.load_state_dict(content["figures"])
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         parts = {

@@ -24,7 +24,8 @@ from pcenet.app.words import (
 from pcenet.reporting.numbers import share_text
 
 CLASSES = ["zero", "one", "two"]
-BLUE, ORANGE = (0, 0x72, 0xB2), (0xE6, 0x9F, 0x00)  # of experts 0 and 1
+BLUE, ORANGE = (0, 0x72, 0xB2), (0xE6, 0x9F, 0x00)  # of classes 0 and 1
+LIME, INDIGO = (0xB4, 0xE6, 0x00), (0x33, 0x22, 0x88)  # of experts 0 and 1
 
 
 def words_of(html: str) -> str:
@@ -39,10 +40,10 @@ def test_patches_have_their_experts_colours(explorer, corner):
     visit = explorer("classify").begin(corner)
     picture = np.asarray(expert_picture(visit)).astype(float)
     gate = visit.routing.gate
-    # Away from the frame and the number: white under orange, black under blue.
+    # Away from the frame and the number: white under indigo, black under lime.
     light, dark = opacity_of(gate[0, 0]), opacity_of(gate[1, 1])
-    np.testing.assert_allclose(picture[20, 20], [255 * (1 - light) + light * c for c in ORANGE], atol=1)
-    np.testing.assert_allclose(picture[620, 620], [dark * c for c in BLUE], atol=1)
+    np.testing.assert_allclose(picture[20, 20], [255 * (1 - light) + light * c for c in INDIGO], atol=1)
+    np.testing.assert_allclose(picture[620, 620], [dark * c for c in LIME], atol=1)
     # The numbers are written in white, each in the middle of its patch.
     for row, column in np.ndindex(2, 2):
         middle = picture[320 * row + 150 : 320 * row + 170, 320 * column + 150 : 320 * column + 170]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from io import BytesIO
 
 import numpy as np
@@ -14,7 +16,7 @@ from pcenet.analysis import Seen
 from pcenet.explanation.figures import class_map, from_figure, load_history, place_in_words, place_maps, short
 from pcenet.explanation.overlays import DROPPED, FAINTEST, LIGHT, STRONGEST, class_overlay, expert_overlay
 from pcenet.nn import Grid, route
-from pcenet.reporting.colours import class_colours
+from pcenet.reporting.colours import class_colours, expert_colours
 
 
 def test_colour_is_the_expert_opacity_the_gate_value_and_dropped_is_dark() -> None:
@@ -28,7 +30,7 @@ def test_colour_is_the_expert_opacity_the_gate_value_and_dropped_is_dark() -> No
     assert width == 400
     for patch, (expert, gate) in enumerate([(0, 0.9), (1, 0.8)]):
         opacity = FAINTEST + (STRONGEST - FAINTEST) * gate
-        expected = [opacity * channel + (1 - opacity) * below for channel in class_colours()[expert]]
+        expected = [opacity * channel + (1 - opacity) * below for channel in expert_colours()[expert]]
         np.testing.assert_allclose(picture[height // 2, width * (2 * patch + 1) // 6], expected, atol=2)
     dark = [STRONGEST * channel + (1 - STRONGEST) * below for channel in DROPPED]
     np.testing.assert_allclose(picture[height // 4, width * 5 // 6], dark, atol=2)
@@ -99,4 +101,13 @@ def test_many_experts_have_room_and_colours_of_their_own() -> None:
     history = load_history(layer, [row, row | {"epoch": 2.0}])
     with Image.open(BytesIO(history.png)) as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 16)}
-    assert set(class_colours()[:12]) <= colours
+    assert set(expert_colours()[:12]) <= colours
+
+
+def test_experts_and_classes_share_no_colour() -> None:
+    """The first dozen of each are a third of the range apart; a reader would see an agreement that is not there."""
+    apart = [math.dist(a, b) for a in expert_colours()[:7] for b in class_colours()[:12]]
+    assert min(apart) > 80
+    among = [math.dist(a, b) for a, b in itertools.combinations(expert_colours()[:7], 2)]
+    assert min(among) > 80
+    assert len(set(expert_colours())) == 256

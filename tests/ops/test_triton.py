@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from backends import INTERPRETED
-from operator_calls import calls
+from operator_calls import EXPERT, calls
 from torch import Tensor
 
 from pcenet import ops
@@ -142,23 +142,27 @@ TYPES = {
 }
 
 
-def launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, channels: int) -> list[tuple[Any, Any, Any]]:
-    """What a layer's operators launch, with their arguments: those of a training step on 8x8 patches."""
+def launches(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, channels: int, side: int
+) -> list[tuple[Any, Any, Any]]:
+    """What a layer's operators launch, with their arguments: those of a training step, and 1x1 kernels."""
     from pcenet.ops import gpu
 
     found: list[tuple[Any, Any, Any]] = []
     monkeypatch.setattr(gpu, "launch", lambda kernel, _, *args, **constants: found.append((kernel, args, constants)))
     x, residual = torch.randn(2, 16, 16, channels, dtype=dtype), torch.randn(2, 16, 16, channels, dtype=dtype)
-    weight, expert, table = torch.randn(4, channels, channels, 3, 3), torch.arange(8) % 4, torch.randn(4, channels)
-    gate = torch.randn(8)
-    gpu.patch_conv2d(x, weight, None, expert, 8, True, table, table, True, gate, residual)
-    gpu.patch_conv2d(x, weight, None, expert, 8, False, None, None, False, None, None)
-    gpu.patch_conv2d_input_grad(x, weight, None, expert, 8, True)
-    gpu.patch_conv2d_weight_grad(x, x, expert, 8, True, 4, 3)
-    gpu.patch_affine(x, expert, 8, table, table, True, gate, residual)
-    gpu.patch_affine_input_grad(x, x, expert, 8, table, table, True, gate, table, table)
-    gpu.patch_affine_sums(x, x, expert, 8, 4, table, table, True, gate, table)
-    gpu.expert_moments(x, expert, 8, 4)
+    weight, table = torch.randn(4, channels, channels, 3, 3), torch.randn(4, channels)
+    expert = torch.arange(2 * (16 // side) ** 2) % 4
+    gate = torch.randn(len(expert))
+    gpu.patch_conv2d(x, weight, None, expert, side, True, table, table, True, gate, residual)
+    gpu.patch_conv2d(x, weight, None, expert, side, False, None, None, False, None, None)
+    gpu.patch_conv2d(x, weight[..., 1:2, 1:2], None, expert, side, True, None, None, False, None, None)
+    gpu.patch_conv2d_input_grad(x, weight, None, expert, side, True)
+    gpu.patch_conv2d_weight_grad(x, x, expert, side, True, 4, 3)
+    gpu.patch_affine(x, expert, side, table, table, True, gate, residual)
+    gpu.patch_affine_input_grad(x, x, expert, side, table, table, True, gate, table, table)
+    gpu.patch_affine_sums(x, x, expert, side, 4, table, table, True, gate, table)
+    gpu.expert_moments(x, expert, side, 4)
     return found
 
 
@@ -182,24 +186,39 @@ def machine_code(kernel: Any, arguments: Any, constants: Any, capability: int) -
 
 
 @directly
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "channels", "capability"),
+    ("dtype", "tf32", "channels", "side", "capability"),
     [
-        pytest.param(torch.bfloat16, 64, 90, marks=pytest.mark.slow),
-        pytest.param(torch.float32, 64, 90, marks=pytest.mark.slow),
-        pytest.param(torch.float16, 48, 90, marks=pytest.mark.slow),
-        pytest.param(torch.bfloat16, 5, 80, marks=pytest.mark.slow),
-        pytest.param(torch.float32, 256, 86, marks=pytest.mark.slow),
+        (torch.bfloat16, False, 64, 8, 90),
+        (torch.float32, False, 64, 4, 90),
+        (torch.float32, True, 256, 2, 86),
+        (torch.float16, False, 48, 1, 90),
+        (torch.bfloat16, False, 5, 8, 80),
     ],
     ids=str,
 )
 def test_kernels_compile_for_a_gpu(
-    dtype: torch.dtype, channels: int, capability: int, missing: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    dtype: torch.dtype,
+    tf32: bool,
+    channels: int,
+    side: int,
+    capability: int,
+    missing: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     if sys.platform != "linux":
         missing("there is no Triton for this system")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    done = launches(monkeypatch, dtype, channels)
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        done = launches(monkeypatch, dtype, channels, side)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    used = {constants["PRECISION"] for _, _, constants in done if "PRECISION" in constants}
+    assert used == {"tf32" if tf32 else "ieee"}
     kinds = {kernel.fn.__name__ for kernel, _, _ in done}
     assert kinds == {
         "convolve", "fold", "convolve_weight", "affine", "affine_input_grad", "affine_sums", "patch_moments",
@@ -225,6 +244,36 @@ def test_kernels_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ValueError, match=r"^PCENET_OPS=triton: torch sees no GPU; TRITON_INTERPRET=1 computes on the"):
         library.use("triton")
     assert library.choice() == before
+
+
+@directly
+@pytest.mark.parametrize(
+    ("capability", "compiler", "reason"),
+    [((7, 5), ["gcc"], "the kernels are for NVIDIA GPUs of compute capability 8.0"), ((9, 0), None, "Triton needs a")],
+)
+def test_gpus_without_what_it_takes_are_refused(
+    capability: tuple[int, int], compiler: list[str] | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(library.build, "find_compiler", lambda: compiler)
+    with pytest.raises(ValueError, match=f"^PCENET_OPS=triton: {re.escape(reason)}"):
+        library.use("triton")
+
+
+@interpreted
+@pytest.mark.parametrize("wrong", ["too few", "too short a type", "not in one piece"])
+def test_experts_that_do_not_fit_are_refused(wrong: str) -> None:
+    """They would be read beyond their end."""
+    expert = {
+        "too few": EXPERT[:-1],
+        "too short a type": EXPERT.int(),
+        "not in one piece": torch.stack((EXPERT, EXPERT), dim=1)[:, 0],
+    }[wrong]
+    for name in schemas.OF_TRITON:
+        arguments = [expert if x is EXPERT else x for x in calls()[name][0]]
+        with pytest.raises(ValueError, match=r"^expert must be a contiguous int64 tensor \["):
+            getattr(torch.ops.pcenet, name)(*arguments)
 
 
 @directly

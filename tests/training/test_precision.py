@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from trainers import classifying
 
 import pcenet
 from pcenet.cli import main
-from pcenet.nn import Router, record_routing
+from pcenet.nn import PCEConv2d, Router, record_routing
 from pcenet.runs.config import TrainConfig
 from pcenet.runtime.device import resolve_device, resolve_precision, set_precision
 from pcenet.tasks.classification import Classification
@@ -70,10 +71,40 @@ def test_what_is_not_finite_by_itself_ends_training_in_float16_too(monkeypatch: 
         trainer.optimizer_step([(0, (images, targets))], 1)
 
 
+def test_steps_that_are_left_out_leave_the_scale_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = classifying(linear(), TrainConfig(precision="fp16", skip_nonfinite=3))
+    monkeypatch.setattr("pcenet.training.loop.first_cause", lambda *_: "the input")
+    images, targets = batch()
+    for number in range(2):
+        trainer.optimizer_step([(0, (torch.full_like(images, torch.inf), targets))], 1)
+        assert trainer.state.skipped == number + 1
+    trainer.optimizer_step([(0, (images, targets))], 1)
+    assert trainer.state.skipped == 0
+
+
+def test_a_gradient_that_no_scale_mends_is_not_left_out_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scale falls to 1 and no further; then it is an error like any other."""
+    trainer = classifying(linear(), TrainConfig(precision="fp16"))
+    monkeypatch.setattr("pcenet.training.loop.first_cause", lambda *_: "the gradient")
+    trainer.state.scaler.load_state_dict({**trainer.state.scaler.state_dict(), "scale": 4.0})
+    trainer.parameters[0].register_hook(lambda grad: grad * torch.nan)
+    for scale in (2.0, 1.0):
+        trainer.optimizer_step([(0, batch())], 1)
+        assert trainer.state.scaler.get_scale() == scale
+    with pytest.raises(ValueError, match=r"the gradient; "):
+        trainer.optimizer_step([(0, batch())], 1)
+
+
 def test_other_precisions_scale_nothing() -> None:
     trainer = classifying(linear(), TrainConfig(precision="bf16"))
     assert not trainer.state.scaler.is_enabled()
     assert trainer.state.state_dict()["scaler"] == {}
+
+
+@pytest.mark.parametrize("options", [{"precision": "fp16"}, {"compile": True}], ids=str)
+def test_what_does_not_go_with_divided_weights(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"with strategy 'fsdp'"):
+        TrainConfig(strategy="fsdp", **options)
 
 
 def test_float16_and_divided_weights_do_not_go_together(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -132,6 +163,16 @@ def test_all_but_routers_is_compiled() -> None:
     assert list(model.state_dict()) == names
     with record_routing(model):
         pass
+
+
+def test_what_follows_a_router_is_not_compiled_and_all_parts_have_room() -> None:
+    model = pcenet.upcycle(timm.create_model("resnet18", num_classes=3), num_experts=2)
+    compile_parts(model)
+    parts = [part for part in model.modules() if part._compiled_call_impl is not None]
+    assert len(parts) > 8  # torch compiles no more of one function unless it is told to
+    assert torch._dynamo.config.recompile_limit >= len(parts)
+    for part in parts:
+        assert not any(isinstance(each, PCEConv2d) for each in part.modules())
 
 
 def test_a_dense_network_is_compiled_whole() -> None:

@@ -20,7 +20,7 @@ from pcenet.ops import reference, schemas
 from pcenet.ops.gpu import kernels
 
 PIXELS = 64  # that one program computes at least, and in one go
-WARPS = 4  # with 8, other people's kernels of this kind were miscompiled
+WARPS = 4  # with 8, Inductor's convolutions of this kind were miscompiled (pytorch/pytorch#173068)
 PROGRAMS = 512  # that keep a large GPU busy: sums with few results are split into as many
 
 
@@ -57,6 +57,15 @@ def map_of(x: Tensor, side: int) -> Map:
     if cells >= 2**31:
         raise ValueError(f"a map of {found.pixels} pixels in {side}x{side} patches is too large: make batches smaller")
     return found
+
+
+def check_expert(expert: Tensor, grid: Map) -> None:
+    """Raise a ``ValueError`` where kernels would read other memory than they should."""
+    if expert.dtype != torch.int64 or not expert.is_contiguous() or expert.shape != (grid.patches,):
+        raise ValueError(
+            f"expert must be a contiguous int64 tensor [{grid.patches}], one number for each patch, not"
+            f" {tuple(expert.shape)} of {expert.dtype}"
+        )
 
 
 class Blocks(NamedTuple):
@@ -115,6 +124,7 @@ def _convolve(
     scale, shift, gelu, gate, residual = then
     experts, taps, channels, outs = packed.shape
     grid = map_of(x, side)
+    check_expert(expert, grid)
     size = side + 2 * margin
     blocks = blocks_of(expert, experts, max(1, PIXELS // size**2))
     shape = (grid.patches, size * size, outs) if margin else (*x.shape[:3], outs)
@@ -175,6 +185,7 @@ def patch_conv2d_weight_grad(
     """Taps last but one, ``[E, D, K, K, C]``, in float32."""
     channels, outs = x.shape[3], grad.shape[3]
     grid, taps = map_of(x, side), kernel**2
+    check_expert(expert, grid)
     blocks = blocks_of(expert, experts, max(1, PIXELS // side**2))
     in_tiles = tiles(channels) * tiles(outs)
     splits = splits_of(experts * taps * in_tiles, blocks.experts.shape[0] // experts)
@@ -193,6 +204,7 @@ def _on_map(
 ) -> None:
     """A kernel that computes each pixel by itself."""
     grid = map_of(out, side)
+    check_expert(expert, grid)
     sizes = (grid.pixels, grid.height, grid.width, grid.channels, grid.rows, grid.columns)
     programs = (-(-grid.pixels // PIXELS), tiles(grid.channels))
     launch(kernel, programs, *maps, out, expert, *parts, *sizes, SIDE=side, GELU=gelu, ROWS=PIXELS,
@@ -240,13 +252,15 @@ def _sum_by_expert(values: Tensor, blocks: Blocks, experts: int) -> Tensor:
 
 
 def expert_moments(x: Tensor, expert: Tensor, side: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `pcenet.ops.expert_moments`.
+    """See `pcenet.ops.expert_moments`. (A first pixel that is not finite makes all of them NaN.)
 
     Each patch has its own mean, from which its pixels' distances are squared; patches are merged by Chan's rule (Chan,
     Golub and LeVeque, 1983), and means are distances from the first pixel, so that a large mean does not swallow a
     small variance.
     """
-    grid, blocks = map_of(x, side), blocks_of(expert, experts, 1)
+    grid = map_of(x, side)
+    check_expert(expert, grid)
+    blocks = blocks_of(expert, experts, 1)
     own = x.new_empty((grid.patches, 2, grid.channels), dtype=torch.float32)
     _in_patches(kernels.patch_moments, (x,), (own,), side)
     # The pixels of each patch, fewer at the edges of a map.
@@ -269,6 +283,7 @@ def patch_affine_sums(
     """By expert ``[E, C]`` the sums of g, the gradient before the affine map, and of ``g * (x - centre)``; by patch the
     gradient for its gate ``[N]``. ``more`` is gate and centre."""
     grid = map_of(x, side)
+    check_expert(expert, grid)
     own = x.new_empty((grid.patches, 2, grid.channels), dtype=torch.float32)
     of_gate = x.new_empty((grid.patches, tiles(grid.channels)), dtype=torch.float32)
     _in_patches(
