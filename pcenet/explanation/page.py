@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -42,6 +43,7 @@ def page(report: Report, pictures: Pictures, captions: list[tuple[str, str]]) ->
         "score": in_prose,
         "uri": uri,
         "millions": millions,
+        "short_path": short_path,
     }
     template = environment.get_template(TEMPLATE)
     return template.render(
@@ -67,6 +69,12 @@ def uri(picture: Picture) -> str:
 def millions(value: float) -> str:
     """A count in millions, with three digits."""
     return f"{value / 1e6:.3g} M"
+
+
+def short_path(name: str) -> str:
+    """A run or data set as somebody else may read it: of a path of this machine its last part alone."""
+    path = Path(name)
+    return path.name if path.is_absolute() else name
 
 
 def expert_colour(number: int) -> str:

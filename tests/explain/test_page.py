@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from pcenet.cli import main
-from pcenet.explanation.page import millions
+from pcenet.explanation.page import millions, short_path
 
 PREFIX = "data:image/png;base64,"
 
@@ -145,3 +145,22 @@ def test_of_a_segmentation_network(street: Path, tmp_path: Path) -> None:
 
 def test_millions() -> None:
     assert [millions(value) for value in (35_645_120, 1_122_054, 249_126)] == ["35.6 M", "1.12 M", "0.249 M"]
+
+
+def test_pictures_come_first_and_numbers_last(report: Path) -> None:
+    """Of each image the experts of every layer are beside it; findings follow, and the layers one by one."""
+    source = Page(report / "explain.html").source
+    order = re.findall(r'<section id="([a-z]+)', source)
+    assert order[:2] == ["images", "short"]
+    assert order[-3:] == ["numbers", "card", "made"]
+    strips = re.findall(r'<div class="strip">(.*?)</div>', source, re.DOTALL)
+    assert len(strips) == 2
+    for strip in strips:
+        assert strip.count("<img") == 2
+        assert "experts, layer 1 of 1" in strip
+
+
+def test_of_a_path_of_this_machine_its_last_part_is_shown(report: Path) -> None:
+    source = Page(report / "explain.html").source
+    assert str(report.parent) not in source
+    assert (short_path("/home/me/runs/digits"), short_path("runs/digits")) == ("digits", "runs/digits")
