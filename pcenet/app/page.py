@@ -268,7 +268,7 @@ class Page:
         return answer | self._show_routing(visit)
 
     def _show_routing(self, visit: Visit) -> Answer:
-        titles = [(words.layer_title(name, routing), name) for name, routing in visit.after.layers.items()]
+        titles = [(words.layer_title(name, visit.after.layers), name) for name in visit.after.layers]
         row, column = visit.patch or (0, 0)
         served = None if visit.patch is None else int(visit.routing.serving[row, column])
         return {

@@ -103,6 +103,13 @@ class LayerRouting:
         """``[rows, columns]``: the first expert that served each patch, -1 where it was dropped."""
         return np.where(self.dispatch_mask[..., 0], self.expert_ids[..., 0], -1)
 
+    @property
+    def tells(self) -> float:
+        """How much more than a patch's row decides who serves it: the entropy (nats) of a row's experts, on average,
+        times the mean gate value."""
+        rows = [np.unique(row, return_counts=True)[1] / len(row) for row in self.serving]
+        return float(np.mean([-(shares * np.log(shares)).sum() for shares in rows]) * self.gate.mean())
+
     def box(self, row: int, column: int, size: tuple[int, int]) -> Box:
         """What a patch covers of a picture of the image, whose width and height are ``size``."""
         (rows, columns), (height, width) = self.grid, self.reach
@@ -260,10 +267,10 @@ class Explorer:
         return Outcome((counts / mask.size).astype(np.float32), mask, layers)
 
     def begin(self, image: Image.Image) -> Visit:
-        """A look at an image, at the network's first PCE layer. Raises as `look`."""
+        """A look at an image, at the PCE layer that tells most of it, the first of equal ones. Raises as `look`."""
         prepared = self.prepare(image)
         outcome = self.look(prepared)
-        return Visit(prepared, outcome, outcome, next(iter(outcome.layers)))
+        return Visit(prepared, outcome, outcome, max(outcome.layers, key=lambda name: outcome.layers[name].tells))
 
     def show_layer(self, visit: Visit, layer: str) -> Visit:
         """Look at another layer; no patch of it is pointed at.

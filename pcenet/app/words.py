@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape as escape_html
 
 import numpy as np
@@ -32,10 +32,12 @@ def short_name(layer: str) -> str:
     return layer.removesuffix(".body")
 
 
-def layer_title(layer: str, routing: LayerRouting) -> str:
-    """A layer in a list to choose from."""
-    rows, columns = routing.grid
-    return f"{short_name(layer)}: {rows} x {columns} patches"
+def layer_title(layer: str, layers: Mapping[str, LayerRouting]) -> str:
+    """A layer in a list to choose from: where in the network it is, its patches, its name."""
+    number, count = list(layers).index(layer) + 1, len(layers)
+    part = f", {('early', 'middle', 'late')[min(2, 3 * (number - 1) // (count - 1))]}" if count > 1 else ""
+    rows, columns = layers[layer].grid
+    return f"{number} of {count}{part}: {rows} x {columns} patches ({short_name(layer)})"
 
 
 def notice(text: str = "") -> str:

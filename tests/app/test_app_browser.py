@@ -98,7 +98,10 @@ def test_a_visit(server, visit, width):
     page = visit(server.url, width)
     has(page, "#headline", "probability")
     before = source_of(page, "#experts")
-    page.get_by_label("stages.2.1: 8 x 8 patches").check()
+    page.get_by_label("1 of 2, early: 4 x 4 patches (stages.1.1)").check()  # it opens on the other one
+    wait_for_another(page, "#experts", before)
+    before = source_of(page, "#experts")
+    page.get_by_label("2 of 2, late: 8 x 8 patches (stages.2.1)").check()
     has(page, "#legend", re.compile("expert 0: .*expert 3: "))
     wait_for_another(page, "#experts", before)
     click_at(page, 0.3, 0.9)
@@ -149,7 +152,7 @@ def test_without_a_pointer(server, visit):
     page.get_by_label("Row", exact=True).fill("1")
     page.get_by_label("Column", exact=True).fill("0")
     page.get_by_role("button", name="Look").press("Enter")
-    has(page, "#answer", "Patch in row 1, column 0 of stages.1.1.")
+    has(page, "#answer", re.compile(r"Patch in row 1, column 0 of stages\.\d\.1\."))
     page.get_by_role("radio", name="expert 3", exact=True).press("Space")
     page.get_by_role("button", name="Send").press("Enter")
     has(page, "#answer", "expert 3 (")
@@ -168,7 +171,7 @@ def test_segmentation(segmenter, visit, encode, width):
     drop(page, "noise.png", encode(Image.effect_noise((320, 200), 90).convert("RGB")))
     has(page, "#headline", "of the pixels.")
     has(page, "#classes", re.compile("sky|building|tree|road"))
-    page.get_by_label("levels.1.blocks.0: 3 x 5 patches").check()  # 192 x 307 pixels
+    page.get_by_label("5 of 5, late: 3 x 5 patches (levels.1.blocks.0)").check()  # 192 x 307 pixels
     has(page, "#answer", "Click on a patch")
     click_at(page, 0.1, 0.1)
     has(page, "#answer", "Patch in row 0, column 0 of levels.1.blocks.0.")

@@ -155,7 +155,11 @@ def test_numbers_as_words(explorer, corner):
     assert [share_text(share) for share in (0, 0.1234, 1)] == ["0.0 %", "12.3 %", "100.0 %"]
     assert [points(value) for value in (0.0, 0.00004, 0.01, -0.5)] == ["0", "0", "+1.00", "-50.00"]
     routing = explorer("classify").begin(corner).routing
-    assert layer_title("stages.0.0.body", routing) == "stages.0.0: 2 x 2 patches"
+    layers = {f"stages.{number}.0.body": routing for number in range(5)}
+    assert layer_title("stages.0.0.body", layers) == "1 of 5, early: 2 x 2 patches (stages.0.0)"
+    places = [layer_title(name, layers).partition(":")[0] for name in layers]
+    assert places == ["1 of 5, early", "2 of 5, early", "3 of 5, middle", "4 of 5, late", "5 of 5, late"]
+    assert layer_title("a", {"a": routing}) == "1 of 1: 2 x 2 patches (a)"
     assert words_of(expert_legend(routing)) == "0 expert 0: 3 patches 1 expert 1: 1 patch"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -213,3 +214,15 @@ def test_a_classifier_shows_what_it_sees(explorer):
     assert seen.shape == (640, 640, 3)
     assert (seen[:, :320] == 255).all()
     assert (seen[:, 320:] == 0).all()
+
+
+def test_a_layer_tells_by_what_its_place_does_not(explorer, corner) -> None:
+    """Rows of one expert each tell nothing; two experts by turns in a row tell log 2, times how sure the router is."""
+    routing = explorer("classify").begin(corner).routing
+    probs = np.full((2, 2, 2), 0.5, np.float32)
+    by_row = np.array([[[0], [0]], [[1], [1]]])
+    assert replace(routing, probs=probs, expert_ids=by_row).tells == 0
+    by_turns = np.array([[[0], [1]], [[1], [0]]])
+    kept = np.ones((2, 2, 1), bool)
+    found = replace(routing, probs=probs, expert_ids=by_turns, dispatch_mask=kept).tells
+    assert found == pytest.approx(0.5 * np.log(2))
