@@ -140,7 +140,7 @@ def use(name: str) -> Choice:
     """Decide what runs in this process from now on, in place of ``PCENET_OPS``.
 
     Args:
-        name: one of `CHOICES`.
+        name: what ``PCENET_OPS`` may be.
 
     Raises:
         ValueError: if there is no such choice, or it cannot be had here.

@@ -79,6 +79,26 @@ def test_layer(border: str, options: dict[str, Any]) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("train", [True, False])
+def test_layer_in_one_graph(train: bool) -> None:
+    """Traced as torch.compile traces for any backend: nothing in it breaks the graph, and shapes are known."""
+    torch.compiler.reset()
+    layer = PCELayer(6, 6, patch_size=3, num_experts=3).train(train)
+    x = torch.randn(2, 6, 7, 5)
+    start = {name: value.clone() for name, value in layer.state_dict().items()}
+
+    def run(module: torch.nn.Module) -> list[Tensor]:
+        layer.load_state_dict(start)
+        own = x.clone().requires_grad_()
+        out = module(own)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), own)]
+
+    expected = run(layer)
+    for found, right in zip(run(torch.compile(layer, fullgraph=True, backend="aot_eager")), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=2e-5, check_stride=False)
+
+
+@interpreted
 def test_evaluation_takes_halves() -> None:
     layer = PCELayer(8, 8, patch_size=2, num_experts=3).eval()
     x = torch.randn(1, 8, 5, 5)
