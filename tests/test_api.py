@@ -193,7 +193,7 @@ def test_a_picture_is_what_its_file_is(run: pcenet.TrainedRun, tmp_path: Path) -
     [
         ({"top": 0}, "top must be a whole number from 1 on, got 0"),
         ({"batch_size": 0}, "batch_size must be a whole number from 1 on, got 0"),
-        ({"precision": "bf61"}, "precision 'bf61' is not one of auto, bf16, fp32"),
+        ({"precision": "bf61"}, "precision 'bf61' is not one of auto, bf16, fp16, fp32, tf32"),
     ],
 )
 def test_options_of_predict_are_checked(options: dict[str, Any], message: str) -> None:

@@ -38,7 +38,7 @@ WRONG = [
     ("train --lr fast", "lr must be a number, got 'fast'"),
     ("train --epochs 0", "epochs must be at least 1, got 0"),
     ("train --seed -1", "seed must be at least 0, got -1"),
-    ("train --precision fb16", "did you mean 'bf16'?"),
+    ("train --precision bf61", "did you mean 'bf16'?"),
     ("train --augment crpo", "did you mean 'crop'?"),
     ("train --config nowhere.yaml", "--config: File does not exist: "),
     ("train --config typo.yaml", "unknown option 'epcohs' in the --config file; did you mean 'epochs'?"),

@@ -17,7 +17,7 @@ from pcenet.runs.options import options_of
         ({"lr": float("nan")}, "lr must be a finite number, got nan"),
         ({"ema_decay": 1.0}, "ema_decay must be below 1, got 1.0"),
         ({"seed": 2**32}, "seed must be below 4294967296, got 4294967296"),
-        ({"precision": "fp23"}, "precision 'fp23' is not one of auto, bf16, fp32; did you mean 'fp32'?"),
+        ({"precision": "fp23"}, "precision 'fp23' is not one of auto, bf16, fp16, fp32, tf32; did you mean 'fp32'?"),
         ({"augment": "corp"}, "did you mean 'crop'?"),
     ],
 )
