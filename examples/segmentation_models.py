@@ -15,6 +15,7 @@ def loader(split: str, count: int) -> torch.utils.data.DataLoader:
     return build_segmentation_loader(scenes, transform, batch_size=8, train=True)
 
 
+torch.manual_seed(0)
 classes = len(SceneSource("train").classes)
 model = smp.create_model(
     "unet", "tu-pce_nano_s2", encoder_weights=None, classes=classes, encoder_depth=3, decoder_channels=(64, 32, 16)
