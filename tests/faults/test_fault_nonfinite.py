@@ -205,8 +205,8 @@ def test_the_other_runs_of_a_comparison_go_on(start: Start, monkeypatch: pytest.
     recipe = start(model="dense_nano", epochs=1, out=None, router_noise=0.0, model_args={"widths": [8, 8, 16]})
     original, begin = ClassificationObjective.loss, ClassificationObjective.__init__
 
-    def begin_with_factor(self: ClassificationObjective, config: TrainConfig, num_classes: int) -> None:
-        begin(self, config, num_classes)
+    def begin_with_factor(self: ClassificationObjective, config: TrainConfig, *others: Any) -> None:
+        begin(self, config, *others)
         self.factor = math.nan if config.lr > 1 else 1.0
 
     monkeypatch.setattr(ClassificationObjective, "__init__", begin_with_factor)
