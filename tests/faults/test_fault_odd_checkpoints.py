@@ -190,7 +190,7 @@ VALUES: dict[str, tuple[Change, str]] = {
         "the load of layer stages.1.1.body is not of 3 experts",
     ),
     "figures that are no tensors": (put("figures", 0, "means", "sums", value={"loss": "x"}), "sums.loss must be a"),
-    "another version of the format": (put("format", value=4), "format must be 3"),
+    "another version of the format": (put("format", value=3), "format must be 4"),
     "a list": (lambda path: write_checkpoint(path, {"content": []}), "is missing"),
 }
 CASES = [
