@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,7 +149,7 @@ def compared(case: Case, types: list[str], warps: int, device: str) -> list[dict
 # ---- What is measured here; the rest is the program's own
 
 
-def seconds(options: Options, call: Callable[[], None], rounds: int) -> float:
+def seconds(options: Options, call: Callable[[], Any], rounds: int) -> float:
     """The median time of a call, after three."""
     taken = []
     for number in range(rounds + 3):
@@ -169,7 +170,7 @@ def images(options: Options) -> Iterator[dict[str, Any]]:
         step = model_step_call(model, batches, "bf16", segments=False)
         if options.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        taken = seconds(options, lambda step=step: step(0), rounds)  # type: ignore[misc] # a default is its own type
+        taken = seconds(options, partial(step, 0), rounds)
         memory = torch.cuda.max_memory_allocated() / 2**20 if options.device.type == "cuda" else None
         yield {"network": name, "side": side, "batch": batch, "images_per_second": batch / taken, "peak_mib": memory}
         del model, step
@@ -181,7 +182,7 @@ def graph(options: Options) -> Iterator[dict[str, Any]]:
         model = pcenet.create_network(name, num_classes=10).to(options.device).eval()
         x = torch.randn(1, 3, 32, 32, device=options.device)
         with torch.inference_mode():
-            expected, eager = model(x), seconds(options, lambda: model(x), 20)  # noqa: B023 # called at once
+            expected, eager = model(x), seconds(options, partial(model, x), 20)
             record = {"network": name, "eager_ms": 1e3 * eager, "graph_ms": None}
             if options.device.type == "cuda":
                 captured, out = capture(model, x)

@@ -140,4 +140,4 @@ def _fake(name: str) -> Callable[..., Any]:
     return fake
 
 
-register()  # whoever counts or traces does so before a layer runs, and looks once
+register()  # at import: FlopCounterMode copies the registry when it is made, perhaps before any layer has run

@@ -148,7 +148,7 @@ def test_millions() -> None:
 
 
 def test_pictures_come_first_and_numbers_last(report: Path) -> None:
-    """Of each image the experts of every layer are beside it; findings follow, and the layers one by one."""
+    """Each image is shown with its experts in every layer; findings come next, then the layers."""
     source = Page(report / "explain.html").source
     order = re.findall(r'<section id="([a-z]+)', source)
     assert order[:2] == ["images", "short"]

@@ -286,9 +286,7 @@ def patch_affine_sums(
     check_expert(expert, grid)
     own = x.new_empty((grid.patches, 2, grid.channels), dtype=torch.float32)
     of_gate = x.new_empty((grid.patches, tiles(grid.channels)), dtype=torch.float32)
-    _in_patches(
-        kernels.affine_sums, (grad, x), (own, of_gate), side, expert, scale, shift, *more, GELU=gelu
-    )  # fmt: skip
+    _in_patches(kernels.affine_sums, (grad, x), (own, of_gate), side, expert, scale, shift, *more, GELU=gelu)
     plain, centred = _sum_by_expert(own, blocks_of(expert, experts, 1), experts).unbind(1)
     return plain.contiguous(), centred.contiguous(), of_gate.sum(1)
 

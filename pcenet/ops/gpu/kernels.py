@@ -1,4 +1,4 @@
-"""The Triton kernels: what one program of each computes. How many there are, and with what, is `pcenet.ops.gpu`'s.
+"""The Triton kernels: what a single program computes. `pcenet.ops.gpu` decides how many programs run, and on what.
 
 Axes as in `pcenet.ops.functional`; maps are pixels ``[B, H, W, C]``. Patches lie in blocks of slots, each block of one
 expert (`pcenet.ops.gpu.Blocks`); E as a block's expert means nobody. Everything is summed in float32, in one order.
