@@ -35,8 +35,8 @@ def is_number(value: object) -> bool:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module does what its class says and nothing else: no subclass, no hooks, no other forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if type(module) is not kind or any(hooks) or "forward" in module.__dict__:
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if type(module) is not kind or hooked or "forward" in module.__dict__:
         return False
     return torch.compiler.is_compiling() or not nn.modules.module._has_any_global_hook()
 

@@ -170,9 +170,8 @@ def _select(
 ) -> Routing:
     probs = (logits if temperature == 1 else logits / temperature).softmax(dim=1)
     # Chosen by logit: the order is that of the probabilities, without the ties that a saturated softmax makes.
-    known = logits.detach()
     # For one expert not by topk, which takes two to four times as long.
-    choice = known.argmax(dim=1, keepdim=True) if top_k == 1 else known.topk(top_k, dim=1).indices
+    choice = logits.argmax(dim=1, keepdim=True) if top_k == 1 else logits.detach().topk(top_k, dim=1).indices
     chosen_probs, capacity = probs.gather(1, choice), None
     if capacity_factor is None:
         kept = torch.ones_like(choice, dtype=torch.bool)
