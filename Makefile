@@ -86,7 +86,7 @@ dist: $(VENV)/installed
 	$(BIN)/python -m build --no-isolation
 	@# With kernels it is a wheel for Linux: named by the oldest glibc that will do. What they need of torch, torch brings.
 	set -- dist/*-linux_*.whl; [ ! -e "$$1" ] || \
-	  { $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist "$$1" && rm "$$1"; }
+	  { PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist "$$1" && rm "$$1"; }
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) .ci/try_wheel.py dist/*.whl
 
