@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pcenet.catalogue import weights_of
 from pcenet.models.blocks import make_blocks, make_downsampling, make_stem, resolve_layer_options, stacked_norm_names
+from pcenet.models.controls import position_map_names
 from pcenet.models.hub import SavableModel
 from pcenet.models.pretrained import class_names_of, record_of
 from pcenet.models.stages import dense, make_stages
@@ -57,6 +58,8 @@ class PCEUNet(SavableModel):
         depths: blocks per stage, on the way down and again on the way up; the deepest stage is passed once.
         widths: channels per stage.
         patch_sizes: patch side per stage in pixels of its map, None for a dense stage; see `make_stages` for the rule.
+        position_maps: of dense stages, for controls: the side of the learned map that each block adds to what its body
+            reads; None for a stage, or for all: no map.
         drop_rate: dropout of whole channels before the classifier.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         dropout: inside the blocks, between their convolutions.
@@ -80,13 +83,14 @@ class PCEUNet(SavableModel):
         depths: Sequence[int] = (1, 1, 1),
         widths: Sequence[int] = (24, 48, 96),
         patch_sizes: Sequence[int | None] = (32, 8, 4),
+        position_maps: Sequence[int | None] | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         dropout: float = 0.0,
         **layer_options: Any,
     ) -> None:
         super().__init__()
-        stages = make_stages(strides, depths, widths, patch_sizes)
+        stages = make_stages(strides, depths, widths, patch_sizes, position_maps)
         options = resolve_layer_options(self, layer_options, stages)
         self.model_args = {
             "in_chans": in_chans,
@@ -94,6 +98,7 @@ class PCEUNet(SavableModel):
             "depths": list(depths),
             "widths": list(widths),
             "patch_sizes": list(patch_sizes),
+            **({} if position_maps is None else {"position_maps": list(position_maps)}),
             "drop_rate": drop_rate,
             "drop_path_rate": drop_path_rate,
             "dropout": dropout,
@@ -120,8 +125,8 @@ class PCEUNet(SavableModel):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The stacked normalisations, see ``stacked_norm_names``."""
-        return stacked_norm_names(self)
+        """The stacked normalisations, see ``stacked_norm_names``, and learned positions."""
+        return stacked_norm_names(self) | position_map_names(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` to the finest level's normalised features ``[B, widths[0], H/s, W/s]``, s its stride,
@@ -165,6 +170,8 @@ _ARGUMENTS = {
     "pce_unet_nano": {**_NANO, **_ROUTED},
     "pce_unet_tiny": {**_TINY, **_ROUTED},
     "dense_unet_nano": dense(_NANO),
+    # A cell of the map is 12 x 16 px of an image of 192 x 256.
+    "dense_unet_nano_position": {**dense(_NANO), "position_maps": (16, 16, 16)},
     "dense_unet_nano_wide": dense(_NANO_WIDE),
     "dense_unet_tiny": dense(_TINY),
 }

@@ -67,14 +67,18 @@ def test_costs_by_hand() -> None:
     )
     assert position.multiply_adds == twin.multiply_adds
     assert position.parameters - twin.parameters == 48 * 16**2 + 96 * 8**2
+    # On the way down and up again; the deepest stage is passed once.
+    u_shaped = [complexity(create_network(f"dense_unet_nano{each}"), (3, 64, 64)) for each in ("", "_position")]
+    assert u_shaped[1].parameters - u_shaped[0].parameters == (2 * 24 + 2 * 48 + 96) * 16**2
     # Two convolutions in each of two stages: three more kernels, four lines of C + 1; mixing reads all four kernels.
     kernels = {width: width * width * 9 for width in (48, 96)}
     assert mixed.parameters - twin.parameters == sum(2 * (3 * k + 4 * (width + 1)) for width, k in kernels.items())
     assert mixed.multiply_adds - twin.multiply_adds == sum(2 * 4 * (k + width) for width, k in kernels.items())
 
 
-def test_with_maps_of_zeros_the_control_is_the_twin() -> None:
-    twin, control = (create_network(name, num_classes=10).eval() for name in ("dense_nano", "dense_nano_position"))
+@pytest.mark.parametrize("name", ["dense_nano", "dense_unet_nano"])
+def test_with_maps_of_zeros_the_control_is_the_twin(name: str) -> None:
+    twin, control = (create_network(each, num_classes=10).eval() for each in (name, f"{name}_position"))
     maps = {name: value for name, value in control.state_dict().items() if name.endswith(".map")}
     others = [name for name in control.state_dict() if name not in maps]
     control.load_state_dict(dict(zip(others, twin.state_dict().values(), strict=True)) | maps)
