@@ -88,7 +88,7 @@ def main(wheel: Path) -> None:
         else:
             assert "C++ compiler" in operators["why_reference"]
         succeed(python, "-W", "error", "-c", USE)
-        extra_missing = run(pcenet, "train", "--data", "pictures")
+        extra_missing = run(pcenet, "train", "--data", "scenes")
         assert extra_missing.returncode == 2, extra_missing.stderr
         assert "pip install 'pcenet[train]'" in extra_missing.stderr
         of_help = cost(pcenet, "--help")

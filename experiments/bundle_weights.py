@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from pcenet import catalogue
 from pcenet.catalogue import CONFIG
@@ -32,6 +33,7 @@ CARD = "README.md"
 DATA = {
     "cifar10": "CIFAR-10 (Krizhevsky, 2009) is a set of images collected from the web; no licence of it is known.",
     "camvid": "CamVid (Brostow et al., 2009) was published for research; no licence of it is known.",
+    "scenes": "The streets are drawn by the package, and so under its licence, too.",
 }
 LIMIT = 6 * 10**6  # bytes of a file: whoever installs the package downloads all of them
 LICENSE = "apache-2.0"
@@ -42,15 +44,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     parser.add_argument("name", metavar="NAME", help="DATA/NETWORK, such as cifar10/pce_nano")
+    parser.add_argument("--half", action="store_true", help="store float16, at half the size")
     arguments = parser.parse_args(argv)
     try:
-        print(f"wrote {bundle(RunFolder(arguments.run), arguments.name)}")
+        print(f"wrote {bundle(RunFolder(arguments.run), arguments.name, half=arguments.half)}")
     except ValueError as error:
         parser.error(str(error))
 
 
-def bundle(run: RunFolder, name: str) -> Path:
-    """Copy a run's model folder to its place in the package, with a card; returns that place.
+def bundle(run: RunFolder, name: str, *, half: bool = False) -> Path:
+    """Copy a run's model folder to its place in the package, with a card; returns that place. ``half`` stores float16.
 
     Raises:
         ValueError: if the run is unfinished, or its network may not be bundled under that name.
@@ -68,6 +71,10 @@ def bundle(run: RunFolder, name: str) -> Path:
         folder.mkdir(parents=True)
         for file in (WEIGHTS, CONFIG):
             shutil.copyfile(run.model / file, folder / file)
+        if half:
+            tensors = load_file(folder / WEIGHTS)
+            halves = {key: each.half() if each.is_floating_point() else each for key, each in tensors.items()}
+            save_file(halves, folder / WEIGHTS, {"format": "pt"})
         (folder / CARD).write_text(f"---\n{card.data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
     place = catalogue.weights_root() / name

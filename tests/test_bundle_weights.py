@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
@@ -84,6 +85,19 @@ def test_a_runs_network_becomes_part_of_the_package(
     assert (recipe["model"], recipe["data"], recipe["epochs"], recipe["lr"]) == (network, "pets.zip", 7, 0.0123)
     TrainConfig(**recipe)
     assert str(tmp_path) not in (folder / "README.md").read_text()
+
+
+def test_weights_of_half_the_size(
+    bundle: Any, finished: Callable[..., RunFolder], script: ModuleType, tmp_path: Path
+) -> None:
+    run, name = finished(), "pets/pce_nano"
+    script.main([str(run.path), name, "--half"])
+    stored = tmp_path / "weights" / name / "model.safetensors"
+    assert 0.5 < stored.stat().st_size / (run.model / "model.safetensors").stat().st_size < 0.55
+    for key, tensor in load_model(name).state_dict().items():
+        whole = load_model(run.model).state_dict()[key]
+        assert tensor.dtype == whole.dtype
+        assert torch.equal(tensor, whole.half().float() if whole.is_floating_point() else whole)
 
 
 def test_what_it_refuses(
