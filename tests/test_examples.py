@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,26 @@ def test_the_tour_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
             exec(compile("".join(cell["source"]), "tour.ipynb", "exec"), names)
     assert names["kept"] < 0.9
     assert names["result"].top1 > 0.8
+
+
+@pytest.mark.slow
+def test_the_demo_says_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = runpy.run_path(str(FOLDER / "demo.py"))
+    monkeypatch.setitem(demo["RECIPE"], "epochs", 1)
+    monkeypatch.setattr(sys, "argv", ["demo.py", str(tmp_path)])
+    monkeypatch.setenv("COLUMNS", "200")
+    demo["main"]()
+    said = capsys.readouterr().out
+    routed, twin, by_chance = (float(share) / 100 for share in re.findall(r"([\d.]+)%(?: of a street|: who)", said))
+    assert min(routed, twin) > 0.9 > by_chance + 0.05
+    assert {path.name for path in (tmp_path / "street").iterdir()} == {
+        "street.png",
+        "pce_unet_nano.png",
+        "dense_unet_nano.png",
+        "experts.png",
+    }
+    for name in demo["TRAINED"]:
+        assert re.search(rf"{name} .* M ", said), said
+    assert "pcenet explain" in said

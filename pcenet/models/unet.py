@@ -209,5 +209,5 @@ def _create(
 
 
 UNETS: dict[str, Callable[..., PCEUNet]] = {name: partial(_create, name) for name in _ARGUMENTS}
-"""The networks by name; a call takes ``pretrained``, which needs bundled weights, the arguments of `PCEUNet`, and
-``pretrained_cfg_overlay``, as timm's do."""
+"""The networks by name; a call takes ``pretrained``, which needs bundled weights (of several the first by name, such as
+``camvid``; `pcenet.load_model` takes any), the arguments of `PCEUNet`, and ``pretrained_cfg_overlay``, as timm's do."""

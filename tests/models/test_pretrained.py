@@ -64,7 +64,10 @@ def test_bundled_weights_are_in_order(name: str) -> None:
     assert config["architecture"] == network
     assert config["model_args"] == json.loads(json.dumps(create_network(network).model_args))
     assert len(config["label_names"]) == config["num_classes"]
-    assert same(create_network(network, pretrained=True), load_model(name))
+    model = load_model(name)
+    assert len(model.class_names) == config["num_classes"]
+    if name == min(each for each in bundled() if each.endswith(f"/{network}")):  # of several, the first by name
+        assert same(create_network(network, pretrained=True), model)
     assert name in (folder / "README.md").read_text()
 
 
