@@ -1,0 +1,98 @@
+"""The table of networks that `pcenet models` and docs/models.md show: cost, score, speed, and what weights there are.
+
+Scores and speed are stored in ``results.json``, which ``experiments/zoo.py`` makes of the raw results.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pcenet.catalogue import networks, weights_of
+from pcenet.reporting.numbers import SCORES, score_digits
+
+SPEEDS = {"step": "training step", "latency": "batch 1"}  # by what `pcenet bench` calls them
+TITLES = (
+    *("network", "input", "score", "multiply-adds", "parameters", "active"),
+    *(f"time, {name}" for name in SPEEDS.values()),
+    *("twin", "weights"),
+)
+
+
+@cache
+def results() -> dict[str, Any]:
+    """What was measured of networks.
+
+    Returns:
+        ``"weights"``: by "DATA/NETWORK" the validation score of the weights that come with the package, and the mean
+        over the seeds that were trained by their recipe, with half the width of its 95 % interval. ``"speed"``: the
+        kind of machine, and by network the times of ``SPEEDS`` relative to the twin's.
+    """
+    return json.loads((Path(__file__).parent / "results.json").read_text(encoding="utf-8"))
+
+
+def records() -> list[dict[str, Any]]:
+    """All that is known of each network: what `pcenet models --json` prints."""
+    measured = results()
+    found = []
+    for name, about in networks().items():
+        tags = list(weights_of(name))
+        scores = {tag: measured["weights"][f"{tag}/{name}"] for tag in tags if f"{tag}/{name}" in measured["weights"]}
+        found.append(about | {"weights": tags, "scores": scores, "time": measured["speed"]["ratios"].get(name, {})})
+    return found
+
+
+def rows(task: str) -> list[list[str]]:
+    """The cells under ``TITLES`` of the networks for a task, a row per network and weights, those with weights first.
+
+    What was not measured is empty.
+    """
+    found = []
+    for about in sorted((each for each in records() if each["task"] == task), key=lambda each: not each["weights"]):
+        for tag in about["weights"] or [None]:
+            found.append(
+                [
+                    about["name"],
+                    " x ".join(map(str, about["input_size"])),
+                    score_cell(about["scores"].get(tag)),
+                    millions(about["multiply_adds"], 1),
+                    millions(about["parameters"], 2),
+                    millions(about["active_parameters"], 2),
+                    *(f"{about['time'][speed]:.2f}" if speed in about["time"] else "" for speed in SPEEDS),
+                    about["twin"] or "",
+                    f"{tag}/{about['name']}" if tag else "none",
+                ]
+            )
+    return found
+
+
+def score_cell(score: dict[str, Any] | None) -> str:
+    """Such as "top-1 85.69 ± 0.61 %"; no digit is finer than one image."""
+    if score is None:
+        return ""
+    digits = score_digits(score["images"])
+    return f"{SCORES[score['score']]} {100 * score['mean']:.{digits}f} ± {100 * score['half_width']:.{digits}f} %"
+
+
+def millions(count: int, digits: int) -> str:
+    """Such as "35.2 M"."""
+    return f"{count / 1e6:.{digits}f} M"
+
+
+def legend() -> list[str]:
+    """What the table says of itself, in lines: what was measured, on what."""
+    measured = results()
+    speed = measured["speed"]
+    by_data = {name.partition("/")[0]: score for name, score in measured["weights"].items()}
+    return [
+        "Networks without weights have no score here: no trained weights of them come with the package.",
+        *(
+            f"{tag}: {SCORES[score['score']]} on the {score['images']} images of {score['split']}, mean of"
+            f" {score['seeds']} seeds trained for {score['epochs']} epochs, ± half its 95 % interval."
+            for tag, score in sorted(by_data.items())
+        ),
+        f"Time is relative to the twin's: {speed['processor']} ({speed['kind']}), {speed['threads']} threads,"
+        f" {speed['precision']}, not compiled.",
+    ]
