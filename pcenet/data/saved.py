@@ -6,6 +6,8 @@ Columns are found by their types: the one `Image` and the one `ClassLabel`; of s
 
 from __future__ import annotations
 
+import json
+import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -16,8 +18,10 @@ from pcenet.choices import Split, did_you_mean
 from pcenet.data.base import DataError, Fault
 from pcenet.data.class_folders import Layout, check_classes, layout_of
 from pcenet.data.files import FileTree
+from pcenet.data.limits import LARGEST_FILE
 from pcenet.data.mask_folders import PairLayout
 from pcenet.data.tree import SPLIT_FOLDERS
+from pcenet.reading import check_regular
 
 # The files by which a folder is known: of several splits, of one.
 MARKS = (("dataset_dict.json",), ("state.json", "dataset_info.json"))
@@ -47,6 +51,7 @@ class SavedTree(FileTree):
                 f"{self.path}: a saved data set needs the library datasets: pip install 'pcenet[datasets]'"
             ) from error
         try:
+            check_files(self.path)
             loaded = load_from_disk(str(self.path))
             parts = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
             for part in parts.values():
@@ -108,6 +113,33 @@ class SavedTree(FileTree):
                 f"{self.path}: '{name}' has no content, only a path. Save the set anew where its files are."
             )
         return data
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a saved set that is made of files elsewhere, or of what has no end.
+
+    Raises:
+        ValueError: for these; OSError, TypeError, KeyError: for files that are damaged or lacking.
+    """
+    several = folder / MARKS[0][0]
+    splits = read_json(several)["splits"] if several.is_file() else ["."]
+    for part, name in ((folder / split, split) for split in splits):
+        check_plain(name)
+        for file in read_json(part / "state.json")["_data_files"]:
+            check_plain(file["filename"])
+            check_regular(part / file["filename"])
+
+
+def check_plain(name: str) -> None:
+    """Refuse a name that leads out of its folder."""
+    if name != os.path.basename(name) or name == os.pardir:
+        raise ValueError(f"{name!r} is no name of a file in it")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file of JSON."""
+    check_regular(path, LARGEST_FILE)
+    return json.loads(path.read_bytes())
 
 
 def split_of(name: str, others: Collection[Split]) -> Split:

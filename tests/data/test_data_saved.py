@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import sys
 from collections.abc import Mapping, Sequence
@@ -141,8 +142,27 @@ def test_damaged_files_are_one_error(pets: Path) -> None:
     with pytest.raises(DataError, match="pets: the saved data set cannot be read") as caught:
         open_source(pets, "train")
     assert "\n" not in str(caught.value)
-    (pets / "dataset_dict.json").write_text(json.dumps({"splits": ["../elsewhere"]}))
-    with pytest.raises(DataError, match="pets: the saved data set cannot be read"):
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "..", "/etc"])
+def test_files_elsewhere_are_not_read(pets: Path, name: str) -> None:
+    (pets / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
+    with pytest.raises(
+        DataError, match=f"pets: .* cannot be read .'{name}' is no name of a file in it"
+    ):
+        open_source(pets, "train")
+
+
+def test_a_pipe_is_not_waited_for(pets: Path) -> None:
+    state = json.loads((pets / "train" / "state.json").read_text())
+    (name,) = [file["filename"] for file in state["_data_files"]]
+    (pets / "train" / name).unlink()
+    os.mkfifo(pets / "train" / name)
+    with pytest.raises(DataError, match="it is no regular file"):
+        open_source(pets, "train")
+    state["_data_files"] = [{"filename": f"../validation/{name}"}]
+    (pets / "train" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DataError, match=f"'../validation/{name}' is no name of a file in it"):
         open_source(pets, "train")
 
 
