@@ -301,8 +301,8 @@ class TrainConfig:
     log: Annotated[
         Log,
         Option(
-            "wandb, trackio: figures go to Weights & Biases or to trackio too, beside TensorBoard's files and "
-            "metrics.csv."
+            "wandb, trackio: figures and pictures go to Weights & Biases or to trackio too, beside TensorBoard's files "
+            "and metrics.csv."
         ),
     ] = "tensorboard"
     precision: PrecisionOption = "auto"

@@ -8,7 +8,7 @@ import shlex
 import statistics
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -96,8 +96,10 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
         if batches is None and (hint := few_steps(run)):
             say(hint)
         decide(lambda: begin(run, begun, stack))
-        rows, stopped = fit(run, stop)
-        finish(run, rows, stopped)
+        first_step = run.position.step + 1
+        trackers = stack.enter_context(tracking(config, folder, first_step)) if ranks.first else Trackers({})
+        rows, stopped = fit(run, stop, trackers)
+        finish(run, rows, stopped, trackers)
         if batches is None:
             command = "explain" if run.cost["router_multiply_adds"] else "eval"
             say(f"next: pcenet {command} {shlex.quote(str(folder.path))}")
@@ -153,7 +155,7 @@ def few_steps(run: Run) -> str | None:
     )
 
 
-def fit(run: Run, stop: Stop) -> tuple[list[Row], str | None]:
+def fit(run: Run, stop: Stop, trackers: Trackers) -> tuple[list[Row], str | None]:
     """Train; the averaged weights end up in the last checkpoint.
 
     Returns:
@@ -162,9 +164,6 @@ def fit(run: Run, stop: Stop) -> tuple[list[Row], str | None]:
     config = run.config
     with ExitStack() as stack:
         stack.enter_context(quiet())
-        trackers = Trackers({})
-        if run.ranks.first:
-            trackers = stack.enter_context(tracking(config, run.folder, run.position.step + 1))
         bar = stack.enter_context(RunBar(config.epochs, shown=run.ranks.first and sys.stdout.isatty()))
         state = Trainer(run, stop, trackers, bar).fit()
         return state.rows, state.stopped
@@ -222,7 +221,7 @@ def announce(run: Run) -> None:
     say(*lines)
 
 
-def finish(run: Run, rows: Sequence[Row], stopped: str | None) -> None:
+def finish(run: Run, rows: Sequence[Row], stopped: str | None, trackers: Trackers) -> None:
     """Write ``model/`` from the last checkpoint's averaged weights, measure and draw it, write ``metrics.json``."""
     config, source = run.config, run.sources["val"]
     model = run.model
@@ -232,7 +231,7 @@ def finish(run: Run, rows: Sequence[Row], stopped: str | None) -> None:
     decide(lambda: keep_averaged(model, run.folder))
     share(list(model.state_dict().values()))
     result = run.task.evaluate(model, run.loaders["val"], source.classes, device=run.device, precision=config.precision)
-    decide(lambda: report(run, rows, stopped, result))
+    decide(lambda: report(run, rows, stopped, result, trackers))
 
 
 def keep_averaged(model: SavableModel, folder: RunFolder) -> None:
@@ -241,10 +240,10 @@ def keep_averaged(model: SavableModel, folder: RunFolder) -> None:
     write_atomically(folder.model, model.save_pretrained)
 
 
-def report(run: Run, rows: Sequence[Row], stopped: str | None, result: Any) -> None:
+def report(run: Run, rows: Sequence[Row], stopped: str | None, result: Any, trackers: Trackers) -> None:
     """Write and show what was measured."""
     config, folder = run.config, run.folder
-    draw(run, rows, result)
+    draw(run, rows, result, trackers)
     metrics = summary(run, rows, stopped, result)
     write_json(folder.metrics, metrics)
     if stopped:
@@ -258,14 +257,15 @@ def report(run: Run, rows: Sequence[Row], stopped: str | None, result: Any) -> N
         log.warning("%s", found)
 
 
-def draw(run: Run, rows: Sequence[Mapping[str, float]], result: Any) -> None:
-    """Write ``pictures/``, or say why not."""
+def draw(run: Run, rows: Sequence[Row], result: Any, trackers: Trackers) -> None:
+    """Write ``pictures/`` and show them to the trackers, or say why not."""
     objective = run.task.objective
     with drawing(run.folder.pictures):
         pictures = pictures_of(
             rows, result.confusion, list(result.per_class), (f"train/{objective.train_score}", f"val/{objective.score}")
         )
         write_atomically(run.folder.pictures, partial(save_pictures, pictures))
+        trackers.show(run.folder.pictures.glob("*.png"), int(rows[-1]["step"]))
 
 
 def summary(run: Run, rows: Sequence[Row], stopped: str | None, result: Any) -> dict[str, Any]:

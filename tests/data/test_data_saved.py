@@ -147,9 +147,7 @@ def test_damaged_files_are_one_error(pets: Path) -> None:
 @pytest.mark.parametrize("name", ["../elsewhere", "..", "/etc"])
 def test_files_elsewhere_are_not_read(pets: Path, name: str) -> None:
     (pets / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
-    with pytest.raises(
-        DataError, match=f"pets: .* cannot be read .'{name}' is no name of a file in it"
-    ):
+    with pytest.raises(DataError, match=f"pets: .* cannot be read .'{name}' is no name of a file in it"):
         open_source(pets, "train")
 
 

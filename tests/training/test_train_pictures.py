@@ -14,6 +14,7 @@ from pcenet.reporting.plots import as_label, confusion, curves, expert_load, new
 from pcenet.runs.folder import RunFolder
 from pcenet.tasks.classification import ClassificationObjective
 from pcenet.training import run
+from pcenet.training.trackers import Trackers
 
 DENSE = [
     {"epoch": 1, "train/loss": 2.0, "train/task_loss": 1.9, "val/loss": 1.5, "val/top1": 0.4, "train/lr": 0.003},
@@ -21,6 +22,7 @@ DENSE = [
 ]
 ROUTED = [
     row
+    | {"step": 10 * row["epoch"]}
     | {"val_router/stages.0.0.body/load_0": load, "val_router/stages.0.0.body/load_1": 1 - load}
     | {"train_router/stages.0.0.body/drop_rate": load / 2}
     for row, load in zip(DENSE, (0.25, 0.75), strict=True)
@@ -97,7 +99,7 @@ def test_a_dense_network_has_no_load() -> None:
 def test_the_run_folder_gets_them(draw: Any, tmp_path: Path) -> None:
     rows = [row | {"train/top1": 0.5} for row in ROUTED]
     for _ in range(2):  # those of an earlier attempt are replaced
-        draw(run_in(tmp_path), rows, RESULT)
+        draw(run_in(tmp_path), rows, RESULT, Trackers({}))
     files = {path.name: path.read_bytes()[:8] for path in (tmp_path / "pictures").iterdir()}
     assert files == dict.fromkeys(("curves.png", "confusion.png", "expert_load.png"), b"\x89PNG\r\n\x1a\n")
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
@@ -108,7 +110,7 @@ def test_without_matplotlib_one_warning_and_no_folder(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with caplog.at_level(logging.WARNING, "pcenet"):
-        draw(run_in(tmp_path), ROUTED, RESULT)
+        draw(run_in(tmp_path), ROUTED, RESULT, Trackers({}))
     missing = "pictures need matplotlib: pip install 'pcenet[plot]'"
     assert caplog.messages == [f"{missing}; {tmp_path / 'pictures'} was not drawn"]
     assert list(tmp_path.iterdir()) == []

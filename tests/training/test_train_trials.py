@@ -82,7 +82,7 @@ def test_a_dry_run_does_everything_with_two_batches_and_leaves_nothing(
     monkeypatch.setattr(Trainer, "batch_loss", lambda self, *batch: steps.append(batch[1]) or original(self, *batch))
     written: set[str] = set()
 
-    def draw(run: Run, rows: Any, result: Any) -> None:
+    def draw(run: Run, rows: Any, result: Any, trackers: Any) -> None:
         written.update(path.name for path in run.folder.path.iterdir())
         assert result.images == 12  # all of them: fewer than two batches of eight
 
