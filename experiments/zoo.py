@@ -85,11 +85,11 @@ def filled(text: str) -> str:
 
 
 def table(task: str) -> str:
-    """The networks for a task; names are in code."""
-    coded = [zoo.TITLES.index(title) for title in ("network", "twin", "weights")]
-    lines = [list(zoo.TITLES), ["---", *["---:"] * (len(zoo.TITLES) - 1)]]
+    """The networks for a task: names in code, figures in one line each."""
+    lines = [list(zoo.TITLES), ["---", "---", *["---:"] * (len(zoo.TITLES) - 3), "---"]]
     for row in zoo.rows(task):
-        lines.append([f"`{cell}`" if at in coded and cell not in ("", "none") else cell for at, cell in enumerate(row)])
+        coded = {row[zoo.TITLES.index(title)] for title in ("network", "twin", "weights")} - {"", "none"}
+        lines.append([f"`{cell}`" if cell in coded else cell.replace(" ", "\N{NO-BREAK SPACE}") for cell in row])
     return "\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n"
 
 

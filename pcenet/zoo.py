@@ -13,12 +13,8 @@ from typing import Any
 from pcenet.catalogue import networks, weights_of
 from pcenet.reporting.numbers import SCORES, score_digits
 
-SPEEDS = {"step": "training step", "latency": "batch 1"}  # by what `pcenet bench` calls them
-TITLES = (
-    *("network", "input", "score", "multiply-adds", "parameters", "active"),
-    *(f"time, {name}" for name in SPEEDS.values()),
-    *("twin", "weights"),
-)
+SPEEDS = ("step", "latency")  # of a training step, of one image, as `pcenet bench` calls them
+TITLES = ("network", "weights", "score, %", "input", "multiply-adds", "parameters (active)", "time", "twin")
 
 
 @cache
@@ -55,30 +51,29 @@ def rows(task: str) -> list[list[str]]:
             found.append(
                 [
                     about["name"],
-                    " x ".join(map(str, about["input_size"])),
-                    score_cell(about["scores"].get(tag)),
-                    millions(about["multiply_adds"], 1),
-                    millions(about["parameters"], 2),
-                    millions(about["active_parameters"], 2),
-                    *(f"{about['time'][speed]:.2f}" if speed in about["time"] else "" for speed in SPEEDS),
-                    about["twin"] or "",
                     f"{tag}/{about['name']}" if tag else "none",
+                    score_cell(about["scores"].get(tag)),
+                    " x ".join(map(str, about["input_size"])),
+                    count_cell(about["multiply_adds"]),
+                    f"{about['parameters'] / 1e6:.2f} M ({about['active_parameters'] / 1e6:.2f} M)",
+                    ", ".join(f"{about['time'][speed]:.2f}" for speed in SPEEDS if speed in about["time"]),
+                    about["twin"] or "",
                 ]
             )
     return found
 
 
 def score_cell(score: dict[str, Any] | None) -> str:
-    """Such as "top-1 85.69 ± 0.61 %"; no digit is finer than one image."""
+    """Such as "85.69 ± 0.61"; no digit is finer than one image."""
     if score is None:
         return ""
     digits = score_digits(score["images"])
-    return f"{SCORES[score['score']]} {100 * score['mean']:.{digits}f} ± {100 * score['half_width']:.{digits}f} %"
+    return f"{100 * score['mean']:.{digits}f} ± {100 * score['half_width']:.{digits}f}"
 
 
-def millions(count: int, digits: int) -> str:
-    """Such as "35.2 M"."""
-    return f"{count / 1e6:.{digits}f} M"
+def count_cell(count: int) -> str:
+    """Such as "35.2 M" or "1.97 G"."""
+    return f"{count / 1e6:.1f} M" if count < 1e8 else f"{count / 1e9:.2f} G"
 
 
 def legend() -> list[str]:
@@ -93,6 +88,6 @@ def legend() -> list[str]:
             f" {score['seeds']} seeds trained for {score['epochs']} epochs, ± half its 95 % interval."
             for tag, score in sorted(by_data.items())
         ),
-        f"Time is relative to the twin's: {speed['processor']} ({speed['kind']}), {speed['threads']} threads,"
-        f" {speed['precision']}, not compiled.",
+        f"Time of a training step, and of one image, relative to the twin's: {speed['processor']} ({speed['kind']}),"
+        f" {speed['threads']} threads, {speed['precision']}, not compiled.",
     ]

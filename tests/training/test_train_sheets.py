@@ -20,7 +20,7 @@ from pcenet.models import create_network
 from pcenet.reporting.colours import class_colours
 from pcenet.runs.config import TrainConfig
 from pcenet.training.run import draw, train
-from pcenet.training.sheets import prediction_sheet, training_sheet
+from pcenet.training.sheets import prediction_sheet, seen, training_sheet
 
 Start = Callable[..., TrainConfig]
 
@@ -122,3 +122,11 @@ def test_drawing_changes_nothing_that_is_learnt(start: Start, monkeypatch: pytes
     monkeypatch.setattr("pcenet.training.run.draw", draw)
     drawn = train(start("drawn", epochs=1))
     assert (plain.model / "model.safetensors").read_bytes() == (drawn.model / "model.safetensors").read_bytes()
+
+
+def test_images_are_shown_as_they_were_before_they_were_normalised() -> None:
+    """ImageNet's mean and deviation of red are 0.485 and 0.229; images that go to a GPU are bytes."""
+    model = Constant(torch.zeros(3))
+    red = seen(torch.tensor([1.0, 0.0, 9.0]).view(1, 3, 1, 1), model)[0, :, 0, 0]
+    assert red.tolist() == pytest.approx([0.485 + 0.229, 0.456, 1.0])
+    assert seen(torch.full((1, 3, 1, 1), 51, dtype=torch.uint8), model).unique().tolist() == pytest.approx([0.2])
