@@ -23,7 +23,8 @@ from pcenet import catalogue
 from pcenet.catalogue import CONFIG
 from pcenet.models import create_network, load_model
 from pcenet.models.pretrained import WEIGHTS
-from pcenet.publish.card import SCORES, recipe, score_of
+from pcenet.publish.card import recipe, score_of
+from pcenet.reporting.numbers import SCORES
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder
 from pcenet.writing import write_atomically

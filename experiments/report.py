@@ -16,9 +16,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pcenet.reporting.numbers import SCORES
+
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "experiments.md"
-SCORES = {"top1": "top-1", "miou": "mIoU"}
 
 
 def main() -> None:

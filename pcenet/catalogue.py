@@ -70,8 +70,8 @@ def fault_of_source(source: str | Path, names: Sequence[str] | None = None) -> s
     if os.path.exists(path) or source in known:
         return None
     siblings = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*"))
-    usable = [os.path.normpath(each) for each in siblings if os.path.isdir(each) or each.endswith(".zip")]
-    path_of = "the path of a folder or .zip of images"
+    usable = [os.path.normpath(each) for each in siblings if os.path.isdir(each) or each.endswith((".zip", ".csv"))]
+    path_of = "the path of a folder, .zip or .csv of images"
     expected = f"{', '.join(known)}, or {path_of}" if known else path_of
     hint = did_you_mean(str(source), [*known, *usable], SIMILAR_SOURCE)
     return f"data source '{source}' does not exist: it must be {expected}{hint}"

@@ -15,12 +15,13 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 from pcenet import __version__
 from pcenet.app.config import AppConfig
 from pcenet.benchmark.config import BenchConfig
-from pcenet.catalogue import SOURCES, check_network, fault_of_source, networks, task_of_source, weights_of
-from pcenet.choices import did_you_mean
+from pcenet.catalogue import SOURCES, check_network, fault_of_source, task_of_source
+from pcenet.choices import TaskName, did_you_mean
 from pcenet.comparison.config import OF_A_RUN, CompareConfig
 from pcenet.explanation.config import ExplainConfig
 from pcenet.exporting.config import ExportConfig
@@ -313,31 +314,13 @@ def run_push(arguments: list[str]) -> None:
 def run_models(arguments: list[str]) -> None:
     """``pcenet models``."""
     options = parse_json_flag("models", arguments)
-    rows = [about | {"weights": list(weights_of(name))} for name, about in networks().items()]
+    from pcenet import zoo
+
     if options.json:
-        say(*json.dumps(rows, indent=2).splitlines())
+        say(*json.dumps(zoo.records(), indent=2).splitlines())
         return
-    titles = ("name", "task", "input", "parameters", "active", "multiply-adds", "router", "routed", "twin", "weights")
-    say(
-        *as_columns(
-            titles,
-            [
-                (
-                    row["name"],
-                    row["task"],
-                    " x ".join(map(str, row["input_size"])),
-                    f"{row['parameters'] / 1e6:.2f} M",
-                    f"{row['active_parameters'] / 1e6:.2f} M",
-                    f"{row['multiply_adds'] / 1e6:.1f} M",
-                    f"{row['router_share']:.1%}",
-                    f"{row['routed_share']:.1%}",
-                    row["twin"] or "",
-                    ", ".join(row["weights"]),
-                )
-                for row in rows
-            ],
-        )
-    )
+    rows = [row for task in get_args(TaskName) for row in zoo.rows(task)]
+    say(*as_columns(zoo.TITLES, rows), "", *zoo.legend())
 
 
 def as_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -26,7 +26,7 @@ FUNCTIONS = ("train", "evaluate", "predict", "explain", "export", "compare")
 @pytest.fixture(scope="module")
 def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> pcenet.TrainedRun:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pcenet.training.run.pictures_of", lambda *_: {})
+        patch.setattr("pcenet.training.run.draw", lambda *_: None)
         return pcenet.train(data=pictures, model="dense_nano", out=tmp_path_factory.mktemp("api") / "run", **QUICK)
 
 

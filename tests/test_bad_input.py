@@ -194,7 +194,9 @@ CASES = [
     Case("no GPU", [*PREDICT, "--device", "cuda"], ["torch sees no CUDA GPU", "use --device cpu"]),
     Case("option of doctor", ["doctor", "--jsn"], ["unknown option '--jsn'", "did you mean '--json'?"]),
     # Data.
-    Case("missing data", [*CLASSIFY, "pcis"], ["'pcis' does not exist", "a folder or .zip", "did you mean 'pics'?"]),
+    Case(
+        "missing data", [*CLASSIFY, "pcis"], ["'pcis' does not exist", "folder, .zip or .csv", "did you mean 'pics'?"]
+    ),
     Case(
         "data of the other task",
         [*CLASSIFY, "scenes", "--task", "classify"],
@@ -240,7 +242,7 @@ CASES = [
         lambda: shutil.copytree("pics/train/cat", b"pics/train/h\xf6rse".decode(errors="surrogateescape")),
     ),
     Case("pipe as data", [*CLASSIFY, "a.zip"], ["a.zip", "it is no regular file"], lambda: os.mkfifo("a.zip")),
-    Case("data that is a text", [*CLASSIFY, "notes.txt"], ["'notes.txt' is neither a folder nor a .zip"]),
+    Case("data that is a text", [*CLASSIFY, "notes.txt"], ["'notes.txt' is none of folder, .zip and .csv"]),
     Case("empty archive", [*CLASSIFY, "a.zip"], ["a.zip: cannot be read as a zip archive", "anew"], write("a.zip", "")),
     Case(
         "archive cut short",

@@ -148,7 +148,7 @@ def test_hugging_faces_trainer_does_so_too(tmp_path: Path) -> None:
 def test_the_tour_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """The notebook's cells, one after the other; the last network has learnt, and routing matters."""
     monkeypatch.chdir(FOLDER)
-    monkeypatch.setattr("pcenet.training.run.pictures_of", lambda *_: {})
+    monkeypatch.setattr("pcenet.training.run.draw", lambda *_: None)
     cells = json.loads((FOLDER / "tour.ipynb").read_text())["cells"]
     assert not any(cell.get("outputs") for cell in cells)
     names: dict[str, Any] = {}

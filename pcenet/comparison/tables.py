@@ -8,11 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from pcenet.reporting.numbers import score_digits
+from pcenet.reporting.numbers import SCORES, score_digits
 from pcenet.runs.health import EVALUATED, complaint, ratio_in_words
 from pcenet.texts import shown
-
-SCORES = {"top1": "top-1", "miou": "mIoU"}
 
 
 @dataclass(frozen=True)

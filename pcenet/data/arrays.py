@@ -131,7 +131,7 @@ def _download(name: str, dataset: Callable[..., Any], split: Split, root: Path) 
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"the data source '{name}' could not be downloaded to '{root}' ({error}). Check network and"
-            f" folder, or use 'digits', a folder or a .zip, which need no network."
+            f" folder, or use 'digits' or a set of your own, which need no network."
         ) from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,8 @@ from PIL import Image
 
 from pcenet.choices import Split
 from pcenet.scenes import SceneObject
+
+L = TypeVar("L")
 
 IGNORE = 255  # in a mask: a pixel that does not count
 
@@ -32,6 +34,14 @@ class Fault(NamedTuple):
 
     file: str
     text: str
+
+
+def faultless(found: tuple[L, Sequence[Fault]], where: str) -> L:
+    """What was made of a set; raises a ``DataError`` with the first of its faults, where ``where`` names the set."""
+    layout, faults = found
+    if faults:
+        raise DataError(f"{where}: {faults[0].text}")
+    return layout
 
 
 class Source(ABC):

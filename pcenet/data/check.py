@@ -17,7 +17,7 @@ from PIL import Image
 
 from pcenet.choices import GreyRange, IgnoreIndex, Split, TaskName, check_grey_range
 from pcenet.data.base import IGNORE, DataError, Fault, ImageSource, SegmentationSource, Source
-from pcenet.data.class_folders import Item, Layout, find_layout
+from pcenet.data.class_folders import Item, Layout
 from pcenet.data.files import FileTree
 from pcenet.data.findings import (
     CheckReport,
@@ -32,7 +32,7 @@ from pcenet.data.findings import (
     passed_over,
 )
 from pcenet.data.images import inspect_image
-from pcenet.data.mask_folders import Pair, PairLayout, find_pairs
+from pcenet.data.mask_folders import Pair, PairLayout
 from pcenet.data.masks import (
     MaskClasses,
     check_ignore_index,
@@ -65,15 +65,15 @@ def check_data(
     """Read a whole data set and report all that is wrong or odd.
 
     Args:
-        source: a folder or ``.zip``.
-        task: ``"classify"`` (a folder per class) or ``"segment"`` (images and masks).
+        source: the path of a data set, see ``open_source`` and ``open_segmentation_source``.
+        task: ``"classify"`` or ``"segment"``.
         classes: for segmentation, see ``open_segmentation_source``.
         ignore_index: the same.
         grey_range: see ``open_source``.
         progress: wraps the list of the files that are read, for a progress bar.
 
     Raises:
-        DataError: there is no such folder or ``.zip``, or ``ignore_index`` is no mask value.
+        DataError: there is no such data set, or ``ignore_index`` is no mask value.
         ValueError: ``grey_range`` is no range.
     """
     if source in (*SOURCE_NAMES, *SEGMENTATION_SOURCE_NAMES):
@@ -196,7 +196,7 @@ class _Notes:
 
 
 def _check_classification(source: str, names: list[str], notes: _Notes, progress: Progress) -> CheckReport:
-    layout, faults = find_layout(names, notes.tree.around)
+    layout, faults = notes.tree.find_layout(names)
     notes.refuse_all("names and folders", faults)
     notes.findings += [passed_over(fault) for fault in layout.notes]
     _refuse_small_classes(layout, notes)
@@ -226,7 +226,7 @@ def _check_segmentation(
     given: Sequence[str] | str | None,
     ignore_index: IgnoreIndex,
 ) -> CheckReport:
-    layout, faults = find_pairs(names)
+    layout, faults = notes.tree.find_pairs(names)
     notes.refuse_all("names and folders", faults)
     notes.findings += [passed_over(fault) for fault in layout.notes]
     splits = _splits_of(layout, notes)

@@ -11,20 +11,18 @@ is taken from ``train`` where ``val`` exists. What systems leave in folders is n
 
 Structure is guessed from names, so what contradicts the guess is a fault: images beside splits, folders of one name
 below each class, images with their masks. What was guessed or passed over is a note.
-
-`read_layout` raises the first fault, `find_layout` lists all of them.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
 from pcenet.choices import Split
-from pcenet.data.base import DataError, Fault
+from pcenet.data.base import Fault
 from pcenet.data.names import bare, difference, look, nearly, one_form
 from pcenet.data.splits import hold_out, select_split
 from pcenet.data.tree import (
@@ -46,6 +44,8 @@ from pcenet.data.tree import (
 
 _MOST_SPLITS = 10  # more folders than this that hold the same folders are no splits
 _SHOWN = 5  # names in a message
+
+Files = Mapping[str, list[tuple[str, str]]]  # of each class: name and key of its images, see `Item`
 
 
 class Item(NamedTuple):
@@ -81,30 +81,21 @@ class Layout:
             keys, labels = [item.key for item in items], [item.label for item in items]
             return hold_out(keys, labels, absent, classes=self.classes, where=where)
 
-        return select_split(self.splits, split, out_of_train, where=where, content="a folder per class")
+        return select_split(self.splits, split, out_of_train, where=where)
 
 
-def read_layout(names: Iterable[str], where: str, around: str = "") -> Layout:
+def find_layout(names: Iterable[str], around: str = "") -> tuple[Layout, list[Fault]]:
     """Find classes and splits in the names of a tree.
 
     Args:
         names: paths from the root of the tree, separated by "/"; those of folders end in "/".
-        where: what to call the tree in an error.
         around: the path of the folder around the tree, to be suggested where the tree is one class.
 
-    Raises:
-        DataError: there are no images, or fewer than two classes; an image lies outside a class folder, is in a format
-            that is not read, or has a name that is no text; a class folder is empty; a split lacks a class; what looks
-            like classes are splits, or images and their masks.
+    Returns:
+        The set, as far as it can be understood; and its faults: there are no images, or fewer than two classes; an
+        image lies outside a class folder, is in a format that is not read, or has a name that is no text; a class
+        folder is empty; a split lacks a class; what looks like classes are splits, or images and their masks.
     """
-    layout, faults = find_layout(names, around)
-    if faults:
-        raise DataError(f"{where}: {faults[0].text}")
-    return layout
-
-
-def find_layout(names: Iterable[str], around: str = "") -> tuple[Layout, list[Fault]]:
-    """What ``read_layout`` makes of a tree, as far as it can be understood, and everything that it would refuse."""
     faults: list[Fault] = []
     paths = data_paths(names, faults)
     if not any(is_image(path) for path in paths):
@@ -120,14 +111,29 @@ def find_layout(names: Iterable[str], around: str = "") -> tuple[Layout, list[Fa
     by_split = {
         split: _by_class(paths, root, faults, strays, around) for split, root in (roots or {"train": top}).items()
     }
-    spelling: dict[str, str] = {}  # in the first split that has the class
-    for name in (name for by_class in by_split.values() for name in by_class):
-        spelling.setdefault(one_form(name), name)
-    classes = sorted(spelling.values())
     if not roots:
         _check_for_splits(paths, top, faults)
     _check_for_masks(by_split.values(), faults)
-    _check_classes(by_split, classes, roots, faults)
+    layout = layout_of(by_split, (*split_notes(roots), *left_out(strays, "class folders")))
+    check_classes(by_split, layout.classes, faults, roots)
+    return layout, faults
+
+
+def layout_of(
+    by_split: Mapping[Split, Files], notes: Sequence[Fault] = (), classes: Sequence[str] | None = None
+) -> Layout:
+    """The layout of images whose splits and classes are known.
+
+    Args:
+        by_split: of each split the images of each class.
+        notes: what was guessed, and what was passed over.
+        classes: their names by number; None: those that there are, sorted. Names are compared in one form.
+    """
+    if classes is None:
+        spelling: dict[str, str] = {}  # in the first split that has the class
+        for name in (name for by_class in by_split.values() for name in by_class):
+            spelling.setdefault(one_form(name), name)
+        classes = sorted(spelling.values())
     splits: dict[Split, list[Item]] = {}
     for split, by_class in by_split.items():
         files: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
@@ -136,8 +142,7 @@ def find_layout(names: Iterable[str], around: str = "") -> tuple[Layout, list[Fa
         splits[split] = [
             Item(*file, label) for label, name in enumerate(classes) for file in sorted(files[one_form(name)])
         ]
-    notes = (*split_notes(roots), *left_out(strays, "class folders"))
-    return Layout(tuple(classes), splits, notes), faults
+    return Layout(tuple(classes), splits, tuple(notes))
 
 
 def _single_top(paths: list[Parts]) -> Parts:
@@ -238,7 +243,7 @@ def _check_for_splits(paths: list[Parts], top: Parts, faults: list[Fault]) -> No
         faults.append(Fault("", text))
 
 
-def _check_for_masks(by_split: Iterable[Mapping[str, list[tuple[str, str]]]], faults: list[Fault]) -> None:
+def _check_for_masks(by_split: Iterable[Files], faults: list[Fault]) -> None:
     """Folders of images and of their masks are no classes: a network would learn to tell a mask from an image."""
     files: defaultdict[str, list[str]] = defaultdict(list)
     for by_class in by_split:
@@ -262,24 +267,29 @@ def _check_for_masks(by_split: Iterable[Mapping[str, list[tuple[str, str]]]], fa
             faults.append(Fault("", text))
 
 
-def _check_classes(
-    by_split: Mapping[Split, Mapping[str, object]],
-    classes: list[str],
-    roots: Mapping[Split, Parts],
-    faults: list[Fault],
+def check_classes(
+    by_split: Mapping[Split, Files], classes: Sequence[str], faults: list[Fault], roots: Mapping[Split, Parts] | None
 ) -> None:
+    """Add a fault for every class that a split lacks, and for a single class.
+
+    Args:
+        by_split: of each split the images of each class.
+        classes: their names.
+        faults: to be added to.
+        roots: the folder of each split; None: classes are no folders.
+    """
+    what = "image" if roots is None else "folder"
     for split, by_class in by_split.items():
         there, alike = {one_form(name) for name in by_class}, {bare(name): name for name in by_class}
         lacking = [name for name in classes if one_form(name) not in there]
         for name in lacking if by_class else lacking[:1]:
             text = (
-                f"split '{split}' has no folder for class '{name}' ({len(lacking)} of {len(classes)} classes lack one)."
+                f"split '{split}' has no {what} for class '{name}' ({len(lacking)} of {len(classes)} classes lack one)."
                 f" Every split needs every class: add images or remove the class.{nearly(name, alike)}"
             )
-            faults.append(Fault("/".join((*roots[split], name) if by_class else roots[split]), text))
+            root = roots[split] if roots else ()
+            faults.append(Fault("/".join((*root, name) if by_class else root), text))
     if len(classes) == 1:
-        text = (
-            f"only one class, '{classes[0]}', was found. Classification needs two or more: give each class a folder of"
-            f" its own."
-        )
+        own = " a folder of its own" if roots is not None else " images of its own"
+        text = f"only one class, '{classes[0]}', was found. Classification needs two or more: give each class{own}."
         faults.append(Fault(classes[0], text))

@@ -8,21 +8,26 @@ import stat
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from pcenet.choices import GreyRange, Split
-from pcenet.data.base import DataError, Fault, ImageSource
-from pcenet.data.class_folders import read_layout
+from pcenet.data.base import DataError, Fault, ImageSource, faultless
+from pcenet.data.class_folders import Layout, find_layout
 from pcenet.data.images import decode_image
 from pcenet.data.limits import LARGEST_FILE, file_fault
+from pcenet.data.mask_folders import PairLayout, find_pairs
 from pcenet.data.names import is_visible
 from pcenet.reading import check_regular
 
 
 class FileTree(ABC):
-    """A tree of files that can be listed and read.
+    """A tree of files that can be listed, understood and read: what a data set is to all that uses it.
+
+    A set whose classes and splits are told, not guessed from names of folders, has its own `find_layout` and
+    `find_pairs`.
 
     Attributes:
         path: of the folder or archive.
@@ -34,10 +39,7 @@ class FileTree(ABC):
 
     def names(self) -> list[str]:
         """Paths from the root, separated by "/"; those of folders end in "/". Raises the first fault of `listing`."""
-        names, faults = self.listing()
-        if faults:
-            raise DataError(f"{self.path}: {faults[0].text}")
-        return names
+        return faultless(self.listing(), str(self.path))
 
     @abstractmethod
     def listing(self) -> tuple[list[str], list[Fault]]:
@@ -45,6 +47,14 @@ class FileTree(ABC):
 
         Raises ``DataError`` where nothing can be read.
         """
+
+    def find_layout(self, names: Sequence[str]) -> tuple[Layout, list[Fault]]:
+        """The classes and splits of labelled images, and what is wrong with them; ``names`` are those of `listing`."""
+        return find_layout(names, self.around)
+
+    def find_pairs(self, names: Sequence[str], only: Split | None = None) -> tuple[PairLayout, list[Fault]]:
+        """Images and their masks, and what is wrong with them; of one split, where that is all that counts."""
+        return find_pairs(names, only)
 
     @abstractmethod
     def read(self, name: str) -> bytes:
@@ -211,10 +221,10 @@ def _digest(entries: list[zipfile.ZipInfo]) -> bytes:
 
 
 class FileSource(ImageSource):
-    """One split of a tree of image files; ``pcenet.data.class_folders`` says how the tree is understood."""
+    """One split of a tree of image files with a class each."""
 
     def __init__(self, tree: FileTree, split: Split, grey_range: GreyRange | None = None) -> None:
-        layout = read_layout(tree.names(), str(tree.path), tree.around)
+        layout = faultless(tree.find_layout(tree.names()), str(tree.path))
         items = layout.select(split, str(tree.path))
         super().__init__(
             os.path.basename(os.path.abspath(tree.path)), split, layout.classes, [item.label for item in items]

@@ -8,8 +8,6 @@ Two layouts, either of them inside one more folder if need be::
 An image and its mask have the same name up to the suffix, folders below ``images`` and ``masks`` included. ``Images``
 and ``MASKS`` will do. A file ``classes.txt`` beside the splits may name the classes. Names of splits, holding out and
 files that do not count are as in `pcenet.data.class_folders`.
-
-`read_pairs` raises the first fault, `find_pairs` lists all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pcenet.choices import Split
-from pcenet.data.base import DataError, Fault
+from pcenet.data.base import Fault
 from pcenet.data.names import bare, difference, nearly, one_form
 from pcenet.data.splits import hold_out_alike, select_split
 from pcenet.data.tree import (
@@ -74,29 +72,21 @@ class PairLayout:
         def out_of_train(pairs: list[Pair], absent: list[Split]) -> dict[str, list[int]]:
             return hold_out_alike([pair.key for pair in pairs], absent, where=where)
 
-        return select_split(self.splits, split, out_of_train, where=where, content="the folders images and masks")
+        return select_split(self.splits, split, out_of_train, where=where)
 
 
-def read_pairs(names: Iterable[str], where: str, only: Split | None = None) -> PairLayout:
+def find_pairs(names: Iterable[str], only: Split | None = None) -> tuple[PairLayout, list[Fault]]:
     """Find images, masks and splits in the names of a tree.
 
     Args:
         names: paths from the root of the tree, separated by "/"; those of folders end in "/".
-        where: what to call the tree in an error.
         only: where there is a folder for this split, the faults of other splits are passed over.
 
-    Raises:
-        DataError: there are no folders ``images`` and ``masks``, one of them is missing, empty or holds images in a
-            format that is not read; an image has no mask or a mask no image; an image lies outside.
+    Returns:
+        The set, as far as it can be understood; and its faults: there are no folders ``images`` and ``masks``, one of
+        them is missing, empty or holds images in a format that is not read; an image has no mask or a mask no image;
+        an image lies outside.
     """
-    layout, faults = find_pairs(names, only)
-    if faults:
-        raise DataError(f"{where}: {faults[0].text}")
-    return layout
-
-
-def find_pairs(names: Iterable[str], only: Split | None = None) -> tuple[PairLayout, list[Fault]]:
-    """What ``read_pairs`` makes of a tree, as far as it can be understood, and everything that it would refuse."""
     faults: list[Fault] = []
     paths = data_paths(names, faults)
     top = _single_top(paths)

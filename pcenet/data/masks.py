@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pcenet.choices import NOTHING_IGNORED, GreyRange, IgnoreIndex, Split
-from pcenet.data.base import IGNORE, DataError, SegmentationSource
+from pcenet.data.base import IGNORE, DataError, SegmentationSource, faultless
 from pcenet.data.files import FileTree
 from pcenet.data.grey import packing
 from pcenet.data.images import decode, decode_image
 from pcenet.data.limits import LARGEST_FILE
-from pcenet.data.mask_folders import Pair, PairLayout, read_pairs
+from pcenet.data.mask_folders import Pair, PairLayout
 from pcenet.data.names import one_form
 from pcenet.reading import check_regular
 
@@ -154,7 +154,7 @@ def open_pairs(
     """Open one split of a tree; arguments and errors as for ``pcenet.data.open_segmentation_source``."""
     where = str(tree.path)
     # A trained network knows the classes: only what is measured need have masks.
-    layout = read_pairs(tree.names(), where, None if known is None else split)
+    layout = faultless(tree.find_pairs(tree.names(), None if known is None else split), where)
     pairs = layout.select(split, where)
     source = PairSource(tree, split, pairs, mask_classes(tree, layout, classes, ignore_index, known), grey_range)
     source.notes = layout.notes

@@ -12,8 +12,9 @@ from pcenet.choices import GreyRange, IgnoreIndex, Split, TaskName, check_grey_r
 from pcenet.data.arrays import KNOWN_SOURCES
 from pcenet.data.base import DataError, ImageSource, SegmentationSource
 from pcenet.data.files import FileSource, FileTree, FolderTree, ZipTree
-from pcenet.data.mask_folders import find_pairs
+from pcenet.data.lists import SUFFIX, ListTree
 from pcenet.data.masks import MaskClasses, open_pairs
+from pcenet.data.saved import SavedTree, is_saved
 from pcenet.data.scenes import NAME, SceneSource
 
 KNOWN_SEGMENTATION_SOURCES: Mapping[str, Callable[[Split], SegmentationSource]] = {NAME: SceneSource}
@@ -40,8 +41,9 @@ def open_source(
 
     Args:
         source: ``"digits"`` (needs no network), ``"fashion-mnist"``, ``"cifar10"``, ``"cifar100"``, or the
-            path of a folder or ``.zip`` of images (see ``pcenet.data.class_folders``). A name goes before a path;
-            write ``./digits`` for a folder of that name.
+            path of a folder or ``.zip`` of images (see ``pcenet.data.class_folders``), of a ``.csv`` that lists images
+            (``pcenet.data.lists``), or of a folder of the library datasets (``pcenet.data.saved``). A name goes before
+            a path; write ``./digits`` for a folder of that name.
         split: ``"train"``, ``"val"`` or ``"test"``.
         root: the folder for downloads; by default ``default_root()``.
         grey_range: of a folder or archive, see ``pcenet.data.images.decode_image``.
@@ -71,8 +73,8 @@ def open_segmentation_source(
 
     Args:
         source: ``"scenes"`` (drawn when asked for, see `SceneSource`), or the path of a folder or ``.zip`` of images
-            and masks (see ``pcenet.data.mask_folders``). A name goes before a path; write ``./scenes`` for a folder of
-            that name.
+            and masks (see ``pcenet.data.mask_folders``), or of a ``.csv`` that lists them (``pcenet.data.lists``). A
+            name goes before a path; write ``./scenes`` for a folder of that name.
         split: ``"train"``, ``"val"`` or ``"test"``.
         classes: the name of each mask value, from 0 on, or the path of a text file with a name per line. By default
             the file ``classes.txt`` of the set; else the values in the masks that came for training, all of which
@@ -106,7 +108,7 @@ def open_segmentation_source(
 
 
 def task_for(source: str | Path) -> TaskName:
-    """What a data set is made for: to segment where images have masks in the folders of these names, else to classify.
+    """What a data set is made for: to segment where images have masks, else to classify.
 
     Args:
         source: as for `open_source` and `open_segmentation_source`; one that cannot be read is for them to refuse.
@@ -114,10 +116,11 @@ def task_for(source: str | Path) -> TaskName:
     if task := task_of_source(source):
         return task
     try:
-        names, _ = open_tree(source).listing()
+        tree = open_tree(source)
+        pairs, _ = tree.find_pairs(tree.listing()[0])
     except DataError:
         return "classify"
-    return "segment" if any(find_pairs(names)[0].splits.values()) else "classify"
+    return "segment" if any(pairs.splits.values()) else "classify"
 
 
 def check_split(split: str) -> None:
@@ -135,7 +138,7 @@ def _check_task(source: str | Path, names: Sequence[str], task: TaskName) -> Non
 
 
 def open_tree(source: str | Path, names: Sequence[str] = ()) -> FileTree:
-    """The files of a folder or ``.zip``.
+    """A data set of the user's own by its path: here all kinds of them part, and nowhere else.
 
     Args:
         source: its path.
@@ -146,12 +149,14 @@ def open_tree(source: str | Path, names: Sequence[str] = ()) -> FileTree:
     """
     path = os.path.expanduser(source)
     if os.path.isdir(path):
-        return FolderTree(Path(path))
+        return SavedTree(Path(path)) if is_saved(Path(path)) else FolderTree(Path(path))
     if fault := fault_of_source(source, names):
         raise DataError(fault)
-    if not path.lower().endswith(".zip"):
-        raise DataError(f"data source '{source}' is neither a folder nor a .zip. Name a folder or .zip of images.")
-    return ZipTree(Path(path))
+    if path.lower().endswith(".zip"):
+        return ZipTree(Path(path))
+    if path.lower().endswith(SUFFIX):
+        return ListTree(Path(path))
+    raise DataError(f"data source '{source}' is none of folder, .zip and .csv. Name one of images.")
 
 
 def default_root() -> Path:

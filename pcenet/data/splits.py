@@ -18,7 +18,6 @@ def select_split(
     hold_out: Callable[[list[T], list[Split]], Mapping[str, list[int]]],
     *,
     where: str,
-    content: str,
 ) -> list[T]:
     """The items of one split; held out of ``"train"`` where the set comes without ``"val"``.
 
@@ -27,7 +26,6 @@ def select_split(
         split: the one that is wanted.
         hold_out: splits the training items, given the names of the absent parts, into indices by part.
         where: what to call the set in the error.
-        content: what a folder for a split holds, for the error.
 
     Raises:
         DataError: there is no such split and none to hold it out of.
@@ -39,7 +37,7 @@ def select_split(
     if split not in splits:
         raise DataError(
             f"{where}: there is no split '{split}', only {', '.join(splits)}."
-            f" Choose one of these, or add a folder '{split}' with {content}."
+            f" Choose one of these, or add images for '{split}'."
         )
     return splits[split]
 
@@ -103,7 +101,7 @@ def hold_out_alike(keys: Sequence[str], parts: Sequence[str], *, where: str) -> 
     if count <= len(parts):
         raise DataError(
             f"{where} has {count} image(s), too few to give {', '.join(('train', *parts))} one each."
-            f" Add images, or sort them into the folders train, val and test yourself."
+            f" Add images, or sort them into train, val and test yourself."
         )
     hashes = [hashlib.sha256(key.encode(errors="surrogateescape")).digest() for key in keys]
     ranked = sorted(range(count), key=hashes.__getitem__)

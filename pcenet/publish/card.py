@@ -13,13 +13,12 @@ from huggingface_hub import EvalResult
 from pcenet.catalogue import bundled
 from pcenet.choices import TaskName
 from pcenet.models.card import PIPELINE, plain
-from pcenet.reporting.numbers import in_prose, score_digits
+from pcenet.reporting.numbers import SCORES, in_prose, score_digits
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import SAFE_TO_CHANGE
 from pcenet.runs.health import recorded_health
 
 PICTURE = "routing.png"
-SCORES = {"top1": "top-1", "miou": "mIoU"}
 METRICS = {"top1": "accuracy", "miou": "mean_iou"}  # as the Hub calls them
 
 Values = Mapping[str, Any]
@@ -36,7 +35,7 @@ def recipe(config: TrainConfig) -> dict[str, Any]:
 
 
 def score_of(figures: Values) -> str:
-    """The figure of an evaluation that counts: a key of `SCORES`."""
+    """The figure of an evaluation that counts: a key of `pcenet.reporting.numbers.SCORES`."""
     return next(key for key in SCORES if key in figures)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+SCORES = {"top1": "top-1", "miou": "mIoU"}  # the scores that count, and what tables call them
+
 
 def percent(value: float | None) -> str:
     """A share as a percentage, or n/a."""

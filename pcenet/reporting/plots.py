@@ -52,13 +52,6 @@ def pictures_of(
     return pictures
 
 
-def save_pictures(pictures: Mapping[str, Figure], folder: Path) -> None:
-    """Write each picture as a PNG file of its name into a new folder."""
-    folder.mkdir()
-    for name, figure in pictures.items():
-        (folder / f"{name}.png").write_bytes(png_of(figure))
-
-
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches.
 

@@ -112,8 +112,9 @@ class TrainConfig:
     data: Annotated[
         str,
         Option(
-            "Images: digits, fashion-mnist, cifar10, cifar100, to segment scenes, or a folder or .zip of your own: a "
-            "folder per class or, to segment, images/ and masks/."
+            "Images: digits, fashion-mnist, cifar10, cifar100, to segment scenes, or your own: a folder or .zip with a "
+            "folder per class or, to segment, images/ and masks/; a .csv with columns image and label or mask, and "
+            "perhaps split; a folder that save_to_disk of the library datasets has left."
         ),
     ] = "digits"
     classes: ClassesOption = None
@@ -300,8 +301,8 @@ class TrainConfig:
     log: Annotated[
         Log,
         Option(
-            "wandb, trackio: figures go to Weights & Biases or to trackio too, beside TensorBoard's files and "
-            "metrics.csv."
+            "wandb, trackio: figures and pictures go to Weights & Biases or to trackio too, beside TensorBoard's files "
+            "and metrics.csv."
         ),
     ] = "tensorboard"
     precision: PrecisionOption = "auto"
@@ -409,7 +410,11 @@ class CheckDataConfig:
 
     data: Annotated[
         str,
-        Option("A folder or .zip of images: a folder per class or, to segment, images/ and masks/.", positional=True),
+        Option(
+            "A folder or .zip of images with a folder per class or, to segment, images/ and masks/; a .csv that lists "
+            "images; or a folder that save_to_disk of the library datasets has left.",
+            positional=True,
+        ),
     ]
     task: TaskOption = "classify"
     classes: ClassesOption = None

@@ -8,11 +8,10 @@ import shlex
 import statistics
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
@@ -21,7 +20,7 @@ import pcenet.data as data
 from pcenet import ops
 from pcenet.models import SavableModel, TimmNet
 from pcenet.ops.library import REFERENCE_COST
-from pcenet.reporting.plots import drawing, pictures_of, save_pictures
+from pcenet.reporting.plots import drawing, pictures_of, png_of
 from pcenet.reporting.tables import console, router_table, training_table
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder, images_per_step
@@ -37,8 +36,12 @@ from pcenet.training.loop import Trainer
 from pcenet.training.network import build_model
 from pcenet.training.preparation import Run, prepare, resolve, steps_per_epoch
 from pcenet.training.progress import RunBar
+from pcenet.training.sheets import prediction_sheet, training_sheet
 from pcenet.training.trackers import Trackers, check_tracker, tracking
-from pcenet.writing import write_atomically, write_json
+from pcenet.writing import write_atomically, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FEW_STEPS = 3  # in an epoch; below it there is a hint, to make at least so many:
 ENOUGH_STEPS = 5
@@ -96,8 +99,12 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
         if batches is None and (hint := few_steps(run)):
             say(hint)
         decide(lambda: begin(run, begun, stack))
-        rows, stopped = fit(run, stop)
-        finish(run, rows, stopped)
+        first_step = run.position.step + 1
+        trackers = stack.enter_context(tracking(config, folder, first_step)) if ranks.first else Trackers({})
+        if ranks.first and not run.checkpoint:
+            draw(run, trackers, 0, lambda: {"training": training_sheet(run)}.items())
+        rows, stopped = fit(run, stop, trackers)
+        finish(run, rows, stopped, trackers)
         if batches is None:
             command = "explain" if run.cost["router_multiply_adds"] else "eval"
             say(f"next: pcenet {command} {shlex.quote(str(folder.path))}")
@@ -153,7 +160,7 @@ def few_steps(run: Run) -> str | None:
     )
 
 
-def fit(run: Run, stop: Stop) -> tuple[list[Row], str | None]:
+def fit(run: Run, stop: Stop, trackers: Trackers) -> tuple[list[Row], str | None]:
     """Train; the averaged weights end up in the last checkpoint.
 
     Returns:
@@ -162,9 +169,6 @@ def fit(run: Run, stop: Stop) -> tuple[list[Row], str | None]:
     config = run.config
     with ExitStack() as stack:
         stack.enter_context(quiet())
-        trackers = Trackers({})
-        if run.ranks.first:
-            trackers = stack.enter_context(tracking(config, run.folder, run.position.step + 1))
         bar = stack.enter_context(RunBar(config.epochs, shown=run.ranks.first and sys.stdout.isatty()))
         state = Trainer(run, stop, trackers, bar).fit()
         return state.rows, state.stopped
@@ -222,7 +226,7 @@ def announce(run: Run) -> None:
     say(*lines)
 
 
-def finish(run: Run, rows: Sequence[Row], stopped: str | None) -> None:
+def finish(run: Run, rows: Sequence[Row], stopped: str | None, trackers: Trackers) -> None:
     """Write ``model/`` from the last checkpoint's averaged weights, measure and draw it, write ``metrics.json``."""
     config, source = run.config, run.sources["val"]
     model = run.model
@@ -232,7 +236,7 @@ def finish(run: Run, rows: Sequence[Row], stopped: str | None) -> None:
     decide(lambda: keep_averaged(model, run.folder))
     share(list(model.state_dict().values()))
     result = run.task.evaluate(model, run.loaders["val"], source.classes, device=run.device, precision=config.precision)
-    decide(lambda: report(run, rows, stopped, result))
+    decide(lambda: report(run, model, rows, stopped, result, trackers))
 
 
 def keep_averaged(model: SavableModel, folder: RunFolder) -> None:
@@ -241,10 +245,12 @@ def keep_averaged(model: SavableModel, folder: RunFolder) -> None:
     write_atomically(folder.model, model.save_pretrained)
 
 
-def report(run: Run, rows: Sequence[Row], stopped: str | None, result: Any) -> None:
+def report(
+    run: Run, model: SavableModel, rows: Sequence[Row], stopped: str | None, result: Any, trackers: Trackers
+) -> None:
     """Write and show what was measured."""
     config, folder = run.config, run.folder
-    draw(run, rows, result)
+    draw(run, trackers, int(rows[-1]["step"]), lambda: final_pictures(run, model, rows, result))
     metrics = summary(run, rows, stopped, result)
     write_json(folder.metrics, metrics)
     if stopped:
@@ -258,14 +264,23 @@ def report(run: Run, rows: Sequence[Row], stopped: str | None, result: Any) -> N
         log.warning("%s", found)
 
 
-def draw(run: Run, rows: Sequence[Mapping[str, float]], result: Any) -> None:
-    """Write ``pictures/``, or say why not."""
+def draw(run: Run, trackers: Trackers, step: int, figures: Callable[[], Iterable[tuple[str, Figure]]]) -> None:
+    """Write figures by their names into ``pictures/`` and show them to the trackers, one by one, or say why not."""
+    folder = run.folder.pictures
+    with drawing(folder):
+        for name, figure in figures():
+            content = png_of(figure)
+            folder.mkdir(exist_ok=True)
+            write_bytes(folder / f"{name}.png", content)
+            trackers.show([folder / f"{name}.png"], step)
+
+
+def final_pictures(run: Run, model: SavableModel, rows: Sequence[Row], result: Any) -> Iterator[tuple[str, Figure]]:
+    """What is drawn of a run at its end."""
     objective = run.task.objective
-    with drawing(run.folder.pictures):
-        pictures = pictures_of(
-            rows, result.confusion, list(result.per_class), (f"train/{objective.train_score}", f"val/{objective.score}")
-        )
-        write_atomically(run.folder.pictures, partial(save_pictures, pictures))
+    scores = (f"train/{objective.train_score}", f"val/{objective.score}")
+    yield from pictures_of(rows, result.confusion, list(result.per_class), scores).items()
+    yield "predictions", prediction_sheet(run, model)
 
 
 def summary(run: Run, rows: Sequence[Row], stopped: str | None, result: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where the figures of a run go beside ``metrics.csv``: TensorBoard, and a tracker that the options name."""
+"""Where figures and pictures of a run go beside its own files: TensorBoard, and a tracker that the options name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
 
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder
@@ -27,6 +30,9 @@ class Tracker(Protocol):
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Figures after this many optimiser steps."""
+
+    def show(self, pictures: Mapping[str, Path], step: int) -> None:
+        """Pictures by name, PNG files, after this many optimiser steps."""
 
     def close(self) -> None:
         """There will be no more."""
@@ -50,6 +56,13 @@ class TensorBoard:
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()  # what a run that is killed has logged is there
+
+    def show(self, pictures: Mapping[str, Path], step: int) -> None:
+        """Pictures by name, PNG files, after this many optimiser steps."""
+        for name, path in pictures.items():
+            with Image.open(path) as picture:
+                self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        self.writer.flush()
 
     def close(self) -> None:
         """There will be no more."""
@@ -83,6 +96,12 @@ class WeightsAndBiases:
         """Figures after this many optimiser steps."""
         self.run.log({**figures, "step": step})
 
+    def show(self, pictures: Mapping[str, Path], step: int) -> None:
+        """Pictures by name, PNG files, after this many optimiser steps."""
+        import wandb
+
+        self.run.log({**{name: wandb.Image(str(path)) for name, path in pictures.items()}, "step": step})
+
     def close(self) -> None:
         """There will be no more."""
         self.run.finish()
@@ -110,6 +129,12 @@ class Trackio:
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Figures after this many optimiser steps."""
         self.run.log(dict(figures), step=step)
+
+    def show(self, pictures: Mapping[str, Path], step: int) -> None:
+        """Pictures by name, PNG files, after this many optimiser steps."""
+        import trackio
+
+        self.run.log({name: trackio.Image(path) for name, path in pictures.items()}, step=step)
 
     def close(self) -> None:
         """There will be no more."""
@@ -157,6 +182,13 @@ class Trackers:
         for title, tracker in list(self.alive.items()):
             with self.forgiving(title):
                 tracker.log(figures, step)
+
+    def show(self, files: Iterable[Path], step: int) -> None:
+        """PNG files, which are called after their folder and themselves, after this many optimiser steps."""
+        pictures = {f"{path.parent.name}/{path.stem}": path for path in sorted(files)}
+        for title, tracker in list(self.alive.items()):
+            with self.forgiving(title):
+                tracker.show(pictures, step)
 
     def close(self) -> None:
         """There will be no more."""

@@ -12,7 +12,7 @@ from pcenet.runs.config import TrainConfig
 def _no_drawing() -> Iterator[None]:
     """The pictures of the single runs take longer than these runs; they have tests of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pcenet.training.run.pictures_of", lambda *_: {})
+        patch.setattr("pcenet.training.run.draw", lambda *_: None)
         yield
 
 

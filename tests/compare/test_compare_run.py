@@ -153,7 +153,7 @@ def test_what_is_kept_of_a_run_is_enough(copy: CompareConfig, trained: list[str]
     for run in copy.runs:
         folder = run.config.folder
         shutil.move(folder / "logs" / "metrics.csv", folder / "metrics.csv")
-        for name in ("logs", "model", "checkpoints", "pictures"):
+        for name in ("logs", "model", "checkpoints"):
             shutil.rmtree(folder / name)
     compare(copy)
     assert trained == []

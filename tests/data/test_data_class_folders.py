@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterable
 
 import pytest
 
-from pcenet.data.base import DataError
-from pcenet.data.class_folders import find_layout, read_layout
+from pcenet.data.base import DataError, faultless
+from pcenet.data.class_folders import Layout, find_layout
 from pcenet.data.splits import hold_out
 from pcenet.data.tree import IMAGE_SUFFIXES
+
+
+def read_layout(names: Iterable[str], where: str) -> Layout:
+    return faultless(find_layout(names), where)
 
 
 def flat(**counts: int) -> list[str]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import pytest
 
-from pcenet.data.base import DataError
-from pcenet.data.mask_folders import find_pairs, read_pairs
+from pcenet.data.base import DataError, faultless
+from pcenet.data.mask_folders import PairLayout, find_pairs
+
+
+def read_pairs(names: Iterable[str], where: str) -> PairLayout:
+    return faultless(find_pairs(names), where)
 
 
 def both(*stems: str, prefix: str = "") -> list[str]:
@@ -31,9 +36,7 @@ def test_split_folders_with_or_without_a_folder_around_them(val: str, top: str) 
         "val": [(f"{top}{val}/images/c.jpg", f"{top}{val}/masks/c.png", "c")],
     }
     assert layout.classes_file == f"{top}classes.txt"
-    with pytest.raises(
-        DataError, match=r"no split 'test', only train, val\. .*'test' with the folders images and masks"
-    ):
+    with pytest.raises(DataError, match=r"no split 'test', only train, val\. .*add images for 'test'"):
         layout.select("test", "set")
 
 

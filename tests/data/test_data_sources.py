@@ -342,7 +342,7 @@ def test_an_unknown_source_suggests_the_nearest(source: str, hint: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"data source '{source}' does not exist")
     assert all(name in message for name in SOURCE_NAMES)
-    assert message.endswith(f"folder or .zip of images{hint}")
+    assert message.endswith(f"folder, .zip or .csv of images{hint}")
 
 
 def test_a_missing_path_suggests_its_neighbour(make_tree: Tree, pack: Pack, tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_a_missing_path_suggests_its_neighbour(make_tree: Tree, pack: Pack, tmp_
 
 def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
     (tmp_path / "cat.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"cat\.png' is neither a folder nor a \.zip"):
+    with pytest.raises(DataError, match=r"cat\.png' is none of folder, \.zip and \.csv"):
         open_source(tmp_path / "cat.png", "train")
     (tmp_path / "cat.zip").write_bytes(b"not a zip")
     with pytest.raises(DataError, match=r"cat\.zip: cannot be read as a zip archive"):

@@ -135,7 +135,7 @@ def test_a_history_of_loads_in_training_is_none(tmp_path: Path) -> None:
 
 
 def test_of_a_run_with_its_history(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pcenet.training.run.pictures_of", lambda *_: {})
+    monkeypatch.setattr("pcenet.training.run.draw", lambda *_: None)
     shape = '{"widths":[8,8,8],"num_experts":2,"patch_sizes":[null,null,2]}'
     quick = ["--device", "cpu", "--precision", "fp32", "--workers", "0"]
     run = str(tmp_path / "run")

@@ -54,7 +54,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def _no_drawing() -> Iterator[None]:
     """The pictures of a run are no part of what is tested here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pcenet.training.run.pictures_of", lambda *_: {})
+        patch.setattr("pcenet.training.run.draw", lambda *_: None)
         yield
 
 

@@ -14,7 +14,7 @@ from faults.runs import Start, at_step, command
 from pcenet import cli
 from pcenet.runs.folder import RunFolder
 from pcenet.runtime.memory import ran_out_of_memory
-from pcenet.training.run import train
+from pcenet.training.run import draw, train
 
 
 def of_python() -> None:
@@ -98,12 +98,14 @@ def test_a_finished_run_is_not_lost_with_its_pictures(
     happens: Callable[[], Any],
 ) -> None:
     config = start(epochs=1)
+    monkeypatch.setattr("pcenet.training.run.draw", draw)
+    monkeypatch.setattr("pcenet.training.run.training_sheet", lambda _: happens())
     monkeypatch.setattr("pcenet.training.run.pictures_of", lambda *_: happens())
     assert command(config) == 0
     folder = RunFolder(config.folder)
     assert folder.finished
     assert not folder.pictures.exists()
-    (warning,) = (message for message in caplog.messages if not message.startswith("routers at evaluation"))
+    first, last = (message for message in caplog.messages if not message.startswith("routers at evaluation"))
     reason = "ZeroDivisionError: division by zero" if happens not in KINDS else "memory ran out"
-    assert warning == f"{reason}; {folder.pictures} was not drawn"
+    assert first == last == f"{reason}; {folder.pictures} was not drawn"
     assert f"model: {folder.model}" in capsys.readouterr().out

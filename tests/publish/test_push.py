@@ -39,7 +39,7 @@ def runs(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """Finished runs of a network and its twin, of which the former was also tried on other data."""
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pcenet.training.run.pictures_of", lambda *_: {})
+        patch.setattr("pcenet.training.run.draw", lambda *_: None)
         for model in ("pce_nano", "dense_nano"):
             train(TrainConfig(model=model, data=str(pictures), out=str(root / model), **QUICK))
     evaluation = {"model": "pce_nano", "data": "others", "split": "test", "source": "/home/me/others", "images": 7}

@@ -13,7 +13,7 @@ from pcenet.runs.config import TrainConfig
 def _no_drawing() -> Iterator[None]:
     """Drawing the pictures of a run takes longer than the runs of these tests; it has tests of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pcenet.training.run.pictures_of", lambda *_: {})
+        patch.setattr("pcenet.training.run.draw", lambda *_: None)
         yield
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from pcenet.reporting.plots import as_label, confusion, curves, expert_load, new_figure, pictures_of, png_of
 from pcenet.runs.folder import RunFolder
-from pcenet.tasks.classification import ClassificationObjective
-from pcenet.training import run
+from pcenet.training.run import draw
+from pcenet.training.trackers import Trackers
 
 DENSE = [
     {"epoch": 1, "train/loss": 2.0, "train/task_loss": 1.9, "val/loss": 1.5, "val/top1": 0.4, "train/lr": 0.003},
@@ -28,17 +28,14 @@ ROUTED = [
 
 
 def run_in(folder: Path) -> Any:
-    return SimpleNamespace(folder=RunFolder(folder), task=SimpleNamespace(objective=ClassificationObjective))
+    return SimpleNamespace(folder=RunFolder(folder))
 
 
 RESULT = SimpleNamespace(confusion=[[3, 1], [0, 2]], per_class={"leaf": {}, "sky": {}})
 
 
-@pytest.fixture
-def draw(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The drawing of a run, which the tests of this folder do without."""
-    monkeypatch.setattr(run, "pictures_of", pictures_of)
-    return run.draw
+def pictures() -> Any:
+    return pictures_of(ROUTED, RESULT.confusion, list(RESULT.per_class), ["val/top1"]).items()
 
 
 def test_curves_show_the_figures_of_every_epoch() -> None:
@@ -94,21 +91,20 @@ def test_a_dense_network_has_no_load() -> None:
         expert_load(DENSE)
 
 
-def test_the_run_folder_gets_them(draw: Any, tmp_path: Path) -> None:
-    rows = [row | {"train/top1": 0.5} for row in ROUTED]
+def test_the_run_folder_gets_them(tmp_path: Path) -> None:
     for _ in range(2):  # those of an earlier attempt are replaced
-        draw(run_in(tmp_path), rows, RESULT)
+        draw(run_in(tmp_path), Trackers({}), 20, pictures)
     files = {path.name: path.read_bytes()[:8] for path in (tmp_path / "pictures").iterdir()}
     assert files == dict.fromkeys(("curves.png", "confusion.png", "expert_load.png"), b"\x89PNG\r\n\x1a\n")
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
 
 
 def test_without_matplotlib_one_warning_and_no_folder(
-    draw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with caplog.at_level(logging.WARNING, "pcenet"):
-        draw(run_in(tmp_path), ROUTED, RESULT)
+        draw(run_in(tmp_path), Trackers({}), 20, pictures)
     missing = "pictures need matplotlib: pip install 'pcenet[plot]'"
     assert caplog.messages == [f"{missing}; {tmp_path / 'pictures'} was not drawn"]
     assert list(tmp_path.iterdir()) == []

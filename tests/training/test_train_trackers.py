@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -12,11 +13,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder
 from pcenet.training.run import train
-from pcenet.training.trackers import Trackio
+from pcenet.training.trackers import TensorBoard, Trackers, Trackio, WeightsAndBiases
 
 Start = Callable[..., TrainConfig]
 
@@ -53,7 +56,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return made.runs[-1]
 
     module = ModuleType("wandb")
-    module.__dict__.update(init=init, __spec__=SimpleNamespace(name="wandb"))
+    module.__dict__.update(init=init, Image=lambda path: ("picture", path), __spec__=SimpleNamespace(name="wandb"))
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     return made
@@ -110,6 +113,61 @@ def test_trackio_goes_on_with_a_run(trackio: ModuleType, tmp_path: Path) -> None
         tracker.close()
     (run,) = trackio.Api().runs("pcenet")
     assert [(row["step"], row["loss"]) for row in logged(run.name)] == [(1, 1.0), (2, 0.5)]
+
+
+@pytest.fixture
+def pictures_folder(tmp_path: Path) -> Path:
+    """Two pictures of different sizes, of one colour each."""
+    folder = tmp_path / "run" / "pictures"
+    folder.mkdir(parents=True)
+    (folder.parent / "logs").mkdir()
+    Image.new("RGB", (6, 4), (255, 0, 0)).save(folder / "curves.png")
+    Image.new("RGBA", (3, 5), (0, 0, 255, 255)).save(folder / "confusion.png")
+    return folder
+
+
+def test_pictures_go_to_tensorboard(pictures_folder: Path) -> None:
+    folder = RunFolder(pictures_folder.parent)
+    trackers = Trackers({"TensorBoard": lambda: TensorBoard(folder, 1)})
+    trackers.show(pictures_folder.glob("*.png"), 7)
+    trackers.close()
+    events = EventAccumulator(str(folder.logs / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert sorted(events.Tags()["images"]) == ["pictures/confusion", "pictures/curves"]
+    found = {}
+    for tag in events.Tags()["images"]:
+        (event,) = events.Images(tag)
+        pixel = Image.open(io.BytesIO(event.encoded_image_string)).getpixel((0, 0))
+        found[tag] = (event.step, event.width, event.height, pixel)
+    assert found == {"pictures/curves": (7, 6, 4, (255, 0, 0)), "pictures/confusion": (7, 3, 5, (0, 0, 255))}
+
+
+def test_pictures_go_to_wandb(wandb: SimpleNamespace, pictures_folder: Path) -> None:
+    trackers = Trackers(
+        {"W&B": lambda: WeightsAndBiases(RunFolder(pictures_folder.parent), TrainConfig(data="digits"))}
+    )
+    trackers.show(pictures_folder.glob("*.png"), 7)
+    (run,) = wandb.runs
+    names = {f"pictures/{name}": ("picture", str(pictures_folder / f"{name}.png")) for name in ("curves", "confusion")}
+    assert run.logged == [names | {"step": 7}]
+
+
+def test_pictures_go_to_trackio(trackio: ModuleType, pictures_folder: Path) -> None:
+    tracker = Trackio(RunFolder(pictures_folder.parent), TrainConfig(data="digits"))
+    tracker.show({"pictures/curves": pictures_folder / "curves.png"}, 7)
+    tracker.close()
+    (run,) = trackio.Api().runs("pcenet")
+    (row,) = logged(run.name)
+    assert row["step"] == 7
+    assert row["pictures/curves"]["_type"] == "trackio.image"
+
+
+def test_a_picture_that_cannot_be_shown_is_a_warning(pictures_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (pictures_folder / "broken.png").write_bytes(b"no image")
+    trackers = Trackers({"TensorBoard": lambda: TensorBoard(RunFolder(pictures_folder.parent), 1)})
+    trackers.show(pictures_folder.glob("*.png"), 7)
+    assert len(caplog.messages) == 1
+    assert "TensorBoard failed" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("package", ["wandb", "trackio"])

@@ -20,6 +20,7 @@ from pcenet.data import EpochSampler, open_source
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder
 from pcenet.runtime.device import resolve_device
+from pcenet.training import run as running
 from pcenet.training.figures import Seen
 from pcenet.training.find import find, find_batch_size, find_lr
 from pcenet.training.loop import Trainer
@@ -82,11 +83,14 @@ def test_a_dry_run_does_everything_with_two_batches_and_leaves_nothing(
     monkeypatch.setattr(Trainer, "batch_loss", lambda self, *batch: steps.append(batch[1]) or original(self, *batch))
     written: set[str] = set()
 
-    def draw(run: Run, rows: Any, result: Any) -> None:
+    report = running.report
+
+    def reporting(run: Run, model: Any, rows: Any, stopped: Any, result: Any, trackers: Any) -> None:
         written.update(path.name for path in run.folder.path.iterdir())
         assert result.images == 12  # all of them: fewer than two batches of eight
+        report(run, model, rows, stopped, result, trackers)
 
-    monkeypatch.setattr("pcenet.training.run.draw", draw)
+    monkeypatch.setattr("pcenet.training.run.report", reporting)
     config = start()
     assert main(command(config, "--dry-run", "--epochs=7", "--max-time=9", "--early-stopping=3")) == 0
     assert steps == [0, 1]

@@ -28,7 +28,7 @@ RANGE = ["--grey-range", "[0, 4095]"]
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same grey images as 8 bits, and as a camera's 12 bits in files of 16."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pcenet.training.run.pictures_of", lambda *_: {})
+    monkeypatch.setattr("pcenet.training.run.draw", lambda *_: None)
     for number, folder in enumerate(("train/cat", "train/dog", "val/cat", "val/dog")):
         for name in ("8", "12"):
             Path(name, folder).mkdir(parents=True)
