@@ -12,6 +12,7 @@ from pcenet.runs.options import (
     PrecisionOption,
     RunOption,
     ThreadsOption,
+    TtaOption,
     WorkersOption,
     check,
 )
@@ -46,6 +47,7 @@ class PredictConfig:
     trust_code: Annotated[
         bool, Option("Run FILE.pt2, which is a program and can do whatever you can: only from people you trust.")
     ] = False
+    tta: TtaOption = False
     batch_size: Annotated[
         int | None, Option("Images per step; null: 256, or 8 to segment, fewer where they are large.", at_least=1)
     ] = None

@@ -70,8 +70,8 @@ def predict(config: PredictConfig) -> Predicted:
     files, left_out = find_inputs(config.inputs, config.grey_range or model.grey_range)
     folder = output_folder(config.out, "predictions")
     classes = list(model.class_names or map(str, range(model.num_classes)))
-    network = Network(model, classes, config.routing, device, precision)
-    about = {"model": model.pretrained_cfg["architecture"], "run": config.run, "classes": classes}
+    network = Network(model, classes, config.routing, device, precision, config.tta)
+    about = {"model": model.pretrained_cfg["architecture"], "run": config.run, "tta": config.tta, "classes": classes}
     first: list[Row] = []
     predicted = 0
     with naming_dead_workers(), filling(folder) as place:

@@ -191,12 +191,20 @@ class Predictions(Sequence[Prediction | Segmentation]):
 
 @torch.inference_mode()
 def predict_images(
-    model: SavableModel, inputs: Any, *, top: int = 5, batch_size: int | None = None, precision: Precision | None = None
+    model: SavableModel,
+    inputs: Any,
+    *,
+    top: int = 5,
+    tta: bool = False,
+    batch_size: int | None = None,
+    precision: Precision | None = None,
 ) -> Predictions:
     """Apply a network, where it is, to images; arguments and errors as in `SavableModel.predict`."""
     for name, value in (("top", top), ("batch_size", batch_size)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
+    if not isinstance(tta, bool):
+        raise ValueError(f"tta must be True or False, got {tta!r}")
     if precision not in (None, *get_args(Precision)):
         raise ValueError(f"precision {precision!r} is not one of {', '.join(get_args(Precision))}")
     if model.num_classes < 1:
@@ -204,7 +212,7 @@ def predict_images(
     files, left_out = given_images(inputs, model)
     device = next(model.parameters()).device
     classes = list(model.class_names or map(str, range(model.num_classes)))
-    network = Network(model, classes, True, device, resolve_precision(precision or "auto", device))
+    network = Network(model, classes, True, device, resolve_precision(precision or "auto", device), tta)
     batches = read_batches(
         files, get_task(model.task).image_transform(model), batch_size=batch_size or eval_batch_size(model), workers=0
     )

@@ -96,6 +96,7 @@ class SavableModel(nn.Module, ModelHubMixin):
         inputs: Any,
         *,
         top: int = 5,
+        tta: bool = False,
         batch_size: int | None = None,
         precision: Precision | None = None,
     ) -> Predictions:
@@ -106,6 +107,8 @@ class SavableModel(nn.Module, ModelHubMixin):
                 ``[H, W]``, ``[H, W, 3]`` or ``[B, H, W, 3]``, or a tensor ``[3, H, W]`` or ``[B, 3, H, W]``, of uint8
                 or of float from 0 to 1; or a list of them. Images are resized and normalised as the network needs them.
             top: to classify, how many classes to list for each image.
+            tta: test-time augmentation: the mean of the probabilities of an image and of its mirror image (left to
+                right), in twice the time; ``experts`` are those of the image itself.
             batch_size: images per step; None: 256, or 8 to segment, fewer where they are large.
             precision: ``"fp32"``, ``"bf16"`` or ``"auto"``, which is None: bfloat16 where the device has it.
 
@@ -120,7 +123,7 @@ class SavableModel(nn.Module, ModelHubMixin):
         """
         from pcenet.inference.predictions import predict_images
 
-        return predict_images(self, inputs, top=top, batch_size=batch_size, precision=precision)
+        return predict_images(self, inputs, top=top, tta=tta, batch_size=batch_size, precision=precision)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write ``model.safetensors``, ``config.json`` and a model card into a folder.

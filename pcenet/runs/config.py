@@ -20,6 +20,7 @@ from pcenet.runs.options import (
     RunOption,
     TaskOption,
     ThreadsOption,
+    TtaOption,
     WorkersOption,
     check,
     check_path,
@@ -391,6 +392,7 @@ class EvalConfig:
     out: Annotated[
         str | None, Option("Folder for eval-DATA-SPLIT.json; null: the run folder, else the current one.")
     ] = None
+    tta: TtaOption = False
     batch_size: Annotated[
         int | None, Option("Images per step; null: 256, or 8 to segment, fewer where they are large.", at_least=1)
     ] = None

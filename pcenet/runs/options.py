@@ -96,6 +96,13 @@ RunOption = Annotated[
         positional=True,
     ),
 ]
+TtaOption = Annotated[
+    bool,
+    Option(
+        "Test-time augmentation: the mean of the probabilities of an image and of its mirror image, in twice the time. "
+        "Not for images in which left and right mean something, such as digits."
+    ),
+]
 ThreadsOption = Annotated[int | None, Option("Threads of torch; null: torch's own choice.", at_least=1)]
 
 
