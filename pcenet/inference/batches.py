@@ -23,7 +23,7 @@ class Batch:
 
     Attributes:
         files: what was read.
-        images: ``[len(files), 3, H, W]`` float32, normalised.
+        images: ``[len(files), 3, H, W]`` float32, normalised; ``[len(files), 0]`` of what is to be cut into windows.
         left_out: what was not; then there are no files.
     """
 

@@ -40,6 +40,20 @@ class PredictConfig:
         float,
         Option("Segmentation: how strongly the classes' colours cover the image, from 0 to 1.", at_least=0, at_most=1),
     ] = 0.5
+    tta: TtaOption = False
+    sliding_window: Annotated[
+        bool,
+        Option(
+            "Segmentation: predict images that are larger than the network's input in windows of its size, at their "
+            "own resolution; else they are made smaller. For networks that were trained on parts of such images."
+        ),
+    ] = False
+    overlap: Annotated[
+        float,
+        Option(
+            "Of --sliding-window: the share of its side that a window has in common with the next.", at_least=0, below=1
+        ),
+    ] = 0.25
     grey_range: GreyRangeOption = None
     routing: Annotated[
         bool, Option("Write the expert of each patch, per layer, to predictions.json as rows of columns.")
@@ -47,9 +61,9 @@ class PredictConfig:
     trust_code: Annotated[
         bool, Option("Run FILE.pt2, which is a program and can do whatever you can: only from people you trust.")
     ] = False
-    tta: TtaOption = False
     batch_size: Annotated[
-        int | None, Option("Images per step; null: 256, or 8 to segment, fewer where they are large.", at_least=1)
+        int | None,
+        Option("Images, or windows, per step; null: 256, or 8 to segment, fewer where they are large.", at_least=1),
     ] = None
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"
@@ -58,3 +72,8 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.routing and self.sliding_window:
+            raise ValueError(
+                "routing: windows overlap, so that a patch of the image has several experts; leave out --routing or "
+                "--sliding-window"
+            )

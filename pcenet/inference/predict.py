@@ -20,12 +20,12 @@ from pcenet.inference.inputs import LeftOut, find_inputs
 from pcenet.inference.network import Network
 from pcenet.inference.outputs import ResultFiles, Row, output_folder
 from pcenet.inference.segment import Segmenter, write_picture
+from pcenet.inference.windows import SlidingWindow, image_transform
 from pcenet.models import SavableModel, load_model
 from pcenet.reporting.colours import legend
 from pcenet.reporting.tables import console
 from pcenet.runs.finding import find_model
 from pcenet.runtime.device import resolve_device, resolve_precision, resolve_workers, set_precision, set_threads
-from pcenet.tasks import get_task
 from pcenet.tasks.evaluation import eval_batch_size
 from pcenet.texts import one_line, say
 from pcenet.writing import filling
@@ -71,15 +71,23 @@ def predict(config: PredictConfig) -> Predicted:
     folder = output_folder(config.out, "predictions")
     classes = list(model.class_names or map(str, range(model.num_classes)))
     network = Network(model, classes, config.routing, device, precision, config.tta)
-    about = {"model": model.pretrained_cfg["architecture"], "run": config.run, "tta": config.tta, "classes": classes}
+    batch_size = config.batch_size or eval_batch_size(model)
+    windows = SlidingWindow(network, config.overlap, batch_size) if config.sliding_window else None
+    about = {
+        "model": model.pretrained_cfg["architecture"],
+        "run": config.run,
+        "tta": config.tta,
+        "sliding_window": config.sliding_window,
+        "classes": classes,
+    }
     first: list[Row] = []
     predicted = 0
     with naming_dead_workers(), filling(folder) as place:
-        predictor = make_predictor(network, config, place)
+        predictor = make_predictor(network, config, place, windows)
         batches = read_batches(
             files,
-            get_task(model.task).image_transform(model),
-            batch_size=config.batch_size or eval_batch_size(model),
+            image_transform(model, windows),
+            batch_size=batch_size,
             workers=resolve_workers(config.workers, device),
         )
         with ResultFiles(place, about, predictor.columns) as results:
@@ -124,11 +132,13 @@ def check_classifier(model: SavableModel | ExportedNet, name: str) -> None:
         raise ValueError(f"run: {name} has no classifier (num_classes is 0), so there is no class to predict")
 
 
-def make_predictor(network: Network, config: PredictConfig, folder: Path) -> Classifier | Segmenter:
+def make_predictor(
+    network: Network, config: PredictConfig, folder: Path, windows: SlidingWindow | None
+) -> Classifier | Segmenter:
     """What predicts for the network's task; to segment it writes pictures into ``folder``."""
     if network.model.task == "classify":
         return Classifier(network, config.top)
-    return Segmenter(network, folder, config.overlay_opacity)
+    return Segmenter(network, folder, config.overlay_opacity, windows)
 
 
 def progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
