@@ -38,7 +38,7 @@ ABOUT = {
     "compare": "train several networks with several seeds under one recipe, and compare them",
     "eval": "measure a trained network: accuracy or mIoU, each class, confusion matrix, router health",
     "check-data": "look for faults in a folder or .zip of images before training on it",
-    "predict": "apply a trained network to image files, folders and archives",
+    "predict": "apply a trained network to image files, folders, archives and videos",
     "export": "write a trained network to an ONNX file, or to a program of torch.export",
     "explain": "write a page on what each expert of a trained network does, and how much it matters",
     "app": "show what each expert does, on a web page of this machine",

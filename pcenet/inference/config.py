@@ -26,7 +26,9 @@ class PredictConfig:
     inputs: Annotated[
         list[str],
         Option(
-            "Image files, folders (with all that is below them) and .zip archives (read in place).", positional=True
+            "Image files, videos (frame by frame), folders (with all that is below them) and .zip archives of images "
+            "(read in place).",
+            positional=True,
         ),
     ]
     out: Annotated[

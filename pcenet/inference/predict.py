@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,10 +17,11 @@ from pcenet.exporting.files import ExportedNet, is_exported
 from pcenet.inference.batches import Batch, read_batches
 from pcenet.inference.classify import Classifier
 from pcenet.inference.config import PredictConfig
-from pcenet.inference.inputs import LeftOut, find_inputs
+from pcenet.inference.inputs import InputFile, LeftOut, find_inputs
 from pcenet.inference.network import Network
 from pcenet.inference.outputs import ResultFiles, Row, output_folder
 from pcenet.inference.segment import Segmenter, write_picture
+from pcenet.inference.videos import Frame, count_frames, read_frames
 from pcenet.inference.windows import SlidingWindow, image_transform
 from pcenet.models import SavableModel, load_model
 from pcenet.reporting.colours import legend
@@ -67,7 +69,8 @@ def predict(config: PredictConfig) -> Predicted:
     precision = resolve_precision(config.precision, device)
     set_precision(precision, device)
     model = open_network(config).to(device).to(memory_format=torch.channels_last)
-    files, left_out = find_inputs(config.inputs, config.grey_range or model.grey_range)
+    found, left_out = find_inputs(config.inputs, config.grey_range or model.grey_range, videos=True)
+    files, videos = ([file for file in found if file.is_video is kind] for kind in (False, True))
     folder = output_folder(config.out, "predictions")
     classes = list(model.class_names or map(str, range(model.num_classes)))
     network = Network(model, classes, config.routing, device, precision, config.tta)
@@ -84,16 +87,18 @@ def predict(config: PredictConfig) -> Predicted:
     predicted = 0
     with naming_dead_workers(), filling(folder) as place:
         predictor = make_predictor(network, config, place, windows)
-        batches = read_batches(
-            files,
-            image_transform(model, windows),
-            batch_size=batch_size,
-            workers=resolve_workers(config.workers, device),
+        transform, workers = image_transform(model, windows), resolve_workers(config.workers, device)
+        batches = chain(
+            read_batches(files, transform, batch_size=batch_size, workers=workers) if files else (),
+            *(read_frames(video, transform, batch_size=batch_size) for video in videos),
         )
-        with ResultFiles(place, about, predictor.columns) as results:
+        file, *others = predictor.columns
+        with ResultFiles(place, about, [file, "time", *others] if videos else predictor.columns) as results:
             results.leave_out(left_out)
-            for batch in progress(batches, len(files)):
+            for batch in progress(batches, len(files) + sum(map(count_frames, videos))):
                 rows = predictor(batch) if batch.files else []
+                if videos:
+                    rows = [with_time(row, file) for row, file in zip(rows, batch.files, strict=True)]
                 for row in rows:
                     results.add(row)
                 results.leave_out(batch.left_out)
@@ -104,6 +109,18 @@ def predict(config: PredictConfig) -> Predicted:
             write_picture(legend(classes), place / "legend.png")
     report(predictor.headings, first, Predicted(predicted, left_out, folder))
     return Predicted(predicted, left_out, folder)
+
+
+def with_time(row: Row, file: InputFile | Frame) -> Row:
+    """A row with the time of its frame, in seconds, behind the name of the file; empty for that of an image."""
+    if not isinstance(file, Frame):
+        return replace(row, cells=[row.cells[0], "", *row.cells[1:]])
+    when = "" if file.time is None else f" at {file.time:.2f} s"
+    return Row(
+        [row.cells[0], "" if file.time is None else file.time, *row.cells[1:]],
+        {"file": file.file, "time": file.time, **row.record},
+        [f"{row.shown[0]}{when}", *row.shown[1:]],
+    )
 
 
 def open_network(config: PredictConfig) -> SavableModel | ExportedNet:
@@ -142,7 +159,7 @@ def make_predictor(
 
 
 def progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
-    """The batches, with a bar of files on a terminal and about ten plain lines where there is none."""
+    """The batches, with a bar of images on a terminal and about ten plain lines where there is none."""
     screen = console()
     columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=screen, transient=True) if screen.is_terminal else None
@@ -154,8 +171,8 @@ def progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
             before, done = done, done + len(batch.files) + len(batch.left_out)
             if bar and task is not None:
                 bar.update(task, completed=done)
-            elif done * STEPS // total > before * STEPS // total:
-                say(f"predicted {done} of {total} files")
+            elif total and done * STEPS // total > before * STEPS // total:  # else no video says how long it is
+                say(f"predicted {done} of {total} images")
 
 
 def report(headings: Sequence[str], rows: list[Row], result: Predicted) -> None:
