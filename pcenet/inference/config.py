@@ -33,7 +33,7 @@ class PredictConfig:
     ]
     out: Annotated[
         str | None,
-        Option("Folder for the results, new or empty; null: predictions, with a number where that exists."),
+        Option("Folder for the results, new or empty. Default: predictions, with a number where that exists."),
     ] = None
     top: Annotated[
         int, Option("Classification: how many classes to list for each image, most probable first.", at_least=1)
@@ -65,7 +65,7 @@ class PredictConfig:
     ] = False
     batch_size: Annotated[
         int | None,
-        Option("Images, or windows, per step; null: 256, or 8 to segment, fewer where they are large.", at_least=1),
+        Option("Images, or windows, per step. Default: 256, or 8 to segment, fewer where they are large.", at_least=1),
     ] = None
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"
