@@ -52,7 +52,7 @@ class Predicted:
 
 
 def predict(config: PredictConfig) -> Predicted:
-    """Predict every image that ``config.inputs`` names; write ``predictions.csv`` and ``predictions.json``.
+    """Predict all images and videos that ``config.inputs`` names; write ``predictions.csv`` and ``predictions.json``.
 
     A segmentation network also leaves ``legend.png`` and, for each image and at its size, a mask whose pixel values are
     class numbers and an overlay: the image under the classes' colours.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -39,7 +39,7 @@ class SlidingWindow:
         if network.model.task != "segment":
             raise ValueError("sliding_window is for networks that segment; this one gives a whole image one label")
         values = preprocessing(network.model)
-        self.network, self.overlap, self.batch_size = network, overlap, batch_size
+        self.network, self.overlap, self.batch_size = replace(network, routing=False), overlap, batch_size
         self.size = image_size(network.model)
         self.normalize = Normalize(values["mean"], values["std"])
         rows, columns = map(gaussian, self.size)
