@@ -139,7 +139,7 @@ def predict(run: str | os.PathLike[str], inputs: Any, **options: Any) -> Predict
     Args:
         run: a run folder, a model folder, the name of bundled weights, or a `TrainedRun`.
         inputs: files, folders, archives, PIL images, arrays, tensors, or a list of them.
-        options: ``top``, ``batch_size``, ``precision``.
+        options: ``top``, ``tta``, ``sliding_window``, ``overlap``, ``batch_size``, ``precision``.
     """
     from pcenet.models import load_model
     from pcenet.runs.finding import find_model

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 
 MOST_KEYS = 500  # of a configuration; jsonargparse looks at unknown ones slowly
+PRINT_CONFIG = "--print-config"
 YAML = "pcenet"  # jsonargparse's name for our way of reading and writing it
 KINDS = {
     "int | list": "a whole number, or a list of them such as [0, 1]",
@@ -38,7 +39,7 @@ ABOUT = {
     "compare": "train several networks with several seeds under one recipe, and compare them",
     "eval": "measure a trained network: accuracy or mIoU, each class, confusion matrix, router health",
     "check-data": "look for faults in a folder, .zip or .csv of images before training on it",
-    "predict": "apply a trained network to image files, folders and archives",
+    "predict": "apply a trained network to image files, folders, archives and videos",
     "export": "write a trained network to an ONNX file, or to a program of torch.export",
     "explain": "write a page on what each expert of a trained network does, and how much it matters",
     "app": "show what each expert does, on a web page of this machine",
@@ -85,8 +86,8 @@ def parse_values(command: str, entries: dict[str, Entry], arguments: list[str]) 
     Raises:
         ValueError: for an unknown option or a value that does not fit; names the nearest one that exists.
     """
-    known = ["--config", "--help", "--help-all", *(option_name(name) for name in entries)]
-    spellings = {name: name for name in known} | {"-h": "-h", "--print-config": "--print_config"}
+    known = ["-h", "--help", "--help-all", "--config", PRINT_CONFIG, *(option_name(name) for name in entries)]
+    spellings = {name: name for name in known}
     words = [respell(word, spellings) for word in arguments]
     check_config_files(words)
     if "--help-all" in words:
@@ -139,7 +140,7 @@ def check_config_files(words: Sequence[str]) -> None:
 
 
 def config_parser(command: str, entries: dict[str, Entry], everything: bool = False) -> ArgumentParser:
-    """A parser with ``--config``, ``--print_config`` and an option, or argument, for each field.
+    """A parser with ``--config``, ``--print-config`` and an option, or argument, for each field.
 
     Args:
         command: its name.
@@ -153,9 +154,14 @@ def config_parser(command: str, entries: dict[str, Entry], everything: bool = Fa
 
     set_loader(YAML, parse_yaml, (YAMLError,))
     set_dumper(YAML, write_yaml)
-    about = ABOUT[command]
     parser = ArgumentParser(
-        prog=f"pcenet {command}", description=about, exit_on_error=False, allow_abbrev=False, parser_mode=YAML
+        prog=f"pcenet {command}",
+        description=ABOUT[command],
+        formatter_class=argparse.HelpFormatter,  # jsonargparse's adds types, and defaults as YAML has them
+        exit_on_error=False,
+        allow_abbrev=False,
+        parser_mode=YAML,
+        print_config=PRINT_CONFIG,
     )
     parser.add_argument("--config", action="config", help="YAML file with options by their names.")
     group_of = {name: group for group, names in GROUPS.items() for name in names} if "epochs" in entries else {}
@@ -165,9 +171,9 @@ def config_parser(command: str, entries: dict[str, Entry], everything: bool = Fa
     for name in [*(name for name in group_of if name in entries), *(name for name in entries if name not in group_of)]:
         entry, place = entries[name], groups[group_of[name]] if name in group_of else parser
         choices = choices_of(entry.kind)
-        settings: dict[str, Any] = {"type": str if choices else entry.kind, "help": entry.option.help}
+        settings: dict[str, Any] = {"type": str if choices else entry.kind, "help": explained(entry)}
         if entry.kind is bool:
-            settings = {"action": "store_true", "help": entry.option.help}
+            settings = {"action": "store_true", "help": explained(entry)}
         if choices:  # the config itself checks them, and suggests the nearest
             settings["metavar"] = "{" + ",".join(choices) + "}"
         if entry.option.positional:
@@ -177,7 +183,21 @@ def config_parser(command: str, entries: dict[str, Entry], everything: bool = Fa
             if name in group_of and name not in COMMON and not everything:
                 settings["help"] = argparse.SUPPRESS
             place.add_argument(option_name(name), default=entry.default, **settings)
+    for action in parser._actions:
+        if PRINT_CONFIG in action.option_strings:
+            action.metavar, action.help = "", "Print the options as YAML, as --config reads them, and end."
+        # Its second name for an option that is a list, --classes+, is none of ours.
+        action.option_strings = [name for name in action.option_strings if not name.endswith("+")]
     return parser
+
+
+def explained(entry: Entry) -> str:
+    """What an option does, and its default, unless it has none or the text says in words what that leads to."""
+    default, text = entry.default, entry.option.help
+    if entry.option.positional or "Default:" in text or default is None or default is False or default in ([], {}):
+        return text
+    shown = f"{default:g}" if isinstance(default, float) else str(default).replace("'", "")  # [a, b], as it is given
+    return f"{text} Default: {shown}."
 
 
 def option_name(field: str) -> str:

@@ -9,6 +9,7 @@ import doctest
 import re
 import shlex
 from importlib import import_module
+from inspect import isclass, isfunction
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,15 @@ def test_the_links_of_the_pages_lead_somewhere():
     assert len(links) > 50
     for path, link in links:
         assert (path.parent / link).exists(), (path.name, link)
+
+
+@pytest.mark.parametrize("package", ["nn", "models", "data", "analysis", "ops", "upcycling"])
+def test_a_page_whose_names_are_in_groups_has_them_all(package):
+    module = import_module(f"pcenet.{package}")
+    public = {name: getattr(module, name) for name in module.__all__}
+    page = (ROOT / "docs" / "api" / f"{package}.md").read_text(encoding="utf-8")
+    named = re.findall(rf"^\.\. auto(?:class|function|exception):: pcenet\.{package}\.(\w+)$", page, re.MULTILINE)
+    assert sorted(named) == sorted(name for name, each in public.items() if isclass(each) or isfunction(each))
 
 
 class UnderstoodError(Exception):

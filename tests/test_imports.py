@@ -14,6 +14,7 @@ import pcenet
 PACKAGE = Path(pcenet.__file__).parent
 ROOT = Path(__file__).parents[1]
 HEAVY = {
+    "av",
     "matplotlib",
     "gradio",
     "onnx",

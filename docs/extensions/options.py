@@ -13,7 +13,7 @@ from pcenet.runs.options import choices_of
 
 
 class Options(SphinxDirective):
-    """A definition list: each option with its default, and what it does.
+    """A definition list: each option, and what it does and is by default, in the words of its help.
 
     The directive's argument is the full name of the class that holds the options.
     """
@@ -35,11 +35,8 @@ def item(name: str, entry: parsing.Entry) -> nodes.definition_list_item:
         term += nodes.literal(text=name.upper())
     else:
         term += nodes.literal(text=parsing.option_name(name))
-        if entry.kind is not bool:
-            term += nodes.Text("  ")
-            term += nodes.literal(text="null" if entry.default is None else str(entry.default))
     choices = choices_of(entry.kind)
-    text = entry.option.help + (f" One of {', '.join(choices)}." if choices else "")
+    text = (f"One of {', '.join(choices)}. " if choices else "") + parsing.explained(entry)
     return nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph("", "", *marked(text))))
 
 

@@ -34,7 +34,9 @@ class AppConfig:
     ] = "127.0.0.1"
     data: Annotated[
         str | None,
-        Option("Images to offer as samples, as in `pcenet train`; null: those of the run, where they can be opened."),
+        Option(
+            "Images to offer as samples, as in `pcenet train`. Default: those of the run, where they can be opened."
+        ),
     ] = None
     split: Annotated[Split, Option("Which part of these images.")] = "val"
     classes: ClassesOption = None

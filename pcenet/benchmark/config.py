@@ -86,7 +86,7 @@ class BenchConfig:
         default_factory=lambda: ["fp32"]
     )
     batch_size: Annotated[
-        int | None, Option("Images of a network's step; null: 128 up to 64 x 64 pixels, else 16.", at_least=1)
+        int | None, Option("Images of a network's step. Default: 128 up to 64 x 64 pixels, else 16.", at_least=1)
     ] = None
     compile: Annotated[
         bool, Option("Measure both sides under torch.compile; of networks also the time that it takes to compile them.")

@@ -75,13 +75,13 @@ class CompareConfig:
     baseline: Annotated[
         str | None,
         Option(
-            "The label that the others are compared with; null: the dense twin of the first, if it is there, else the "
-            "last."
+            "The label that the others are compared with. Default: the dense twin of the first, if it is there, else "
+            "the last."
         ),
     ] = None
     out: Annotated[
         str | None,
-        Option("Folder for the run folders LABEL-SEED and the comparison, old or new; null: runs/compare-DATA."),
+        Option("Folder for the run folders LABEL-SEED and the comparison, old or new. Default: runs/compare-DATA."),
     ] = None
     status: Annotated[
         bool, Option("Train and write nothing: show what is done, what is left, and the figures so far.")

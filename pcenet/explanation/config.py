@@ -30,7 +30,7 @@ class ExplainConfig:
     """
 
     run: RunOption
-    data: Annotated[str | None, Option("Images, as in `pcenet train`; null: those of the run.")] = None
+    data: Annotated[str | None, Option("Images, as in `pcenet train`. Default: those of the run.")] = None
     split: Annotated[Split, Option("Which part of the images.")] = "val"
     classes: ClassesOption = None
     ignore_index: IgnoreIndexOption = None
@@ -39,12 +39,12 @@ class ExplainConfig:
         list[str] | str | None,
         Option(
             "What the experts are laid over: an image file, a folder or a .zip archive, or a list of them such as "
-            "[a.jpg, b.jpg]. null: some images of the data."
+            "[a.jpg, b.jpg]. Default: some images of the data."
         ),
     ] = None
     shown: Annotated[int, Option("Lay the experts over at most this many images.", at_least=1, at_most=64)] = 6
     max_images: Annotated[
-        int | None, Option("Count over this many images of the data, drawn by the seed; null: all.", at_least=1)
+        int | None, Option("Count over this many images of the data, drawn by the seed. Default: all.", at_least=1)
     ] = None
     intervention_images: Annotated[
         int,
@@ -57,19 +57,19 @@ class ExplainConfig:
     twin: Annotated[
         str | None,
         Option(
-            "The dense twin, to stand beside the network's score: a run, a model folder or a name, as RUN. null: the "
-            "twin that comes with the package, where RUN is such a name."
+            "The dense twin, to stand beside the network's score: a run, a model folder or a name, as RUN. Default: "
+            "the twin that comes with the package, where RUN is such a name."
         ),
     ] = None
     out: Annotated[
         str | None,
-        Option("Folder for the page, new or empty; null: explanation, with a number where that exists."),
+        Option("Folder for the page, new or empty. Default: explanation, with a number where that exists."),
     ] = None
     seed: Annotated[
         int, Option("Decides which images are drawn, random experts and positions.", at_least=0, below=2**32)
     ] = 0
     batch_size: Annotated[
-        int | None, Option("Images per step; null: 256, or 8 to segment, fewer where they are large.", at_least=1)
+        int | None, Option("Images per step. Default: 256, or 8 to segment, fewer where they are large.", at_least=1)
     ] = None
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"

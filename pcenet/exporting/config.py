@@ -26,7 +26,8 @@ class ExportConfig:
         Option("onnx: for onnxruntime and others; pt2: a program of torch.export, to be run by those who trust you."),
     ] = "onnx"
     out: Annotated[
-        str | None, Option("The file, which must not exist; null: the network's name, here, with the format's ending.")
+        str | None,
+        Option("The file, which must not exist. Default: the network's name, here, with the format's ending."),
     ] = None
     dynamic: Annotated[
         str,

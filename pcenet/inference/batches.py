@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,12 @@ class Batch:
     """Some files in their order: neighbours that were read and whose images have one size, or that were not read.
 
     Attributes:
-        files: what was read.
-        images: ``[len(files), 3, H, W]`` float32, normalised.
+        files: what was read: each an `InputFile`, or what stands in its place.
+        images: ``[len(files), 3, H, W]`` float32, normalised; ``[len(files), 0]`` of what is to be cut into windows.
         left_out: what was not; then there are no files.
     """
 
-    files: Sequence[InputFile]
+    files: Sequence[Any]
     images: Tensor
     left_out: Sequence[LeftOut] = ()
 
@@ -69,13 +70,15 @@ def read_batches(files: Sequence[InputFile], transform: Transform, *, batch_size
         generator=torch.Generator(),  # for the workers' base seed, else drawn from the default generator
     )
     for samples in loader:
-        for _, run in groupby(samples, key=lambda sample: getattr(sample[1], "shape", None)):
-            yield _batch(files, list(run))
+        yield from batches_of((files[index], content) for index, content in samples)
 
 
-def _batch(files: Sequence[InputFile], run: Sequence[Sample]) -> Batch:
-    images = [content for _, content in run if isinstance(content, Tensor)]
-    if images:
-        return Batch([files[index] for index, _ in run], torch.stack(images))
-    left_out = [LeftOut(files[index].file, content) for index, content in run if isinstance(content, str)]
-    return Batch([], torch.empty(0), left_out)
+def batches_of(samples: Iterable[tuple[Any, Tensor | str]]) -> Iterator[Batch]:
+    """Batches of neighbours of one size, and of what was not read, of files with their images or the reason."""
+    for _, run in groupby(samples, key=lambda sample: getattr(sample[1], "shape", None)):
+        files, contents = zip(*run, strict=True)
+        if isinstance(contents[0], str):
+            left_out = [LeftOut(file.file, reason) for file, reason in zip(files, contents, strict=True)]
+            yield Batch([], torch.empty(0), left_out)
+        else:
+            yield Batch(files, torch.stack(contents))

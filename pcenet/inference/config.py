@@ -12,6 +12,7 @@ from pcenet.runs.options import (
     PrecisionOption,
     RunOption,
     ThreadsOption,
+    TtaOption,
     WorkersOption,
     check,
 )
@@ -25,12 +26,14 @@ class PredictConfig:
     inputs: Annotated[
         list[str],
         Option(
-            "Image files, folders (with all that is below them) and .zip archives (read in place).", positional=True
+            "Image files, videos (frame by frame), folders (with all that is below them) and .zip archives of images "
+            "(read in place).",
+            positional=True,
         ),
     ]
     out: Annotated[
         str | None,
-        Option("Folder for the results, new or empty; null: predictions, with a number where that exists."),
+        Option("Folder for the results, new or empty. Default: predictions, with a number where that exists."),
     ] = None
     top: Annotated[
         int, Option("Classification: how many classes to list for each image, most probable first.", at_least=1)
@@ -39,6 +42,20 @@ class PredictConfig:
         float,
         Option("Segmentation: how strongly the classes' colours cover the image, from 0 to 1.", at_least=0, at_most=1),
     ] = 0.5
+    tta: TtaOption = False
+    sliding_window: Annotated[
+        bool,
+        Option(
+            "Segmentation: predict images that are larger than the network's input in windows of its size, at their "
+            "own resolution; else they are made smaller. For networks that were trained on parts of such images."
+        ),
+    ] = False
+    overlap: Annotated[
+        float,
+        Option(
+            "Of --sliding-window: the share of its side that a window has in common with the next.", at_least=0, below=1
+        ),
+    ] = 0.25
     grey_range: GreyRangeOption = None
     routing: Annotated[
         bool, Option("Write the expert of each patch, per layer, to predictions.json as rows of columns.")
@@ -47,7 +64,8 @@ class PredictConfig:
         bool, Option("Run FILE.pt2, which is a program and can do whatever you can: only from people you trust.")
     ] = False
     batch_size: Annotated[
-        int | None, Option("Images per step; null: 256, or 8 to segment, fewer where they are large.", at_least=1)
+        int | None,
+        Option("Images, or windows, per step. Default: 256, or 8 to segment, fewer where they are large.", at_least=1),
     ] = None
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"
@@ -56,3 +74,8 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.routing and self.sliding_window:
+            raise ValueError(
+                "routing: windows overlap, so that a patch of the image has several experts; leave out --routing or "
+                "--sliding-window"
+            )

@@ -16,6 +16,7 @@ from pcenet.data.images import decode_image
 from pcenet.data.tree import IMAGE_SUFFIXES, is_image
 
 ARCHIVE = ".zip"
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 SIMILAR = 0.6  # how like a word a path must be for a suggestion
 
 
@@ -41,6 +42,11 @@ class InputFile:
         """The image, upright, in mode RGB. Raises ``DataError`` where it cannot be read."""
         return decode_image(self.tree.read(self.name), self.file, grey_range=self.grey_range)
 
+    @property
+    def is_video(self) -> bool:
+        """Whether it is named like a video."""
+        return self.name.lower().endswith(VIDEO_SUFFIXES)
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -50,7 +56,9 @@ class LeftOut:
     reason: str
 
 
-def find_inputs(paths: Sequence[str], grey_range: GreyRange | None = None) -> tuple[list[InputFile], list[LeftOut]]:
+def find_inputs(
+    paths: Sequence[str], grey_range: GreyRange | None = None, *, videos: bool = False
+) -> tuple[list[InputFile], list[LeftOut]]:
     """The image files that paths name, each once, in the order of the paths and sorted below each.
 
     Args:
@@ -59,6 +67,7 @@ def find_inputs(paths: Sequence[str], grey_range: GreyRange | None = None) -> tu
             in folders do not count. A file that several paths lead to comes once, under the first of them; links to it
             are files of their own.
         grey_range: see ``pcenet.data.images.decode_image``.
+        videos: whether files that are named like videos count too, those in archives aside.
 
     Raises:
         ValueError: if a path does not exist, or if nothing was found at all.
@@ -69,7 +78,7 @@ def find_inputs(paths: Sequence[str], grey_range: GreyRange | None = None) -> tu
             raise ValueError(f"inputs: {path!r} does not exist; give files, folders or .zip archives{hint}")
     found: dict[tuple[str, ...], InputFile | LeftOut] = {}
     for root in map(Path, paths):
-        for name, item in _below(root):
+        for name, item in _below(root, videos):
             found.setdefault(_identity(root, name), item)
     if not found:
         raise ValueError(
@@ -87,7 +96,7 @@ def _identity(path: Path, name: str) -> tuple[str, ...]:
     return os.path.realpath(path.parent), path.name, name
 
 
-def _below(path: Path) -> Iterator[tuple[str, InputFile | LeftOut]]:
+def _below(path: Path, videos: bool) -> Iterator[tuple[str, InputFile | LeftOut]]:
     """The files below a path by their names within it; ``""`` for the path itself."""
     tree: FileTree
     if path.is_dir():
@@ -107,8 +116,9 @@ def _below(path: Path) -> Iterator[tuple[str, InputFile | LeftOut]]:
         if not parts[-1]:
             continue
         file = os.path.join(path, name) if path != Path() else name
-        if is_image(parts):
-            yield name, InputFile(file, tree, name, origin=path.resolve().name)
+        found = InputFile(file, tree, name, origin=path.resolve().name)
+        if is_image(parts) or (videos and found.is_video and path.is_dir()):
+            yield name, found
         elif name.lower().endswith(ARCHIVE):
             yield name, LeftOut(file, "an archive inside a folder or an archive is not read; give it by itself")
         else:

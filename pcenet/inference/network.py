@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,9 @@ from pcenet.analysis import expert_map
 from pcenet.choices import Precision
 from pcenet.exporting.files import ExportedNet
 from pcenet.models import SavableModel
-from pcenet.nn import Routing, record_routing
+from pcenet.nn import Routing
 from pcenet.runtime.device import autocast
+from pcenet.tasks.answers import answer
 
 Records = dict[str, list[Routing]]
 Grids = dict[str, Any]
@@ -32,6 +32,7 @@ class Network:
         routing: whether to note the expert of each patch.
         device: where to compute, and where the model is.
         precision: a resolved one.
+        tta: whether to average the answers with those to the mirror images, see `answer`.
     """
 
     model: SavableModel | ExportedNet
@@ -39,6 +40,7 @@ class Network:
     routing: bool
     device: torch.device
     precision: Precision
+    tta: bool = False
 
     def __call__(self, images: Tensor) -> tuple[Tensor, list[Grids]]:
         """Logits of a batch, float32, and for each image the entries that `routing` adds to its record.
@@ -47,13 +49,13 @@ class Network:
             ValueError: if the logits are not finite, so that they say nothing.
         """
         images = images.to(self.device, memory_format=torch.channels_last)
-        recorder: AbstractContextManager[Records] = record_routing(self.model) if self.routing else nullcontext({})
-        with autocast(self.precision, self.device), recorder as records:
-            logits = self.model(images).float()
+        with autocast(self.precision, self.device):
+            logits, records = answer(self.model, images, tta=self.tta)
         if not logits.isfinite().all():
             raise ValueError("run: the network's outputs are not finite numbers; its training diverged, train it anew")
-        grids = expert_grids(records, len(images))
-        return logits, [{"routing": grid} for grid in grids] if self.routing else [{} for _ in grids]
+        if not self.routing:
+            return logits, [{} for _ in images]
+        return logits, [{"routing": grid} for grid in expert_grids(records, len(images))]
 
 
 def expert_grids(records: Records, images: int) -> list[dict[str, list[list[int]]]]:

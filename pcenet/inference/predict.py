@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,16 +17,17 @@ from pcenet.exporting.files import ExportedNet, is_exported
 from pcenet.inference.batches import Batch, read_batches
 from pcenet.inference.classify import Classifier
 from pcenet.inference.config import PredictConfig
-from pcenet.inference.inputs import LeftOut, find_inputs
+from pcenet.inference.inputs import InputFile, LeftOut, find_inputs
 from pcenet.inference.network import Network
 from pcenet.inference.outputs import ResultFiles, Row, output_folder
 from pcenet.inference.segment import Segmenter, write_picture
+from pcenet.inference.videos import Frame, count_frames, read_frames
+from pcenet.inference.windows import SlidingWindow, image_transform
 from pcenet.models import SavableModel, load_model
 from pcenet.reporting.colours import legend
 from pcenet.reporting.tables import console
 from pcenet.runs.finding import find_model
 from pcenet.runtime.device import resolve_device, resolve_precision, resolve_workers, set_precision, set_threads
-from pcenet.tasks import get_task
 from pcenet.tasks.evaluation import eval_batch_size
 from pcenet.texts import one_line, say
 from pcenet.writing import filling
@@ -50,7 +52,7 @@ class Predicted:
 
 
 def predict(config: PredictConfig) -> Predicted:
-    """Predict every image that ``config.inputs`` names; write ``predictions.csv`` and ``predictions.json``.
+    """Predict all images and videos that ``config.inputs`` names; write ``predictions.csv`` and ``predictions.json``.
 
     A segmentation network also leaves ``legend.png`` and, for each image and at its size, a mask whose pixel values are
     class numbers and an overlay: the image under the classes' colours.
@@ -67,25 +69,36 @@ def predict(config: PredictConfig) -> Predicted:
     precision = resolve_precision(config.precision, device)
     set_precision(precision, device)
     model = open_network(config).to(device).to(memory_format=torch.channels_last)
-    files, left_out = find_inputs(config.inputs, config.grey_range or model.grey_range)
+    found, left_out = find_inputs(config.inputs, config.grey_range or model.grey_range, videos=True)
+    files, videos = ([file for file in found if file.is_video is kind] for kind in (False, True))
     folder = output_folder(config.out, "predictions")
     classes = list(model.class_names or map(str, range(model.num_classes)))
-    network = Network(model, classes, config.routing, device, precision)
-    about = {"model": model.pretrained_cfg["architecture"], "run": config.run, "classes": classes}
+    network = Network(model, classes, config.routing, device, precision, config.tta)
+    batch_size = config.batch_size or eval_batch_size(model)
+    windows = SlidingWindow(network, config.overlap, batch_size) if config.sliding_window else None
+    about = {
+        "model": model.pretrained_cfg["architecture"],
+        "run": config.run,
+        "tta": config.tta,
+        "sliding_window": config.sliding_window,
+        "classes": classes,
+    }
     first: list[Row] = []
     predicted = 0
     with naming_dead_workers(), filling(folder) as place:
-        predictor = make_predictor(network, config, place)
-        batches = read_batches(
-            files,
-            get_task(model.task).image_transform(model),
-            batch_size=config.batch_size or eval_batch_size(model),
-            workers=resolve_workers(config.workers, device),
+        predictor = make_predictor(network, config, place, windows)
+        transform, workers = image_transform(model, windows), resolve_workers(config.workers, device)
+        batches = chain(
+            read_batches(files, transform, batch_size=batch_size, workers=workers) if files else (),
+            *(read_frames(video, transform, batch_size=batch_size) for video in videos),
         )
-        with ResultFiles(place, about, predictor.columns) as results:
+        file, *others = predictor.columns
+        with ResultFiles(place, about, [file, "time", *others] if videos else predictor.columns) as results:
             results.leave_out(left_out)
-            for batch in progress(batches, len(files)):
+            for batch in progress(batches, len(files) + sum(map(count_frames, videos))):
                 rows = predictor(batch) if batch.files else []
+                if videos:
+                    rows = [with_time(row, file) for row, file in zip(rows, batch.files, strict=True)]
                 for row in rows:
                     results.add(row)
                 results.leave_out(batch.left_out)
@@ -96,6 +109,18 @@ def predict(config: PredictConfig) -> Predicted:
             write_picture(legend(classes), place / "legend.png")
     report(predictor.headings, first, Predicted(predicted, left_out, folder))
     return Predicted(predicted, left_out, folder)
+
+
+def with_time(row: Row, file: InputFile | Frame) -> Row:
+    """A row with the time of its frame, in seconds, behind the name of the file; empty for that of an image."""
+    if not isinstance(file, Frame):
+        return replace(row, cells=[row.cells[0], "", *row.cells[1:]])
+    when = "" if file.time is None else f" at {file.time:.2f} s"
+    return Row(
+        [row.cells[0], "" if file.time is None else file.time, *row.cells[1:]],
+        {"file": file.file, "time": file.time, **row.record},
+        [f"{row.shown[0]}{when}", *row.shown[1:]],
+    )
 
 
 def open_network(config: PredictConfig) -> SavableModel | ExportedNet:
@@ -124,15 +149,17 @@ def check_classifier(model: SavableModel | ExportedNet, name: str) -> None:
         raise ValueError(f"run: {name} has no classifier (num_classes is 0), so there is no class to predict")
 
 
-def make_predictor(network: Network, config: PredictConfig, folder: Path) -> Classifier | Segmenter:
+def make_predictor(
+    network: Network, config: PredictConfig, folder: Path, windows: SlidingWindow | None
+) -> Classifier | Segmenter:
     """What predicts for the network's task; to segment it writes pictures into ``folder``."""
     if network.model.task == "classify":
         return Classifier(network, config.top)
-    return Segmenter(network, folder, config.overlay_opacity)
+    return Segmenter(network, folder, config.overlay_opacity, windows)
 
 
 def progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
-    """The batches, with a bar of files on a terminal and about ten plain lines where there is none."""
+    """The batches, with a bar of images on a terminal and about ten plain lines where there is none."""
     screen = console()
     columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=screen, transient=True) if screen.is_terminal else None
@@ -144,8 +171,8 @@ def progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
             before, done = done, done + len(batch.files) + len(batch.left_out)
             if bar and task is not None:
                 bar.update(task, completed=done)
-            elif done * STEPS // total > before * STEPS // total:
-                say(f"predicted {done} of {total} files")
+            elif total and done * STEPS // total > before * STEPS // total:  # else no video says how long it is
+                say(f"predicted {done} of {total} images")
 
 
 def report(headings: Sequence[str], rows: list[Row], result: Predicted) -> None:

@@ -20,14 +20,14 @@ from pcenet.choices import GreyRange, Precision
 from pcenet.data.images import picture_of
 from pcenet.inference.batches import read_batches
 from pcenet.inference.inputs import InputFile, LeftOut, find_inputs
-from pcenet.inference.network import Network
+from pcenet.inference.network import Grids, Network
+from pcenet.inference.segment import masks_of
+from pcenet.inference.windows import SlidingWindow, image_transform
 from pcenet.models import SavableModel
 from pcenet.reporting.colours import palette
 from pcenet.reporting.numbers import percent
 from pcenet.runtime.device import resolve_precision, set_precision
-from pcenet.tasks import get_task
 from pcenet.tasks.evaluation import eval_batch_size
-from pcenet.tasks.pixels import classes_at
 from pcenet.texts import valid
 from pcenet.writing import write_text
 
@@ -89,7 +89,8 @@ class Segmentation:
         file: its path, or "image 0" and so on for one that was given itself.
         mask: ``[H, W]`` uint8, class numbers, at the image's size.
         classes: class names, by number.
-        experts: by layer the expert of each patch, as rows of columns; -1: dropped. Empty for a dense network.
+        experts: by layer the expert of each patch, as rows of columns; -1: dropped. Empty for a dense network, and for
+            an image that was predicted in windows, which overlap.
     """
 
     file: str
@@ -191,12 +192,25 @@ class Predictions(Sequence[Prediction | Segmentation]):
 
 @torch.inference_mode()
 def predict_images(
-    model: SavableModel, inputs: Any, *, top: int = 5, batch_size: int | None = None, precision: Precision | None = None
+    model: SavableModel,
+    inputs: Any,
+    *,
+    top: int = 5,
+    tta: bool = False,
+    sliding_window: bool = False,
+    overlap: float = 0.25,
+    batch_size: int | None = None,
+    precision: Precision | None = None,
 ) -> Predictions:
     """Apply a network, where it is, to images; arguments and errors as in `SavableModel.predict`."""
     for name, value in (("top", top), ("batch_size", batch_size)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
+    for name, value in (("tta", tta), ("sliding_window", sliding_window)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+    if isinstance(overlap, bool) or not isinstance(overlap, int | float) or not 0 <= overlap < 1:
+        raise ValueError(f"overlap must be a number from 0 on and below 1, got {overlap!r}")
     if precision not in (None, *get_args(Precision)):
         raise ValueError(f"precision {precision!r} is not one of {', '.join(get_args(Precision))}")
     if model.num_classes < 1:
@@ -204,10 +218,10 @@ def predict_images(
     files, left_out = given_images(inputs, model)
     device = next(model.parameters()).device
     classes = list(model.class_names or map(str, range(model.num_classes)))
-    network = Network(model, classes, True, device, resolve_precision(precision or "auto", device))
-    batches = read_batches(
-        files, get_task(model.task).image_transform(model), batch_size=batch_size or eval_batch_size(model), workers=0
-    )
+    network = Network(model, classes, True, device, resolve_precision(precision or "auto", device), tta)
+    batch_size = batch_size or eval_batch_size(model)
+    windows = SlidingWindow(network, overlap, batch_size) if sliding_window else None
+    batches = read_batches(files, image_transform(model, windows), batch_size=batch_size, workers=0)
     set_precision(network.precision, device)
     modes = [(module, module.training) for module in model.modules()]
     items: list[Prediction | Segmentation] = []
@@ -217,26 +231,28 @@ def predict_images(
             left_out += batch.left_out
             if not batch.files:
                 continue
-            logits, grids = network(batch.images)
-            for file, scores, grid in zip(batch.files, logits, grids, strict=True):
-                items.append(item_of(model, file, scores, classes, grid["routing"], top))
+            if model.task == "classify":
+                found = zip(batch.files, *network(batch.images), strict=True)
+                items += [label_of(file, scores, classes, grids, top) for file, scores, grids in found]
+            else:
+                masks = masks_of(batch, network, windows)
+                items += [
+                    Segmentation(
+                        mask.file.file, mask.classes.numpy(), classes, mask.grids.get("routing", {}), mask.file
+                    )
+                    for mask in masks
+                ]
     finally:
         for module, training in modes:
             module.training = training
     return Predictions(items, left_out)
 
 
-def item_of(
-    model: SavableModel, file: Any, logits: Tensor, classes: Sequence[str], experts: Experts, top: int
-) -> Prediction | Segmentation:
+def label_of(file: Any, logits: Tensor, classes: Sequence[str], grids: Grids, top: int) -> Prediction:
     """What the logits of one image say."""
-    if model.task == "classify":
-        best = logits.softmax(0).topk(min(top, len(classes)))
-        ranked = [(classes[number], value) for number, value in zip(best.indices, best.values.tolist(), strict=True)]
-        return Prediction(file.file, *ranked[0], ranked, experts, file)
-    image = file.image()
-    mask = classes_at(logits, (image.height, image.width)).cpu().numpy()
-    return Segmentation(file.file, mask, classes, experts, file)
+    best = logits.softmax(0).topk(min(top, len(classes)))
+    ranked = [(classes[number], value) for number, value in zip(best.indices, best.values.tolist(), strict=True)]
+    return Prediction(file.file, *ranked[0], ranked, grids["routing"], file)
 
 
 def given_images(inputs: Any, model: SavableModel) -> tuple[list[Any], list[LeftOut]]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from pcenet.inference.batches import Batch
-from pcenet.inference.inputs import InputFile
 from pcenet.inference.network import Grids, Network
 from pcenet.inference.outputs import OutputNames, Row
+from pcenet.inference.windows import SlidingWindow
 from pcenet.reporting.colours import palette
 from pcenet.reporting.numbers import percent
 from pcenet.tasks.pixels import classes_at
@@ -32,11 +33,13 @@ class Segmenter:
         network: gives logits ``[B, len(network.classes), H, W]``.
         folder: where to.
         opacity: of the colours in the overlay, from 0 to 1.
+        windows: what predicts large images; None: they are made smaller, too.
     """
 
     network: Network
     folder: Path
     opacity: float
+    windows: SlidingWindow | None = None
     names: OutputNames = field(default_factory=lambda: OutputNames(PICTURES))
 
     headings = ("file", "largest shares")
@@ -53,12 +56,10 @@ class Segmenter:
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> list[Row]:
         """A row per file of the batch; the files are written when it returns."""
-        logits, grids = self.network(batch.images)
-        return [self._row(*each) for each in zip(batch.files, logits, grids, strict=True)]
+        return [self._row(each) for each in masks_of(batch, self.network, self.windows)]
 
-    def _row(self, file: InputFile, logits: Tensor, grids: Grids) -> Row:
-        image = file.image()  # read again: the full-size images of a whole batch would take gigabytes
-        numbers = classes_at(logits, (image.height, image.width)).cpu()
+    def _row(self, found: Mask) -> Row:
+        file, image, numbers = found.file, found.image, found.classes
         name = self.names.take(file)
         mask, overlay = f"{MASKS}/{name}{MASK}", f"{OVERLAYS}/{name}{OVERLAY}"
         picture = Image.fromarray(numbers.numpy())
@@ -74,7 +75,36 @@ class Segmenter:
             "shares": dict(zip(self.network.classes, shares, strict=True)),
         }
         shown = [file.file, largest(self.network.classes, shares)]
-        return Row([file.file, mask, overlay, *shares], record | grids, shown)
+        return Row([file.file, mask, overlay, *shares], record | found.grids, shown)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The class of each pixel of a file's image.
+
+    Attributes:
+        file: the `InputFile`, or what stands in its place.
+        image: its image.
+        classes: ``[H, W]`` uint8, at the image's size, on the processor.
+        grids: see `Network`; nothing for what was predicted in windows, which overlap.
+    """
+
+    file: Any
+    image: Image.Image
+    classes: Tensor
+    grids: Grids
+
+
+def masks_of(batch: Batch, network: Network, windows: SlidingWindow | None) -> Iterator[Mask]:
+    """The masks of a batch, one after the other, since images and masks of all files could take gigabytes."""
+    if windows is not None and not batch.images.numel():
+        for file in batch.files:
+            image = file.image()
+            yield Mask(file, image, windows(image), {})
+        return
+    for file, logits, grids in zip(batch.files, *network(batch.images), strict=True):
+        image = file.image()
+        yield Mask(file, image, classes_at(logits, (image.height, image.width)).cpu(), grids)
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:

@@ -96,6 +96,9 @@ class SavableModel(nn.Module, ModelHubMixin):
         inputs: Any,
         *,
         top: int = 5,
+        tta: bool = False,
+        sliding_window: bool = False,
+        overlap: float = 0.25,
         batch_size: int | None = None,
         precision: Precision | None = None,
     ) -> Predictions:
@@ -106,7 +109,13 @@ class SavableModel(nn.Module, ModelHubMixin):
                 ``[H, W]``, ``[H, W, 3]`` or ``[B, H, W, 3]``, or a tensor ``[3, H, W]`` or ``[B, 3, H, W]``, of uint8
                 or of float from 0 to 1; or a list of them. Images are resized and normalised as the network needs them.
             top: to classify, how many classes to list for each image.
-            batch_size: images per step; None: 256, or 8 to segment, fewer where they are large.
+            tta: test-time augmentation: the mean of the probabilities of an image and of its mirror image (left to
+                right), in twice the time; ``experts`` are those of the image itself.
+            sliding_window: to segment, predict images that are larger than the network's input in windows of its size,
+                at their own resolution; else they are made smaller. For networks that were trained on parts of such
+                images.
+            overlap: the share of its side that a window has in common with the next, from 0 on and below 1.
+            batch_size: images, or windows, per step; None: 256, or 8 to segment, fewer where they are large.
             precision: ``"fp32"``, ``"bf16"`` or ``"auto"``, which is None: bfloat16 where the device has it.
 
         Returns:
@@ -120,7 +129,16 @@ class SavableModel(nn.Module, ModelHubMixin):
         """
         from pcenet.inference.predictions import predict_images
 
-        return predict_images(self, inputs, top=top, batch_size=batch_size, precision=precision)
+        return predict_images(
+            self,
+            inputs,
+            top=top,
+            tta=tta,
+            sliding_window=sliding_window,
+            overlap=overlap,
+            batch_size=batch_size,
+            precision=precision,
+        )
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write ``model.safetensors``, ``config.json`` and a model card into a folder.

@@ -17,6 +17,7 @@ from pcenet.reporting.numbers import SCORES, in_prose, score_digits
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import SAFE_TO_CHANGE
 from pcenet.runs.health import recorded_health
+from pcenet.tasks.evaluation import in_words
 
 PICTURE = "routing.png"
 METRICS = {"top1": "accuracy", "miou": "mean_iou"}  # as the Hub calls them
@@ -55,7 +56,8 @@ def score_section(metrics: Values, evaluations: Sequence[Values], twin: Values |
     val = metrics["val"]
     score = score_of(val)
     rows = [
-        f"| {plain(each['data'])}, {each['split']} | {each['images']} | {in_prose(each[score], each['images'])} |"
+        f"| {plain(each['data'])}, {in_words(each['split'], each.get('tta', False))} | {each['images']} "
+        f"| {in_prose(each[score], each['images'])} |"
         for each in ({"data": data_of(metrics), "split": "val"} | dict(val), *evaluations)
     ]
     table = f"| data | images | {SCORES[score]} |\n|---|---|---|\n" + "\n".join(rows)

@@ -34,13 +34,13 @@ class PushConfig:
         int | None,
         Option(
             "Images of the validation data in the picture of which expert served which patch. They are published with "
-            f"it. null: {SHOWN} of the data that PCE knows by name, none of your own; 0: no picture.",
+            f"it. 0: no picture. Default: {SHOWN} of the data that PCE knows by name, none of your own.",
             at_least=0,
             at_most=16,
         ),
     ] = None
     license: Annotated[
-        str | None, Option("Licence of the weights, as the Hub names it, such as apache-2.0; null: none is stated.")
+        str | None, Option("Licence of the weights, as the Hub names it, such as apache-2.0. Default: none is stated.")
     ] = None
     dry_run: Annotated[str | None, Option("Write all files to this folder, new or empty, and upload nothing.")] = None
 

@@ -20,6 +20,7 @@ from pcenet.runs.options import (
     RunOption,
     TaskOption,
     ThreadsOption,
+    TtaOption,
     WorkersOption,
     check,
     check_path,
@@ -75,7 +76,7 @@ class TrainConfig:
         str | None,
         Option(
             "Name of the network; `pcenet models` lists them. To classify also timm:NAME, any classifier of timm, to "
-            "segment DECODER:ENCODER, such as unet:pce_nano_s2. null: pce_nano, or pce_unet_nano to segment."
+            "segment DECODER:ENCODER, such as unet:pce_nano_s2. Default: pce_nano, or pce_unet_nano to segment."
         ),
     ] = None
     model_args: Annotated[
@@ -120,7 +121,7 @@ class TrainConfig:
     classes: ClassesOption = None
     ignore_index: IgnoreIndexOption = None
     grey_range: GreyRangeOption = None
-    out: Annotated[str | None, Option("Run folder to create; null: runs/MODEL-DATA-SEED.")] = None
+    out: Annotated[str | None, Option("Run folder to create. Default: runs/MODEL-DATA-SEED.")] = None
     resume: Annotated[
         str | None,
         Option(
@@ -148,7 +149,8 @@ class TrainConfig:
     batch_size: Annotated[
         int | None,
         Option(
-            "Images per batch, and of each process where --devices has several; null: 128, or 8 to segment.", at_least=1
+            "Images per batch, and of each process where --devices has several. Default: 128, or 8 to segment.",
+            at_least=1,
         ),
     ] = None
     accumulate: Annotated[
@@ -173,7 +175,7 @@ class TrainConfig:
         float | None,
         Option(
             "AdamW's weight decay of what tells the experts of a layer apart, their differences from the kernels that "
-            "they share; null: --weight-decay.",
+            "they share. Default: that of --weight-decay.",
             at_least=0,
         ),
     ] = None
@@ -189,11 +191,12 @@ class TrainConfig:
     balance_start: Annotated[
         float | None,
         Option(
-            "Weight of the load-balance loss at the start, from where it goes to --balance; null: that.", at_least=0
+            "Weight of the load-balance loss at the start, from where it goes to --balance. Default: the latter.",
+            at_least=0,
         ),
     ] = None
     balance_epochs: Annotated[
-        float | None, Option("Epochs that it takes from --balance-start; null: half of the run.", at_least=0)
+        float | None, Option("Epochs that it takes from --balance-start. Default: half of the run.", at_least=0)
     ] = None
     z: Annotated[float, Option("Weight of the z-loss, which keeps the routers' logits small.", at_least=0)] = 0.001
     temperature: Annotated[
@@ -205,7 +208,7 @@ class TrainConfig:
         ),
     ] = 1.0
     temperature_epochs: Annotated[
-        float | None, Option("Epochs in which --temperature falls to 1; null: half of the run.", at_least=0)
+        float | None, Option("Epochs in which --temperature falls to 1. Default: half of the run.", at_least=0)
     ] = None
     router_noise: Annotated[
         float,
@@ -216,7 +219,7 @@ class TrainConfig:
         ),
     ] = 0.0
     router_noise_epochs: Annotated[
-        float | None, Option("Epochs in which --router-noise falls to 0; null: half of the run.", at_least=0)
+        float | None, Option("Epochs in which --router-noise falls to 0. Default: half of the run.", at_least=0)
     ] = None
     augment: Annotated[
         Augment,
@@ -260,13 +263,13 @@ class TrainConfig:
     ] = 0.0
     input_size: Annotated[
         int | str | None,
-        Option("Side of the images in pixels, or HEIGHTxWIDTH to segment; null: the network's.", at_least=1),
+        Option("Side of the images in pixels, or HEIGHTxWIDTH to segment. Default: the network's.", at_least=1),
     ] = None
     seed: Annotated[
         int, Option("Decides initial weights, order of the images and augmentation.", at_least=0, below=2**32)
     ] = 0
     early_stopping: Annotated[
-        int | None, Option("Stop after this many epochs without a better validation score; null: never.", at_least=1)
+        int | None, Option("Stop after this many epochs without a better validation score. Default: never.", at_least=1)
     ] = None
     max_time: Annotated[
         str | None,
@@ -279,7 +282,7 @@ class TrainConfig:
         int | None,
         Option(
             "Train on this many of the training images, drawn by the seed, and validate on all of val: for trials. "
-            "null: all.",
+            "Default: all.",
             at_least=1,
         ),
     ] = None
@@ -384,16 +387,17 @@ class EvalConfig:
     """What ``pcenet eval`` needs to know. Creating one checks every value, as for `TrainConfig`."""
 
     run: RunOption
-    data: Annotated[str | None, Option("Images, as in `pcenet train`; null: those of the run.")] = None
+    data: Annotated[str | None, Option("Images, as in `pcenet train`. Default: those of the run.")] = None
     split: Annotated[Split, Option("Which part of the images.")] = "val"
     classes: ClassesOption = None
     ignore_index: IgnoreIndexOption = None
     grey_range: GreyRangeOption = None
     out: Annotated[
-        str | None, Option("Folder for eval-DATA-SPLIT.json; null: the run folder, else the current one.")
+        str | None, Option("Folder for eval-DATA-SPLIT.json. Default: the run folder, else the current one.")
     ] = None
+    tta: TtaOption = False
     batch_size: Annotated[
-        int | None, Option("Images per step; null: 256, or 8 to segment, fewer where they are large.", at_least=1)
+        int | None, Option("Images per step. Default: 256, or 8 to segment, fewer where they are large.", at_least=1)
     ] = None
     precision: PrecisionOption = "auto"
     device: DeviceOption = "auto"
@@ -420,8 +424,8 @@ class CheckDataConfig:
     classes: ClassesOption = None
     ignore_index: IgnoreIndexOption = None
     grey_range: GreyRangeOption = None
-    out: Annotated[str | None, Option("Folder for samples.png, a sheet of training images; null: none.")] = None
-    json: Annotated[str | None, Option("File for the whole report as JSON; null: none.")] = None
+    out: Annotated[str | None, Option("Folder for samples.png, a sheet of training images. Default: none.")] = None
+    json: Annotated[str | None, Option("File for the whole report as JSON. Default: none.")] = None
 
     def __post_init__(self) -> None:
         check(self)

@@ -38,7 +38,7 @@ class Option:
 TaskOption = Annotated[
     TaskName,
     Option(
-        "classify: a label for an image; segment: one for each of its pixels, learnt from masks. Not given: "
+        "classify: a label for an image; segment: one for each of its pixels, learnt from masks. Default: "
         "segment where the data are images with masks, else classify."
     ),
 ]
@@ -55,7 +55,7 @@ DeviceOption = Annotated[
 WorkersOption = Annotated[
     int | None,
     Option(
-        "Processes that load images; the result does not depend on it. null: none where the processor itself "
+        "Processes that load images; the result does not depend on it. Default: none where the processor itself "
         "computes, up to 8 beside a GPU.",
         at_least=0,
     ),
@@ -63,7 +63,7 @@ WorkersOption = Annotated[
 ClassesOption = Annotated[
     list[str] | str | None,
     Option(
-        "Segmentation: names of the mask values 0, 1, ... as a list, or a text file with one per line. null: the "
+        "Segmentation: names of the mask values 0, 1, ... as a list, or a text file with one per line. Default: the "
         "data's classes.txt, else the values themselves."
     ),
 ]
@@ -71,7 +71,7 @@ IgnoreIndexOption = Annotated[
     int | str | None,
     Option(
         "Segmentation: one more mask value that does not count (255 never does); none: every value counts, 255 too. "
-        "null: what a trained network knows, else only 255.",
+        "Default: what a trained network knows, else only 255.",
         at_least=0,
         texts=(NOTHING_IGNORED,),
     ),
@@ -80,13 +80,13 @@ GreyRangeOption = Annotated[
     list[int] | None,
     Option(
         "Grey images of more than 8 bits: the values that are black and white, such as '[0, 4095]' for 12 bits in "
-        "files of 16. A network keeps them. null: those that a trained network "
+        "files of 16. A network keeps them. Default: those that a trained network "
         "keeps, else all that files can hold; train --init does not take them over."
     ),
 ]
 StepOption = Annotated[
     int | None,
-    Option("Images per step; null: 256, or 8 to segment, fewer where they are large.", at_least=1),
+    Option("Images per step. Default: 256, or 8 to segment, fewer where they are large.", at_least=1),
 ]
 RunOption = Annotated[
     str,
@@ -96,7 +96,14 @@ RunOption = Annotated[
         positional=True,
     ),
 ]
-ThreadsOption = Annotated[int | None, Option("Threads of torch; null: torch's own choice.", at_least=1)]
+TtaOption = Annotated[
+    bool,
+    Option(
+        "Test-time augmentation: the mean of the probabilities of an image and of its mirror image, in twice the time. "
+        "Not for images in which left and right mean something, such as digits."
+    ),
+]
+ThreadsOption = Annotated[int | None, Option("Threads of torch. Default: torch's own choice.", at_least=1)]
 
 
 def options_of(config_class: type[Any]) -> dict[str, tuple[Any, Option]]:

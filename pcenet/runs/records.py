@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pcenet.runs.health import EVALUATED, TRAINED
-from pcenet.runs.schemas import ANYTHING, COUNT, NUMBER, TEXT, Each, Maybe, Schema, or_none, read_json, read_text
+from pcenet.runs.schemas import ANYTHING, COUNT, NUMBER, TEXT, TRUTH, Each, Maybe, Schema, or_none, read_json, read_text
 
 Row = dict[str, float | None]
 
@@ -42,7 +42,8 @@ def metrics_of(score: str) -> dict[str, Any]:
 
 def evaluation_of(score: str) -> Schema:
     """What a file of ``pcenet eval`` has to hold, of a network with this figure of merit."""
-    return {"source": TEXT, "data": TEXT, "split": TEXT, "images": COUNT, score: NUMBER, "router": Each(BEFORE)}
+    texts = dict.fromkeys(("source", "data", "split"), TEXT)
+    return {**texts, "tta": Maybe(TRUTH), "images": COUNT, score: NUMBER, "router": Each(BEFORE)}
 
 
 def read_record(path: Path, schema: Schema = ANYTHING) -> Any:

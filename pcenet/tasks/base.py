@@ -105,8 +105,12 @@ class Task(ABC):
         *,
         device: torch.device,
         precision: Precision,
+        tta: bool = False,
     ) -> Any:
-        """Measure a model on the batches of `eval_loader`: a dataclass with ``router`` among its fields."""
+        """Measure a model on the batches of `eval_loader`: a dataclass with ``router`` among its fields.
+
+        For ``tta`` see `pcenet.tasks.answers.answer`; router health is that of the images, not of their mirror images.
+        """
 
     @abstractmethod
     def summary(self, result: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pcenet.data as data
 from pcenet.choices import Precision
 from pcenet.models import SavableModel
 from pcenet.models.preprocessing import image_side, preprocessing
-from pcenet.nn import RoutingStatistics, record_routing
+from pcenet.nn import RoutingStatistics
 from pcenet.nn.processes import sum_over_processes
 from pcenet.reporting.numbers import score_text
 from pcenet.reporting.tables import console, router_table
@@ -25,6 +25,7 @@ from pcenet.runs.config import EvalConfig, TrainConfig
 from pcenet.runs.health import count_routings, health_of
 from pcenet.runtime.device import autocast, widest
 from pcenet.runtime.distributed import over_processes
+from pcenet.tasks.answers import answer
 from pcenet.tasks.base import Objective, Task
 from pcenet.tasks.means import EpochMeans
 from pcenet.tasks.mixing import make_mixing
@@ -149,9 +150,10 @@ class Classification(Task):
         *,
         device: torch.device,
         precision: Precision,
+        tta: bool = False,
     ) -> Evaluation:
         """Measure a model, see `evaluate_model`."""
-        return evaluate_model(model, batches, classes, device=device, precision=precision)
+        return evaluate_model(model, batches, classes, device=device, precision=precision, tta=tta)
 
     def summary(self, result: Evaluation) -> dict[str, Any]:
         """The figures that ``metrics.json`` keeps of an evaluation."""
@@ -175,6 +177,7 @@ def evaluate_model(
     *,
     device: torch.device,
     precision: Precision,
+    tta: bool = False,
 ) -> Evaluation:
     """Measure ``model``, which is put on ``device`` and in evaluation mode.
 
@@ -186,6 +189,7 @@ def evaluate_model(
         classes: class names, by class number.
         device: where to compute.
         precision: a resolved one.
+        tta: see `answer`; router health is that of the images, not of their mirror images.
     """
     from torchmetrics import classification as metrics
 
@@ -198,9 +202,8 @@ def evaluate_model(
     routing: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
     for images, labels in batches:
         images, labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
-        with autocast(precision, device), record_routing(model) as records:
-            logits = model(images)
-        logits = logits.float()
+        with autocast(precision, device):
+            logits, records = answer(model, images, tta=tta)
         loss += F.cross_entropy(logits, labels, reduction="sum")
         probs = logits.softmax(1)
         for metric in (confusion, calibration, *([top5] if top5 else [])):

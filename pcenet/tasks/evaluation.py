@@ -39,6 +39,8 @@ def eval_batch_size(model: Any) -> int:
 def evaluate(config: EvalConfig) -> Any:
     """``pcenet eval``: measure a trained model, print tables, write ``eval-<data>-<split>.json``.
 
+    With ``config.tta`` the file is ``eval-<data>-<split>-tta.json``, so that it takes no other's place.
+
     Returns:
         The `Evaluation` or `PixelEvaluation`, by the model's task.
 
@@ -56,17 +58,23 @@ def evaluate(config: EvalConfig) -> Any:
     batch_size = config.batch_size or eval_batch_size(model)
     batches = task.eval_loader(model, source, batch_size=batch_size, workers=workers)
     with data.naming_dead_workers():
-        result = task.evaluate(model, batches, source.classes, device=device, precision=precision)
+        result = task.evaluate(model, batches, source.classes, device=device, precision=precision, tta=config.tta)
     out = Path(config.out) if config.out else run.path if run else Path()
     out.mkdir(parents=True, exist_ok=True)
-    path = result_path(out, Path(source.name).stem, trained.data, config.split)
+    measured = f"{config.split}-tta" if config.tta else config.split
+    path = result_path(out, Path(source.name).stem, trained.data, measured)
     about = {"model": model.pretrained_cfg["architecture"], "data": source.name, "split": config.split}
-    write_json(path, about | {"source": trained.data} | asdict(result))
-    task.show(result, f"{config.run} on {source.name}, {config.split}")
+    write_json(path, about | {"source": trained.data, "tta": config.tta} | asdict(result))
+    task.show(result, f"{config.run} on {source.name}, {in_words(config.split, config.tta)}")
     say(f"wrote {path}")
     if found := complaint(result.router):
         log.warning("%s", found)
     return result
+
+
+def in_words(split: str, tta: bool) -> str:
+    """What was measured of a data set."""
+    return f"{split}, with test-time augmentation" if tta else split
 
 
 @dataclass(frozen=True)
@@ -151,10 +159,10 @@ def check_against_network(model: SavableModel, source: Any, name: str) -> None:
         raise ValueError(f"{error}; {way_out}") from error
 
 
-def result_path(folder: Path, data_name: str, source: str, split: data.Split) -> Path:
-    """``eval-<data>-<split>.json`` in ``folder``; with a number where the figures of another source have that name."""
+def result_path(folder: Path, data_name: str, source: str, measured: str) -> Path:
+    """``eval-<data>-<measured>.json`` in ``folder``; numbered where the figures of another source have that name."""
     stems = (data_name if number == 1 else f"{data_name}-{number}" for number in count(1))
-    paths = (folder / f"eval-{stem}-{split}.json" for stem in stems)
+    paths = (folder / f"eval-{stem}-{measured}.json" for stem in stems)
     return next(path for path in paths if not path.exists() or written_for(path) == source)
 
 

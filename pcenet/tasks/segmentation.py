@@ -19,7 +19,7 @@ from pcenet.choices import GreyRange, Precision
 from pcenet.data import IGNORE
 from pcenet.models import SavableModel
 from pcenet.models.preprocessing import image_size, preprocessing
-from pcenet.nn import RoutingStatistics, record_routing
+from pcenet.nn import RoutingStatistics
 from pcenet.nn.processes import process_count, sum_over_processes
 from pcenet.reporting.numbers import percent, score_text
 from pcenet.reporting.tables import console, router_table
@@ -27,6 +27,7 @@ from pcenet.runs.config import EvalConfig, TrainConfig
 from pcenet.runs.health import count_routings, health_of
 from pcenet.runtime.device import autocast
 from pcenet.runtime.distributed import over_processes
+from pcenet.tasks.answers import answer
 from pcenet.tasks.base import Objective, Task
 from pcenet.tasks.mixing import make_pasting
 from pcenet.tasks.pixels import PixelBatches, PixelScores
@@ -181,17 +182,19 @@ class Segmentation(Task):
         *,
         device: torch.device,
         precision: Precision,
+        tta: bool = False,
     ) -> PixelEvaluation:
         """Measure ``model``, which is put on ``device`` and in evaluation mode, at the size of the masks.
 
+        For ``tta`` see `answer`; router health is that of the images, not of their mirror images.
         Processes that train together each measure it on batches of their own; what comes out is of all."""
         model = model.to(device).to(memory_format=torch.channels_last).eval()
         scores = PixelScores(len(classes), device)
         routing: defaultdict[str, RoutingStatistics] = defaultdict(RoutingStatistics)
         count = torch.zeros((), dtype=torch.int64, device=device)
         for images, masks in (group for batch in batches for group in batch):
-            with autocast(precision, device), record_routing(model) as records:
-                logits = model(images.to(device, memory_format=torch.channels_last))
+            with autocast(precision, device):
+                logits, records = answer(model, images.to(device, memory_format=torch.channels_last), tta=tta)
             scores.update(logits, masks)
             count += len(images)
             count_routings(routing, records)

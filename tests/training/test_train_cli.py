@@ -152,7 +152,7 @@ def test_help_and_mistakes_load_no_torch() -> None:
         "assert not {'torch', 'timm', 'lightning'} & set(sys.modules)",
     )
     assert process.returncode == 0, process.stderr
-    for option in ("--batch-size", "--print_config", "--resume"):
+    for option in ("--batch-size", "--print-config", "--resume"):
         assert option in process.stdout
 
 
@@ -326,6 +326,23 @@ def test_every_option_of_a_run_has_its_group() -> None:
     grouped = [name for names in GROUPS.values() for name in names]
     assert sorted(grouped) == sorted(item.name for item in fields(TrainConfig))
     assert set(grouped) >= COMMON
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"models", "doctor"}))
+def test_help_says_what_an_option_is_by_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help-all"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--print-config Print the options as YAML" in text
+    assert not {"(type", "None", "print_config", "[=flags]", "--classes+"} & set(text.replace(":", " ").split())
+    for words in {
+        "train": (
+            "Passes over the training images. Default: 15.",
+            "Run folder to create. Default: runs/MODEL-DATA-SEED.",
+        ),
+        "predict": ("the image, from 0 to 1. Default: 0.5.", "Threads of torch. Default: torch's own choice. "),
+        "bench": ("Borders of layers: zero, halo, exchange. Default: [zero, halo, exchange].",),
+    }.get(command, ()):
+        assert words in f"{text} "
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
