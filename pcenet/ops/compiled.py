@@ -67,9 +67,10 @@ def _kernel(weight: Tensor | None) -> Tensor | None:
 
 
 def _floats(x: Tensor | None) -> Tensor | None:
-    # Asked first: of the two dozen tensors of a layer nearly all are so, and for a single image calls count.
-    ready = x is None or (x.dtype == torch.float32 and x.is_contiguous())
-    return x if ready else x.float().contiguous()
+    # Nearly all of a layer's two dozen tensors are ready, and for a single image calls count.
+    if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
+        return x
+    return x.float().contiguous()
 
 
 def _parts(x: Tensor, affine: Affine | None) -> tuple[tuple[Any, ...], torch.dtype]:
