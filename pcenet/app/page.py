@@ -25,7 +25,9 @@ SAMPLES = 12  # how many are offered
 LOOK = -1  # in place of an expert: a click shows a patch and sends it nowhere
 PATCH = re.compile(r"\s*(\d{1,6})[\s,]+(\d{1,6})\s*")  # a row and a column
 SHOWN_NAME = 80  # characters of a file's name in a message
-AT_ONCE, WAITING = 4, 200  # visitors' wishes that are fulfilled at once, and that may wait
+WAITING = (
+    200  # visitors' wishes that may wait; one at a time is fulfilled, or a quick visitor's would overtake each other
+)
 FORGET = 3600  # seconds without a wish, after which a visitor's image is forgotten
 TIDY, KEEP = 60, 600  # seconds between looks for old files, of uploads and pictures, and how old they become
 SESSIONS = 200  # visitors whose images are kept; the oldest goes first
@@ -84,7 +86,7 @@ class Page:
             self._lay_out()
             self._connect()
         self.blocks.state_session_capacity = SESSIONS
-        self.blocks.queue(default_concurrency_limit=AT_ONCE, max_size=WAITING)
+        self.blocks.queue(default_concurrency_limit=1, max_size=WAITING)
 
     def _lay_out(self) -> None:
         with gr.Row(equal_height=True, elem_id="strip"):
@@ -148,7 +150,7 @@ class Page:
         patch = [self.visit, self.answer, self.expert]
         layer = [*patch, self.experts, self.legend]
         outcome = [*layer, self.headline, self.report, self.prediction, self.view, self.classes]
-        everything = [*outcome, self.layer, self.brush, self.gallery, self.file]
+        everything = [*outcome, self.layer, self.brush, self.gallery]
 
         def on(listen: Callable[..., Any], wish: Callable[..., Answer], outputs: list[Any], *inputs: Any) -> None:
             listen(
@@ -157,11 +159,13 @@ class Page:
                 [self.notice, *outputs],
                 api_visibility="private",
                 show_progress="hidden",
+                trigger_mode="multiple",
+                concurrency_id="wishes",
             )
 
         on(self.blocks.load, self.first_sample, everything)
         on(self.gallery.select, self.choose_sample, everything)
-        on(self.file.upload, self.take_file, everything, self.file)
+        on(self.file.upload, self.take_file, [*everything, self.file], self.file)
         on(self.layer.input, self.choose_layer, [*layer, self.brush], self.visit, self.layer)
         on(self.experts.select, self.click, outcome, self.visit, self.brush, self.whole)
         on(self.typed.submit, self.type_patch, outcome, self.visit, self.brush, self.whole, self.typed)

@@ -157,14 +157,12 @@ def change_report(visit: Visit, classes: Sequence[str]) -> str:
     if not visit.moves:
         return "<p>Click on a patch, and send it to another expert.</p>"
     found = change(visit)
+    counts = Counter(place.layer for place in visit.moves)
+    sent = ", ".join(f"{patches(count)} of {escape(short_name(layer))}" for layer, count in counts.items())
     if len(visit.moves) == 1:
         ((place, expert),) = visit.moves.items()
-        where = f"row {place.row}, column {place.column} of {escape(short_name(place.layer))} to expert {expert}"
-    else:
-        counts = Counter(place.layer for place in visit.moves)
-        where = ", ".join(f"{count} of {escape(short_name(layer))}" for layer, count in counts.items())
-    sent = f"You moved {patches(len(visit.moves))} ({where})"
-    return f"<p>{sent}: {_effect(visit, found, classes)}{_followers(found)}</p>"
+        sent += f" (row {place.row}, column {place.column}, to expert {expert})"
+    return f"<p>You moved {sent}: {_effect(visit, found, classes)}{_followers(found)}</p>"
 
 
 def _effect(visit: Visit, found: Change, classes: Sequence[str]) -> str:
@@ -172,7 +170,7 @@ def _effect(visit: Visit, found: Change, classes: Sequence[str]) -> str:
         count, total = int(found.pixels.sum()), found.pixels.size
         return f"<strong>{share_text(count / total)} of the pixels</strong> ({count}) changed their class."
     old, new = (int(outcome.shares.argmax()) for outcome in (visit.before, visit.after))
-    change = TO.join(share_text(outcome.shares[new]) for outcome in (visit.before, visit.after))
+    change = TO.join(f"{outcome.shares[new]:.2%}" for outcome in (visit.before, visit.after))
     if old == new:
         return f"still <strong>{escape(classes[new])}</strong>, probability {change}."
     return f"<strong>{escape(classes[old])} became {escape(classes[new])}</strong>, whose probability went {change}."
@@ -181,8 +179,8 @@ def _effect(visit: Visit, found: Change, classes: Sequence[str]) -> str:
 def _followers(found: Change) -> str:
     if not found.followers:
         return ""
-    named = ", ".join(f"{count} of {escape(short_name(name))}" for name, count in found.followers.items())
-    return f" {patches(sum(found.followers.values()))} followed to another expert by themselves ({named})."
+    named = ", ".join(f"{patches(count)} of {escape(short_name(name))}" for name, count in found.followers.items())
+    return f" The router then changed {named} by itself."
 
 
 def _bar(share: float) -> str:
@@ -210,9 +208,10 @@ new MutationObserver(() => document.getElementById("report")?.setAttribute("role
 </script>"""
 
 STYLE = f"""
-.gradio-container {{max-width: 1280px !important; margin: 0 auto !important; --layout-gap: 8px}}
+.gradio-container {{width: 100%; max-width: 1280px !important; margin: 0 auto !important; --layout-gap: 8px}}
 .gradio-container .main.app {{padding: 8px 16px !important}}
 .prose h1, .prose h2, .prose p {{margin: 0 !important}}
+.prose p {{line-height: 1.4}}
 .prose h1 {{font-size: 1.15rem}}
 .prose h2 {{font-size: 1rem}}
 .pce-notice {{border: 2px solid #b3261e; border-left-width: 10px; padding: .6em 1em; border-radius: 4px;
