@@ -203,7 +203,7 @@ def hints(formats: Sequence[str], megabytes: int, pixels: float) -> str:
 
 # A screen reader reads out what changes in a region only if it was marked before; gradio's text has no mark of its own.
 HEAD = """<script>
-new MutationObserver(() => document.getElementById("report")?.setAttribute("role", "status"))
+new MutationObserver(() => document.querySelector("#report [data-testid=markdown]")?.setAttribute("role", "status"))
   .observe(document, {childList: true, subtree: true});
 </script>"""
 
@@ -240,6 +240,9 @@ STYLE = f"""
 #upload .wrap {{flex-direction: row; flex-wrap: wrap; justify-content: center; gap: 0 .4em; min-height: 0; padding: 0;
   font-size: .9rem}}
 #upload .icon-wrap {{display: none}}
+
+/* Nothing of it means anything before there is an image. */
+#board:not(:has(#experts img)) {{display: none}}
 
 /* The pictures are as wide as the image, and so high that the whole page is seen at once. */
 .pce-picture {{width: fit-content; max-width: 100%; border: 0; position: relative; margin: 0 !important}}
@@ -281,7 +284,7 @@ STYLE = f"""
   #board > .column {{display: contents}}
   #legend, #tools {{order: 1}}
   .pce-head {{display: contents}}
-  .pce-picture img {{max-height: max(180px, 27vh)}}
+  .pce-picture img {{max-height: max(180px, 25vh)}}
   #panel {{position: static; width: 100%}}
   #expert .wrap {{grid-template-columns: 1fr 1fr}}
 }}
