@@ -256,6 +256,8 @@ STYLE = f"""
 #where, #tools {{align-items: center; flex-wrap: wrap}}
 #where > .form, #tools > .form {{display: contents}}
 #layer {{flex: 3 1 300px}}
+#layer .secondary-wrap {{padding-right: 1.5rem}}
+#layer input {{text-overflow: ellipsis}}
 #typed {{flex: 1 1 100px}}
 #whole {{flex: 0 0 auto; width: auto; border: 0; white-space: nowrap}}
 #brush {{flex: 1 1 13rem}}

@@ -243,9 +243,11 @@ def test_what_a_screen_reader_is_told(server, visit):
 def test_cause_and_effect_are_on_one_screen(segmenter, visit, encode, width):
     page = visit(segmenter.url, width)
     page.get_by_role("button", name="Click to upload").wait_for()
+    assert not page.locator("#tools").is_visible()  # before there is an image
     drop(page, "scene.png", encode(SceneSource("val", count=1).image(0).resize((320, 240))))
     has(page, "#headline", "of the pixels")
-    choose(page, "#layer", "Layer 5 of 5, late: 3 x 4 patches (levels.1.blocks.0)")
+    opened_on = "Layer 5 of 5, late: 3 x 4 patches (levels.1.blocks.0)"
+    sync_api.expect(page.locator("#layer input")).to_have_value(opened_on)
     has(page, "#classes", re.compile("sky|building|tree|road"))
     before = source_of(page, "#prediction")
     click_at(page, 0.1, 0.1)
