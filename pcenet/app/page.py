@@ -25,9 +25,7 @@ SAMPLES = 12  # how many are offered
 LOOK = -1  # in place of an expert: a click shows a patch and sends it nowhere
 PATCH = re.compile(r"\s*(\d{1,6})[\s,]+(\d{1,6})\s*")  # a row and a column
 SHOWN_NAME = 80  # characters of a file's name in a message
-WAITING = (
-    200  # visitors' wishes that may wait; one at a time is fulfilled, or a quick visitor's would overtake each other
-)
+WAITING = 200  # visitors' wishes that may wait
 FORGET = 3600  # seconds without a wish, after which a visitor's image is forgotten
 TIDY, KEEP = 60, 600  # seconds between looks for old files, of uploads and pictures, and how old they become
 SESSIONS = 200  # visitors whose images are kept; the oldest goes first
@@ -41,12 +39,12 @@ class Sample:
     """An image that the page offers.
 
     Attributes:
-        title: what to write beneath it, if anything.
+        title: its name for those who cannot see it.
         thumbnail: the image, small.
         load: reads it, with what is known of it.
     """
 
-    title: str | None
+    title: str
     thumbnail: Image.Image
     load: Callable[[], tuple[Image.Image, Truth | None]]
 
@@ -86,6 +84,7 @@ class Page:
             self._lay_out()
             self._connect()
         self.blocks.state_session_capacity = SESSIONS
+        # One wish at a time: each builds on what the one before it has made of the visit.
         self.blocks.queue(default_concurrency_limit=1, max_size=WAITING)
 
     def _lay_out(self) -> None:

@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 THUMBNAIL = 160  # longer side of a sample in pixels
 LAST_ANSWERS = 1  # seconds for open connections when the server ends
+# A screen reader reads out what changes in a region that was marked before; gradio cannot mark its text.
+LIVE = """<script>
+new MutationObserver(() => document.querySelector("#report [data-testid=markdown]")?.setAttribute("role", "status"))
+  .observe(document, {childList: true, subtree: true});
+</script>"""
 
 
 def serve(config: AppConfig) -> None:
@@ -194,7 +199,6 @@ def run_server(page: Page, listener: socket.socket, files: Path, config: AppConf
     from fastapi import FastAPI
 
     from pcenet.app.page import theme
-    from pcenet.app.words import HEAD, STYLE
 
     # Of what gradio adds to a page by itself nothing is on: no links, history, tools, second server, or installation.
     application = gr.mount_gradio_app(
@@ -205,8 +209,8 @@ def run_server(page: Page, listener: socket.socket, files: Path, config: AppConf
         blocked_paths=[],
         max_file_size=page.limits.size,
         theme=theme(),
-        css=STYLE,
-        head=HEAD,
+        css_paths=Path(__file__).with_name("page.css"),
+        head=LIVE,
         footer_links=[],
         run_history=False,
         ssr_mode=False,

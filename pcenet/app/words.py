@@ -16,7 +16,6 @@ from pcenet.texts import shown
 
 MOST_CLASSES = 8  # in the list under a prediction
 TO = " → "
-PANEL = "15rem"  # width of the panel of a patch
 VIEWS: dict[View, str] = {
     "after": "prediction",
     "before": "before",
@@ -123,7 +122,7 @@ def _place(box: Box) -> str:
     left, top, right, bottom = (edge / 10 for edge in box)
     beside = f"top:{bottom}%" if top + bottom <= 100 else f"bottom:{100 - top:.1f}%"
     frame = f"left:{left}%;top:{top}%;width:{right - left:.1f}%;height:{bottom - top:.1f}%"
-    return f"<style>#experts::after{{{frame}}}#panel{{left:min({left}%,100% - {PANEL});{beside}}}</style>"
+    return f"<style>#experts::after{{{frame}}}#panel{{left:min({left}%,100% - var(--panel));{beside}}}</style>"
 
 
 def expert_choices(visit: Visit) -> list[tuple[str, int]]:
@@ -199,95 +198,3 @@ def hints(formats: Sequence[str], megabytes: int, pixels: float) -> str:
         f" elsewhere. Images of your own: {', '.join(formats)}, at most {megabytes} MB and {pixels:g} million"
         " pixels.</p>"
     )
-
-
-# A screen reader reads out what changes in a region only if it was marked before; gradio's text has no mark of its own.
-HEAD = """<script>
-new MutationObserver(() => document.querySelector("#report [data-testid=markdown]")?.setAttribute("role", "status"))
-  .observe(document, {childList: true, subtree: true});
-</script>"""
-
-STYLE = f"""
-.gradio-container {{width: 100%; max-width: 1280px !important; margin: 0 auto !important; --layout-gap: 8px}}
-.gradio-container .main.app {{padding: 8px 16px !important}}
-.prose h1, .prose h2, .prose p {{margin: 0 !important}}
-.prose p {{line-height: 1.4}}
-.prose h1 {{font-size: 1.15rem}}
-.prose h2 {{font-size: 1rem}}
-.pce-notice {{border: 2px solid #b3261e; border-left-width: 10px; padding: .6em 1em; border-radius: 4px;
-  font-weight: 600; overflow-wrap: anywhere}}
-.pce-swatch {{display: inline-grid; place-items: center; min-width: 1.9em; height: 1.6em; border: 1px solid #444;
-  border-radius: 3px; vertical-align: middle; font-size: .8em; margin-right: .3em}}
-.pce-swatch span {{background: #fff; color: #000; border-radius: 2px; padding: 0 .25em; line-height: 1.2}}
-.prose ul.pce-legend {{display: flex; flex-wrap: wrap; gap: .2em 1em; list-style: none; padding: 0; margin: 0;
-  font-size: .9em}}
-.prose ul.pce-legend li {{margin: 0; padding: 0; list-style: none; font-variant-numeric: tabular-nums}}
-#classes ul.pce-legend {{display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr));
-  gap: .2em .6em}}
-.pce-bar {{display: inline-block; width: 2.5em; height: .7em; border: 1px solid currentColor; margin: 0 .3em;
-  background: linear-gradient(to right, #0072B2 calc(var(--share) * 100%), transparent 0)}}
-.pce-hint {{opacity: .85; font-size: .85em}}
-
-/* A strip of samples, and beside it the field for an image of one's own. */
-#strip {{flex-wrap: nowrap}}
-#samples {{flex: 1 1 0; min-width: 0 !important; contain: inline-size}}
-#samples .thumbnail-item.selected {{outline: 3px solid var(--color-accent); outline-offset: -3px}}
-#samples .grid-wrap {{height: auto !important; max-height: none !important; min-height: 0; padding: 4px}}
-#samples .grid-container {{display: flex; overflow-x: auto; padding: 2px; gap: 4px}}
-#samples .gallery-item, #samples button {{flex: none; width: 72px; height: 56px}}
-#samples .caption-label {{display: none}}
-#upload {{flex: 0 0 15rem; min-width: 0 !important}}
-#upload .wrap {{flex-direction: row; flex-wrap: wrap; justify-content: center; gap: 0 .4em; min-height: 0; padding: 0;
-  font-size: .9rem}}
-#upload .icon-wrap {{display: none}}
-
-/* Nothing of it means anything before there is an image. */
-#board:not(:has(#experts img)) {{display: none}}
-
-/* The pictures are as wide as the image, and so high that the whole page is seen at once. */
-.pce-picture {{width: fit-content; max-width: 100%; border: 0; position: relative; margin: 0 !important}}
-.pce-picture .image-container, .pce-picture button, .pce-picture .image-frame {{width: auto; height: auto}}
-.pce-picture img {{display: block; width: auto; height: auto; max-width: 100%;
-  max-height: max(240px, 100vh - 356px)}}
-#experts img {{cursor: crosshair}}
-.pce-head {{min-height: 5.6rem}}
-#view label {{padding: 4px 8px}}
-#view .wrap {{gap: 4px}}
-#where, #tools {{align-items: center; flex-wrap: wrap}}
-#where > .form, #tools > .form {{display: contents}}
-#layer {{flex: 3 1 300px}}
-#layer .secondary-wrap {{padding-right: 1.5rem}}
-#layer input {{text-overflow: ellipsis}}
-#typed {{flex: 1 1 100px}}
-#whole {{flex: 0 0 auto; width: auto; border: 0; white-space: nowrap}}
-#brush {{flex: 1 1 13rem}}
-#tools button {{white-space: nowrap; padding: 0 .8em}}
-
-/* The frame of the patch that is pointed at, and its panel; `_place` says where. */
-#patches {{position: relative; width: fit-content; max-width: 100%}}
-#experts::after {{content: ""; position: absolute; pointer-events: none; box-sizing: border-box;
-  border: 3px solid #000; outline: 3px solid #fff; outline-offset: -6px}}
-#patches:not(:has(.pce-patch)) #panel, #patches:not(:has(.pce-patch)) #experts::after {{display: none}}
-#panel {{position: absolute; z-index: 5; width: {PANEL}; padding: 8px; border-radius: 6px; gap: 6px; flex: none;
-  background: var(--background-fill-primary); border: 2px solid var(--body-text-color)}}
-#expert .wrap {{display: grid; gap: 3px; max-height: 12rem; overflow-y: auto}}
-#expert label {{padding: 2px 6px; white-space: nowrap}}
-
-@media (max-width: 700px) {{
-  .column, .row {{gap: 6px !important}}
-  .prose h1, .prose h2 {{font-size: .9rem}}
-  .prose p {{font-size: .9rem; line-height: 1.35}}
-  #samples .gallery-item, #samples button {{width: 60px; height: 46px}}
-  #upload {{flex-basis: 6rem}}
-  #upload .wrap {{font-size: .7rem; line-height: 1.1}}
-  #where {{flex-wrap: nowrap}}
-  #layer {{min-width: 0 !important}}
-  #typed {{flex: 0 0 6.5rem; min-width: 0 !important}}
-  #board > .column {{display: contents}}
-  #legend, #tools {{order: 1}}
-  .pce-head {{display: contents}}
-  .pce-picture img {{max-height: max(180px, 25vh)}}
-  #panel {{position: static; width: 100%}}
-  #expert .wrap {{grid-template-columns: 1fr 1fr}}
-}}
-"""
