@@ -122,7 +122,7 @@ def _place(box: Box) -> str:
     left, top, right, bottom = (edge / 10 for edge in box)
     beside = f"top:{bottom}%" if top + bottom <= 100 else f"bottom:{100 - top:.1f}%"
     frame = f"left:{left}%;top:{top}%;width:{right - left:.1f}%;height:{bottom - top:.1f}%"
-    return f"<style>#experts::after{{{frame}}}#panel{{left:min({left}%,100% - var(--panel));{beside}}}</style>"
+    return f"<style>#experts::after{{{frame}}}#panel{{left:max(0px,min({left}%,100% - var(--panel)));{beside}}}</style>"
 
 
 def expert_choices(visit: Visit) -> list[tuple[str, int]]:
