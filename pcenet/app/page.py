@@ -376,6 +376,7 @@ def picture(label: str, name: str) -> gr.Image:
         format="jpeg",
         interactive=False,
         buttons=[],
+        min_width=0,
         elem_id=name,
         elem_classes="pce-picture",
     )

@@ -271,3 +271,8 @@ def test_cause_and_effect_are_on_one_screen(segmenter, visit, encode, width):
         wait_for_another(page, "#prediction", before)
         assert page.locator("#prediction img").get_attribute("alt") == name
     assert page.locator("#view").get_by_label("true mask").count() == 0  # nobody knows it
+    before = source_of(page, "#experts")
+    drop(page, "narrow.png", encode(Image.new("RGB", (40, 160))))
+    wait_for_another(page, "#experts", before)
+    picture, field = (page.locator(part).bounding_box() for part in ("#experts img", "#experts"))
+    assert picture["width"] == pytest.approx(field["width"], abs=3)  # the frame of a patch is placed in the field
