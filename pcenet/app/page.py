@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 from PIL import Image
 
 from pcenet.app import pictures, words
-from pcenet.app.session import Explorer, Visit
+from pcenet.app.session import Explorer, Truth, View, Visit
 from pcenet.data.images import decode_image
 from pcenet.runtime.memory import ran_out_of_memory
 from pcenet.texts import say
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others of Pillow's start programs, or are rarely tested
 SAMPLES = 12  # how many are offered
+LOOK = -1  # in place of an expert: a click shows a patch and sends it nowhere
+PATCH = re.compile(r"\s*(\d{1,6})[\s,]+(\d{1,6})\s*")  # a row and a column
 SHOWN_NAME = 80  # characters of a file's name in a message
-AT_ONCE, WAITING = 4, 200  # visitors' wishes that are fulfilled at once, and that may wait
+WAITING = 200  # visitors' wishes that may wait
 FORGET = 3600  # seconds without a wish, after which a visitor's image is forgotten
 TIDY, KEEP = 60, 600  # seconds between looks for old files, of uploads and pictures, and how old they become
 SESSIONS = 200  # visitors whose images are kept; the oldest goes first
@@ -35,14 +39,14 @@ class Sample:
     """An image that the page offers.
 
     Attributes:
-        title: what to write beneath it, if anything.
+        title: its name for those who cannot see it.
         thumbnail: the image, small.
-        load: reads it.
+        load: reads it, with what is known of it.
     """
 
-    title: str | None
+    title: str
     thumbnail: Image.Image
-    load: Callable[[], Image.Image]
+    load: Callable[[], tuple[Image.Image, Truth | None]]
 
 
 @dataclass(frozen=True)
@@ -75,38 +79,30 @@ class Page:
         self.segment = explorer.model.task == "segment"
         with gr.Blocks(title=f"PCE: {title}", analytics_enabled=False, delete_cache=(TIDY, KEEP)) as self.blocks:
             self.visit = gr.State(None, time_to_live=FORGET)
-            text(f"<h1>What each expert does: {words.escape(title)}</h1>", "title")
+            text(f"<h1>The experts of {words.escape(title)}</h1>", "title")
             self.notice = text(words.notice(), "notice")
             self._lay_out()
             self._connect()
         self.blocks.state_session_capacity = SESSIONS
-        self.blocks.queue(default_concurrency_limit=AT_ONCE, max_size=WAITING)
+        # One wish at a time: each builds on what the one before it has made of the visit.
+        self.blocks.queue(default_concurrency_limit=1, max_size=WAITING)
 
     def _lay_out(self) -> None:
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=2, min_width=320):
-                self._lay_out_choice()
-            with gr.Column(scale=3, min_width=320):
+        with gr.Row(equal_height=True, elem_id="strip"):
+            self._lay_out_choice()
+        with gr.Row(equal_height=False, elem_id="board"):
+            with gr.Column(min_width=320):
+                self._lay_out_experts()
+            with gr.Column(min_width=320):
                 self._lay_out_prediction()
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=3, min_width=320):
-                self._lay_out_layer()
-            with gr.Column(scale=2, min_width=320):
-                self._lay_out_patch()
-        step("5. What changed")
-        self.report = text("", "report")
-        with gr.Row(visible=False) as self.comparison:
-            with gr.Column(min_width=320):
-                self.router_picture = picture("The classes as the router chose the experts", "router-picture")
-            with gr.Column(min_width=320):
-                self.changed = picture("The pixels whose class changed, drawn larger", "changed")
+        text(words.hints(FORMATS, self.limits.size // 2**20, self.limits.pixels / 1e6), "hints")
 
     def _lay_out_choice(self) -> None:
-        step("1. Choose an image")
         self.gallery = gr.Gallery(
             [(sample.thumbnail, sample.title) for sample in self.samples],
             label="Samples",
-            columns=4,
+            show_label=False,
+            columns=SAMPLES,
             object_fit="cover",
             allow_preview=False,
             interactive=False,
@@ -114,94 +110,96 @@ class Page:
             visible=bool(self.samples),
             elem_id="samples",
         )
-        self.file = gr.File(
-            label="Or drop an image of your own",
-            height=140,
-            elem_id="upload",
-        )
-        size, pixels = self.limits.size // 2**20, self.limits.pixels / 1e6
-        text(f'<p class="pce-hint">{", ".join(FORMATS)}; at most {size} MB and {pixels:g} million pixels.</p>')
+        self.file = gr.File(label="An image of your own", show_label=False, height="100%", elem_id="upload")
         take_uploads_alone(self.file, self.blocks)
 
-    def _lay_out_prediction(self) -> None:
-        step("2. What the network makes of it")
-        self.headline = text("", "headline")
-        with gr.Column() if self.segment else gr.Row():  # a small picture leaves room beside it
-            with gr.Column(min_width=280):
-                seen = (
-                    "The classes of the pixels over the image" if self.segment else "The image as the network sees it"
+    def _lay_out_experts(self) -> None:
+        with gr.Column(elem_classes="pce-head"):
+            with gr.Row(elem_id="where"):
+                self.layer = choice("Layer", "layer")
+                self.typed = gr.Textbox(
+                    label="Row and column instead of a click",
+                    placeholder="row, col",
+                    container=False,
+                    max_length=20,
+                    min_width=100,
+                    elem_id="typed",
                 )
-                self.prediction = picture(seen, "prediction")
-            with gr.Column(min_width=280):
-                self.table = text("", "classes")
+            self.legend = text("", "legend")
+        with gr.Column(elem_id="patches"):
+            self.experts = picture("The image with the expert of each patch", "experts")
+            with gr.Column(min_width=0, elem_id="panel"):
+                self.answer = text("", "answer")
+                self.expert = gr.Radio([], label="Send it to", container=False, elem_id="expert")
+        with gr.Row(elem_id="tools"):
+            self.brush = choice("What a click on a patch does", "brush")
+            self.whole = gr.Checkbox(label="Move the whole expert", container=False, min_width=0, elem_id="whole")
+            self.undo = gr.Button("Undo", size="md", min_width=70, elem_id="undo")
+            self.reset = gr.Button("Reset all", size="md", min_width=90, elem_id="reset")
 
-    def _lay_out_layer(self) -> None:
-        step("3. Which expert serves which patch")
-        self.layer = gr.Radio([], label="Layer, from the image to the prediction", elem_id="layer")
-        self.experts = picture("The image with the expert of each patch; click on a patch to point at it", "experts")
-        self.legend = text("", "legend")
-        text(words.HOW_TO_READ, "how-to-read")
-
-    def _lay_out_patch(self) -> None:
-        step("4. One patch")
-        with gr.Row():
-            self.row = gr.Number(0, label="Row", precision=0, minimum=0, min_width=80, elem_id="row")
-            self.column = gr.Number(0, label="Column", precision=0, minimum=0, min_width=80, elem_id="column")
-            self.point = gr.Button("Look", min_width=80, elem_id="point")
-        self.answer = text("", "answer")
-        self.expert = gr.Radio([], label="Send this patch to", elem_id="expert")
-        with gr.Row():
-            self.send = gr.Button("Send", variant="primary", min_width=80, elem_id="send")
-            self.reset = gr.Button("Reset all", min_width=80, elem_id="reset")
+    def _lay_out_prediction(self) -> None:
+        with gr.Column(elem_classes="pce-head"):
+            self.headline = text("", "headline")
+            self.report = text("", "report")
+        self.prediction = picture(words.VIEWS["image"], "prediction")
+        self.view = gr.Radio([], label="Show", container=False, visible=self.segment, elem_id="view")
+        self.classes = text("", "classes")
 
     def _connect(self) -> None:
-        everything = [
-            self.visit, self.notice, self.file, self.headline, self.prediction, self.table, self.layer, self.experts,
-            self.legend, self.row, self.column, self.answer, self.expert, self.report, self.comparison,
-            self.router_picture, self.changed,
-        ]  # fmt: skip
+        patch = [self.visit, self.answer, self.expert]
+        layer = [*patch, self.experts, self.legend]
+        outcome = [*layer, self.headline, self.report, self.prediction, self.view, self.classes]
+        everything = [*outcome, self.layer, self.brush, self.gallery]
 
-        def on(listen: Callable[..., Any], wish: Callable[..., Answer], *inputs: Any) -> None:
-            guarded = self._guarded(wish)
-            listen(guarded, list(inputs), everything, api_visibility="private", show_progress="minimal")
+        def on(listen: Callable[..., Any], wish: Callable[..., Answer], outputs: list[Any], *inputs: Any) -> None:
+            listen(
+                self._guarded(wish),
+                list(inputs),
+                [self.notice, *outputs],
+                api_visibility="private",
+                show_progress="hidden",
+                trigger_mode="multiple",
+                concurrency_id="wishes",
+            )
 
-        on(self.blocks.load, self.first_sample)
-        on(self.gallery.select, self.choose_sample)
-        on(self.file.upload, self.take_file, self.file)
-        on(self.layer.input, self.choose_layer, self.visit, self.layer)
-        on(self.experts.select, self.click, self.visit)
-        on(self.point.click, self.look_at, self.visit, self.row, self.column)
-        on(self.send.click, self.send_patch, self.visit, self.expert)
-        on(self.reset.click, self.reset_all, self.visit)
+        on(self.blocks.load, self.first_sample, everything)
+        on(self.gallery.select, self.choose_sample, everything)
+        on(self.file.upload, self.take_file, [*everything, self.file], self.file)
+        on(self.layer.input, self.choose_layer, [*layer, self.brush], self.visit, self.layer)
+        on(self.experts.select, self.click, outcome, self.visit, self.brush, self.whole)
+        on(self.typed.submit, self.type_patch, outcome, self.visit, self.brush, self.whole, self.typed)
+        on(self.expert.input, self.send_patch, outcome, self.visit, self.expert, self.whole)
+        on(self.undo.click, self.undo_move, outcome, self.visit)
+        on(self.reset.click, self.reset_all, outcome, self.visit)
+        on(self.view.input, self.choose_view, [self.visit, self.prediction], self.visit, self.view)
 
     def _guarded(self, wish: Callable[..., Answer]) -> Callable[..., Answer]:
         """A wish that is answered by a message where it cannot be fulfilled. Our faults are told on the terminal."""
+        freed: Answer = {self.file: None} if wish == self.take_file else {}
 
         def fulfil(*inputs: Any) -> Answer:
             try:
-                return {self.notice: words.notice(), **wish(*inputs)}
+                return {self.notice: words.notice(), **freed, **wish(*inputs)}
             except ValueError as error:
-                return {self.notice: words.notice(str(error)), self.file: None}
+                message = str(error)
             except Exception as error:
-                if ran_out_of_memory(error):
-                    return {
-                        self.notice: words.notice("Memory ran out. Try a smaller image, or later."),
-                        self.file: None,
-                    }
-                say(*traceback.format_exc().splitlines(), to=sys.stderr)
-                return {self.notice: words.notice("That went wrong, and it was not you. Try again."), self.file: None}
+                message = "Memory ran out. Try a smaller image, or later."
+                if not ran_out_of_memory(error):
+                    say(*traceback.format_exc().splitlines(), to=sys.stderr)
+                    message = "That went wrong, and it was not you. Try again."
+            return {self.notice: words.notice(message), **freed}
 
         return with_event_data(fulfil) if wish in (self.choose_sample, self.click) else fulfil
 
     def first_sample(self) -> Answer:
         """When the page opens."""
-        return self._begin(self.samples[0].load()) if self.samples else {self.answer: "", self.report: ""}
+        return self._begin_sample(0) if self.samples else {}
 
     def choose_sample(self, event: gr.SelectData) -> Answer:
         """A click on a sample."""
         if not isinstance(event.index, int) or not 0 <= event.index < len(self.samples):
             raise ValueError(f"sample {event.index!r} is not one of {len(self.samples)}")
-        return self._begin(self.samples[event.index].load())
+        return self._begin_sample(event.index)
 
     def take_file(self, path: str | None) -> Answer:
         """A file that was dropped; the field is then free for the next."""
@@ -219,71 +217,106 @@ class Page:
             max_pixels=self.limits.pixels,
             formats=FORMATS,
         )
-        return {**self._begin(image), self.file: None}
+        return self._show_all(self.explorer.begin(image), None)
 
     def choose_layer(self, visit: Visit | None, layer: str) -> Answer:
         """Another layer."""
-        return self._show_routing(self.explorer.show_layer(an_image(visit), layer))
+        return self._show_layer(self.explorer.show_layer(an_image(visit), layer))
 
-    def click(self, visit: Visit | None, event: gr.SelectData) -> Answer:
-        """A click on the picture of the experts."""
+    def click(self, visit: Visit | None, brush: int | None, whole: bool, event: gr.SelectData) -> Answer:
+        """A click on the picture of the experts; a second one on a patch points at it no longer."""
         visit = an_image(visit)
         x, y = event.index
-        return self._show_routing(
-            self.explorer.point_at(visit, *visit.routing.patch_at(float(x), float(y), visit.image.picture.size))
-        )
+        patch = visit.routing.patch_at(float(x), float(y), visit.image.picture.size)
+        return self._touch(visit, None if patch == visit.patch else patch, brush, whole)
 
-    def look_at(self, visit: Visit | None, row: float | None, column: float | None) -> Answer:
+    def type_patch(self, visit: Visit | None, brush: int | None, whole: bool, typed: str | None) -> Answer:
         """Row and column instead of a click."""
-        if row is None or column is None:
-            raise ValueError("row and column must be whole numbers from 0 on")
-        return self._show_routing(self.explorer.point_at(an_image(visit), int(row), int(column)))
+        found = PATCH.fullmatch(typed or "")
+        if not found:
+            raise ValueError("row and column must be two whole numbers from 0 on, such as 1, 2")
+        return self._touch(an_image(visit), (int(found[1]), int(found[2])), brush, whole)
 
-    def send_patch(self, visit: Visit | None, expert: int | None) -> Answer:
+    def _touch(self, visit: Visit, patch: tuple[int, int] | None, brush: int | None, whole: bool) -> Answer:
+        """Point at a patch, or send it to the expert that a click paints."""
+        visit = self.explorer.point_at(visit, *patch) if patch else replace(visit, patch=None)
+        if brush is None or brush == LOOK or not patch:
+            return self._show_patch(visit)
+        return self._show_outcome(replace(self.explorer.send(visit, int(brush), whole=bool(whole)), patch=None))
+
+    def send_patch(self, visit: Visit | None, expert: int | None, whole: bool) -> Answer:
         """The patch that is pointed at, to another expert."""
         if expert is None:
             raise ValueError("no expert is chosen; choose one first")
-        return self._show_all(self.explorer.send(an_image(visit), int(expert)))
+        return self._show_outcome(self.explorer.send(an_image(visit), int(expert), whole=bool(whole)))
+
+    def undo_move(self, visit: Visit | None) -> Answer:
+        """The last change of who serves what, taken back."""
+        return self._show_outcome(self.explorer.undo(an_image(visit)))
 
     def reset_all(self, visit: Visit | None) -> Answer:
         """All patches back to the router's choice."""
-        return self._show_all(self.explorer.reset(an_image(visit)))
+        return self._show_outcome(self.explorer.reset(an_image(visit)))
 
-    def _begin(self, image: Image.Image) -> Answer:
-        return self._show_all(self.explorer.begin(image))
+    def choose_view(self, visit: Visit | None, view: View) -> Answer:
+        """What to show of the prediction."""
+        if view not in words.VIEWS:
+            raise ValueError(f"view {view!r} is not one of {', '.join(words.VIEWS)}")
+        return self._show_prediction(replace(an_image(visit), view=view))
 
-    def _show_all(self, visit: Visit) -> Answer:
-        seen, classes = visit.image.picture, self.explorer.classes
-        before, after = visit.before.mask, visit.after.mask
-        answer: Answer = {
-            self.headline: words.headline(visit, classes),
-            self.table: words.class_table(visit, classes),
-            self.prediction: seen if after is None else pictures.class_picture(seen, after),
-            self.report: words.change_report(visit, classes),
-            self.comparison: gr.Row(visible=self.segment and bool(visit.moves)),
+    def _begin_sample(self, number: int) -> Answer:
+        return self._show_all(self.explorer.begin(*self.samples[number].load()), number)
+
+    def _show_all(self, visit: Visit, sample: int | None) -> Answer:
+        masked = isinstance(visit.image.truth, np.ndarray)
+        views = [(title, view) for view, title in words.VIEWS.items() if view != "truth" or masked]
+        return {
+            self.gallery: gr.Gallery(selected_index=sample),
+            self.layer: gr.Dropdown(
+                [(words.layer_title(name, visit.after.layers), name) for name in visit.after.layers], value=visit.layer
+            ),
+            **self._show_layer(visit),
+            **self._show_outcome(visit),
+            self.view: gr.Radio(views, value=visit.view),
         }
-        if visit.moves and before is not None and after is not None:
-            answer[self.router_picture] = pictures.class_picture(seen, before)
-            answer[self.changed] = pictures.changed_picture(seen, before != after)
-        return answer | self._show_routing(visit)
 
-    def _show_routing(self, visit: Visit) -> Answer:
-        titles = [(words.layer_title(name, visit.after.layers), name) for name in visit.after.layers]
-        row, column = visit.patch or (0, 0)
-        served = None if visit.patch is None else int(visit.routing.serving[row, column])
+    def _show_layer(self, visit: Visit) -> Answer:
+        paints = [(f"A click sends to expert {expert}", expert) for expert in range(visit.routing.num_experts)]
+        return {
+            self.brush: gr.Dropdown([("A click asks where to", LOOK), *paints], value=LOOK),
+            **self._show_routing(visit),
+        }
+
+    def _show_outcome(self, visit: Visit) -> Answer:
+        return {
+            self.headline: words.headline(visit, self.explorer.classes),
+            self.report: words.change_report(visit, self.explorer.classes),
+            self.classes: words.class_list(visit, self.explorer.classes),
+            self.view: gr.Radio(value=visit.view),
+            **self._show_prediction(visit),
+            **self._show_routing(visit),
+        }
+
+    def _show_prediction(self, visit: Visit) -> Answer:
+        shown = words.VIEWS[visit.view if self.segment else "image"]
         return {
             self.visit: visit,
-            self.layer: gr.Radio(titles, value=visit.layer),
+            self.prediction: gr.Image(pictures.prediction_picture(visit), alt_text=shown.capitalize()),
+        }
+
+    def _show_routing(self, visit: Visit) -> Answer:
+        return {
             self.experts: pictures.expert_picture(visit),
             self.legend: words.expert_legend(visit.routing),
-            self.row: row,
-            self.column: column,
+            **self._show_patch(visit),
+        }
+
+    def _show_patch(self, visit: Visit) -> Answer:
+        served = int(visit.routing.serving[visit.patch]) if visit.patch else None
+        return {
+            self.visit: visit,
             self.answer: words.patch_answer(visit),
-            self.expert: gr.Radio(
-                [(f"expert {number}", number) for number in range(visit.routing.num_experts)],
-                value=served,
-                interactive=served is not None,
-            ),
+            self.expert: gr.Radio(words.expert_choices(visit), value=served),
         }
 
 
@@ -324,21 +357,28 @@ def an_image(visit: Visit | None) -> Visit:
     return visit
 
 
-def step(title: str) -> None:
-    """The heading of a part of the page."""
-    text(f"<h2>{title}</h2>")
-
-
 def text(content: str, name: str | None = None) -> gr.Markdown:
     """HTML on the page, whose foreign parts are escaped. (gradio's part for HTML evaluates strings as programs.)"""
     return gr.Markdown(content, sanitize_html=False, latex_delimiters=[], elem_id=name)
 
 
+def choice(label: str, name: str) -> gr.Dropdown:
+    """A list to choose from whose entries say what they are of; the label is for screen readers."""
+    return gr.Dropdown([], label=label, container=False, filterable=False, min_width=100, elem_id=name)
+
+
 def picture(label: str, name: str) -> gr.Image:
-    """A picture that the page shows, under its caption: gradio's own would cover a part of it."""
-    text(f"<p>{label}</p>")
+    """A picture that the page shows. (To make a JPEG takes a sixtieth of a PNG's time.)"""
     return gr.Image(
-        label=label, alt_text=label, show_label=False, format="png", interactive=False, buttons=[], elem_id=name
+        label=label,
+        alt_text=label,
+        show_label=False,
+        format="jpeg",
+        interactive=False,
+        buttons=[],
+        min_width=0,
+        elem_id=name,
+        elem_classes="pce-picture",
     )
 
 

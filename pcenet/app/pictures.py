@@ -29,7 +29,7 @@ def expert_picture(visit: Visit) -> Image.Image:
     """The image in grey, each patch in its expert's colour, the stronger the higher its gate value.
 
     A number in a patch is its expert's; a patch that was sent elsewhere has a white frame, one that was dropped is
-    grey, the one that is pointed at has a thick frame.
+    grey.
     """
     routing, picture = visit.routing, visit.image.picture
     result = picture.convert("L").convert("RGB")
@@ -40,7 +40,7 @@ def expert_picture(visit: Visit) -> Image.Image:
         under = result.crop(box)
         result.paste(Image.blend(under, colour, opacity_of(float(routing.gate[row, column]))), box)
     moved = {(place.row, place.column) for place in visit.moves if place.layer == visit.layer}
-    _draw_marks(result, routing, moved, visit.patch)
+    _draw_marks(result, routing, moved)
     return result
 
 
@@ -49,12 +49,7 @@ def expert_colour(expert: int) -> tuple[int, ...]:
     return DROPPED if expert < 0 else expert_colours()[expert % len(expert_colours())]
 
 
-def _draw_marks(
-    picture: Image.Image,
-    routing: LayerRouting,
-    moved: Collection[tuple[int, int]],
-    selected: tuple[int, int] | None,
-) -> None:
+def _draw_marks(picture: Image.Image, routing: LayerRouting, moved: Collection[tuple[int, int]]) -> None:
     draw = ImageDraw.Draw(picture)
     first = routing.box(0, 0, picture.size)
     side = min(first.right - first.left, first.bottom - first.top)
@@ -68,16 +63,22 @@ def _draw_marks(
             text = "-" if expert < 0 else str(expert)
             draw.text(middle, text, "white", font, anchor="mm", stroke_width=2, stroke_fill="black")
     for patch in moved:
-        _frame(draw, routing.box(*patch, picture.size), ("white", "white", "black"))
-    if selected is not None:
-        _frame(draw, routing.box(*selected, picture.size), ("black",) * 3 + ("white",) * 3 + ("black",) * 2)
+        left, top, right, bottom = routing.box(*patch, picture.size)
+        for inset, colour in enumerate(("white", "white", "black")):
+            if right - left > 2 * inset and bottom - top > 2 * inset:
+                draw.rectangle((left + inset, top + inset, right - 1 - inset, bottom - 1 - inset), outline=colour)
 
 
-def _frame(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colours: Collection[str]) -> None:
-    left, top, right, bottom = box
-    for inset, colour in enumerate(colours):
-        if right - left > 2 * inset and bottom - top > 2 * inset:
-            draw.rectangle((left + inset, top + inset, right - 1 - inset, bottom - 1 - inset), outline=colour)
+def prediction_picture(visit: Visit) -> Image.Image:
+    """What the visitor looks at of the prediction; of a class the image alone."""
+    picture, before, after = visit.image.picture, visit.before.mask, visit.after.mask
+    if before is None or after is None or visit.view == "image":
+        return picture
+    if visit.view == "change":
+        return changed_picture(picture, before != after)
+    masks = {"before": before, "after": after, "truth": visit.image.truth}
+    mask = masks[visit.view]
+    return class_picture(picture, mask) if isinstance(mask, np.ndarray) else picture
 
 
 def class_picture(picture: Image.Image, mask: npt.NDArray[np.uint8]) -> Image.Image:

@@ -8,18 +8,20 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from PIL import Image
+
 from pcenet.app.config import AppConfig
 from pcenet.app.guard import LOOPBACK, Guard, host_name
-from pcenet.app.session import Explorer, fitted
+from pcenet.app.session import Explorer, Truth, fitted
 from pcenet.catalogue import bundled_folder
-from pcenet.data import DataError, ImageSource, Source
+from pcenet.data import DataError, ImageSource, SegmentationSource, Source
 from pcenet.models import SavableModel, load_model
 from pcenet.runs.config import EvalConfig
 from pcenet.runs.finding import find_model
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 THUMBNAIL = 160  # longer side of a sample in pixels
 LAST_ANSWERS = 1  # seconds for open connections when the server ends
+# A screen reader reads out what changes in a region that was marked before; gradio cannot mark its text.
+LIVE = """<script>
+new MutationObserver(() => document.querySelector("#report [data-testid=markdown]")?.setAttribute("role", "status"))
+  .observe(document, {childList: true, subtree: true});
+</script>"""
 
 
 def serve(config: AppConfig) -> None:
@@ -85,25 +92,31 @@ def open_samples(config: AppConfig, model: SavableModel, run: RunFolder | None) 
     return source
 
 
-def samples_of(source: Source, count: int) -> list[Sample]:
-    """So many images of a source, evenly spread over it, with the class of each where it has one.
+def samples_of(source: Source, count: int, classes: Sequence[str]) -> list[Sample]:
+    """So many images of a source, evenly spread over it, with the class or the mask of each where it has one.
 
-    One that cannot be read is left out, with a warning.
+    One that cannot be read is left out, with a warning; so are the masks where their classes are not ``classes``.
     """
     from pcenet.app.page import Sample
 
+    labels = [source.classes[label] for label in source.labels] if isinstance(source, ImageSource) else None
+
+    def load(number: int) -> tuple[Image.Image, Truth | None]:
+        if isinstance(source, SegmentationSource) and source.classes == tuple(classes):
+            return source.sample(number)
+        return source.image(number), labels[number] if labels else None
+
     count = min(count, len(source))
     numbers = [(2 * position + 1) * len(source) // (2 * count) for position in range(count)]
-    labels = source.labels if isinstance(source, ImageSource) else None
     samples = []
     for number in numbers:
-        title = None if labels is None else shown(source.classes[labels[number]])
+        title = labels[number] if labels else PurePath(source.file_name(number)).name
         try:
             thumbnail = fitted(source.image(number), THUMBNAIL)
         except DataError as error:
             logger.warning("a sample is left out: %s", error)
         else:
-            samples.append(Sample(title, thumbnail, partial(source.image, number)))
+            samples.append(Sample(shown(title), thumbnail, partial(load, number)))
     return samples
 
 
@@ -164,11 +177,11 @@ def make_page(explorer: Explorer, source: Source | None, config: AppConfig) -> P
         if (error.name or "").partition(".")[0] not in ("gradio", "gradio_client"):
             raise
         raise ModuleNotFoundError("the page needs gradio: pip install 'pcenet[app]'") from error
-    samples = samples_of(source, SAMPLES) if source else []
+    samples = samples_of(source, SAMPLES, explorer.classes) if source else []
     # To whom a path on this machine means nothing should not learn it.
-    name = config.run if bundled_folder(config.run) else Path(config.run).resolve().name
-    title = shown(f"{explorer.model.pretrained_cfg['architecture']} ({name})")
-    return Page(explorer, samples, Limits(config.max_pixels, config.max_megabytes * 2**20), title)
+    folder = Path(config.run).resolve().name
+    title = config.run if bundled_folder(config.run) else f"{explorer.model.pretrained_cfg['architecture']} ({folder})"
+    return Page(explorer, samples, Limits(config.max_pixels, config.max_megabytes * 2**20), shown(title))
 
 
 def announce(config: AppConfig, port: int) -> None:
@@ -186,7 +199,6 @@ def run_server(page: Page, listener: socket.socket, files: Path, config: AppConf
     from fastapi import FastAPI
 
     from pcenet.app.page import theme
-    from pcenet.app.words import STYLE
 
     # Of what gradio adds to a page by itself nothing is on: no links, history, tools, second server, or installation.
     application = gr.mount_gradio_app(
@@ -197,7 +209,8 @@ def run_server(page: Page, listener: socket.socket, files: Path, config: AppConf
         blocked_paths=[],
         max_file_size=page.limits.size,
         theme=theme(),
-        css=STYLE,
+        css_paths=Path(__file__).with_name("page.css"),
+        head=LIVE,
         footer_links=[],
         run_history=False,
         ssr_mode=False,

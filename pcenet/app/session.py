@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pcenet.analysis import redirect
 from pcenet.analysis.interventions import Redirect
 from pcenet.choices import Precision
+from pcenet.data import IGNORE
 from pcenet.models import SavableModel
 from pcenet.models.preprocessing import preprocessing
 from pcenet.nn import Routing, record_routing, routers_of
@@ -33,7 +34,15 @@ Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
+Truth = Image.Image | str
+"""What is known of an image: its mask, in mode L, of class numbers and ``IGNORE``; or its class's name."""
+
+View = Literal["after", "before", "change", "truth", "image"]
+"""What is shown of a prediction: with the visitor's moves, without them, the pixels that differ; or the true mask, or
+the image alone."""
+
 SHOWN = 640  # longer side of pictures on the page, pixels
+REMEMBERED = 20  # moves that can be undone
 
 
 class Place(NamedTuple):
@@ -147,10 +156,19 @@ class Prepared:
     Attributes:
         picture: what of the image the network sees, enlarged or shrunk for the page.
         tensor: ``[1, 3, h, w]``, normalised.
+        truth: what is known of it: a mask of the picture's size, ``[H, W]``, or a class's name.
     """
 
     picture: Image.Image
     tensor: Tensor
+    truth: npt.NDArray[np.uint8] | str | None = None
+
+    def right(self, outcome: Outcome) -> float | None:
+        """The share of the pixels, of those that count, whose class is the true one; None where that is not known."""
+        if outcome.mask is None or not isinstance(self.truth, np.ndarray):
+            return None
+        counts = self.truth != IGNORE
+        return float((outcome.mask == self.truth)[counts].mean()) if counts.any() else None
 
 
 @dataclass(frozen=True)
@@ -164,6 +182,8 @@ class Visit:
         layer: the layer that is looked at.
         patch: row and column of the patch that was pointed at, if any.
         moves: the patches that the visitor sent elsewhere.
+        past: the moves as they were before each of the last changes, the latest at the end.
+        view: what is shown of the prediction.
     """
 
     image: Prepared
@@ -172,6 +192,8 @@ class Visit:
     layer: str
     patch: tuple[int, int] | None = None
     moves: Moves = field(default_factory=dict)
+    past: tuple[Moves, ...] = ()
+    view: View = "after"
 
     @property
     def routing(self) -> LayerRouting:
@@ -228,11 +250,13 @@ class Explorer:
                 " give the run of a PCE network"
             )
 
-    def prepare(self, image: Image.Image) -> Prepared:
-        """An RGB image of any size, ready to be looked at."""
+    def prepare(self, image: Image.Image, truth: Truth | None = None) -> Prepared:
+        """An RGB image of any size, ready to be looked at, and what is known of it."""
         tensor = self._transform(image)
-        seen = image if self.model.task == "segment" else self._as_image(tensor)
-        return Prepared(fitted(seen, SHOWN), tensor[None])
+        picture = fitted(image if self.model.task == "segment" else self._as_image(tensor), SHOWN)
+        if isinstance(truth, Image.Image):
+            return Prepared(picture, tensor[None], np.asarray(truth.resize(picture.size, Image.Resampling.NEAREST)))
+        return Prepared(picture, tensor[None], truth)
 
     def _as_image(self, tensor: Tensor) -> Image.Image:
         values = preprocessing(self.model)
@@ -266,9 +290,9 @@ class Explorer:
         counts = np.bincount(mask.ravel(), minlength=len(self.classes))
         return Outcome((counts / mask.size).astype(np.float32), mask, layers)
 
-    def begin(self, image: Image.Image) -> Visit:
+    def begin(self, image: Image.Image, truth: Truth | None = None) -> Visit:
         """A look at an image, at the PCE layer that tells most of it, the first of equal ones. Raises as `look`."""
-        prepared = self.prepare(image)
+        prepared = self.prepare(image, truth)
         outcome = self.look(prepared)
         return Visit(prepared, outcome, outcome, max(outcome.layers, key=lambda name: outcome.layers[name].tells))
 
@@ -293,10 +317,15 @@ class Explorer:
                 raise ValueError(f"{name} {number} must be a whole number from 0 to {count - 1}")
         return replace(visit, patch=(row, column))
 
-    def send(self, visit: Visit, expert: int) -> Visit:
+    def send(self, visit: Visit, expert: int, *, whole: bool = False) -> Visit:
         """Send the patch that is pointed at to an expert; back to the router's choice, if it is that one.
 
         What was sent elsewhere before stays there.
+
+        Args:
+            visit: what the visitor sees.
+            expert: the patch's new one.
+            whole: send all patches of the layer that are served by the same expert as this one.
 
         Raises:
             ValueError: if no patch is pointed at, or there is no such expert.
@@ -306,15 +335,36 @@ class Explorer:
             raise ValueError("no patch is pointed at; point at one first")
         if not 0 <= expert < visit.routing.num_experts:
             raise ValueError(f"expert {expert} must be a whole number from 0 to {visit.routing.num_experts - 1}")
-        moves = {**visit.moves, place: expert}
+        serving = visit.routing.serving
+        alike = np.argwhere(serving == serving[place.row, place.column]).tolist()
+        sent = [Place(visit.layer, row, column) for row, column in alike] if whole else [place]
+        moves = {**visit.moves, **dict.fromkeys(sent, expert)}
         outcome = self.look(visit.image, moves)
-        if outcome.layers[place.layer].preferred[place.row, place.column] == expert:
-            del moves[place]
-        return replace(visit, moves=moves, after=outcome if moves else visit.before)
+        preferred = outcome.layers[visit.layer].preferred
+        for back in sent:
+            if preferred[back.row, back.column] == expert:
+                del moves[back]
+        return self._moved(visit, moves, outcome)
+
+    def undo(self, visit: Visit) -> Visit:
+        """Take back the last change of who serves what, if there was one. Raises as `look`."""
+        if not visit.past:
+            return visit
+        *past, moves = visit.past
+        return replace(self._moved(visit, moves, self.look(visit.image, moves)), past=tuple(past))
 
     def reset(self, visit: Visit) -> Visit:
         """Let the router choose for all patches again."""
-        return replace(visit, moves={}, after=visit.before)
+        return self._moved(visit, {}, visit.before)
+
+    def _moved(self, visit: Visit, moves: Moves, outcome: Outcome) -> Visit:
+        return replace(
+            visit,
+            moves=moves,
+            after=outcome if moves else visit.before,
+            past=visit.past if moves == visit.moves else (*visit.past, visit.moves)[-REMEMBERED:],
+            view="change" if visit.view == "change" else "after",  # what shows the effect
+        )
 
 
 def fitted(image: Image.Image, side: int) -> Image.Image:

@@ -13,7 +13,8 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="the page needs gradio")
 
-from pcenet.app.page import Limits, Page, Sample
+from pcenet.app.page import LOOK, Limits, Page, Sample
+from pcenet.app.session import Place
 
 LIMITS = Limits(pixels=100, size=2000)
 
@@ -28,7 +29,7 @@ def _files(tmp_path_factory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def page(explorer, corner) -> Page:
     dark = Image.new("RGB", (8, 8))
-    samples = [Sample("dark", dark, lambda: dark), Sample(None, corner, lambda: corner)]
+    samples = [Sample("dark", dark, lambda: (dark, "zero")), Sample("corner", corner, lambda: (corner, None))]
     return build(explorer("classify"), samples)
 
 
@@ -64,31 +65,83 @@ def test_the_first_sample_is_there_at_once(page):
     answer = ask(page, page.first_sample)
     assert answer[page.visit].before.layers["first"].serving.tolist() == [[0, 0], [0, 0]]
     assert answer[page.notice] == ""
+    assert "true class: zero" in answer[page.headline]
+    assert answer[page.gallery].selected_index == 0
 
 
 def test_clicks_of_a_visitor(page):
     visit = page.choose_sample(click(1))[page.visit]
     assert visit.before.layers["first"].serving.tolist() == [[1, 0], [0, 0]]
     visit = page.choose_layer(visit, "second")[page.visit]
-    pointed = page.click(visit, click([500, 100]))  # of 640 x 640 pixels
+    pointed = page.click(visit, LOOK, False, click([500, 100]))  # of 640 x 640 pixels
     assert pointed[page.visit].patch == (0, 1)
-    assert (pointed[page.row], pointed[page.column]) == (0, 1)
     assert pointed[page.expert].value == 0
-    assert pointed[page.expert].interactive
-    assert page.look_at(visit, 1, 0)[page.visit].patch == (1, 0)
-    sent = page.send_patch(pointed[page.visit], 1)
+    assert page.click(pointed[page.visit], LOOK, False, click([400, 10]))[page.visit].patch is None  # once more
+    for typed in ("1, 0", "1 0", " 1,0 "):
+        assert page.type_patch(visit, LOOK, False, typed)[page.visit].patch == (1, 0)
+    sent = page.send_patch(pointed[page.visit], 1, False)
     assert "to expert 1" in sent[page.report]
+    assert page.undo_move(sent[page.visit])[page.visit].moves == {}
     assert page.reset_all(sent[page.visit])[page.visit].moves == {}
 
 
-def test_pictures_of_a_change_are_for_segmentation(explorer, corner):
+def test_painting(page):
+    visit = page.choose_layer(page.choose_sample(click(1))[page.visit], "second")[page.visit]
+    for place in ([500, 100], [100, 500]):
+        visit = page.click(visit, 1, False, click(place))[page.visit]
+        assert visit.patch is None  # no panel in the way of the next
+    assert visit.moves == {Place("second", 0, 1): 1, Place("second", 1, 0): 1}
+    visit = page.type_patch(visit, 0, True, "0, 0")[page.visit]  # and with it all that expert 1 serves
+    assert visit.routing.serving.tolist() == [[0, 0], [0, 0]]
+    assert visit.moves == {Place("second", 0, 0): 0}
+
+
+def test_the_views_of_a_prediction_are_for_segmentation(explorer, corner):
+    mask = Image.new("L", corner.size, 2)
+    page = build(explorer("segment"), [Sample("corner", corner, lambda: (corner, mask))])
+    answer = ask(page, page.first_sample)
+    assert [view for _, view in answer[page.view].choices] == ["after", "before", "change", "truth", "image"]
+    visit = answer[page.visit]
+    found = page.choose_view(visit, "truth")
+    assert set(found) == {page.visit, page.prediction}
+    assert found[page.prediction].alt_text == "True mask"
+    pointed = page.explorer.point_at(found[page.visit], 1, 1)
+    assert page.send_patch(pointed, 1, False)[page.view].value == "after"  # where a move is seen
+    compared = page.choose_view(pointed, "change")[page.visit]
+    assert page.send_patch(compared, 1, False)[page.view].value == "change"
+    begun = page._show_all(page.explorer.begin(corner), None)
+    assert "truth" not in dict(begun[page.view].choices).values()
+
+
+def test_a_page_without_samples(explorer):
     page = build(explorer("segment"), [])
-    assert ask(page, page.first_sample) == {page.notice: "", page.answer: "", page.report: ""}
-    visit = page.explorer.point_at(page.explorer.begin(corner), 1, 1)
-    assert not page._show_all(visit)[page.comparison].visible
-    sent = page.send_patch(visit, 1)
-    assert sent[page.comparison].visible
-    assert sent[page.changed].size == (640, 640)
+    assert ask(page, page.first_sample) == {page.notice: ""}
+
+
+def test_a_wish_names_no_part_that_it_leaves_as_it_is(page):
+    """What a wish lists as its outputs is what it answers; a click may also paint."""
+    visit = page.explorer.begin(page.samples[1].load()[0])
+    pointed = page.explorer.point_at(visit, 0, 1)
+    answers = {
+        (page.layer, "input"): page.choose_layer(visit, "second"),
+        (page.experts, "select"): page.click(visit, 1, False, click([1, 1])),
+        (page.typed, "submit"): page.type_patch(visit, 1, False, "0 0"),
+        (page.expert, "input"): page.send_patch(pointed, 1, False),
+        (page.undo, "click"): page.undo_move(visit),
+        (page.reset, "click"): page.reset_all(visit),
+        (page.view, "input"): page.choose_view(visit, "image"),
+        (page.blocks, "load"): page.first_sample(),
+        (page.gallery, "select"): page.choose_sample(click(1)),
+        (page.file, "upload"): {**page.first_sample(), page.file: None},
+    }
+    functions = {function.targets[0]: function for function in page.blocks.fns.values()}
+    assert len(functions) == len(answers)
+    for (part, event), answer in answers.items():
+        function = functions[part._id, event]
+        assert set(function.outputs) == {page.notice, *answer}, event
+        assert function.show_progress == "hidden"
+    pointing = page.click(visit, LOOK, False, click([1, 1]))
+    assert set(pointing) == {page.visit, page.answer, page.expert}  # and draws no picture
 
 
 def test_an_upload_is_taken(page, upload, encode, corner):
@@ -143,11 +196,16 @@ def test_a_truncated_upload(page, upload, encode):
     ("wish", "inputs", "message"),
     [
         ("choose_layer", (None, "first"), "there is no image yet"),
-        ("click", (None, click([1, 1])), "there is no image yet"),
-        ("send_patch", (None, 1), "there is no image yet"),
-        ("send_patch", (None, None), "no expert is chosen"),
+        ("click", (None, LOOK, False, click([1, 1])), "there is no image yet"),
+        ("send_patch", (None, 1, False), "there is no image yet"),
+        ("send_patch", (None, None, False), "no expert is chosen"),
+        ("undo_move", (None,), "there is no image yet"),
         ("reset_all", (None,), "there is no image yet"),
-        ("look_at", (None, None, 1), "row and column must be whole numbers"),
+        ("choose_view", (None, "after"), "there is no image yet"),
+        ("choose_view", (None, "elsewhere"), "view 'elsewhere' is not one of after, before"),
+        ("type_patch", (None, LOOK, False, "1, 2"), "there is no image yet"),
+        ("type_patch", (None, LOOK, False, None), "row and column must be two whole numbers"),
+        ("type_patch", (None, LOOK, False, "-1, 2"), "row and column must be two whole numbers"),
     ],
 )
 def test_wishes_without_what_they_need(page, wish, inputs, message):

@@ -18,17 +18,20 @@ from pcenet.data import DataError, SceneSource, open_source
 def test_samples_are_spread_over_the_source_with_their_classes(pictures):
     pytest.importorskip("gradio", reason="the page needs gradio")
     source = open_source(pictures, "val")  # 4 each of blue, green, red
-    samples = samples_of(source, 5)
+    samples = samples_of(source, 5, source.classes)
     # The middles of five equal parts of 12: 1.2, 3.6, 6, 8.4, 10.8.
     assert [sample.title for sample in samples] == ["blue", "blue", "green", "red", "red"]
-    assert samples[2].load().tobytes() == source.image(6).tobytes()
-    assert [sample.load().tobytes() for sample in samples_of(source, 99)] == [
+    assert samples[2].load()[1] == "green"
+    assert [sample.load()[0].tobytes() for sample in samples_of(source, 99, ())] == [
         source.image(number).tobytes() for number in range(12)
     ]
     assert samples[0].thumbnail.size == (160, 160)  # five times 32
-    (scene,) = samples_of(SceneSource("val", count=1), 5)
-    assert scene.title is None
-    assert isinstance(scene.load(), Image.Image)
+    scenes = SceneSource("val", count=1)
+    (scene,) = samples_of(scenes, 5, scenes.classes)
+    assert scene.title == "scenes val[0]"
+    assert [image.tobytes() for image in scene.load()] == [image.tobytes() for image in scenes.sample(0)]
+    (scene,) = samples_of(scenes, 5, scenes.classes[::-1])  # what the masks' numbers mean is another network's
+    assert scene.load() == (scenes.image(0), None)
 
 
 def test_a_sample_that_cannot_be_read_is_left_out(tmp_path, encode, caplog):
@@ -40,7 +43,7 @@ def test_a_sample_that_cannot_be_read_is_left_out(tmp_path, encode, caplog):
         (tmp_path / "val" / name / "0.png").write_bytes(encode(Image.new("RGB", (4, 4))))
     (tmp_path / "val" / "a" / "0.png").write_bytes(b"no image")
     with caplog.at_level(logging.WARNING, "pcenet"):
-        assert [sample.title for sample in samples_of(open_source(tmp_path, "val"), 5)] == ["b"]
+        assert [sample.title for sample in samples_of(open_source(tmp_path, "val"), 5, "ab")] == ["b"]
     assert "a sample is left out" in caplog.text
     assert "val/a/0.png" in caplog.text
 

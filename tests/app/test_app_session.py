@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pcenet.app.session import LayerRouting, Place, change, fitted, map_sizes, sent_to
+from pcenet.app.session import REMEMBERED, LayerRouting, Place, change, fitted, map_sizes, sent_to
 from pcenet.models import create_network
 from pcenet.nn import Grid, Routing, record_routing
 
@@ -139,6 +139,34 @@ def test_of_several_experts_the_first_is_exchanged():
     moves = {Place("a", 0, 0): 2, Place("a", 1, 0): 2, Place("b", 0, 1): 1}
     assert sent_to(moves)("a", routing).tolist() == [[2, 1], [2, 0], [2, 1], [0, 1]]
     assert choice.tolist() == [[0, 1], [2, 0], [1, 2], [0, 1]]  # the network's own record stays
+
+
+def test_a_whole_expert_elsewhere_and_undone(explorer, corner):
+    look = explorer("classify")
+    visit = look.point_at(look.begin(corner), 1, 0)  # of expert 0, as two others
+    sent = look.send(visit, 1, whole=True)
+    assert sent.routing.serving.tolist() == [[1, 1], [1, 1]]
+    assert sent.moves == {Place("first", *patch): 1 for patch in ((0, 1), (1, 0), (1, 1))}
+    np.testing.assert_allclose(sent.after.shares, softmax(0, (RED + 3 * SENT_RED) / 4, 0), atol=1e-6)
+    one_back = look.send(sent, 0)
+    assert one_back.moves == {Place("first", *patch): 1 for patch in ((0, 1), (1, 1))}
+    once = look.undo(one_back)
+    assert once.moves == sent.moves
+    np.testing.assert_array_equal(once.after.shares, sent.after.shares)
+    twice = look.undo(once)
+    assert (twice.moves, twice.past) == ({}, ())
+    assert twice.after is twice.before
+    assert look.undo(twice) is twice
+    assert look.undo(look.reset(one_back)).moves == one_back.moves
+    assert look.send(visit, 0).past == ()  # nothing has changed
+
+
+def test_so_many_moves_can_be_undone(explorer, corner):
+    look = explorer("classify")
+    visit = look.point_at(look.begin(corner), 0, 1)
+    for number in range(REMEMBERED + 3):
+        visit = look.send(visit, (number + 1) % 2)
+    assert len(visit.past) == REMEMBERED
 
 
 @pytest.mark.parametrize(
