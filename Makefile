@@ -43,9 +43,11 @@ experiments: $(VENV)/installed
 	$(call COMPARE,camvid,$(CAMVID)) --status
 	$(call COMPARE,cifar10,$(CIFAR10)) --status
 	$(call COMPARE,controls-cifar10,$(CIFAR10)) --status
+	$(call COMPARE,controls-camvid,$(CAMVID)) --status
 	$(call COMPARE,camvid,$(CAMVID))
 	$(call COMPARE,cifar10,$(CIFAR10))
 	$(call COMPARE,controls-cifar10,$(CIFAR10))
+	$(call COMPARE,controls-camvid,$(CAMVID))
 	$(BIN)/python experiments/report.py
 
 docs: $(VENV)/installed

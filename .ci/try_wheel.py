@@ -18,10 +18,11 @@ from pathlib import Path
 LIMIT = 0.5  # seconds of a processor
 RUNS = 5
 OURS = re.compile(
-    r"pcenet(/[\w.-]+)*/[\w-]+\.(py|typed|html|json|safetensors|md)"
+    r"pcenet(/[\w.-]+)*/[\w-]+\.(css|py|typed|html|json|safetensors|md)"
     r"|pcenet/ops/cpu/\w+\.(cpp|inl|h)|pcenet-[\w.]+\.dist-info/.*"
 )
 NEEDED = {
+    "pcenet/app/page.css",
     "pcenet/py.typed",
     "pcenet/explanation/page.html",
     "pcenet/networks.json",
