@@ -61,12 +61,13 @@ def bundle(run: RunFolder, name: str, *, half: bool = False) -> Path:
     """
     if not run.finished:
         raise ValueError(f"RUN {run.path} is no finished run: it lacks metrics.json or model/; finish it")
-    check(run.model, name)
+    check(run.model, name, half)
     metrics = json.loads(run.metrics.read_text(encoding="utf-8"))
     environment = json.loads(run.environment.read_text(encoding="utf-8"))
     card = ModelCard.load(run.model / CARD)
     card.data.license = LICENSE
-    text = card_text(name, run.read_config(), metrics, environment, load_model(run.model).class_names or [])
+    stored = "float16, scored in float32" if half else "float32"
+    text = card_text(name, run.read_config(), metrics, environment, load_model(run.model).class_names or [], stored)
 
     def write(folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -75,6 +76,8 @@ def bundle(run: RunFolder, name: str, *, half: bool = False) -> Path:
         if half:
             tensors = load_file(folder / WEIGHTS)
             halves = {key: each.half() if each.is_floating_point() else each for key, each in tensors.items()}
+            if not all(each.isfinite().all() for each in halves.values()):
+                raise ValueError(f"{run.model / WEIGHTS} has numbers beyond float16; leave out --half")
             save_file(halves, folder / WEIGHTS, {"format": "pt"})
         (folder / CARD).write_text(f"---\n{card.data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
@@ -83,13 +86,13 @@ def bundle(run: RunFolder, name: str, *, half: bool = False) -> Path:
     return place
 
 
-def check(folder: Path, name: str) -> None:
+def check(folder: Path, name: str, half: bool) -> None:
     """Raise a ``ValueError`` unless a model folder may be bundled as "DATA/NETWORK"."""
     data, _, network = name.partition("/")
     if not data or not network or "/" in network:
         raise ValueError(f"NAME {name!r} must be DATA/NETWORK, such as cifar10/pce_nano")
     for file in sorted(folder.iterdir()):
-        size = file.stat().st_size
+        size = file.stat().st_size // (2 if half and file.name == WEIGHTS else 1)
         if size >= LIMIT:
             raise ValueError(f"{file} has {size} bytes, a bundled file at most {LIMIT - 1}; take a smaller network")
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -107,7 +110,12 @@ def check(folder: Path, name: str) -> None:
 
 
 def card_text(
-    name: str, config: TrainConfig, metrics: dict[str, Any], environment: dict[str, Any], classes: Sequence[str]
+    name: str,
+    config: TrainConfig,
+    metrics: dict[str, Any],
+    environment: dict[str, Any],
+    classes: Sequence[str],
+    stored: str,
 ) -> str:
     """The body of the card. No path of the machine that trained is in it."""
     network, val = name.partition("/")[2], metrics["val"]
@@ -124,6 +132,7 @@ def card_text(
 | classes | {", ".join(classes)} |
 | validation | {SCORES[score]} {val[score]:.2%} of {val["images"]} images |
 | epochs | {metrics["epochs"]} |
+| stored in | {stored} |
 | made with | pcenet {environment["pcenet"]}, {versions}, {environment["precision"]} on {environment["device"]} |
 
 The weights are under the licence of the package. {about}

@@ -14,7 +14,7 @@ from pcenet.catalogue import networks, weights_of
 from pcenet.reporting.numbers import SCORES, score_digits
 
 SPEEDS = ("step", "latency")  # of a training step, of one image, as `pcenet bench` calls them
-TITLES = ("network", "weights", "score, %", "input", "multiply-adds", "parameters (active)", "time", "twin")
+TITLES = ("network", "weights", "score, %", "input", "multiply-adds", "parameters (active)", "time / twin's", "twin")
 
 
 @cache
@@ -87,13 +87,14 @@ def legend() -> list[str]:
     """What the table says of itself, in lines: what was measured, on what."""
     measured = results()
     speed = measured["speed"]
-    by_data = {name.partition("/")[0]: score for name, score in measured["weights"].items()}
+    of_data = {
+        f"{name.partition('/')[0]}: {SCORES[score['score']]} on the {score['images']} images of {score['split']},"
+        f" {of_seeds(score)}."
+        for name, score in measured["weights"].items()
+    }
     return [
-        "Networks without weights have no score here: no trained weights of them come with the package.",
-        *(
-            f"{tag}: {SCORES[score['score']]} on the {score['images']} images of {score['split']}, {of_seeds(score)}."
-            for tag, score in sorted(by_data.items())
-        ),
+        "A network without weights has no score: none of its trained weights come with the package.",
+        *sorted(of_data),
         f"Time of a training step, and of one image, relative to the twin's: {speed['processor']} ({speed['kind']}),"
         f" {speed['threads']} threads, {speed['precision']}, not compiled.",
     ]

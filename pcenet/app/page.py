@@ -16,6 +16,7 @@ from PIL import Image
 
 from pcenet.app import pictures, words
 from pcenet.app.session import Explorer, Truth, View, Visit
+from pcenet.data import DataError
 from pcenet.data.images import decode_image
 from pcenet.runtime.memory import ran_out_of_memory
 from pcenet.texts import say
@@ -265,7 +266,12 @@ class Page:
         return self._show_prediction(replace(an_image(visit), view=view))
 
     def _begin_sample(self, number: int) -> Answer:
-        return self._show_all(self.explorer.begin(*self.samples[number].load()), number)
+        try:
+            sample = self.samples[number].load()
+        except DataError as error:  # its message has a path of this machine, which is not for visitors
+            say(str(error), to=sys.stderr)
+            raise ValueError("This sample cannot be read. Choose another one.") from error
+        return self._show_all(self.explorer.begin(*sample), number)
 
     def _show_all(self, visit: Visit, sample: int | None) -> Answer:
         masked = isinstance(visit.image.truth, np.ndarray)

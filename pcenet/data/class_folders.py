@@ -16,7 +16,7 @@ below each class, images with their masks. What was guessed or passed over is a 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -211,18 +211,24 @@ def _by_class(
 
 def _same_looks(root: Parts, names: Iterable[str]) -> list[Fault]:
     """Class folders of one split whose names cannot be told apart."""
-    first: dict[str, str] = {}
     faults = []
+    for other, name in _alike(names):
+        folder = "/".join((*root, name))
+        text = (
+            f"the class folders '{'/'.join((*root, other))}' and '{folder}' look alike and differ in"
+            f" {difference(other, name)} only. Put their images into one of them."
+        )
+        faults.append(Fault(folder, text))
+    return faults
+
+
+def _alike(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of names that cannot be told apart."""
+    first: dict[str, str] = {}
     for name in sorted(names):
         other = first.setdefault(look(name), name)
         if other != name:
-            folder = "/".join((*root, name))
-            text = (
-                f"the class folders '{'/'.join((*root, other))}' and '{folder}' look alike and differ in"
-                f" {difference(other, name)} only. Put their images into one of them."
-            )
-            faults.append(Fault(folder, text))
-    return faults
+            yield other, name
 
 
 def _check_for_splits(paths: list[Parts], top: Parts, faults: list[Fault]) -> None:
@@ -270,7 +276,8 @@ def _check_for_masks(by_split: Iterable[Files], faults: list[Fault]) -> None:
 def check_classes(
     by_split: Mapping[Split, Files], classes: Sequence[str], faults: list[Fault], roots: Mapping[Split, Parts] | None
 ) -> None:
-    """Add a fault for every class that a split lacks, and for a single class.
+    """Add a fault for every class that a split lacks, for a single class, and for classes that look alike and are no
+    folders.
 
     Args:
         by_split: of each split the images of each class.
@@ -289,6 +296,12 @@ def check_classes(
             )
             root = roots[split] if roots else ()
             faults.append(Fault("/".join((*root, name) if by_class else root), text))
+    for other, name in _alike(classes) if roots is None else ():
+        text = (
+            f"the classes '{other}' and '{name}' look alike and differ in {difference(other, name)} only. Give their"
+            " images one label."
+        )
+        faults.append(Fault(name, text))
     if len(classes) == 1:
         own = " a folder of its own" if roots is not None else " images of its own"
         text = f"only one class, '{classes[0]}', was found. Classification needs two or more: give each class{own}."

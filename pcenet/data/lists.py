@@ -212,7 +212,7 @@ def file_faults(image: str, mask: str, folder: Path) -> Iterator[str]:
     if mask and not mask.lower().endswith(MASK_SUFFIX):
         yield f"'{mask}' is no PNG file. Masks are PNG files, which keep every value."
     for name in filter(None, (image, mask)):
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # Path.is_file raises an error for a name that is too long
             yield f"there is no file '{folder / name}'. Paths begin at the folder of the list, or are absolute."
 
 

@@ -18,7 +18,7 @@ from pcenet.choices import Split, did_you_mean
 from pcenet.data.base import DataError, Fault
 from pcenet.data.class_folders import Layout, check_classes, layout_of
 from pcenet.data.files import FileTree
-from pcenet.data.limits import LARGEST_FILE
+from pcenet.data.limits import LARGEST_FILE, file_fault
 from pcenet.data.mask_folders import PairLayout
 from pcenet.data.tree import SPLIT_FOLDERS
 from pcenet.reading import check_regular
@@ -45,15 +45,16 @@ class SavedTree(FileTree):
         Raises ``DataError`` without the library, or where they cannot be read.
         """
         try:
-            from datasets import DatasetDict, load_from_disk
+            from datasets import Dataset, DatasetDict
         except ImportError as error:
             raise DataError(
                 f"{self.path}: a saved data set needs the library datasets: pip install 'pcenet[datasets]'"
             ) from error
         try:
-            check_files(self.path)
-            loaded = load_from_disk(str(self.path))
-            parts = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
+            several = check_files(self.path)
+            kind = DatasetDict if several else Dataset  # not load_from_disk, which might choose what was not checked
+            loaded = kind.load_from_disk(str(self.path))
+            parts = loaded if several else {"train": loaded}
             for part in parts.values():
                 part.data.validate(full=True)  # else offsets beyond a file's end would be read
         except Exception as error:  # whatever damaged files bring about
@@ -112,25 +113,30 @@ class SavedTree(FileTree):
             raise DataError(
                 f"{self.path}: '{name}' has no content, only a path. Save the set anew where its files are."
             )
+        if fault := file_fault(len(data)):
+            raise DataError(f"{self.path}: '{name}': {fault}")
         return data
 
 
-def check_files(folder: Path) -> None:
-    """Refuse a saved set that is made of files elsewhere, or of what has no end.
+def check_files(folder: Path) -> bool:
+    """Whether a saved set has several splits. Refuse one that is made of files elsewhere, or of what has no end.
 
     Raises:
         ValueError: for these; OSError, TypeError, KeyError: for files that are damaged or lacking.
     """
-    several = folder / MARKS[0][0]
-    splits = read_json(several)["splits"] if several.is_file() else ["."]
+    several = (folder / MARKS[0][0]).is_file()
+    splits = read_json(folder / MARKS[0][0])["splits"] if several else ["."]
     for part, name in ((folder / split, split) for split in splits):
-        check_plain(name)
+        check_file_name(name)
         for file in read_json(part / "state.json")["_data_files"]:
-            check_plain(file["filename"])
+            check_file_name(file["filename"])
             check_regular(part / file["filename"])
+            if not (part / file["filename"]).resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"{file['filename']!r} is a link to a file elsewhere")
+    return several
 
 
-def check_plain(name: str) -> None:
+def check_file_name(name: str) -> None:
     """Refuse a name that leads out of its folder."""
     if name != os.path.basename(name) or name == os.pardir:
         raise ValueError(f"{name!r} is no name of a file in it")

@@ -60,18 +60,29 @@ def read_frames(video: InputFile, transform: Transform, *, batch_size: int) -> I
 
 def samples_of(video: InputFile, transform: Transform) -> Iterator[tuple[Frame | InputFile, Tensor | str]]:
     """Each frame, prepared; at last the reason why there are no more, unless the video has ended."""
+    frames, number = frames_of(video), 0
+    while True:
+        try:
+            frame = next(frames, None)
+        except DataError as error:
+            yield video, f"{error}; predicted are the {number} frames before that" if number else str(error)
+            return
+        if frame is None:
+            return
+        yield frame, transform(frame.picture)
+        number += 1
+
+
+def frames_of(video: InputFile) -> Iterator[Frame]:
+    """The frames of a video. Raises ``DataError`` where it cannot be read on."""
     number = 0
-    try:
-        with opened(video) as (container, stream):
-            for number, decoded in enumerate(container.decode(stream), 1):
-                picture = decoded.to_image().rotate(decoded.rotation, expand=True)
-                name = f"{video.name}/{number - 1:06}"
-                yield Frame(video.file, name, video.origin, decoded.time, picture), transform(picture)
-        if not number:
-            raise DataError("it has no frame that can be decoded")
-    except DataError as error:
-        seen = f"; predicted are the {number} frames before that" if number else ""
-        yield video, f"{error}{seen}"
+    with opened(video) as (container, stream):
+        for number, decoded in enumerate(container.decode(stream), 1):
+            check_size(decoded.width, decoded.height)  # of each: it may change on the way
+            picture = decoded.to_image().rotate(decoded.rotation, expand=True)
+            yield Frame(video.file, f"{video.name}/{number - 1:06}", video.origin, decoded.time, picture)
+    if not number:
+        raise DataError("it has no frame that can be decoded")
 
 
 def count_frames(video: InputFile) -> int:

@@ -95,7 +95,7 @@ class OnlySmall:
 
 def starts(length: int, side: int, overlap: float) -> list[int]:
     """Where windows begin that cover a length with at least this overlap: as few as that takes, evenly spread."""
-    step = max(1, round(side * (1 - overlap)))
+    step = max(1, math.floor(side * (1 - overlap) + 1e-9))
     gaps = math.ceil((length - side) / step)
     return [number * (length - side) // max(gaps, 1) for number in range(gaps + 1)]
 

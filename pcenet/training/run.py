@@ -272,7 +272,7 @@ def draw(run: Run, trackers: Trackers, step: int, figures: Callable[[], Iterable
             content = png_of(figure)
             folder.mkdir(exist_ok=True)
             write_bytes(folder / f"{name}.png", content)
-            trackers.show([folder / f"{name}.png"], step)
+            trackers.show(folder / f"{name}.png", step)
 
 
 def final_pictures(run: Run, model: SavableModel, rows: Sequence[Row], result: Any) -> Iterator[tuple[str, Figure]]:

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -31,8 +31,8 @@ class Tracker(Protocol):
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Figures after this many optimiser steps."""
 
-    def show(self, pictures: Mapping[str, Path], step: int) -> None:
-        """Pictures by name, PNG files, after this many optimiser steps."""
+    def show(self, name: str, path: Path, step: int) -> None:
+        """A picture, a PNG file, after this many optimiser steps."""
 
     def close(self) -> None:
         """There will be no more."""
@@ -57,11 +57,10 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
         self.writer.flush()  # what a run that is killed has logged is there
 
-    def show(self, pictures: Mapping[str, Path], step: int) -> None:
-        """Pictures by name, PNG files, after this many optimiser steps."""
-        for name, path in pictures.items():
-            with Image.open(path) as picture:
-                self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+    def show(self, name: str, path: Path, step: int) -> None:
+        """A picture, a PNG file, after this many optimiser steps."""
+        with Image.open(path) as picture:
+            self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
         self.writer.flush()
 
     def close(self) -> None:
@@ -96,11 +95,11 @@ class WeightsAndBiases:
         """Figures after this many optimiser steps."""
         self.run.log({**figures, "step": step})
 
-    def show(self, pictures: Mapping[str, Path], step: int) -> None:
-        """Pictures by name, PNG files, after this many optimiser steps."""
+    def show(self, name: str, path: Path, step: int) -> None:
+        """A picture, a PNG file, after this many optimiser steps."""
         import wandb
 
-        self.run.log({**{name: wandb.Image(str(path)) for name, path in pictures.items()}, "step": step})
+        self.run.log({name: wandb.Image(str(path)), "step": step})
 
     def close(self) -> None:
         """There will be no more."""
@@ -130,11 +129,11 @@ class Trackio:
         """Figures after this many optimiser steps."""
         self.run.log(dict(figures), step=step)
 
-    def show(self, pictures: Mapping[str, Path], step: int) -> None:
-        """Pictures by name, PNG files, after this many optimiser steps."""
+    def show(self, name: str, path: Path, step: int) -> None:
+        """A picture, a PNG file, after this many optimiser steps."""
         import trackio
 
-        self.run.log({name: trackio.Image(path) for name, path in pictures.items()}, step=step)
+        self.run.log({name: trackio.Image(path)}, step=step)
 
     def close(self) -> None:
         """There will be no more."""
@@ -164,6 +163,7 @@ class Trackers:
 
     def __init__(self, makers: Mapping[str, Callable[[], Tracker]]) -> None:
         self.alive: dict[str, Tracker] = {}
+        self.without_pictures: set[str] = set()
         for title, make in makers.items():
             with self.forgiving(title):
                 self.alive[title] = make()
@@ -183,12 +183,21 @@ class Trackers:
             with self.forgiving(title):
                 tracker.log(figures, step)
 
-    def show(self, files: Iterable[Path], step: int) -> None:
-        """PNG files, which are called after their folder and themselves, after this many optimiser steps."""
-        pictures = {f"{path.parent.name}/{path.stem}": path for path in sorted(files)}
-        for title, tracker in list(self.alive.items()):
-            with self.forgiving(title):
-                tracker.show(pictures, step)
+    def show(self, path: Path, step: int) -> None:
+        """A PNG file, called after its folder and itself, after this many optimiser steps.
+
+        A tracker that fails to show it gets no more of them, but its figures.
+        """
+        for title, tracker in self.alive.items():
+            if title in self.without_pictures:
+                continue
+            try:
+                tracker.show(f"{path.parent.name}/{path.stem}", path, step)
+            except Exception as error:  # whatever it is, training matters more
+                self.without_pictures.add(title)
+                log.warning(
+                    "%s failed to show a picture (%s: %s); it gets no more of them", title, type(error).__name__, error
+                )
 
     def close(self) -> None:
         """There will be no more."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pcenet import cli
 from pcenet.data import (
@@ -237,3 +238,22 @@ def test_the_images_of_a_list_differ(pets: Path) -> None:
     """That the tests above compare anything: no two of these images are the same."""
     source = open_source(listed(pets, "image,label", *rows_of(pets)), "train")
     assert len({np.asarray(source.image(index)).tobytes() for index in range(len(source))}) == len(source) == 18
+
+
+def test_labels_that_look_alike_are_a_fault(tmp_path: Path) -> None:
+    names = [f"{number}.png" for number in range(8)]
+    for name in names:
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    labels = ["cat", "dog", "cat\u200b", "dog"] * 2
+    rows = [f"{name},{label},train" for name, label in zip(names, labels, strict=True)]
+    path = tmp_path / "pets.csv"
+    path.write_text("\n".join(["image,label,split", *rows]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"the classes 'cat' and 'cat.*' look alike and differ in"):
+        open_source(path, "train")
+
+
+def test_a_name_that_no_file_can_have_is_a_fault_of_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "pets.csv"
+    path.write_text(f"image,label\n{'x' * 300}.png,cat\n", encoding="utf-8")
+    with pytest.raises(DataError, match="line 2: there is no file"):
+        open_source(path, "train")

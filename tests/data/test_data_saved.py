@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,14 +116,13 @@ def test_a_fault_of_a_split_is_named(tmp_path: Path, parts: Any, fault: str) -> 
 def test_it_is_checked_like_any_set(tmp_path: Path) -> None:
     stream = io.BytesIO()
     picture(0).save(stream, "png")
-    files = [{"bytes": stream.getvalue()}, {"bytes": b"no image"}, {"bytes": stream.getvalue()}, {"path": "away.png"}]
-    encoded = datasets.Dataset.from_dict({"img": files, "label": [0, 1, 1, 0]})
+    files = [{"bytes": stream.getvalue()}, {"bytes": b"no image"}, {"bytes": stream.getvalue()}]
+    encoded = datasets.Dataset.from_dict({"img": files, "label": [0, 1, 1]})
     encoded = encoded.cast(
         datasets.Features(img=datasets.Image(decode=False), label=datasets.ClassLabel(names=CLASSES))
     )
-    (tmp_path / "away.png").write_bytes(stream.getvalue())
     path = tmp_path / "pets"
-    datasets.DatasetDict(train=encoded.select([0, 1, 2]), val=part([0, 1], first=5)).save_to_disk(str(path))
+    datasets.DatasetDict(train=encoded, val=part([0, 1], first=5)).save_to_disk(str(path))
     report = check_data(path)
     found = {(finding.kind, finding.file): finding.message for finding in report.findings}
     assert "is text" in found["broken image", "train[1]"]
@@ -148,6 +148,21 @@ def test_damaged_files_are_one_error(pets: Path) -> None:
 def test_files_elsewhere_are_not_read(pets: Path, name: str) -> None:
     (pets / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
     with pytest.raises(DataError, match=f"pets: .* cannot be read .'{name}' is no name of a file in it"):
+        open_source(pets, "train")
+
+
+def test_what_is_checked_is_what_is_read(pets: Path, tmp_path: Path) -> None:
+    """A folder may be marked as one split and as several; files may be links."""
+    (arrow,) = (pets / "train").glob("*.arrow")
+    for name in ("dataset_info.json", "state.json"):
+        shutil.copy(pets / "train" / name, pets / name)
+    shutil.copy(arrow, pets / arrow.name)
+    source = open_source(pets, "train")
+    (pets / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../elsewhere.arrow"}]}))
+    assert len(open_source(pets, "train")) == len(source)  # the folder of several splits
+    arrow.rename(tmp_path / "elsewhere.arrow")
+    arrow.symlink_to(tmp_path / "elsewhere.arrow")
+    with pytest.raises(DataError, match=f"'{arrow.name}' is a link to a file elsewhere"):
         open_source(pets, "train")
 
 

@@ -113,6 +113,26 @@ def test_overlaps_are_weighted_by_hand() -> None:
     assert windows_of(ByColumn(0.1, 0.51, 0.1, 0.2), 0.5)(image).tolist() == [[1, 0, 1, 0, 1, 1]]
 
 
+class ByRow(ByColumn):
+    """`ByColumn`, turned."""
+
+    def __init__(self, *probabilities: float) -> None:
+        super().__init__(*probabilities)
+        self.pretrained_cfg["input_size"] = (3, len(probabilities), 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits[None, :, :, None].expand(len(images), -1, -1, -1)
+
+
+def test_rows_of_windows_are_weighted_like_columns() -> None:
+    image = Image.new("RGB", (1, 6))
+    for probabilities, expected in (
+        ((0.9, 0.2, 0.45, 0.1), [0, 1, 1, 1, 1, 1]),
+        ((0.1, 0.51, 0.1, 0.2), [1, 0, 1, 0, 1, 1]),
+    ):
+        assert windows_of(ByRow(*probabilities), 0.5)(image).flatten().tolist() == expected
+
+
 class LargestFloats(TorchDispatchMode):
     """Counts the numbers in the largest floating-point tensor that any operator gives."""
 

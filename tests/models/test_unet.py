@@ -10,7 +10,8 @@ from pcenet import complexity, load_model, record_routing
 from pcenet.models import PCEUNet, create_network, input_size_of, list_models, model_options, task_of, twin_of
 from pcenet.nn import PCELayer
 
-NAMES = ["dense_unet_nano", "dense_unet_nano_wide", "dense_unet_tiny", "pce_unet_nano", "pce_unet_tiny"]
+DENSE = ["dense_unet_nano", "dense_unet_nano_position", "dense_unet_nano_wide", "dense_unet_tiny"]
+NAMES = [*DENSE, "pce_unet_nano", "pce_unet_tiny"]
 
 
 def images(height: int = 64, width: int = 96, batch: int = 2) -> torch.Tensor:
@@ -20,7 +21,7 @@ def images(height: int = 64, width: int = 96, batch: int = 2) -> torch.Tensor:
 def test_names_tasks_and_twins():
     assert list_models("segment") == NAMES
     assert {task_of(name) for name in NAMES} == {"segment"}
-    assert [twin_of(name) for name in NAMES] == [None, None, None, "dense_unet_nano", "dense_unet_tiny"]
+    assert [twin_of(name) for name in NAMES] == [*[None] * len(DENSE), "dense_unet_nano", "dense_unet_tiny"]
     assert [input_size_of(name) for name in ("pce_unet_nano", "pce_nano")] == [(3, 192, 256), (3, 32, 32)]
     assert "patch_sizes" in model_options("pce_unet_nano")
     assert "global_pool" not in model_options("pce_unet_nano")

@@ -129,7 +129,8 @@ def pictures_folder(tmp_path: Path) -> Path:
 def test_pictures_go_to_tensorboard(pictures_folder: Path) -> None:
     folder = RunFolder(pictures_folder.parent)
     trackers = Trackers({"TensorBoard": lambda: TensorBoard(folder, 1)})
-    trackers.show(pictures_folder.glob("*.png"), 7)
+    for path in pictures_folder.glob("*.png"):
+        trackers.show(path, 7)
     trackers.close()
     events = EventAccumulator(str(folder.logs / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
@@ -146,15 +147,15 @@ def test_pictures_go_to_wandb(wandb: SimpleNamespace, pictures_folder: Path) -> 
     trackers = Trackers(
         {"W&B": lambda: WeightsAndBiases(RunFolder(pictures_folder.parent), TrainConfig(data="digits"))}
     )
-    trackers.show(pictures_folder.glob("*.png"), 7)
+    path = pictures_folder / "curves.png"
+    trackers.show(path, 7)
     (run,) = wandb.runs
-    names = {f"pictures/{name}": ("picture", str(pictures_folder / f"{name}.png")) for name in ("curves", "confusion")}
-    assert run.logged == [names | {"step": 7}]
+    assert run.logged == [{"pictures/curves": ("picture", str(path)), "step": 7}]
 
 
 def test_pictures_go_to_trackio(trackio: ModuleType, pictures_folder: Path) -> None:
     tracker = Trackio(RunFolder(pictures_folder.parent), TrainConfig(data="digits"))
-    tracker.show({"pictures/curves": pictures_folder / "curves.png"}, 7)
+    tracker.show("pictures/curves", pictures_folder / "curves.png", 7)
     tracker.close()
     (run,) = trackio.Api().runs("pcenet")
     (row,) = logged(run.name)
@@ -164,10 +165,18 @@ def test_pictures_go_to_trackio(trackio: ModuleType, pictures_folder: Path) -> N
 
 def test_a_picture_that_cannot_be_shown_is_a_warning(pictures_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (pictures_folder / "broken.png").write_bytes(b"no image")
-    trackers = Trackers({"TensorBoard": lambda: TensorBoard(RunFolder(pictures_folder.parent), 1)})
-    trackers.show(pictures_folder.glob("*.png"), 7)
+    folder = RunFolder(pictures_folder.parent)
+    trackers = Trackers({"TensorBoard": lambda: TensorBoard(folder, 1)})
+    for name in ("broken", "curves"):
+        trackers.show(pictures_folder / f"{name}.png", 7)
     assert len(caplog.messages) == 1
-    assert "TensorBoard failed" in caplog.messages[0]
+    assert "TensorBoard failed to show a picture" in caplog.messages[0]
+    trackers.log({"loss": 0.5}, 8)  # the figures go on
+    trackers.close()
+    events = EventAccumulator(str(folder.logs / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["images"] == []
+    assert [event.value for event in events.Scalars("loss")] == [0.5]
 
 
 @pytest.mark.parametrize("package", ["wandb", "trackio"])
