@@ -24,7 +24,7 @@ from pcenet.analysis.interventions import Redirect
 from pcenet.choices import Precision
 from pcenet.data import IGNORE
 from pcenet.models import SavableModel
-from pcenet.models.preprocessing import preprocessing
+from pcenet.models.preprocessing import as_pixels
 from pcenet.nn import Routing, record_routing, routers_of
 from pcenet.runtime.device import autocast
 from pcenet.tasks import get_task
@@ -259,9 +259,7 @@ class Explorer:
         return Prepared(picture, tensor[None], truth)
 
     def _as_image(self, tensor: Tensor) -> Image.Image:
-        values = preprocessing(self.model)
-        mean, std = (torch.tensor(values[name]).view(3, 1, 1) for name in ("mean", "std"))
-        pixels = ((tensor * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        pixels = (as_pixels(tensor, self.model) * 255).round().to(torch.uint8)
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
     @torch.inference_mode()

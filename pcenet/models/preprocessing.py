@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import timm.data
-from torch import nn
+from torch import Tensor, nn
 
 from pcenet.models.complexity import complexity
 
@@ -37,6 +37,13 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
                 f"{name} of the network is for {channels} channels; images are read as RGB, which has three"
             )
     return resolved
+
+
+def as_pixels(inputs: Tensor, model: nn.Module) -> Tensor:
+    """Images ``[..., 3, H, W]`` that were normalised for a model as values from 0 to 1."""
+    values = preprocessing(model)
+    mean, std = (inputs.new_tensor(values[name]).view(3, 1, 1) for name in ("mean", "std"))
+    return (inputs * std + mean).clamp(0, 1)
 
 
 def cost_of(model: nn.Module) -> dict[str, Any]:

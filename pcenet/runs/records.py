@@ -9,7 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from pcenet.runs.health import EVALUATED, TRAINED
-from pcenet.runs.schemas import ANYTHING, COUNT, NUMBER, TEXT, TRUTH, Each, Maybe, Schema, or_none, read_json, read_text
+from pcenet.runs.schemas import (
+    ANYTHING,
+    BOOLEAN,
+    COUNT,
+    NUMBER,
+    TEXT,
+    Each,
+    Maybe,
+    Schema,
+    or_none,
+    read_json,
+    read_text,
+)
 
 Row = dict[str, float | None]
 
@@ -43,7 +55,7 @@ def metrics_of(score: str) -> dict[str, Any]:
 def evaluation_of(score: str) -> Schema:
     """What a file of ``pcenet eval`` has to hold, of a network with this figure of merit."""
     texts = dict.fromkeys(("source", "data", "split"), TEXT)
-    return {**texts, "tta": Maybe(TRUTH), "images": COUNT, score: NUMBER, "router": Each(BEFORE)}
+    return {**texts, "tta": Maybe(BOOLEAN), "images": COUNT, score: NUMBER, "router": Each(BEFORE)}
 
 
 def read_record(path: Path, schema: Schema = ANYTHING) -> Any:

@@ -35,7 +35,7 @@ LARGEST = sys.float_info.max
 
 ANYTHING = Rule("anything", lambda value: True)
 TEXT = Rule("a text", lambda value: isinstance(value, str))
-TRUTH = Rule("true or false", lambda value: type(value) is bool)
+BOOLEAN = Rule("true or false", lambda value: type(value) is bool)
 COUNT = Rule("a whole number from 0 on", lambda value: type(value) is int and 0 <= value < 2**53)
 NUMBER = Rule("a finite number", lambda value: type(value) in (int, float) and abs(value) <= LARGEST)
 FIGURE = Rule("a number", lambda value: type(value) is float or NUMBER.holds(value))

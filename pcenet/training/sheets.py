@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from pcenet.analysis.pictures import routing_picture
 from pcenet.analysis.samples import overlay
 from pcenet.data import EpochSampler, SegmentationSource
-from pcenet.models.preprocessing import preprocessing
+from pcenet.models.preprocessing import as_pixels
 from pcenet.nn import record_routing
 from pcenet.reporting.plots import as_label, new_figure
 from pcenet.runtime.device import autocast
@@ -74,11 +74,7 @@ def in_a_row(pixels: Tensor, titles: Sequence[str]) -> Figure:
 
 def seen(images: Tensor, model: nn.Module) -> Tensor:
     """Images ``[B, 3, H, W]`` in [0, 1] as they were before they were normalised, if they are."""
-    if images.dtype == torch.uint8:
-        return images / 255
-    values = preprocessing(model)
-    mean, std = (torch.tensor(values[name]).view(3, 1, 1) for name in ("mean", "std"))
-    return (images * std + mean).clamp(0, 1)
+    return images / 255 if images.dtype == torch.uint8 else as_pixels(images, model)
 
 
 def marked(pixels: Tensor, targets: Sequence[Any], run: Run) -> tuple[Tensor, list[str]]:
