@@ -209,3 +209,21 @@ def test_without_the_library_images_are_predicted_all_the_same(
     assert [each["file"] for each in results()["predictions"]] == ["pics/a.png"]
     assert "left out: pics/b.mov: videos need PyAV: pip install 'pcenet[video]'" in capsys.readouterr().out
     assert main(["predict", str(model_folder), "pics/b.mov", *CPU]) == 1
+
+
+def test_frames_that_grow_on_the_way_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream may change its resolution: what was small when it was opened says nothing of later frames."""
+    parts = []
+    for side in (64, 256):
+        part = tmp_path / f"{side}.ts"
+        film(
+            part, [Image.new("RGB", (side, side), (number * 40, 0, 0)) for number in range(3)], "mpeg2video", "yuv420p"
+        )
+        parts.append(part.read_bytes())
+    path = tmp_path / "grows.ts"
+    path.write_bytes(b"".join(parts))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
+    batches = list(read_frames(input_of(path), eval_transform(32), batch_size=2))
+    assert {frame.picture.size for batch in batches for frame in batch.files} == {(64, 64)}
+    (left,) = batches[-1].left_out
+    assert "its frames have 256 x 256 pixels, more than 4096; predicted are the" in left.reason
