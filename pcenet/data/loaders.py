@@ -277,22 +277,29 @@ def naming_dead_workers() -> Iterator[None]:
     """Turn the errors that follow the death of a process that loads images into a ``ValueError`` with the way out.
 
     PyTorch names the process. Where it died while it handed a batch over, its socket may be closed before the system
-    reports it dead: then the error is Python's, about the connection.
+    reports it dead: then the error is Python's, about the connection. PyTorch's comes by a signal, whatever is being done
+    at that moment, and what it interrupts may end in an error of its own, such as that of a file half written.
     """
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not _is_of_a_dead_worker(cause):
+            cause = cause.__context__
+        if cause is None:
             raise
-        raise _dead_worker(error) from error
-    except (OSError, EOFError) as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if frame.f_globals["__name__"] != "multiprocessing.connection":
-            raise
-        raise _dead_worker(error) from error
+        raise _dead_worker(cause) from error
 
 
-def _dead_worker(error: Exception) -> ValueError:
+def _is_of_a_dead_worker(error: BaseException) -> bool:
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    in_a_connection = bool(frames) and frames[-1].f_globals["__name__"] == "multiprocessing.connection"
+    return isinstance(error, OSError | EOFError) and in_a_connection
+
+
+def _dead_worker(error: BaseException) -> ValueError:
     reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(". ")
     return ValueError(
         f"workers: a process that loads images has died ({reason}), for lack of memory perhaps; try fewer --workers"

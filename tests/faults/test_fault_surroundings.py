@@ -13,6 +13,7 @@ import pytest
 from faults.runs import Start, at_step, pcenet
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from pcenet.data.loaders import naming_dead_workers
 from pcenet.runs.folder import RunFolder
 from pcenet.training.run import train
 from pcenet.training.trackers import TensorBoard
@@ -35,8 +36,26 @@ def test_a_process_that_dies_ends_the_run_with_a_message(
     assert error.startswith("pcenet: error: workers: a process that loads images has died (")
     assert error.endswith("try fewer --workers")
     assert "Traceback" not in log.read_text()
-    # It is noticed during the step or, where the next batch had been loaded before, during the one after.
-    assert RunFolder(config.folder).steps[-1].name in ("step-00000002", "step-00000003")
+    # It is noticed during the step or, where the next batch had been loaded before, during the one after; or while the
+    # step's checkpoint was written, which is then not there.
+    assert RunFolder(config.folder).steps[-1].name in ("step-00000001", "step-00000002", "step-00000003")
+
+
+def interrupted(reason: str) -> None:
+    """A signal's error comes while a checkpoint is written, and closing the half-written file fails, too."""
+    with naming_dead_workers():
+        try:
+            raise RuntimeError(reason)
+        finally:
+            raise RuntimeError("unexpected pos 327040 vs 326928")
+
+
+@pytest.mark.faults("a process that loads images dies")
+def test_a_death_that_interrupts_something_is_named_all_the_same() -> None:
+    with pytest.raises(ValueError, match=r"has died \(DataLoader worker \(pid 5\) is killed by signal: Killed\)"):
+        interrupted("DataLoader worker (pid 5) is killed by signal: Killed. ")
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        interrupted("something else")
 
 
 @pytest.mark.faults("a data file that vanishes")
