@@ -277,8 +277,8 @@ def naming_dead_workers() -> Iterator[None]:
     """Turn the errors that follow the death of a process that loads images into a ``ValueError`` with the way out.
 
     PyTorch names the process. Where it died while it handed a batch over, its socket may be closed before the system
-    reports it dead: then the error is Python's, about the connection. PyTorch's comes by a signal, whatever is being done
-    at that moment, and what it interrupts may end in an error of its own, such as that of a file half written.
+    reports it dead: then the error is Python's, about the connection. PyTorch's comes by a signal, at any moment, and
+    what it interrupts may end in an error of its own, such as that of a file half written.
     """
     try:
         yield
