@@ -19,6 +19,7 @@ from rich.table import Table
 import pcenet
 from pcenet.analysis import random_expert, redirect, routing_picture
 from pcenet.data import SceneSource, cover_transform, open_source
+from pcenet.models.preprocessing import as_pixels
 from pcenet.nn import routers_of
 from pcenet.reporting.tables import console
 
@@ -48,14 +49,11 @@ def look_at_a_street(folder: Path) -> None:
         model.predict(image, precision="fp32")[0].picture().save(folder / f"{Path(name).name}.png")
         print(f"{name} finds the class of {right(model, *street):.1%} of a street's pixels")
     model = pcenet.load_model(BUNDLED[0])
-    size = (image.height, image.width)
-    plain, prepared = (
-        cover_transform(size, mean=mean, std=std)(image)[None]
-        for mean, std in (((0,) * 3, (1,) * 3), (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]))
-    )
+    mean, std = (model.pretrained_cfg[name] for name in ("mean", "std"))
+    prepared = cover_transform((image.height, image.width), mean=mean, std=std)(image)[None]
     with torch.no_grad(), pcenet.record_routing(model) as records:
         model(prepared)
-    routing_picture(plain, records, ["street"]).savefig(folder / "experts.png", dpi=130)
+    routing_picture(as_pixels(prepared, model), records, ["street"]).savefig(folder / "experts.png", dpi=130)
     print(f"and with every patch sent to a random expert of {right(model, *street, by_chance=True):.1%}: who serves it")
     print(f"matters. See {folder}: what both see, and experts.png, which expert of each layer served which patch\n")
 

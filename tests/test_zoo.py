@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import statistics
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import zoo as zoo_script  # experiments/zoo.py
 
 from pcenet import cli, zoo
 from pcenet.catalogue import bundled, networks
@@ -19,21 +18,11 @@ RESULTS = ROOT / "experiments" / "results"
 T_OF_3 = 4.302653  # Student's t for two degrees of freedom, at 97.5 %: from a printed table
 
 
-@pytest.fixture
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("zoo_script", ROOT / "experiments" / "zoo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_stored_results_and_the_page_are_up_to_date(script: ModuleType) -> None:
-    assert script.measured() == zoo.results(), "run python experiments/zoo.py"
-    page = script.PAGE.read_text(encoding="utf-8")
+def test_the_stored_results_and_the_page_are_up_to_date() -> None:
+    assert zoo_script.measured() == zoo.results(), "run python experiments/zoo.py"
+    page = zoo_script.PAGE.read_text(encoding="utf-8")
     assert page.count("<!-- zoo: end -->") == 3
-    assert script.filled(page) == page, "run python experiments/zoo.py"
+    assert zoo_script.filled(page) == page, "run python experiments/zoo.py"
 
 
 @pytest.mark.parametrize("name", bundled())
@@ -55,8 +44,8 @@ def test_scores_are_those_of_the_runs(name: str) -> None:
     assert stored["images"] == found[0]["images"]
 
 
-def test_every_network_has_a_row_on_the_page(script: ModuleType) -> None:
-    page = script.PAGE.read_text(encoding="utf-8")
+def test_every_network_has_a_row_on_the_page() -> None:
+    page = zoo_script.PAGE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", page, re.MULTILINE)
     assert {name for name, _ in rows} == networks().keys()
     cells = {name: [[cell.strip() for cell in row.split("|")] for own, row in rows if own == name] for name, _ in rows}
@@ -76,7 +65,7 @@ def test_the_cells_by_hand() -> None:
     assert zoo.count_cell(1_969_000_000) == "1.97 G"
 
 
-def test_speed_is_of_networks_that_are_not_compiled(script: ModuleType) -> None:
+def test_speed_is_of_networks_that_are_not_compiled() -> None:
     about = {"what": "model", "name": "a", "measure": "step", "compiled": False, "ratio": 0.5}
     records = [
         about,
@@ -86,7 +75,7 @@ def test_speed_is_of_networks_that_are_not_compiled(script: ModuleType) -> None:
         about | {"what": "layer", "name": "b"},
     ]
     machine = {"processor": "P", "kind": "K", "threads": 3, "torch": "2"}
-    assert script.speed({"machine": machine, "config": {"precisions": ["fp32"]}, "records": records}) == {
+    assert zoo_script.speed({"machine": machine, "config": {"precisions": ["fp32"]}, "records": records}) == {
         "processor": "P",
         "kind": "K",
         "threads": 3,

@@ -35,7 +35,7 @@ class AppConfig:
     data: Annotated[
         str | None,
         Option(
-            "Images to offer as samples, as in `pcenet train`. Default: those of the run, where they can be opened."
+            "Images to offer as samples, as in `pcenet train`. Default: the run's own images, if they can be opened."
         ),
     ] = None
     split: Annotated[Split, Option("Which part of these images.")] = "val"
