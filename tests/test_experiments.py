@@ -1,11 +1,13 @@
-"""The page of experiments is what its script makes of the raw results."""
+"""The page of experiments is what its script makes of the raw results; choices have images of their own."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
+from zipfile import ZipFile
 
 import pytest
 import yaml
@@ -16,14 +18,18 @@ from pcenet.runs.config import TrainConfig
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def report() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("report", ROOT / "experiments" / "report.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def report() -> ModuleType:
+    return script("report")
 
 
 def test_the_page_is_up_to_date(report: ModuleType) -> None:
@@ -69,3 +75,28 @@ def test_the_recipes_are_valid_and_three_seeds_of_model_and_twin(name: str) -> N
     config = CompareConfig(**own, recipe=TrainConfig(**values))
     assert [(run.label, run.seed) for run in config.runs] == [(m, s) for s in range(3) for m in own["models"]]
     assert [m.partition("_")[0] for m in own["models"]] == ["pce", "dense"]
+
+
+def test_what_is_held_out_for_choices_is_of_the_training_images_and_takes_its_mask_along(tmp_path: Path) -> None:
+    archive = tmp_path / "streets.zip"
+    with ZipFile(archive, "w") as file:
+        for split, name in (("train", "a_1"), ("train", "b_1"), ("val", "a_2")):
+            file.writestr(f"streets/{split}/images/{name}.jpg", name)
+            file.writestr(f"streets/{split}/masks/{name}.png", f"mask of {name}")
+        file.writestr("streets/classes.txt", "sky")
+    counts = script("dev").divide(archive, frozenset({"images/a_1"}), tmp_path / "out")
+    assert counts == {"train": 2, "val": 2}
+    files = {p.relative_to(tmp_path / "out").as_posix(): p.read_text() for p in (tmp_path / "out").rglob("*.*")}
+    assert files == {
+        "val/images/a_1.jpg": "a_1",
+        "val/masks/a_1.png": "mask of a_1",
+        "train/images/b_1.jpg": "b_1",
+        "train/masks/b_1.png": "mask of b_1",
+    }
+
+
+@pytest.mark.parametrize(("name", "of_each"), [("cifar10", 500), ("tiny-imagenet-32", 25), ("camvid", 62)])
+def test_the_lists_hold_out_as_many_of_each_class(name: str, of_each: int) -> None:
+    listed = (ROOT / "experiments" / "dev" / f"{name}.txt").read_text(encoding="utf-8").split()
+    assert len(set(listed)) == len(listed)
+    assert set(Counter(line.partition("/")[0] for line in listed).values()) == {of_each}
