@@ -11,7 +11,8 @@ from typing import Any
 from timm.layers import DropPath, create_conv2d
 from torch import Tensor, nn
 
-from pcenet.models.controls import PositionMap, mixed_double_conv
+from pcenet.models.controls import mixed_double_conv
+from pcenet.models.positions import PositionMap
 from pcenet.models.stages import Stage
 from pcenet.nn import PCELayer
 from pcenet.nn.checks import check_at_least, is_number, is_plain
@@ -41,20 +42,28 @@ class ConvNormAct(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """``x + drop_path(body(x))``, nothing after the sum: where a patch was dropped the signal passes unchanged."""
+    """``x + drop_path(body(x))``, nothing after the sum: where a patch was dropped the signal passes unchanged.
 
-    def __init__(self, body: nn.Module, drop_path: float) -> None:
+    Args:
+        body: what it adds to its input.
+        drop_path: stochastic depth, the share of images for which it adds nothing.
+        position: what the body reads the input through; None: as it is.
+    """
+
+    def __init__(self, body: nn.Module, drop_path: float, position: nn.Module | None = None) -> None:
         super().__init__()
+        self.position = position
         self.body = body
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to the same shape."""
         idle = is_plain(self.drop_path, nn.Identity) or (is_plain(self.drop_path, DropPath) and not self.training)
+        read: Tensor = x if self.position is None else self.position(x)
         if idle and is_plain(self.body, PCELayer):  # which adds x in its last pass over the map
-            out: Tensor = self.body(x, residual=x)
+            out: Tensor = self.body(read, residual=x)
             return out
-        return x + self.drop_path(self.body(x))
+        return x + self.drop_path(self.body(read))
 
 
 def network_options(network: type[nn.Module]) -> tuple[str, ...]:
@@ -120,10 +129,8 @@ def make_downsampling(before: Stage, stage: Stage) -> list[nn.Module]:
 def dense_body(stage: Stage, dropout: float) -> nn.Sequential:
     """What a dense block computes."""
     if stage.mixed_kernels is None:
-        body = double_conv(stage.width, stage.width, dropout=dropout)
-    else:
-        body = mixed_double_conv(stage.width, stage.mixed_kernels, dropout)
-    return body if stage.position_map is None else nn.Sequential(PositionMap(stage.width, stage.position_map), *body)
+        return double_conv(stage.width, stage.width, dropout=dropout)
+    return mixed_double_conv(stage.width, stage.mixed_kernels, dropout)
 
 
 def make_blocks(
@@ -145,7 +152,10 @@ def make_blocks(
             **layer_options,
         )
 
-    return [ResidualBlock(body(), rate) for rate in drop_path_rates]
+    def position() -> nn.Module | None:
+        return None if stage.position_map is None else PositionMap(stage.width, stage.position_map)
+
+    return [ResidualBlock(body(), rate, position()) for rate in drop_path_rates]
 
 
 def stacked_norm_names(model: nn.Module) -> set[str]:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from pcenet.catalogue import weights_of
 from pcenet.models.blocks import make_blocks, make_downsampling, make_stem, resolve_layer_options, stacked_norm_names
-from pcenet.models.controls import position_map_names
 from pcenet.models.hub import SavableModel
+from pcenet.models.positions import position_map_names
 from pcenet.models.pretrained import class_names_of, record_of
 from pcenet.models.stages import dense, make_stages
 from pcenet.nn import PCEConv2d, PCELayer
@@ -41,8 +41,8 @@ class PCENet(SavableModel):
         depths: blocks per stage.
         widths: channels per stage.
         patch_sizes: patch side per stage in pixels of its map, None for a dense stage; see `make_stages` for the rule.
-        position_maps: of dense stages, for controls: the side of the learned map that each block adds to what its body
-            reads; None for a stage, or for all: no map.
+        position_maps: per stage, the side of the learned map that each block adds to what its body reads, in pixels;
+            None for a stage, or for all: no map.
         mixed_kernels: of dense stages, for controls: the number of kernels that each convolution mixes for each image
             (CondConv); None for a stage, or for all: one.
         drop_rate: dropout before the classifier.

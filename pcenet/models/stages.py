@@ -17,8 +17,7 @@ class Stage(NamedTuple):
         depth: blocks.
         width: channels.
         patch_size: patch side in pixels of the map; None for a dense stage.
-        position_map: of a dense stage, the side of the learned map that each block adds to what its body reads; None:
-            no map.
+        position_map: the side of the learned map that each block adds to what its body reads; None: no map.
         mixed_kernels: of a dense stage, the number of kernels that each convolution mixes for each image; None: one.
     """
 
@@ -47,7 +46,7 @@ def make_stages(
 
     Strides multiply by a whole number from stage to stage; the first is a power of two. From routed stage to routed
     stage the patch side in map pixels shrinks strictly, and what a patch covers of the image, ``patch_size * stride``,
-    never grows. ``position_maps`` and ``mixed_kernels``, of dense stages alone, are None for none at all.
+    never grows. ``position_maps``, and ``mixed_kernels`` of dense stages alone, are None for none at all.
 
     Raises:
         ValueError: where a rule is broken, with the numbers.
@@ -66,9 +65,8 @@ def make_stages(
             optional = name in ("patch_size", "position_map", "mixed_kernels") and value is None
             if not optional and (not is_whole(value) or value < 1):
                 raise ValueError(f"{name} of stage {index} is {value!r}; it must be a whole number and at least 1")
-        for name in ("position_map", "mixed_kernels"):
-            if stage.patch_size is not None and getattr(stage, name) is not None:
-                raise ValueError(f"{name} of stage {index} has no effect on a routed stage; it is for dense ones")
+        if stage.patch_size is not None and stage.mixed_kernels is not None:
+            raise ValueError(f"mixed_kernels of stage {index} has no effect on a routed stage; it is for dense ones")
     if strides[0] & (strides[0] - 1):
         raise ValueError(f"strides[0]={strides[0]} must be a power of two: the stem halves the image step by step")
     for before, after in pairwise(strides):

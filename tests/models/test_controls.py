@@ -1,4 +1,4 @@
-"""Dense networks with one part of what PCE has: a place that knows itself, kernels mixed for each image."""
+"""Positions that blocks know, and dense networks whose kernels are mixed for each image."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcenet.models import complexity, create_network
-from pcenet.models.controls import MixedConv2d, PositionMap
-from pcenet.models.stages import make_stages
+from pcenet.models.blocks import make_blocks
+from pcenet.models.controls import MixedConv2d
+from pcenet.models.positions import PositionMap
+from pcenet.models.stages import Stage, make_stages
 from pcenet.nn import Router
 
 
@@ -76,6 +78,18 @@ def test_costs_by_hand() -> None:
     assert mixed.multiply_adds - twin.multiply_adds == sum(2 * 4 * (k + width) for width, k in kernels.items())
 
 
+@pytest.mark.parametrize("routed", [True, False])
+def test_a_block_reads_positions_and_passes_on_the_map_without_them(routed: bool) -> None:
+    (block,) = make_blocks(
+        Stage(1, 1, 4, 2 if routed else None, position_map=6), [0.0], 0.0, {"expert_width": 1.0} if routed else {}
+    )
+    block.double().eval()
+    block.position.map.data.normal_()
+    x = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(block(x), x + block.body(x + block.position.map), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(block(x), x + block.body(x))
+
+
 @pytest.mark.parametrize("name", ["dense_nano", "dense_unet_nano"])
 def test_with_maps_of_zeros_the_control_is_the_twin(name: str) -> None:
     twin, control = (create_network(each, num_classes=10).eval() for each in (name, f"{name}_position"))
@@ -104,7 +118,7 @@ def test_a_router_of_positions_knows_no_content() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"position_maps": (8, None)}, "position_map of stage 0 has no effect on a routed stage"),
+        ({"mixed_kernels": (4, None)}, "mixed_kernels of stage 0 has no effect on a routed stage"),
         ({"mixed_kernels": (None, 0)}, "mixed_kernels of stage 1 is 0; it must be a whole number and at least 1"),
         ({"mixed_kernels": (None, 4, 4)}, "must have one entry per stage"),
     ],
