@@ -39,7 +39,15 @@ def tracked(*inputs: Any) -> bool:
 def autocast_enabled(x: Tensor) -> bool:
     """Whether operators on the device of a tensor are to run in another type."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _can_autocast(device) and torch.is_autocast_enabled(device)
+
+
+def _can_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+# Dynamo of torch 2.10 cannot trace the question; see `pcenet.ops.library.kernels_on`.
+_can_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined] # a mark on a function
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -252,10 +252,16 @@ def _open(path: Path) -> Library | None:
     return Library(path, functions, sets, runnable)
 
 
+def exporting() -> bool:
+    """Whether torch.export looks on. What `torch.compiler.is_exporting` returns, of which Dynamo of torch 2.10 believes
+    that it is true under torch.compile."""
+    return torch.compiler._is_exporting_flag
+
+
 def takes(operator: str, x: Tensor, *others: Tensor | None) -> bool:
     """Whether kernels compute an operator on a map, and on what belongs to it, where there is any; not where
     torch.export looks on, whose programs run without this package."""
-    if torch.compiler.is_exporting():
+    if exporting():
         return False
     kernels = kernels_on(x.device.type)
     if kernels is None or (kernels == "triton" and operator not in schemas.OF_TRITON):
@@ -277,7 +283,7 @@ def lowering(convolution: Callable[..., Tensor]) -> Iterator[None]:
 
 def lowered() -> Callable[..., Tensor] | None:
     """The function that `lowering` set, while torch.export traces."""
-    return getattr(_here, "lowered", None) if torch.compiler.is_exporting() else None
+    return getattr(_here, "lowered", None) if exporting() else None
 
 
 def _renew_lock() -> None:

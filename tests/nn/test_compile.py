@@ -144,7 +144,7 @@ def test_compiled_operators_are_part_of_the_one_graph(border: str, patch_size: i
     layer = float32_layer(border, patch_size, training, top_k=top_k, balancing="batch")
     compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
     assert_same_steps(layer, compiled, maps(), 1e-4, 1e-5)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         compiled(maps()[0]).sum().backward()
     names = {event.name for event in profile.events()}
     assert {"pcenet::patch_conv2d", "pcenet::patch_conv2d_weight_grad", "pcenet::patch_affine_sums"} <= names

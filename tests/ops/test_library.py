@@ -23,7 +23,7 @@ from pcenet.ops.build import BuildError
 def works() -> None:
     """The chosen kernels compute."""
     x, weight = torch.randn(1, 8, 8, 8), torch.randn(1, 8, 8, 3, 3)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         found = ops.patch_conv2d(x, weight, torch.zeros(4, dtype=torch.int64), patch_size=4)
     assert "pcenet::patch_conv2d" in {event.name for event in profile.events()}
     torch.testing.assert_close(found, torch.nn.functional.conv2d(x, weight[0], padding=1), atol=1e-4, rtol=1e-4)
