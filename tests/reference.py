@@ -128,7 +128,10 @@ def gelu(x: Tensor) -> Tensor:
 
 def router_logits(router: nn.Module, x: Tensor) -> Tensor:
     """What patches are routed by: the perceptron's logits and the bias that evens out the loads."""
-    logits = perceptron_logits(router, x)
+    return balanced(router, perceptron_logits(router, x), x)
+
+
+def balanced(router: nn.Module, logits: Tensor, x: Tensor) -> Tensor:
     if router.expert_bias is None:
         return logits
     if not router.training:
@@ -209,7 +212,7 @@ def keep(choice: list[list[int]], gate: list[list[float]], num_experts: int, cap
 
 def gate_values(chosen_probs: list[Tensor], gate: str) -> list[Tensor]:
     """What one patch's chosen experts are multiplied by."""
-    if gate == "prob":
+    if gate != "straight_through":
         return chosen_probs
     if len(chosen_probs) == 1:
         return [(chosen_probs[0] - chosen_probs[0].detach()) + 1]
@@ -429,7 +432,8 @@ def patch_perceptron(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, colu
 def run_layer(layer: nn.Module, x: Tensor) -> Reference:
     """Everything that a `PCELayer` without dropout should give for x."""
     router = layer.router
-    logits = router_logits(router, x)
+    unbiased = perceptron_logits(router, x)
+    logits = balanced(router, unbiased, x)
     num_patches, num_experts = logits.shape
     probs = softmax(logits)
     choice = choose(logits, router.top_k)
@@ -437,6 +441,9 @@ def run_layer(layer: nn.Module, x: Tensor) -> Reference:
     factor = router.capacity_factor if layer.training else router.eval_capacity_factor
     capacity = None if factor is None else math.ceil(factor * num_patches * router.top_k / num_experts)
     kept = keep(choice, [[float(p.detach()) for p in row] for row in gate], num_experts, capacity)
+    if router.gate == "affinity":
+        affinities = softmax(unbiased)
+        gate = [[affinities[i, e] for e in row] for i, row in enumerate(choice)]
     weight = [gate_values(row, router.gate) for row in gate]
     output, running = run_experts(layer.experts, x, choice, weight, kept, side=router.patch_size, border=layer.border)
     if isinstance(layer.shortcut, nn.Conv2d):

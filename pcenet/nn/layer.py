@@ -33,7 +33,8 @@ class PCELayer(nn.Module):
         border: what a convolution sees beyond its patch's edge: ``"zero"`` zeros, ``"halo"`` the neighbours' pixels in
             the first convolution, ``"exchange"`` the neighbours in both.
         gate: ``"prob"`` scales an expert's output by its probability, ``"straight_through"`` by 1 (normalised over the
-            chosen for k > 1) with the probability's gradient.
+            chosen for k > 1) with the probability's gradient, ``"affinity"`` by its probability as it is before the
+            balancing bias, which then decides who is chosen and nothing else.
         gate_input: what the router's perceptron sees: ``"pixels"``, the ``"flat"`` patch, or its ``"position"`` alone;
             see `Router`.
         num_bands: K, bands of the position features (8K channels).

@@ -22,7 +22,7 @@ from pcenet.nn.processes import gather_rows, process_count, sum_over_processes
 from pcenet.ops import centred, patch_logits
 from pcenet.ops.compiled import autocast_enabled
 
-Gate = Literal["prob", "straight_through"]
+Gate = Literal["prob", "affinity", "straight_through"]
 Balancing = Literal["batch", "none"]
 BIAS_MOMENTUM = 0.1  # BatchNorm's
 LARGEST_FACTOR = 2**32  # of a capacity, which is still an integer of 64 bits then
@@ -123,10 +123,11 @@ def gate_weights(chosen_probs: Tensor, gate: Gate) -> Tensor:
 
     Args:
         chosen_probs: ``[N, k]``, the probabilities of the chosen experts.
-        gate: ``"prob"`` is the probability itself; ``"straight_through"`` has the value ``p_i / sum_j p_j`` over the
-            chosen (1 for k = 1) and the gradient of ``p_i``.
+        gate: ``"prob"`` is the probability itself, and so is ``"affinity"``, for which it is taken before the
+            balancing bias; ``"straight_through"`` has the value ``p_i / sum_j p_j`` over the chosen (1 for k = 1)
+            and the gradient of ``p_i``.
     """
-    if gate == "prob":
+    if gate != "straight_through":
         return chosen_probs
     value = chosen_probs.detach()
     return (chosen_probs - value) + value / value.sum(dim=1, keepdim=True)
@@ -148,7 +149,7 @@ def route(
         grid: how the patches lie; ``grid.patches`` is N.
         top_k: k, experts per patch.
         capacity_factor: see `expert_capacity`; None drops nothing.
-        gate: see `gate_weights`.
+        gate: see `gate_weights`; there is no bias here, so that ``"affinity"`` is ``"prob"``.
         temperature: T of ``probs = softmax(logits / T)``. It changes no choice, only how sure the gate values are, and
             with them who is dropped first where the gate decides.
 
@@ -162,13 +163,23 @@ def route(
     if logits.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"logits are {logits.dtype}; routing compares them, so they must be float32 or float64")
     check_selection(logits.shape[1], top_k, gate, temperature, capacity_factor=capacity_factor)
-    return _select(logits, grid, top_k, capacity_factor, gate, temperature)
+    return _select(logits, logits, grid, top_k, capacity_factor, gate, temperature)
+
+
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if temperature == 1 else logits / temperature).softmax(dim=1)
 
 
 def _select(
-    logits: Tensor, grid: Grid, top_k: int, capacity_factor: float | None, gate: Gate, temperature: float
+    logits: Tensor,
+    unbiased: Tensor,
+    grid: Grid,
+    top_k: int,
+    capacity_factor: float | None,
+    gate: Gate,
+    temperature: float,
 ) -> Routing:
-    probs = (logits if temperature == 1 else logits / temperature).softmax(dim=1)
+    probs = _softmax(logits, temperature)
     # Chosen by logit: the order is that of the probabilities, without the ties that a saturated softmax makes.
     # For one expert not by topk, which takes two to four times as long.
     choice = logits.argmax(dim=1, keepdim=True) if top_k == 1 else logits.detach().topk(top_k, dim=1).indices
@@ -178,6 +189,8 @@ def _select(
     else:
         capacity = expert_capacity(capacity_factor, logits.shape[0], logits.shape[1], top_k)
         kept = select_within_capacity(choice, chosen_probs, capacity)
+    if gate == "affinity" and unbiased is not logits:
+        chosen_probs = _softmax(unbiased, temperature).gather(1, choice)
     return Routing(logits, probs, choice, gate_weights(chosen_probs, gate), kept, capacity, grid)
 
 
@@ -338,18 +351,21 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """Route the patches of a map ``[B, C, H, W]``."""
         grid, hidden, last = grid_of(x, self.patch_size), self.hidden, self.logits
+        balance: tuple[Tensor | None, ...] = ()
         if self._is_fixed(x):
             first = (hidden.weight.flatten(1), hidden.bias, *hidden.lines(x))
-            second = (last.weight, last.bias, self.expert_bias, self.centring)
-            logits = patch_logits(hidden.seen(x), first, self.patch_size, *second)
+            if self.gate != "affinity":
+                balance = (self.expert_bias, self.centring)
+            logits = patch_logits(hidden.seen(x), first, self.patch_size, last.weight, last.bias, *balance)
         else:
             logits = self.compute_logits(x)
             if self.training and self.perturb is not None:
                 logits = self.perturb(logits)
-            if self.expert_bias is not None:
-                logits = self._balanced(logits, grid.batch)
+        unbiased = logits
+        if self.expert_bias is not None and not balance:
+            logits = self._balanced(logits, grid.batch)
         capacity_factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        return _select(logits, grid, self.top_k, capacity_factor, self.gate, self.temperature)
+        return _select(logits, unbiased, grid, self.top_k, capacity_factor, self.gate, self.temperature)
 
     def _is_fixed(self, x: Tensor) -> bool:
         """Whether one operator may compute the logits: at evaluation, in float32, with no hook on either layer."""

@@ -151,6 +151,7 @@ LOGITS = [5.0, 3.0, 2.0]  # probabilities .5, .3, .2 after the logarithm
     [
         ("prob", 1, [0.5]),
         ("prob", 2, [0.5, 0.3]),
+        ("affinity", 1, [0.5]),
         ("straight_through", 1, [1.0]),
         ("straight_through", 2, [0.625, 0.375]),
         ("straight_through", 3, [0.5, 0.3, 0.2]),
@@ -171,6 +172,18 @@ def test_straight_through_is_exactly_one() -> None:
     """A converted network starts unchanged only if the factor is 1 to the last bit."""
     routing = route(torch.randn(200, 5), Grid(200, 1, 1), gate="straight_through")
     assert (routing.gates == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_affinity_is_the_probability_without_the_balancing_bias(dtype: torch.dtype) -> None:
+    """At evaluation, where one operator computes logits in float32: the bias decides who is chosen, not how much."""
+    router = reference.randomise(Router(3, 2, 4, gate="affinity").double()).eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    affinities = reference.softmax(reference.perceptron_logits(router, x))
+    choice = reference.choose(reference.router_logits(router, x), 1)
+    routing = router.to(dtype)(x.to(dtype))
+    assert routing.expert_ids.tolist() == choice != reference.choose(affinities, 1)
+    torch.testing.assert_close(routing.gates.double(), affinities.gather(1, torch.tensor(choice)), rtol=1e-5, atol=1e-6)
 
 
 # The router
@@ -387,7 +400,7 @@ def test_wrong_arguments_are_named(options: dict[str, object], name: str) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gate": "probs"}, "gate='probs' is not one of 'prob', 'straight_through'"),
+        ({"gate": "probs"}, "gate='probs' is not one of 'prob', 'affinity', 'straight_through'"),
         ({"top_k": 4}, "top_k=4 must be a whole number between 1 and num_experts=3"),
         ({"top_k": 0}, "top_k=0 must be a whole number between 1 and num_experts=3"),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be a positive number"),
