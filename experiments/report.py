@@ -6,7 +6,8 @@ A line ``<!-- trials NAME -->`` becomes the table of ``results/trials/NAME.json`
 tables that `pcenet compare` made of the runs of ``NAME.yaml`` under ``results/NAME``, ``<!-- routers NAME -->`` the
 router health that `pcenet eval` left in ``results/evaluation/NAME.json``, ``<!-- biases NAME -->`` the table of what
 ``evaluation_bias.py`` left in ``results/NAME.json``, and ``<!-- probes NAME -->`` the table of what
-``probe_scenes.py`` left there, of one pair of runs.
+``probe_scenes.py`` left there, of one pair of runs; ``<!-- screening NAME -->`` that of the short runs on held-out
+training images in ``results/screening-NAME.json``.
 """
 
 from __future__ import annotations
@@ -131,6 +132,17 @@ def probes_table(name: str) -> str:
     return markdown(["features", *names], rows)
 
 
+def screening_table(name: str) -> str:
+    """A row per variant: its runs' losses and scores on the images held out for choices, seed by seed."""
+    path = HERE / "results" / f"screening-{name}.json"
+    rows = []
+    for trial in json.loads(path.read_text(encoding="utf-8")):
+        runs = sorted(trial["runs"], key=lambda run: run["seed"])
+        figures = [", ".join(f"{run[key]:.3f}" for run in runs) for key in ("loss", "train_loss")]
+        rows.append([trial["variant"], figures[0], ", ".join(f"{run['top1']:.1%}" for run in runs), figures[1]])
+    return markdown(["variant", "dev loss", "dev top-1", "train loss"], rows)
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table: the first column is text, the others are figures."""
     ruler = ["---", *["---:"] * (len(header) - 1)]
@@ -143,6 +155,7 @@ TABLES = {
     "routers": routers_table,
     "biases": biases_table,
     "probes": probes_table,
+    "screening": screening_table,
 }
 
 if __name__ == "__main__":

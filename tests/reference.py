@@ -437,13 +437,11 @@ def run_layer(layer: nn.Module, x: Tensor) -> Reference:
     num_patches, num_experts = logits.shape
     probs = softmax(logits)
     choice = choose(logits, router.top_k)
-    gate = [[probs[i, e] for e in row] for i, row in enumerate(choice)]
+    scores = softmax(unbiased) if router.gate == "affinity" else probs
+    gate = [[scores[i, e] for e in row] for i, row in enumerate(choice)]
     factor = router.capacity_factor if layer.training else router.eval_capacity_factor
     capacity = None if factor is None else math.ceil(factor * num_patches * router.top_k / num_experts)
     kept = keep(choice, [[float(p.detach()) for p in row] for row in gate], num_experts, capacity)
-    if router.gate == "affinity":
-        affinities = softmax(unbiased)
-        gate = [[affinities[i, e] for e in row] for i, row in enumerate(choice)]
     weight = [gate_values(row, router.gate) for row in gate]
     output, running = run_experts(layer.experts, x, choice, weight, kept, side=router.patch_size, border=layer.border)
     if isinstance(layer.shortcut, nn.Conv2d):

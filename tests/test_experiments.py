@@ -68,6 +68,14 @@ def test_a_table_of_routers_by_hand(report: ModuleType, tmp_path: Path, monkeypa
     ]
 
 
+def test_a_table_of_a_screening_by_hand(report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [{"seed": seed, "loss": 1 + seed, "top1": 0.625, "train_loss": 0.5} for seed in (1, 0)]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "screening-x.json").write_text(json.dumps([{"variant": "twin", "runs": runs}]))
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    assert report.screening_table("x").splitlines()[2:] == ["| twin | 1.000, 2.000 | 62.5%, 62.5% | 0.500, 0.500 |"]
+
+
 @pytest.mark.parametrize("name", ["cifar10", "camvid"])
 def test_the_recipes_are_valid_and_three_seeds_of_model_and_twin(name: str) -> None:
     values = yaml.safe_load((ROOT / "experiments" / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -183,14 +183,13 @@ def _select(
     # Chosen by logit: the order is that of the probabilities, without the ties that a saturated softmax makes.
     # For one expert not by topk, which takes two to four times as long.
     choice = logits.argmax(dim=1, keepdim=True) if top_k == 1 else logits.detach().topk(top_k, dim=1).indices
-    chosen_probs, capacity = probs.gather(1, choice), None
+    scores = _softmax(unbiased, temperature) if gate == "affinity" and unbiased is not logits else probs
+    chosen_probs, capacity = scores.gather(1, choice), None
     if capacity_factor is None:
         kept = torch.ones_like(choice, dtype=torch.bool)
     else:
         capacity = expert_capacity(capacity_factor, logits.shape[0], logits.shape[1], top_k)
         kept = select_within_capacity(choice, chosen_probs, capacity)
-    if gate == "affinity" and unbiased is not logits:
-        chosen_probs = _softmax(unbiased, temperature).gather(1, choice)
     return Routing(logits, probs, choice, gate_weights(chosen_probs, gate), kept, capacity, grid)
 
 
@@ -354,7 +353,7 @@ class Router(nn.Module):
         balance: tuple[Tensor | None, ...] = ()
         if self._is_fixed(x):
             first = (hidden.weight.flatten(1), hidden.bias, *hidden.lines(x))
-            if self.gate != "affinity":
+            if self.gate != "affinity":  # which needs the logits without a bias, too
                 balance = (self.expert_bias, self.centring)
             logits = patch_logits(hidden.seen(x), first, self.patch_size, last.weight, last.bias, *balance)
         else:
