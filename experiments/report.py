@@ -5,9 +5,9 @@
 A line ``<!-- trials NAME -->`` becomes the table of ``results/trials/NAME.json``, ``<!-- comparison NAME -->`` the
 tables that `pcenet compare` made of the runs of ``NAME.yaml`` under ``results/NAME``, ``<!-- routers NAME -->`` the
 router health that `pcenet eval` left in ``results/evaluation/NAME.json``, ``<!-- biases NAME -->`` the table of what
-``evaluation_bias.py`` left in ``results/NAME.json``, and ``<!-- probes NAME -->`` the table of what
-``probe_scenes.py`` left there, of one pair of runs; ``<!-- screening NAME -->`` that of the short runs on held-out
-training images in ``results/screening-NAME.json``.
+``evaluation_bias.py`` left in ``results/NAME.json``, ``<!-- probes NAME -->`` the table of what ``probe_scenes.py``
+left there, of one pair of runs, and ``<!-- screening NAME -->`` the table of the trial runs in
+``results/screening-NAME.json``, which were scored on held-out training images.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ class PositionMap(nn.Module):
 
     Args:
         channels: C.
-        side: of the map, which is enlarged or reduced to that of the input, bilinearly.
+        side: height and width of the map; it is resized to the input's size by bilinear interpolation.
     """
 
     def __init__(self, channels: int, side: int) -> None:

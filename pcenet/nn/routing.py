@@ -183,7 +183,7 @@ def _select(
     # Chosen by logit: the order is that of the probabilities, without the ties that a saturated softmax makes.
     # For one expert not by topk, which takes two to four times as long.
     choice = logits.argmax(dim=1, keepdim=True) if top_k == 1 else logits.detach().topk(top_k, dim=1).indices
-    scores = _softmax(unbiased, temperature) if gate == "affinity" and unbiased is not logits else probs
+    scores = _softmax(unbiased, temperature) if gate == "affinity" else probs
     chosen_probs, capacity = scores.gather(1, choice), None
     if capacity_factor is None:
         kept = torch.ones_like(choice, dtype=torch.bool)

@@ -42,12 +42,9 @@ def autocast_enabled(x: Tensor) -> bool:
     return _can_autocast(device) and torch.is_autocast_enabled(device)
 
 
+@library.constant_for_dynamo  # torch 2.10's cannot trace the question
 def _can_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
-
-
-# Dynamo of torch 2.10 cannot trace the question; see `pcenet.ops.library.kernels_on`.
-_can_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined] # a mark on a function
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ REFERENCE_COST = 1.8  # times that pce_nano's training step takes on the referen
 TYPES = {"cpu": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 
 log = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Library(NamedTuple):
@@ -92,17 +94,22 @@ def why_reference() -> str | None:
     return choice().reason
 
 
+def constant_for_dynamo(function: F) -> F:
+    """Let Dynamo, which cannot trace how a function finds its answer, take that for a constant.
+
+    This is what `torch.compiler.assume_constant_result` does, which imports all of Dynamo first: seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined] # the mark that Dynamo looks for
+    return function
+
+
+@constant_for_dynamo
 def kernels_on(device: str) -> str | None:
-    """Whose kernels run on a kind of device: ``"cpu"`` for the compiled library's, ``"triton"``, or None. Dynamo takes
-    the answer for a constant: it cannot trace how it is found."""
+    """Whose kernels run on a kind of device: ``"cpu"`` for the compiled library's, ``"triton"``, or None."""
     found = choice()
     if device in found.triton:
         return "triton"
     return "cpu" if device == "cpu" and found.instructions is not None else None
-
-
-# What torch.compiler.assume_constant_result does, which imports all of Dynamo first: seconds.
-kernels_on._dynamo_marked_constant = True  # type: ignore[attr-defined] # a mark on a function
 
 
 def loaded() -> Library | None:
@@ -253,8 +260,8 @@ def _open(path: Path) -> Library | None:
 
 
 def exporting() -> bool:
-    """Whether torch.export looks on. What `torch.compiler.is_exporting` returns, of which Dynamo of torch 2.10 believes
-    that it is true under torch.compile."""
+    """Whether torch.export is tracing. It reads the flag that `torch.compiler.is_exporting` returns: Dynamo in torch
+    2.10 replaces a call of that function by True under torch.compile, too."""
     return torch.compiler._is_exporting_flag
 
 
