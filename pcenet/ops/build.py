@@ -41,18 +41,21 @@ class InstructionSet(NamedTuple):
         machine: the kind of processor, as ``platform.machine()`` calls it.
         flags: exactly what the unit's check at load time looks for.
         proven: its tests ran on some processor; what never ran anywhere runs only where ``PCENET_OPS`` names it.
+        bfloat16: it multiplies in this type, and takes maps of it; others have them converted.
     """
 
     machine: str
     flags: tuple[str, ...]
     proven: bool
+    bfloat16: bool = False
 
 
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 # Every unit isa_NAME.cpp has its line here; all other units run anywhere and get no flags of their own.
 SETS = {
-    "avx512": InstructionSet("x86_64", (*AVX2, *AVX512), proven=False),
+    "avx512_bf16": InstructionSet("x86_64", (*AVX2, *AVX512, "-mavx512bf16"), proven=True, bfloat16=True),
+    "avx512": InstructionSet("x86_64", (*AVX2, *AVX512), proven=True),
     "avx2": InstructionSet("x86_64", AVX2, proven=True),
     "neon": InstructionSet("aarch64", (), proven=False),
 }

@@ -1,7 +1,7 @@
 """Kernels, called with tensors as they take them, and their gradients.
 
-All compute on pixels ``[B, H, W, C]``, the compiled library in float32 alone: what is of another type is converted
-here. Axes as in `pcenet.ops.functional`.
+All compute on pixels ``[B, H, W, C]``. Where the compiled library takes float32 alone, what is of another type is
+converted here. Axes as in `pcenet.ops.functional`.
 """
 
 from __future__ import annotations
@@ -52,10 +52,17 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype != torch.float64 and autocast_enabled(x) else x
 
 
-def _pixels(x: Tensor) -> Tensor:
-    """A map as kernels take it; of a channels-last one, in a type in which they compute, a view."""
-    pixels = x.permute(0, 2, 3, 1)
-    return (pixels if library.kernels_on(x.device.type) == "triton" else pixels.float()).contiguous()
+def _pixels(x: Tensor, *others: Tensor) -> list[Tensor]:
+    """A map, and others that belong to it, as kernels take them; of channels-last ones, in a type in which they
+    compute, views.
+
+    The compiled library's are in float32, or x in bfloat16, which it multiplies in pairs, and others in either.
+    """
+    maps = [each.permute(0, 2, 3, 1) for each in (x, *others)]
+    if library.kernels_on(x.device.type) != "triton":
+        kept = x.dtype == torch.bfloat16 and x.shape[1] % 2 == 0 and library.takes_bfloat16()
+        maps = [each if kept else each.float() for each in maps]
+    return [each.contiguous() for each in maps]
 
 
 def _map(pixels: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,13 +85,14 @@ def _floats(x: Tensor | None) -> Tensor | None:
     return x.float().contiguous()
 
 
-def _parts(x: Tensor, affine: Affine | None) -> tuple[tuple[Any, ...], torch.dtype]:
-    """An affine map as kernels take it, and the type of what it makes of x."""
+def _parts(x: Tensor, affine: Affine | None) -> tuple[Tensor, tuple[Any, ...], torch.dtype]:
+    """A map and what follows as kernels take it, and the type of what that makes of x."""
     scale, shift, gelu, gate, residual = affine or Affine()
     dtype = x.dtype
     if residual is not None and residual.dtype != dtype:
         dtype = torch.promote_types(dtype, residual.dtype)
-    return (_floats(scale), _floats(shift), gelu, _floats(gate), None if residual is None else _pixels(residual)), dtype
+    pixels, *added = _pixels(*(each for each in (x, residual) if each is not None))
+    return pixels, (_floats(scale), _floats(shift), gelu, _floats(gate), *(added or [None])), dtype
 
 
 def patch_conv2d(
@@ -97,15 +105,15 @@ def patch_conv2d(
     then: Affine | None = None,
 ) -> Tensor:
     """See `pcenet.ops.patch_conv2d`; without gradients, as all of these."""
-    parts, dtype = _parts(x, then)
+    pixels, parts, dtype = _parts(x, then)
     kernels = (_kernel(weight), _kernel(base))
-    return _map(OPS.patch_conv2d(_pixels(x), *kernels, expert, patch_size, neighbours, *parts), dtype)
+    return _map(OPS.patch_conv2d(pixels, *kernels, expert, patch_size, neighbours, *parts), dtype)
 
 
 def patch_affine(x: Tensor, expert: Tensor, patch_size: int, *affine: Any) -> Tensor:
     """See `pcenet.ops.patch_affine`."""
-    parts, dtype = _parts(x, Affine(*affine))
-    return _map(OPS.patch_affine(_pixels(x), expert, patch_size, *parts), dtype)
+    pixels, parts, dtype = _parts(x, Affine(*affine))
+    return _map(OPS.patch_affine(pixels, expert, patch_size, *parts), dtype)
 
 
 def expert_block(
@@ -116,20 +124,22 @@ def expert_block(
         (_kernel(part.weight), _kernel(part.base), [_floats(each) for each in part.norm], part.eps, part.neighbours)
         for part in (first, second)
     ]
-    (*_, gate, residual), dtype = _parts(x, Affine(gate=gate, residual=residual))
-    out = OPS.expert_block(_pixels(x), expert, patch_size, *convolutions[0], *convolutions[1], gate, residual)
+    pixels, (*_, gate, residual), dtype = _parts(x, Affine(gate=gate, residual=residual))
+    if first.weight.shape[1] % 2 and pixels.dtype == torch.bfloat16:  # what is between cannot be multiplied in pairs
+        pixels, residual = pixels.float(), None if residual is None else residual.float()
+    out = OPS.expert_block(pixels, expert, patch_size, *convolutions[0], *convolutions[1], gate, residual)
     return _map(out, dtype)
 
 
 def expert_moments(x: Tensor, expert: Tensor, patch_size: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `pcenet.ops.expert_moments`."""
-    return OPS.expert_moments(_pixels(x.detach()), expert, patch_size, num_experts)
+    return OPS.expert_moments(*_pixels(x.detach()), expert, patch_size, num_experts)
 
 
 def patch_logits(x: Tensor, hidden: Any, patch_size: int, weight: Tensor, bias: Tensor, *balance: Any) -> Tensor:
     """See `pcenet.ops.patch_logits`."""
     first = [_floats(each) for each in hidden]
-    return OPS.patch_logits(_pixels(x), *first, patch_size, _floats(weight), bias, *map(_floats, balance))
+    return OPS.patch_logits(*_pixels(x), *first, patch_size, _floats(weight), bias, *map(_floats, balance))
 
 
 class Operator(NamedTuple):
@@ -193,11 +203,12 @@ def _convolution_gradients(
     base: Tensor | None,
     *places: Any,
 ) -> tuple[Tensor | None, ...]:
-    grads, grad_x, of_experts, of_base = _pixels(grad), None, None, None
+    grad_x = of_experts = of_base = None
     if needed[0]:
-        grad_x = _map(OPS.patch_conv2d_input_grad(grads, _kernel(weight), _kernel(base), *places), x.dtype)
+        grad_x = _map(OPS.patch_conv2d_input_grad(*_pixels(grad), _kernel(weight), _kernel(base), *places), x.dtype)
     if needed[1] or needed[2]:
-        taps_last = OPS.patch_conv2d_weight_grad(grads, _pixels(x), *places, weight.shape[0], weight.shape[3])
+        pixels, grads = _pixels(x, grad)
+        taps_last = OPS.patch_conv2d_weight_grad(grads, pixels, *places, weight.shape[0], weight.shape[3])
         of_experts = taps_last.permute(0, 1, 4, 2, 3)
         of_base = of_experts.sum(0) if needed[2] else None
     return grad_x, of_experts, of_base
@@ -215,7 +226,8 @@ def _affine_gradients(
     gate: Tensor | None,
     residual: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    grads, pixels, affine = _pixels(grad), _pixels(x), (_floats(scale), _floats(shift), gelu, _floats(gate))
+    pixels, grads = _pixels(x, grad)
+    affine = (_floats(scale), _floats(shift), gelu, _floats(gate))
     grad_x = of_scale = of_shift = of_gate = None
     if needed[3] or needed[4] or needed[6]:
         table = shift if scale is None else scale
@@ -239,7 +251,8 @@ def _compute_norm(*inputs: Any) -> Tensor:
 
 def _norm_gradients(needed: tuple[bool, ...], grad: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     x, weight, bias, expert, patch_size, gelu, gate, _residual, *_, total, rstd, mean, share = inputs
-    grads, pixels, scale = _pixels(grad), _pixels(x), weight * rstd
+    pixels, grads = _pixels(x, grad)
+    scale = weight * rstd
     affine = (_floats(scale), _floats(bias - mean * scale), gelu, _floats(gate))
     # Of g, the gradient before the affine map, the sum over each expert's pixels, and that of g * (x - mean).
     plain, centred, of_gate = OPS.patch_affine_sums(grads, pixels, expert, patch_size, len(weight), *affine, mean)
@@ -255,13 +268,13 @@ def _norm_gradients(needed: tuple[bool, ...], grad: Tensor, *inputs: Any) -> tup
 
 def _compute_perceptron(x: Tensor, *layer: Any) -> Tensor:
     *tensors, patch_size = layer
-    return OPS.patch_perceptron(_pixels(x), *map(_floats, tensors), patch_size)
+    return OPS.patch_perceptron(*_pixels(x), *map(_floats, tensors), patch_size)
 
 
 def _perceptron_gradients(needed: tuple[bool, ...], grad: Tensor, x: Tensor, *layer: Any) -> tuple[Tensor | None, ...]:
     *tensors, patch_size = layer
     _, _, rows, columns = tensors
-    inputs = (_floats(grad), _pixels(x), *map(_floats, tensors), patch_size, needed[0])
+    inputs = (_floats(grad), *_pixels(x), *map(_floats, tensors), patch_size, needed[0])
     grad_x, of_content, of_rows, of_columns = OPS.patch_perceptron_backward(*inputs)
     of_weight = torch.cat((of_content, of_rows.T @ rows + of_columns.T @ columns), dim=1)
     return _map(grad_x, x.dtype) if needed[0] else None, of_weight, of_rows.sum(0)

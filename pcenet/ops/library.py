@@ -112,6 +112,13 @@ def kernels_on(device: str) -> str | None:
     return "cpu" if device == "cpu" and found.instructions is not None else None
 
 
+@constant_for_dynamo
+def takes_bfloat16() -> bool:
+    """Whether the compiled library's kernels take maps in bfloat16 as they are."""
+    found = choice()
+    return found.instructions is not None and build.SETS[found.instructions].bfloat16
+
+
 def loaded() -> Library | None:
     """The library in this process, if there is one: with ``PCENET_OPS=reference`` it is not looked for."""
     choice()

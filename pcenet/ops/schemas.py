@@ -77,13 +77,14 @@ OF_TRITON = (
     "patch_affine_input_grad",
 )
 
-# Those that make a map, and whether their last input is a residual.
+# Those whose first output is a map: which of their inputs it is made of, and whether the last one is a residual.
 MAPS = {
-    "patch_conv2d": True,
-    "patch_conv2d_input_grad": False,
-    "patch_affine": True,
-    "patch_affine_input_grad": False,
-    "expert_block": True,
+    "patch_conv2d": (0, True),
+    "patch_conv2d_input_grad": (0, False),
+    "patch_affine": (0, True),
+    "patch_affine_input_grad": (0, False),
+    "expert_block": (0, True),
+    "patch_perceptron_backward": (1, False),
 }
 
 
@@ -131,10 +132,12 @@ def register() -> None:
 
 def _fake(name: str) -> Callable[..., Any]:
     def fake(*inputs: Any) -> Any:
-        dtype = torch.float32
+        shapes = SHAPES[name](*inputs)
+        types = [torch.float32] * len(shapes)
         if name in MAPS:
-            dtype = map_type(inputs[0], inputs[-1] if MAPS[name] else None)
-        outs = [inputs[0].new_empty(shape, dtype=dtype) for shape in SHAPES[name](*inputs)]
+            own, has_residual = MAPS[name]
+            types[0] = map_type(inputs[own], inputs[-1] if has_residual else None)
+        outs = [inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True)]
         return outs[0] if len(outs) == 1 else tuple(outs)
 
     return fake

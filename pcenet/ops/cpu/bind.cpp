@@ -33,15 +33,18 @@ struct InstructionSet {
   bool (*runs)();
 };
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+#endif
+
 // The best first. __builtin_cpu_supports asks both the processor and the system, which has to save wide registers.
 const InstructionSet SETS[] = {
 #if defined(__x86_64__)
-    {&avx512_kernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("fma");
-     }},
+    {&avx512_bf16_kernels, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {&avx512_kernels, has_avx512},
     {&avx2_kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #elif defined(__aarch64__)
     {&neon_kernels, [] { return true; }},  // part of every such processor
@@ -101,11 +104,15 @@ const float *floats(const Tensor &tensor, const char *name) {
   return static_cast<const float *>(tensor.const_data_ptr());
 }
 
-const float *floats(const Tensor &tensor, const char *name, const Sizes &sizes) {
+void check_sizes(const Tensor &tensor, const char *name, const Sizes &sizes) {
   auto found = tensor.sizes();
   std::string wanted;
   for (int64_t size : sizes) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
   STD_TORCH_CHECK(std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()), name, " must be [", wanted, "]");
+}
+
+const float *floats(const Tensor &tensor, const char *name, const Sizes &sizes) {
+  check_sizes(tensor, name, sizes);
   return floats(tensor, name);
 }
 
@@ -113,8 +120,39 @@ const float *floats(const Maybe &tensor, const char *name, const Sizes &sizes) {
   return tensor ? floats(*tensor, name, sizes) : nullptr;
 }
 
-Tensor empty(const Tensor &like, Sizes sizes) { return torch::stable::new_empty(like, sizes); }
-Tensor zeros(const Tensor &like, Sizes sizes) { return torch::stable::new_zeros(like, sizes); }
+bool is_bfloat16(const Tensor &map) { return map.scalar_type() == ScalarType::BFloat16; }
+
+// A map's numbers, in float32, or in bfloat16 where kernels take that.
+const void *numbers(const Tensor &map, const char *name) {
+  if (!is_bfloat16(map)) return floats(map, name);
+  STD_TORCH_CHECK(kernels->bfloat16 && map.is_cpu() && map.is_contiguous(), name,
+                  " in bfloat16 must be contiguous, on the CPU, and for kernels that take it");
+  return map.const_data_ptr();
+}
+
+// The same of a map that belongs to another: of its type, or in float32.
+const void *numbers(const Tensor &map, const char *name, const Sizes &sizes, const Tensor &other) {
+  STD_TORCH_CHECK(!is_bfloat16(map) || is_bfloat16(other), name, " is in bfloat16, and the map that it belongs to is not");
+  check_sizes(map, name, sizes);
+  return numbers(map, name);
+}
+
+const void *numbers(const Maybe &map, const char *name, const Sizes &sizes, const Tensor &other) {
+  return map ? numbers(*map, name, sizes, other) : nullptr;
+}
+
+float number_of(const void *map, bool bfloat16, int64_t i) {
+  if (!bfloat16) return static_cast<const float *>(map)[i];
+  uint32_t bits = uint32_t(static_cast<const uint16_t *>(map)[i]) << 16;
+  float number;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+Tensor empty(const Tensor &like, Sizes sizes, ScalarType type = ScalarType::Float) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+Tensor zeros(const Tensor &like, Sizes sizes) { return torch::stable::new_zeros(like, sizes, ScalarType::Float); }
 float *floats_of(const Tensor &tensor) { return static_cast<float *>(tensor.mutable_data_ptr()); }
 
 Grid grid_of(const Tensor &pixels, int64_t side) {
@@ -233,11 +271,14 @@ void run(const Convolution &job, const Sorted &sorted) {
   });
 }
 
-Convolution convolution(const Grid &grid, Direction direction, bool neighbours, const Weight &w) {
+Convolution convolution(const Tensor &in, const Grid &grid, Direction direction, bool neighbours, const Weight &w) {
   bool forward = direction == Direction::forward;
   Convolution job = {};
+  job.in = numbers(in, "x"), job.bfloat16 = is_bfloat16(in);
   job.grid = grid, job.direction = direction, job.neighbours = neighbours, job.kernel = w.kernel;
   job.in_channels = int(forward ? w.in : w.out), job.out_channels = int(forward ? w.out : w.in);
+  STD_TORCH_CHECK(in.size(3) == job.in_channels, "the map has ", in.size(3), " channels, weight ", job.in_channels);
+  STD_TORCH_CHECK(!job.bfloat16 || job.in_channels % 2 == 0, "a map in bfloat16 must have an even number of channels");
   job.weight = {w.data, forward ? w.out_stride : w.in_stride, forward ? w.in_stride : w.out_stride, w.tap_stride};
   job.base = {w.base, forward ? w.base_out_stride : w.base_in_stride, forward ? w.base_in_stride : w.base_out_stride,
               w.base_tap_stride};
@@ -245,20 +286,20 @@ Convolution convolution(const Grid &grid, Direction direction, bool neighbours, 
   return job;
 }
 
-// What nobody computes: the shortcut, or zeros.
-void fill(float *out, const float *residual, int64_t count) {
-  if (residual) std::memcpy(out, residual, count * sizeof(float));
-  else std::memset(out, 0, count * sizeof(float));
-}
-
-// A convolution of `in` and what follows it, into `out`.
-void convolve_into(float *out, const float *in, const Grid &grid, const Sorted &sorted, const Weight &w,
-                   bool neighbours, const Epilogue &epilogue) {
-  Convolution job = convolution(grid, Direction::forward, neighbours, w);
-  job.in = in, job.out = out, job.epilogue = epilogue;
+// A convolution of `in` and what follows it. What nobody computes is the shortcut, or zeros.
+Tensor convolve(const Tensor &in, const Grid &grid, const Sorted &sorted, const Weight &w, bool neighbours,
+                const Epilogue &epilogue, const Maybe &residual) {
+  Convolution job = convolution(in, grid, Direction::forward, neighbours, w);
+  Sizes map = map_of(grid, w.out);
+  Tensor out = empty(in, map, (residual ? *residual : in).scalar_type());
+  job.out = out.mutable_data_ptr(), job.out_bfloat16 = is_bfloat16(out);
+  job.epilogue = epilogue, job.epilogue.residual = numbers(residual, "residual", map, in);
   job.order = sorted.order.data(), job.begin = sorted.begin.data();
-  if (!sorted.complete()) fill(out, epilogue.residual, grid.batch * grid.height * grid.width * w.out);
+  size_t size = out.numel() * (job.out_bfloat16 ? 2 : 4);
+  if (!sorted.complete() && residual) std::memcpy(job.out, job.epilogue.residual, size);
+  else if (!sorted.complete()) std::memset(job.out, 0, size);
   run(job, sorted);
+  return out;
 }
 
 Tensor patch_conv2d(const Tensor &pixels, const Tensor &weight, const Maybe &base, const Tensor &expert,
@@ -266,14 +307,11 @@ Tensor patch_conv2d(const Tensor &pixels, const Tensor &weight, const Maybe &bas
                     const Maybe &gate, const Maybe &residual) {
   Weight w(weight, base);
   Grid grid = grid_of(pixels, patch_size);
-  STD_TORCH_CHECK(pixels.size(3) == w.in, "x has ", pixels.size(3), " channels, weight ", w.in);
-  Sizes table = {w.experts, w.out}, map = map_of(grid, w.out);
+  Sizes table = {w.experts, w.out};
   Epilogue epilogue = {floats(scale, "scale", table), floats(shift, "shift", table), gelu,
-                       floats(gate, "gate", {patches_of(grid)}), floats(residual, "residual", map)};
+                       floats(gate, "gate", {patches_of(grid)}), nullptr};
   Sorted sorted(experts_of(expert, grid, w.experts), patches_of(grid), w.experts);
-  Tensor out = empty(pixels, map);
-  convolve_into(floats_of(out), floats(pixels, "x"), grid, sorted, w, neighbours, epilogue);
-  return out;
+  return convolve(pixels, grid, sorted, w, neighbours, epilogue, residual);
 }
 
 // A batch normalisation by running statistics [weight, bias, mean, variance] as a scale and a shift.
@@ -299,18 +337,14 @@ Tensor expert_block(const Tensor &pixels, const Tensor &expert, int64_t patch_si
                     bool neighbours2, const Maybe &gate, const Maybe &residual) {
   Weight first(weight1, base1), second(weight2, base2);
   Grid grid = grid_of(pixels, patch_size);
-  STD_TORCH_CHECK(pixels.size(3) == first.in && first.out == second.in && first.experts == second.experts,
-                  "the channels of x and both weights must fit");
+  STD_TORCH_CHECK(first.experts == second.experts, "both weights must be of as many experts");
   Normalisation affine1(norm1, eps1, first.experts, first.out), affine2(norm2, eps2, second.experts, second.out);
-  Sizes map = map_of(grid, second.out);
   Sorted sorted(experts_of(expert, grid, first.experts), patches_of(grid), first.experts);
-  Tensor hidden = empty(pixels, map_of(grid, first.out)), out = empty(pixels, map);
-  convolve_into(floats_of(hidden), floats(pixels, "x"), grid, sorted, first, neighbours1,
-                {affine1.scale.data(), affine1.shift.data(), true, nullptr, nullptr});
-  convolve_into(floats_of(out), floats_of(hidden), grid, sorted, second, neighbours2,
-                {affine2.scale.data(), affine2.shift.data(), false, floats(gate, "gate", {patches_of(grid)}),
-                 floats(residual, "residual", map)});
-  return out;
+  Tensor hidden = convolve(pixels, grid, sorted, first, neighbours1,
+                           {affine1.scale.data(), affine1.shift.data(), true, nullptr, nullptr}, {});
+  const float *factor = floats(gate, "gate", {patches_of(grid)});
+  return convolve(hidden, grid, sorted, second, neighbours2,
+                  {affine2.scale.data(), affine2.shift.data(), false, factor, nullptr}, residual);
 }
 
 // With neighbours a patch's gradients reach beyond it, so that no two threads may have patches of one image. A cell's sum
@@ -340,14 +374,12 @@ Tensor patch_conv2d_input_grad(const Tensor &grad, const Tensor &weight, const M
                                int64_t patch_size, bool neighbours) {
   Weight w(weight, base);
   Grid grid = grid_of(grad, patch_size);
-  STD_TORCH_CHECK(grad.size(3) == w.out, "grad has ", grad.size(3), " channels, weight ", w.out);
   Tensor out = zeros(grad, map_of(grid, w.in));
   Sorted sorted(experts_of(expert, grid, w.experts), patches_of(grid), w.experts);
-  Convolution job = convolution(grid, Direction::input_grad, neighbours && w.kernel > 1, w);
-  job.in = floats(grad, "grad"), job.out = floats_of(out);
-  job.order = sorted.order.data(), job.begin = sorted.begin.data();
+  Convolution job = convolution(grad, grid, Direction::input_grad, neighbours && w.kernel > 1, w);
+  job.out = floats_of(out), job.order = sorted.order.data(), job.begin = sorted.begin.data();
   run_back(job, sorted);
-  return out;
+  return job.bfloat16 ? torch::stable::to(out, ScalarType::BFloat16) : out;
 }
 
 // [E, D, K, K, C]
@@ -355,12 +387,13 @@ Tensor patch_conv2d_weight_grad(const Tensor &grad, const Tensor &pixels, const 
                                 bool neighbours, int64_t num_experts, int64_t kernel) {
   Grid grid = grid_of(pixels, patch_size);
   STD_TORCH_CHECK(grad.dim() == 4 && (kernel == 1 || kernel == 3), "grad must be a map, and the kernel 1x1 or 3x3");
+  STD_TORCH_CHECK(is_bfloat16(grad) == is_bfloat16(pixels), "grad and x must have one type");
   Sorted sorted(experts_of(expert, grid, num_experts), patches_of(grid), num_experts);
   int64_t outs = grad.size(3), ins = pixels.size(3), row = kernel * kernel * ins;
   Tensor out = empty(grad, {num_experts, outs, kernel, kernel, ins});
   float *to = floats_of(out);
-  WeightGrad job = {grid, neighbours, int(kernel), int(ins), int(outs), floats(pixels, "x"),
-                    floats(grad, "grad", map_of(grid, outs)), sorted.order.data()};
+  WeightGrad job = {grid, neighbours, is_bfloat16(pixels), int(kernel), int(ins), int(outs), numbers(pixels, "x"),
+                    numbers(grad, "grad", map_of(grid, outs), pixels), sorted.order.data()};
 
   // Large kernels are cut by output channels, the patches of small ones into pieces whose sums are added in order.
   constexpr int64_t wanted = 16, large = 1 << 17, at_once = 96;
@@ -372,7 +405,7 @@ Tensor patch_conv2d_weight_grad(const Tensor &grad, const Tensor &pixels, const 
   for (int64_t e = 0; e < num_experts; e++) {
     int64_t first = sorted.begin[e], load = sorted.begin[e + 1] - first;
     if (!load) {
-      fill(to + e * outs * row, nullptr, outs * row);
+      std::fill_n(to + e * outs * row, outs * row, 0.0f);
       continue;
     }
     if (outs * row > large) {
@@ -429,14 +462,17 @@ Tensor part_of(const std::vector<double> &total, int64_t first, const Tensor &li
 }
 
 // An affine map of x; without any table nobody says how many experts there are.
-Affine affine_of(const Tensor &pixels, const Tensor &expert, int64_t patch_size, int64_t experts, const Maybe &scale,
+// `other` is what decides the type of what belongs to x.
+Affine affine_of(const Tensor &pixels, const Tensor &other, const Tensor &expert, int64_t patch_size, int64_t experts, const Maybe &scale,
                  const Maybe &shift, bool gelu, const Maybe &gate, const Maybe &residual) {
   Grid grid = grid_of(pixels, patch_size);
   int64_t channels = pixels.size(3);
   Sizes table = {experts, channels};
-  return {grid, int(channels), experts, floats(pixels, "x"), experts_of(expert, grid, experts),
+  return {grid, int(channels), experts, is_bfloat16(pixels), is_bfloat16(other), numbers(pixels, "x"),
+          experts_of(expert, grid, experts),
           {floats(scale, "scale", table), floats(shift, "shift", table), gelu,
-           floats(gate, "gate", {patches_of(grid)}), floats(residual, "residual", map_of(grid, channels))}};
+           floats(gate, "gate", {patches_of(grid)}),
+           numbers(residual, "residual", map_of(grid, channels), pixels)}};
 }
 
 int64_t experts_in(const Maybe &scale, const Maybe &shift) {
@@ -445,16 +481,17 @@ int64_t experts_in(const Maybe &scale, const Maybe &shift) {
 
 Tensor patch_affine(const Tensor &pixels, const Tensor &expert, int64_t patch_size, const Maybe &scale,
                     const Maybe &shift, bool gelu, const Maybe &gate, const Maybe &residual) {
-  Affine job = affine_of(pixels, expert, patch_size, experts_in(scale, shift), scale, shift, gelu, gate, residual);
-  Tensor out = empty(pixels, map_of(job.grid, job.channels));
-  float *to = floats_of(out);
+  const Tensor &like = residual ? *residual : pixels;
+  Affine job = affine_of(pixels, like, expert, patch_size, experts_in(scale, shift), scale, shift, gelu, gate, residual);
+  Tensor out = empty(pixels, map_of(job.grid, job.channels), like.scalar_type());
+  void *to = out.mutable_data_ptr();
   in_blocks(lines_of(job.grid), [&](int64_t, int64_t line, int64_t end) { kernels->affine(job, line, end, to); });
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> expert_moments(const Tensor &pixels, const Tensor &expert, int64_t patch_size,
                                                   int64_t num_experts) {
-  Affine job = affine_of(pixels, expert, patch_size, num_experts, {}, {}, false, {}, {});
+  Affine job = affine_of(pixels, pixels, expert, patch_size, num_experts, {}, {}, false, {}, {});
   const Grid &grid = job.grid;
   int64_t channels = job.channels;
   // Sums are of differences from an expert's first pixel: those of the values themselves would cancel.
@@ -466,7 +503,7 @@ std::tuple<Tensor, Tensor, Tensor> expert_moments(const Tensor &pixels, const Te
     int64_t top = line % grid.rows * grid.side, left = patch % grid.columns * grid.side;
     if (!count[e]) {
       int64_t pixel = (line / grid.rows * grid.height + top) * grid.width + left;
-      std::copy_n(job.x + pixel * channels, channels, centre.begin() + e * channels);
+      for (int64_t c = 0; c < channels; c++) centre[e * channels + c] = number_of(job.x, job.bfloat16, pixel * channels + c);
     }
     count[e] += std::min<int64_t>(grid.side, grid.height - top) * std::min<int64_t>(grid.side, grid.width - left);
   }
@@ -491,9 +528,10 @@ std::tuple<Tensor, Tensor, Tensor> patch_affine_sums(const Tensor &grad, const T
                                                      int64_t patch_size, int64_t num_experts, const Maybe &scale,
                                                      const Maybe &shift, bool gelu, const Maybe &gate,
                                                      const Maybe &centre) {
-  Affine job = affine_of(pixels, expert, patch_size, num_experts, scale, shift, gelu, gate, {});
+  Affine job = affine_of(pixels, grad, expert, patch_size, num_experts, scale, shift, gelu, gate, {});
   Sizes table = {num_experts, job.channels};
-  const float *g = floats(grad, "grad", map_of(job.grid, job.channels)), *middle = floats(centre, "centre", table);
+  const void *g = numbers(grad, "grad", map_of(job.grid, job.channels), pixels);
+  const float *middle = floats(centre, "centre", table);
   Tensor grad_gate = zeros(pixels, {patches_of(job.grid)});
   float *of_gate = floats_of(grad_gate);
   auto sums = sums_of(lines_of(job.grid), 2 * num_experts * job.channels, [&](float *own, int64_t line, int64_t end) {
@@ -506,12 +544,12 @@ Tensor patch_affine_input_grad(const Tensor &grad, const Tensor &pixels, const T
                                const Maybe &scale, const Maybe &shift, bool gelu, const Maybe &gate, const Maybe &slope,
                                const Maybe &offset) {
   int64_t experts = experts_in(scale ? scale : shift, slope ? slope : offset);
-  Affine job = affine_of(pixels, expert, patch_size, experts, scale, shift, gelu, gate, {});
+  Affine job = affine_of(pixels, grad, expert, patch_size, experts, scale, shift, gelu, gate, {});
   Sizes table = {experts, job.channels}, map = map_of(job.grid, job.channels);
-  const float *g = floats(grad, "grad", map), *of_x = floats(slope, "slope", table),
-              *rest = floats(offset, "offset", table);
-  Tensor out = empty(pixels, map);
-  float *to = floats_of(out);
+  const void *g = numbers(grad, "grad", map, pixels);
+  const float *of_x = floats(slope, "slope", table), *rest = floats(offset, "offset", table);
+  Tensor out = empty(pixels, map, pixels.scalar_type());
+  void *to = out.mutable_data_ptr();
   in_blocks(lines_of(job.grid), [&](int64_t, int64_t line, int64_t end) {
     kernels->affine_grad(job, g, of_x, rest, line, end, to);
   });
@@ -544,7 +582,8 @@ struct FirstLayer {
            floats(bias, "bias", {outs}), rows.data());
     linear(floats(of_columns, "columns", {grid.width, features}), grid.width, w + channels, width, features, outs,
            nullptr, columns.data());
-    job = {grid, int(channels), int(outs), floats(pixels, "x"), w, width, rows.data(), columns.data()};
+    job = {grid, int(channels), int(outs), is_bfloat16(pixels), numbers(pixels, "x"), w, width, rows.data(),
+           columns.data()};
   }
 };
 
@@ -596,8 +635,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_perceptron_backward(const Tenso
   const Grid &grid = job.grid;
   const float *g = floats(grad, "grad", {patches_of(grid), job.hidden});
   int64_t hidden = job.hidden, of_rows = hidden * job.channels, of_columns = of_rows + grid.height * hidden;
-  Tensor grad_x = empty(pixels, needs_x ? map_of(grid, job.channels) : Sizes{0});
-  float *for_x = needs_x ? floats_of(grad_x) : nullptr;
+  Tensor grad_x = empty(pixels, needs_x ? map_of(grid, job.channels) : Sizes{0}, pixels.scalar_type());
+  void *for_x = needs_x ? grad_x.mutable_data_ptr() : nullptr;
   int64_t size = kernels->perceptron_scratch(job);
   auto sums = sums_of(lines_of(grid), of_columns + grid.width * hidden, [&](float *own, int64_t line, int64_t end) {
     kernels->perceptron_grad(job, g, line, end, for_x, own, own + of_rows, own + of_columns, scratch(size));

@@ -17,7 +17,7 @@ struct Epilogue {
   const float *scale, *shift;  // [E, D]
   bool gelu;
   const float *gate;      // [N]
-  const float *residual;  // as the map that is written
+  const void *residual;   // as the map that is written
 };
 
 enum class Direction { forward, input_grad };
@@ -33,12 +33,12 @@ struct Layout {
 struct Convolution {
   Grid grid;
   Direction direction;
-  bool neighbours;
+  bool neighbours, bfloat16, out_bfloat16;
   int kernel, in_channels, out_channels;
-  const float *in;
+  const void *in;
   Layout weight, base;
   int64_t expert_stride;
-  float *out;
+  void *out;  // of an input gradient always float32
   Epilogue epilogue;
   const int32_t *order;  // patches, sorted by expert
   const int64_t *begin;  // [E + 1], where each expert's begin
@@ -47,9 +47,9 @@ struct Convolution {
 // Gradient for the weights of one expert: grad_weight[out][tap][in], contiguous.
 struct WeightGrad {
   Grid grid;
-  bool neighbours;
+  bool neighbours, bfloat16;
   int kernel, in_channels, out_channels;
-  const float *in, *grad;
+  const void *in, *grad;
   const int32_t *order;
 };
 
@@ -58,7 +58,8 @@ struct Affine {
   Grid grid;
   int channels;
   int64_t experts;
-  const float *x;
+  bool bfloat16, other_bfloat16;  // x, and what belongs to it: what is made and added, or its gradient
+  const void *x;
   const int64_t *expert;  // [N], -1 for nobody's
   Epilogue epilogue;
 };
@@ -67,7 +68,9 @@ struct Affine {
 struct Perceptron {
   Grid grid;
   int channels, hidden;
-  const float *x, *weight;
+  bool bfloat16;
+  const void *x;
+  const float *weight;
   int64_t weight_stride;
   const float *rows, *columns;  // [height, hidden], [width, hidden]
 };
@@ -83,6 +86,7 @@ struct Linear {
 
 struct Kernels {
   const char *name;
+  bool bfloat16;  // whether they take maps of that type
   // Scratch, in floats, that a thread needs for the tasks of a kind.
   int64_t (*convolve_scratch)(const Convolution &);
   // For the patches order[first..last) of one expert the panels [panel, panel_end) of output channels: written, or for an
@@ -96,24 +100,24 @@ struct Kernels {
   void (*weight_grad)(const WeightGrad &, int64_t first, int64_t last, int out, int out_end, float *grad_weight,
                       float *scratch);
   // Lines of patches [line, line_end) of a map, numbered through all images.
-  void (*affine)(const Affine &, int64_t line, int64_t line_end, float *out);
+  void (*affine)(const Affine &, int64_t line, int64_t line_end, void *out);
   // Sums of x - centre and of its square, [2, E, C], added.
   void (*moments)(const Affine &, const float *centre, int64_t line, int64_t line_end, float *sums);
   // Of g = gate * act' * grad the sums of g and of g * (x - centre), [2, E, C], added, and the gate's gradient.
-  void (*affine_sums)(const Affine &, const float *grad, const float *centre, int64_t line, int64_t line_end,
+  void (*affine_sums)(const Affine &, const void *grad, const float *centre, int64_t line, int64_t line_end,
                       float *sums, float *grad_gate);
   // scale * g + slope * x + offset.
-  void (*affine_grad)(const Affine &, const float *grad, const float *slope, const float *offset, int64_t line,
-                      int64_t line_end, float *out);
+  void (*affine_grad)(const Affine &, const void *grad, const float *slope, const float *offset, int64_t line,
+                      int64_t line_end, void *out);
   int64_t (*linear_scratch)(const Linear &);
   void (*linear)(const Linear &, float *out, float *scratch);
   int64_t (*perceptron_scratch)(const Perceptron &);
   void (*perceptron)(const Perceptron &, int64_t line, int64_t line_end, float *out, float *scratch);
   // Adds to grad_weight [hidden, channels], grad_rows and grad_columns; grad_x may be null.
-  void (*perceptron_grad)(const Perceptron &, const float *grad, int64_t line, int64_t line_end, float *grad_x,
+  void (*perceptron_grad)(const Perceptron &, const float *grad, int64_t line, int64_t line_end, void *grad_x,
                           float *grad_weight, float *grad_rows, float *grad_columns, float *scratch);
 };
 
-extern const Kernels avx2_kernels, avx512_kernels, neon_kernels;
+extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels, neon_kernels;
 
 }  // namespace pcenet

@@ -5,6 +5,9 @@
 
 #include <cstring>
 #include <type_traits>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #include "kernels.h"
 
@@ -34,6 +37,11 @@ inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
 // A vector of the first `count` numbers, zeros behind.
+#ifdef __AVX512F__
+inline __mmask16 below(int count) { return __mmask16((1u << most(0, least(count, VECTOR))) - 1); }
+inline Vector load_some(const float *p, int count) { return Vector(_mm512_maskz_loadu_ps(below(count), p)); }
+inline void store_some(float *p, Vector v, int count) { _mm512_mask_storeu_ps(p, below(count), __m512(v)); }
+#else
 inline Vector load_some(const float *p, int count) {
   if (count >= VECTOR) return load(p);
   if (count <= 0) return Vector{};
@@ -49,8 +57,86 @@ inline void store_some(float *p, Vector v, int count) {
   store(buffer, v);
   for (int i = 0; i < count; i++) p[i] = buffer[i];
 }
+#endif
 
 inline void add_to(float *p, Vector v, int count) { store_some(p, load_some(p, count) + v, count); }
+
+// What is multiplied comes in elements: a number, or a pair of bfloat16, whose products are added in float32. put() makes
+// an element of as many numbers as it has.
+inline void add_product(Vector &sum, Vector a, Vector b) { sum += a * b; }
+inline void put(float *p, Vector v, Vector) { store(p, v); }
+
+template <class T>
+struct ElementOf {
+  typedef T type;
+};
+template <class E>
+constexpr int NUMBERS = 1;  // of an element
+
+#ifdef __AVX512BF16__
+struct BFloat16 {
+  uint16_t bits;
+};
+struct __attribute__((may_alias)) Pair {
+  uint32_t bits;
+};
+template <>
+struct ElementOf<BFloat16> {
+  typedef Pair type;
+};
+template <>
+constexpr int NUMBERS<Pair> = 2;
+
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint16_t BothHalves __attribute__((vector_size(64)));
+
+inline Vector widened(__m256i v) { return Vector(__builtin_convertvector(Halves(v), Integers) << 16); }
+inline __m256i narrowed(Vector v) { return __m256i(_mm512_cvtneps_pbh(__m512(v))); }
+inline Vector load(const BFloat16 *p) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
+inline void store(BFloat16 *p, Vector v) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), narrowed(v)); }
+inline Vector load_some(const BFloat16 *p, int count) { return widened(_mm256_maskz_loadu_epi16(below(count), p)); }
+inline void store_some(BFloat16 *p, Vector v, int count) { _mm256_mask_storeu_epi16(p, below(count), narrowed(v)); }
+inline void put(BFloat16 *p, Vector v, Vector) { store(p, v); }
+
+inline Integers load(const Pair *p) { return Integers(_mm512_loadu_si512(p)); }
+inline Integers all(Pair value) { return Integers(_mm512_set1_epi32(value.bits)); }
+inline void add_product(Vector &sum, Integers a, Integers b) {
+  sum = Vector(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
+}
+inline void put(Pair *p, Vector a, Vector b) {
+  const BothHalves in_turn = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  BothHalves both = BothHalves(_mm512_cvtne2ps_pbh(__m512(b), __m512(a)));
+  _mm512_storeu_si512(p, __m512i(__builtin_shuffle(both, in_turn)));
+}
+#endif
+
+template <class T>
+using Element = typename ElementOf<T>::type;
+
+// Calls what(number) with a number of a map's type.
+template <class What>
+inline void with_type(bool bfloat16, const What &what) {
+#ifdef __AVX512BF16__
+  if (bfloat16) return what(BFloat16());
+#endif
+  what(float());
+}
+
+// The same with one of a map that belongs to it, which may be in float32 beside bfloat16.
+template <class What>
+inline void with_types(bool bfloat16, bool other_bfloat16, const What &what) {
+  with_type(bfloat16, [&](auto number) {
+    if (other_bfloat16) what(number, number);
+    else what(number, float());
+  });
+}
+
+#ifdef __AVX512BF16__
+constexpr bool TAKES_BFLOAT16 = true;
+#else
+constexpr bool TAKES_BFLOAT16 = false;
+#endif
 
 // exp(-x) for x >= 0: by 2**n times a polynomial of what is left, as in the Cephes library's expf.
 inline Vector exp_of_minus(Vector x) {
@@ -286,9 +372,9 @@ int Walk::next(Tile *tiles, int most) {
 }
 
 // Where the cells of a square around or of a tile lie in a map; `nothing` for those that are not in the box.
-template <int SIDE>
-inline void find_cells(const float *map, int channels, int64_t width, const Tile &tile, const Box &box,
-                       const float *nothing, const float **cell) {
+template <int SIDE, class T>
+inline void find_cells(const T *map, int channels, int64_t width, const Tile &tile, const Box &box, const T *nothing,
+                       const T **cell) {
   constexpr int before = SIDE > 2 ? 1 : 0;
   for (int i = 0; i < SIDE; i++)
     for (int j = 0; j < SIDE; j++) {
@@ -297,20 +383,26 @@ inline void find_cells(const float *map, int channels, int64_t width, const Tile
     }
 }
 
-// Cells as points: of each point a row, `step` after the one before.
-template <class Map, bool WHOLE>
-inline void bring_channel(const float *const *cell, int c, int own, float *to, int64_t step) {
+// Cells as points: of each point a row, `step` after the one before. In a row of pairs are two tiles, the second's cells
+// behind the first's.
+template <class Map, bool WHOLE, class T, class E>
+inline void bring_channel(const T *const *cell, int c, int own, E *to, int64_t step) {
   constexpr int cells = Map::axis.from * Map::axis.from, points = Map::axis.to * Map::axis.to;
-  Vector in[cells], out[points];
+  constexpr int tiles = NUMBERS<E>;
+  Vector in[cells], out[tiles][points];
+#pragma GCC unroll 2
+  for (int t = 0; t < tiles; t++) {
 #pragma GCC unroll 16
-  for (int k = 0; k < cells; k++) in[k] = WHOLE ? load(cell[k] + c) : load_some(cell[k] + c, own);
-  along_both<Map>(in, out);
+    for (int k = 0; k < cells; k++)
+      in[k] = WHOLE ? load(cell[t * cells + k] + c) : load_some(cell[t * cells + k] + c, own);
+    along_both<Map>(in, out[t]);
+  }
 #pragma GCC unroll 16
-  for (int k = 0; k < points; k++) store(to + k * step + c, out[k]);
+  for (int k = 0; k < points; k++) put(to + k * step + c, out[0][k], out[tiles - 1][k]);
 }
 
-template <class Map>
-inline void bring(const float *const *cell, int channels, float *to, int64_t step) {
+template <class Map, class T, class E>
+inline void bring(const T *const *cell, int channels, E *to, int64_t step) {
   int c = 0;
   for (; c + VECTOR <= channels; c += VECTOR) bring_channel<Map, true>(cell, c, VECTOR, to, step);
   if (c < channels) bring_channel<Map, false>(cell, c, channels - c, to, step);
@@ -321,11 +413,12 @@ int panels(int channels) { return (channels + PANEL - 1) / PANEL; }
 // Rows of so many channels, whole panels: an odd number of cache lines, so that several do not share a place in it.
 int64_t row_stride(int channels) { return (int64_t(round_up(channels, PANEL)) + 15) / 16 / 2 * 32 + 16; }
 
-// Rows [point][tile][channel] of the tiles of a chunk.
+// Rows [point][tile][channel] of the tiles of a chunk, or of pairs of tiles.
+template <class E = float>
 struct Rows {
-  float *data;
+  E *data;
   int64_t stride, step;  // from row to row, from point to point
-  float *at(int point, int tile) const { return data + point * step + tile * stride; }
+  E *at(int point, int tile) const { return data + point * step + tile * stride; }
 };
 
 // Tiles of a chunk: so many that the points of both sides stay in the second cache, and enough for each number of the
@@ -350,31 +443,42 @@ struct Room {
   }
 };
 
-Rows take_rows(Room &room, int points, int tiles, int channels) {
+template <class E = float>
+Rows<E> take_rows(Room &room, int points, int tiles, int channels) {
   int64_t stride = row_stride(channels), step = tiles * stride + 16;
-  return {room.take(points * step), stride, step};
+  return {room.take<E>(points * step), stride, step};
 }
 
-// Channels [first, end) of what the tiles read.
-template <class Scheme>
-void bring_windows(const Grid &grid, const float *map, int channels, int first, int end, const Tile *tiles, int count,
-                   const float *zeros, const Rows &rows) {
-  for (int t = 0; t < count; t++) {
-    const float *cell[Scheme::window * Scheme::window];
-    find_cells<Scheme::window>(map + first, channels, grid.width, tiles[t], tiles[t].reads, zeros, cell);
-    bring<typename Scheme::Read>(cell, end - first, rows.data + t * rows.stride, rows.step);
+// Channels [first, end) of the squares of SIDE cells around the tiles, or of the tiles, by a linear map as rows.
+template <class Map, int SIDE, class T, class E>
+void bring_squares(const Grid &grid, const T *map, int channels, int first, int end, const Tile *tiles, int count,
+                   Box Tile::*box, const T *zeros, const Rows<E> &rows) {
+  constexpr int cells = SIDE * SIDE, together = NUMBERS<E>;
+  for (int t = 0; t < count; t += together) {
+    const T *cell[together * cells];
+    for (int i = 0; i < together; i++)
+      if (t + i < count)
+        find_cells<SIDE>(map + first, channels, grid.width, tiles[t + i], tiles[t + i].*box, zeros, cell + i * cells);
+      else
+        for (int k = 0; k < cells; k++) cell[i * cells + k] = zeros;
+    bring<Map>(cell, end - first, rows.at(0, t / together), rows.step);
   }
 }
 
-// The same of the gradients of their pixels.
-template <class Scheme>
-void bring_pixels(const Grid &grid, const float *map, int channels, int first, int end, const Tile *tiles, int count,
-                  const float *zeros, const Rows &rows) {
-  for (int t = 0; t < count; t++) {
-    const float *cell[Scheme::side * Scheme::side];
-    find_cells<Scheme::side>(map + first, channels, grid.width, tiles[t], tiles[t].owns, zeros, cell);
-    bring<typename Scheme::WriteGrad>(cell, end - first, rows.data + t * rows.stride, rows.step);
-  }
+// What the tiles read.
+template <class Scheme, class T, class E>
+void bring_windows(const Grid &grid, const T *map, int channels, int first, int end, const Tile *tiles, int count,
+                   const T *zeros, const Rows<E> &rows) {
+  bring_squares<typename Scheme::Read, Scheme::window>(grid, map, channels, first, end, tiles, count, &Tile::reads, zeros,
+                                                       rows);
+}
+
+// The gradients of their pixels.
+template <class Scheme, class T, class E>
+void bring_pixels(const Grid &grid, const T *map, int channels, int first, int end, const Tile *tiles, int count,
+                  const T *zeros, const Rows<E> &rows) {
+  bring_squares<typename Scheme::WriteGrad, Scheme::side>(grid, map, channels, first, end, tiles, count, &Tile::owns,
+                                                          zeros, rows);
 }
 
 // 8 x 8 numbers transposed: from rows of a stride to rows of another.
@@ -429,12 +533,14 @@ int64_t rows_of_point(int ins) {
   return Scheme::sums ? ins : ins + 1;
 }
 
-// An expert's kernel, the base added, as [panel][point][in][PANEL]; `taps` is room for a slice of it as [tap][in][PANEL].
-template <class Scheme>
-void pack_kernel(const Convolution &job, int expert, int panel, int panel_end, float *taps, float *packed) {
+// An expert's kernel, the base added, as [panel][point][in][PANEL], or with pairs of `in`; `taps` is room for a slice of it
+// as [tap][in][PANEL].
+template <class Scheme, class T, class E = Element<T>>
+void pack_kernel(const Convolution &job, int expert, int panel, int panel_end, float *taps, E *packed) {
+  constexpr int together = NUMBERS<E>;
   int first_tap = Scheme::taps == 1 ? job.kernel * job.kernel / 2 : 0, ins = job.in_channels;
   float *of_base = taps + Scheme::taps * SLICE * PANEL;
-  int64_t step = rows_of_point<Scheme>(ins) * PANEL;
+  int64_t step = rows_of_point<Scheme>(ins / together) * PANEL;
   for (int p = panel; p < panel_end; p++, packed += Scheme::points * step) {
     int count = least(PANEL, job.out_channels - p * PANEL);
     for (int i = 0; i < ins; i += SLICE) {
@@ -447,46 +553,50 @@ void pack_kernel(const Convolution &job, int expert, int panel, int panel_end, f
       };
       pack(job.weight, expert * job.expert_stride, taps);
       if (job.base.data) pack(job.base, 0, of_base);
-      for (int at = 0; at < own * PANEL; at += VECTOR) {
-        Vector in[Scheme::taps], out[Scheme::points];
+      for (int at = 0; at < own / together * PANEL; at += VECTOR) {
+        Vector in[Scheme::taps], out[together][Scheme::points];
+        for (int n = 0; n < together; n++) {
+          int from = (at / PANEL * together + n) * PANEL + at % PANEL;
 #pragma GCC unroll 9
-        for (int tap = 0; tap < Scheme::taps; tap++) in[tap] = load(taps + tap * SLICE * PANEL + at);
-        if (job.base.data)
-          for (int tap = 0; tap < Scheme::taps; tap++) in[tap] += load(of_base + tap * SLICE * PANEL + at);
-        along_both<typename Scheme::Weigh>(in, out);
-        float *to = packed + int64_t(i) * PANEL + at;
+          for (int tap = 0; tap < Scheme::taps; tap++) in[tap] = load(taps + tap * SLICE * PANEL + from);
+          if (job.base.data)
+            for (int tap = 0; tap < Scheme::taps; tap++) in[tap] += load(of_base + tap * SLICE * PANEL + from);
+          along_both<typename Scheme::Weigh>(in, out[n]);
+        }
+        E *to = packed + int64_t(i / together) * PANEL + at;
 #pragma GCC unroll 16
-        for (int k = 0; k < Scheme::points; k++) store(to + k * step, out[k]);
+        for (int k = 0; k < Scheme::points; k++) put(to + k * step, out[0][k], out[together - 1][k]);
       }
     }
   }
 }
 
 // Sums of ROWS rows by a panel: sum over i of row[r][i] * packed[i].
-template <int ROWS>
-inline void multiply(const float *const *row, const float *packed, int count, Vector (*sums)[WIDTH]) {
-  const float *own[ROWS];
+template <int ROWS, class E>
+inline void multiply(const E *const *row, const E *packed, int count, Vector (*sums)[WIDTH]) {
+  const E *own[ROWS];
   for (int r = 0; r < ROWS; r++) own[r] = row[r];
   for (int i = 0; i < count; i++, packed += PANEL) {
-    Vector weights[WIDTH];
+    decltype(load(packed)) weights[WIDTH];
     for (int v = 0; v < WIDTH; v++) weights[v] = load(packed + v * VECTOR);
     for (int r = 0; r < ROWS; r++) {
-      Vector value = all(own[r][i]);
-      for (int v = 0; v < WIDTH; v++) sums[r][v] += value * weights[v];
+      auto value = all(own[r][i]);
+      for (int v = 0; v < WIDTH; v++) add_product(sums[r][v], value, weights[v]);
     }
   }
 }
 
 // A row to be multiplied by all panels of a point, and where that goes.
+template <class E>
 struct Product {
-  const float *row;
+  const E *row;
   float *to;
 };
 
 // ROWS of them, panel `p`, of which `own` numbers are written; added to what is there where `adds`.
-template <int ROWS>
-void multiply_rows(const Product *products, int p, const float *packed, int length, bool adds, int own) {
-  const float *row[ROWS];
+template <int ROWS, class E>
+void multiply_rows(const Product<E> *products, int p, const E *packed, int length, bool adds, int own) {
+  const E *row[ROWS];
   for (int r = 0; r < ROWS; r++) row[r] = products[r].row;
   Vector sums[ROWS][WIDTH];
   clear(sums);
@@ -517,16 +627,18 @@ inline void in_tiles(int count, const What &what) {
 }
 
 // Products by what they are multiplied with: a part of each panel, `length` rows from `start` on.
+template <class E = float>
 struct Points {
   static constexpr int most = 16;
-  Product *products;  // [point][room]
+  Product<E> *products;  // [point][room]
   int room, counts[most], start[most], length[most];
-  void add(int point, const float *row, float *to) { products[point * room + counts[point]++] = {row, to}; }
+  void add(int point, const E *row, float *to) { products[point * room + counts[point]++] = {row, to}; }
 };
 
-// All of them, with panels of `size` numbers; `width` numbers of a result are written.
-void multiply_points(const Points &points, const float *packed, int64_t size, bool adds, int width) {
-  for (int k = 0; k < Points::most; k++)
+// All of them, with panels of `size` elements; `width` numbers of a result are written.
+template <class E>
+void multiply_points(const Points<E> &points, const E *packed, int64_t size, bool adds, int width) {
+  for (int k = 0; k < Points<E>::most; k++)
     for (int p = 0; points.counts[k] && p < panels(width); p++)
       in_tiles(points.counts[k], [&](int first, auto rows) {
         multiply_rows<decltype(rows)::value>(points.products + k * points.room + first, p,
@@ -550,10 +662,12 @@ inline void follow(const Convolution &job, int expert, int patch, int channel, i
 }
 
 // Products as the tiles' pixels, channels [channel, channel_end).
-template <class Scheme>
-void write_pixels(const Convolution &job, int expert, const Tile *tiles, int count, const Rows &products, int channel,
+template <class Scheme, class T>
+void write_pixels(const Convolution &job, int expert, const Tile *tiles, int count, const Rows<> &products, int channel,
                   int channel_end) {
   constexpr int points = Scheme::sums ? 1 : Scheme::points, side = Scheme::side, pixels = side * side;
+  T *out = static_cast<T *>(job.out);
+  const T *residual = static_cast<const T *>(job.epilogue.residual);
   for (int t = 0; t < count; t++)
     for (int c = channel; c < channel_end; c += VECTOR) {
       Vector in[points], y[pixels];
@@ -564,23 +678,24 @@ void write_pixels(const Convolution &job, int expert, const Tile *tiles, int cou
       for (int k = 0; k < pixels; k++) {
         if (!tiles[t].owns.holds(k / side, k % side)) continue;
         int64_t pixel = tiles[t].pixel + k / side * job.grid.width + k % side, at = pixel * job.out_channels + c;
-        if (job.epilogue.residual) y[k] += load_some(job.epilogue.residual + at, channel_end - c);
-        store_some(job.out + at, y[k], channel_end - c);
+        if (residual) y[k] += load_some(residual + at, channel_end - c);
+        store_some(out + at, y[k], channel_end - c);
       }
     }
 }
 
 // Products are added to the cells of the tiles' windows.
 template <class Scheme>
-void add_to_windows(const Convolution &job, const Tile *tiles, int count, const Rows &products, int channel,
+void add_to_windows(const Convolution &job, const Tile *tiles, int count, const Rows<> &products, int channel,
                     int channel_end) {
   constexpr int points = Scheme::points, window = Scheme::window, before = window > 1 ? 1 : 0;
+  float *out_map = static_cast<float *>(job.out);
   for (int t = 0; t < count; t++) {
     float *cell[points];
     for (int k = 0; k < points; k++) {
       int y = k / window - before, x = k % window - before;
       int64_t pixel = tiles[t].pixel + y * job.grid.width + x;
-      cell[k] = tiles[t].reads.holds(y, x) ? job.out + pixel * job.out_channels : nullptr;
+      cell[k] = tiles[t].reads.holds(y, x) ? out_map + pixel * job.out_channels : nullptr;
     }
     for (int c = channel; c < channel_end; c += VECTOR) {
       Vector in[points], out[points];
@@ -594,87 +709,104 @@ void add_to_windows(const Convolution &job, const Tile *tiles, int count, const 
 }
 
 // A thread's memory for a convolution: what is packed comes first and stays between tasks.
-template <class Scheme>
+template <class Scheme, class T>
 struct Memory {
-  float *packed, *taps, *zeros;
-  int tiles;
+  typedef Element<T> E;
+  E *packed;
+  float *taps;
+  T *zeros;
+  int tiles, length;  // of a row, in elements
   Tile *tile;
-  Points points;
-  Rows rows, results;
+  Points<E> points;
+  Rows<T> rows;
+  Rows<> results;
 
   Memory(const Convolution &job, Room &room) {
     int ins = job.in_channels, outs = job.out_channels, number = Scheme::points;
-    packed = room.take(panels(outs) * number * rows_of_point<Scheme>(ins) * PANEL);
+    length = ins / NUMBERS<E>;
+    packed = room.take<E>(panels(outs) * number * rows_of_point<Scheme>(length) * PANEL);
     taps = room.take(2 * Scheme::taps * SLICE * PANEL);
-    zeros = room.take(ins);
+    zeros = room.take<T>(ins);
     tiles = Scheme::sums ? 96 : chunk_size<Scheme>(ins, outs);
     tile = room.take<Tile>(tiles);
-    points.products = room.take<Product>(Points::most * tiles), points.room = tiles;
-    if (!Scheme::sums) rows = take_rows(room, number, tiles, ins);
+    points.products = room.take<Product<E>>(points.most * tiles), points.room = tiles;
+    if (!Scheme::sums) rows = take_rows<T>(room, number, tiles, ins);
     results = take_rows(room, Scheme::sums ? 1 : number, tiles, outs);
   }
 };
 
+// A pixel's numbers, as elements.
+template <class T>
+inline const Element<T> *pixel_of(const Convolution &job, int64_t pixel) {
+  return reinterpret_cast<const Element<T> *>(static_cast<const T *>(job.in) + pixel * job.in_channels);
+}
+
 // A pixel's cells side by side are one row, multiplied by their taps together: which there are is a matter of the columns
 // before and behind.
-template <int WINDOW>
-void list_cells(const Convolution &job, const Tile &tile, float *to, Points &points) {
+template <int WINDOW, class T>
+void list_cells(const Convolution &job, const Tile &tile, int length, float *to, Points<Element<T>> &points) {
   constexpr int before = WINDOW / 2;
   for (int i = 0; i < WINDOW; i++) {
     if (!tile.reads.holds(i - before, 0)) continue;
     int none_before = before && !tile.reads.holds(0, -1), none_behind = before && !tile.reads.holds(0, 1);
-    int kind = i * 4 + none_before * 2 + none_behind, ins = job.in_channels;
-    points.start[kind] = (i * WINDOW + none_before) * ins;
-    points.length[kind] = (WINDOW - none_before - none_behind) * ins;
-    points.add(kind, job.in + (tile.pixel + (i - before) * job.grid.width + none_before - before) * ins, to);
+    int kind = i * 4 + none_before * 2 + none_behind;
+    points.start[kind] = (i * WINDOW + none_before) * length;
+    points.length[kind] = (WINDOW - none_before - none_behind) * length;
+    points.add(kind, pixel_of<T>(job, tile.pixel + (i - before) * job.grid.width + none_before - before), to);
   }
 }
 
 // What is multiplied: the rows of points; or, where these are cells, cells where they lie, and into a gradient's cells.
-template <class Scheme>
-void list_products(const Convolution &job, int count, int channel, const Memory<Scheme> &memory, Points &points) {
+template <class Scheme, class T>
+void list_products(const Convolution &job, int count, int channel, Memory<Scheme, T> &memory) {
+  auto &points = memory.points;
   constexpr int window = Scheme::window, before = window / 3;
   bool forward = job.direction == Direction::forward;
   std::memset(points.counts, 0, sizeof points.counts);
   for (int k = 0; k < Scheme::points && !(Scheme::sums && forward); k++)
-    points.start[k] = k * rows_of_point<Scheme>(job.in_channels), points.length[k] = job.in_channels;
+    points.start[k] = k * rows_of_point<Scheme>(memory.length), points.length[k] = memory.length;
   for (int t = 0; t < count; t++) {
     const Tile &tile = memory.tile[t];
     if (Scheme::sums && forward) {
-      list_cells<window>(job, tile, memory.results.at(0, t), points);
+      list_cells<window, T>(job, tile, memory.length, memory.results.at(0, t), points);
       continue;
     }
     for (int k = 0; k < Scheme::points; k++) {
       int y = k / window - before, x = k % window - before;
       if (!Scheme::sums)
-        points.add(k, memory.rows.at(k, t), memory.results.at(k, t));
+        points.add(k, reinterpret_cast<const Element<T> *>(memory.rows.at(k, t)), memory.results.at(k, t));
       else if (tile.reads.holds(y, x))
-        points.add(k, job.in + tile.pixel * job.in_channels,
-                   job.out + (tile.pixel + y * job.grid.width + x) * job.out_channels + channel);
+        points.add(k, pixel_of<T>(job, tile.pixel),
+                   static_cast<float *>(job.out) + (tile.pixel + y * job.grid.width + x) * job.out_channels + channel);
     }
   }
 }
 
-template <class Scheme>
+template <class Scheme, class T>
 void convolve_in_tiles(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end,
                        bool packed, float *scratch) {
   Room room = {scratch};
-  Memory<Scheme> memory(job, room);
+  Memory<Scheme, T> memory(job, room);
+  const T *in = static_cast<const T *>(job.in);
   bool forward = job.direction == Direction::forward;
   int ins = job.in_channels, channel = panel * PANEL, channel_end = least(panel_end * PANEL, job.out_channels);
   int width = Scheme::sums && !forward ? channel_end - channel : (panel_end - panel) * PANEL;
-  std::memset(memory.zeros, 0, ins * sizeof(float));
-  if (!packed) pack_kernel<Scheme>(job, expert, panel, panel_end, memory.taps, memory.packed);
+  std::memset(memory.zeros, 0, ins * sizeof(T));
+  if (!packed) pack_kernel<Scheme, T>(job, expert, panel, panel_end, memory.taps, memory.packed);
   Walk walk = {job.grid, job.order, first, last, job.neighbours, Scheme::side};
   while (int count = walk.next(memory.tile, memory.tiles)) {
     if (!Scheme::sums) {
-      auto bring = forward ? bring_windows<Scheme> : bring_pixels<Scheme>;
-      bring(job.grid, job.in, ins, 0, ins, memory.tile, count, memory.zeros, memory.rows);
+      auto bring = forward ? bring_windows<Scheme, T, T> : bring_pixels<Scheme, T, T>;
+      bring(job.grid, in, ins, 0, ins, memory.tile, count, memory.zeros, memory.rows);
     }
-    list_products(job, count, channel, memory, memory.points);
+    list_products(job, count, channel, memory);
     if (Scheme::sums && forward) std::memset(memory.results.data, 0, count * memory.results.stride * sizeof(float));
-    multiply_points(memory.points, memory.packed, Scheme::points * rows_of_point<Scheme>(ins) * PANEL, Scheme::sums, width);
-    if (forward) write_pixels<Scheme>(job, expert, memory.tile, count, memory.results, channel, channel_end);
+    multiply_points(memory.points, memory.packed, Scheme::points * rows_of_point<Scheme>(memory.length) * PANEL,
+                    Scheme::sums, width);
+    if (forward)
+      with_type(job.out_bfloat16, [&](auto out) {
+        write_pixels<Scheme, decltype(out)>(job, expert, memory.tile, count, memory.results, channel, channel_end);
+      });
     else if (!Scheme::sums) add_to_windows<Scheme>(job, memory.tile, count, memory.results, channel, channel_end);
   }
 }
@@ -686,7 +818,7 @@ constexpr int FEW = 60, FEW_ROWS = 3, FEW_CHANNELS = 4;
 struct Few {
   int64_t length;                 // of a stretch
   float *windows, *rows, *found;  // [FEW, length], [FEW_CHANNELS, length], [FEW, PANEL]
-  float *zeros;
+  float *zeros;  // of a pixel, in any type
   Tile *tiles;
 
   Few(const Convolution &job, Room &room) {
@@ -754,20 +886,23 @@ void find_rows(const Convolution &job, const Few &few, int expert, int out, int 
   }
 }
 
-template <int KERNEL>
+template <int KERNEL, class T>
 void convolve_few(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end,
                   float *scratch) {
   Room room = {scratch};
   Few few(job, room);
   Tile *tiles = few.tiles;
+  int ins = job.in_channels;
   std::memset(few.zeros, 0, job.in_channels * sizeof(float));
   Walk walk = {job.grid, job.order, first, last, job.neighbours, 1};
   int count = walk.next(tiles, FEW);
   for (int t = 0; t < count; t++) {
-    const float *cell[KERNEL * KERNEL];
-    find_cells<KERNEL>(job.in, job.in_channels, job.grid.width, tiles[t], tiles[t].reads, few.zeros, cell);
+    const T *cell[KERNEL * KERNEL];
+    find_cells<KERNEL>(static_cast<const T *>(job.in), ins, job.grid.width, tiles[t], tiles[t].reads,
+                       reinterpret_cast<const T *>(few.zeros), cell);
     for (int k = 0; k < KERNEL * KERNEL; k++)  // no more than it has: what follows lies right behind
-      std::memcpy(few.windows + t * few.length + k * job.in_channels, cell[k], job.in_channels * sizeof(float));
+      for (int c = 0; c < ins; c += VECTOR)
+        store_some(few.windows + t * few.length + k * ins + c, load_some(cell[k] + c, ins - c), ins - c);
   }
   for (int p = panel; p < panel_end; p++) {
     int channel = p * PANEL, outs = least(PANEL, job.out_channels - channel);
@@ -778,13 +913,18 @@ void convolve_few(const Convolution &job, int expert, int64_t first, int64_t las
       for (; n + FEW_ROWS <= count; n += FEW_ROWS) multiply_few<FEW_ROWS>(few, kernel, n, d, channels);
       for (; n < count; n++) multiply_few<1>(few, kernel, n, d, channels);
     }
-    write_pixels<Direct<1>>(job, expert, tiles, count, {few.found, PANEL, 0}, channel, channel + outs);
+    with_type(job.out_bfloat16, [&](auto out) {
+      write_pixels<Direct<1>, decltype(out)>(job, expert, tiles, count, {few.found, PANEL, 0}, channel, channel + outs);
+    });
   }
 }
 
 int64_t convolve_scratch(const Convolution &job) {
   Room room = {nullptr}, of_few = {nullptr};
-  with_scheme(job.grid, job.kernel, job.neighbours, [&](auto scheme) { Memory<decltype(scheme)>(job, room); });
+  with_type(job.bfloat16, [&](auto number) {
+    with_scheme(job.grid, job.kernel, job.neighbours,
+                [&](auto scheme) { Memory<decltype(scheme), decltype(number)>(job, room); });
+  });
   Few(job, of_few);
   return most(room.taken, of_few.taken);
 }
@@ -802,31 +942,37 @@ bool has_few_pixels(const Convolution &job, int expert) {
 
 void convolve(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end, bool packed,
               float *scratch) {
-  if (job.direction == Direction::forward && reads_stretches(job) && has_few_pixels(job, expert)) {
-    auto few = job.kernel == 1 ? convolve_few<1> : convolve_few<3>;
-    return few(job, expert, first, last, panel, panel_end, scratch);
-  }
-  with_scheme(job.grid, job.kernel, job.neighbours, [&](auto scheme) {
-    convolve_in_tiles<decltype(scheme)>(job, expert, first, last, panel, panel_end, packed, scratch);
+  bool is_few = job.direction == Direction::forward && reads_stretches(job) && has_few_pixels(job, expert);
+  with_type(job.bfloat16, [&](auto number) {
+    using T = decltype(number);
+    if (is_few) {
+      auto few = job.kernel == 1 ? convolve_few<1, T> : convolve_few<3, T>;
+      return few(job, expert, first, last, panel, panel_end, scratch);
+    }
+    with_scheme(job.grid, job.kernel, job.neighbours, [&](auto scheme) {
+      convolve_in_tiles<decltype(scheme), T>(job, expert, first, last, panel, panel_end, packed, scratch);
+    });
   });
 }
 
 // ---- Gradient for the weights ---------------------------------------------------------------------------------------
 
 // A thread's memory: rows of windows and of pixels' gradients, and sums, rows by output channel.
-template <class Scheme>
+template <class Scheme, class T>
 struct SumsMemory {
+  static constexpr int together = NUMBERS<Element<T>>;
   int tiles;
   Tile *tile;
-  float *zeros;
-  Rows windows, grads, sums;
+  T *zeros;
+  Rows<Element<T>> windows, grads;
+  Rows<> sums;
 
   SumsMemory(const WeightGrad &job, int outs, Room &room) {
     tiles = chunk_size<Scheme>(job.in_channels, outs);
     tile = room.take<Tile>(tiles);
-    zeros = room.take(most(job.in_channels, job.out_channels));
-    windows = take_rows(room, Scheme::points, tiles, job.in_channels);
-    grads = take_rows(room, Scheme::sums ? 1 : Scheme::points, tiles, outs);
+    zeros = room.take<T>(most(job.in_channels, job.out_channels));
+    windows = take_rows<Element<T>>(room, Scheme::points, (tiles + together - 1) / together, job.in_channels);
+    grads = take_rows<Element<T>>(room, Scheme::sums ? 1 : Scheme::points, (tiles + together - 1) / together, outs);
     if (Scheme::sums) grads.step = 0;
     sums = take_rows(room, Scheme::points, outs, job.in_channels);
   }
@@ -834,25 +980,28 @@ struct SumsMemory {
 
 int64_t weight_grad_scratch(const WeightGrad &job, int outs) {
   Room room = {nullptr};
-  with_scheme(job.grid, job.kernel, job.neighbours, [&](auto scheme) { SumsMemory<decltype(scheme)>(job, outs, room); });
+  with_type(job.bfloat16, [&](auto number) {
+    with_scheme(job.grid, job.kernel, job.neighbours,
+                [&](auto scheme) { SumsMemory<decltype(scheme), decltype(number)>(job, outs, room); });
+  });
   return room.taken;
 }
 
 // to[r] = sum over tiles of grads[r] * x, for ROWS output channels by a panel of input channels; added where `adds`.
-template <int ROWS>
-inline void multiply_pairs(const float *grads, int64_t grads_stride, const float *x, int64_t x_stride, int count,
-                           bool adds, float *to, int64_t stride) {
+template <int ROWS, class E>
+inline void multiply_pairs(const E *grads, int64_t grads_stride, const E *x, int64_t x_stride, int count, bool adds,
+                           float *to, int64_t stride) {
   Vector sums[ROWS][WIDTH];
   clear(sums);
   if (adds)
     for (int r = 0; r < ROWS; r++)
       for (int v = 0; v < WIDTH; v++) sums[r][v] = load(to + r * stride + v * VECTOR);
   for (int i = 0; i < count; i++, x += x_stride, grads += grads_stride) {
-    Vector values[WIDTH];
+    decltype(load(x)) values[WIDTH];
     for (int v = 0; v < WIDTH; v++) values[v] = load(x + v * VECTOR);
     for (int r = 0; r < ROWS; r++) {
-      Vector own = all(grads[r]);
-      for (int v = 0; v < WIDTH; v++) sums[r][v] += own * values[v];
+      auto own = all(grads[r]);
+      for (int v = 0; v < WIDTH; v++) add_product(sums[r][v], own, values[v]);
     }
   }
   for (int r = 0; r < ROWS; r++)
@@ -861,7 +1010,7 @@ inline void multiply_pairs(const float *grads, int64_t grads_stride, const float
 
 // The sums as gradients of taps, [out][tap][in].
 template <class Scheme>
-void write_taps(const WeightGrad &job, int outs, const Rows &sums, float *grad_weight) {
+void write_taps(const WeightGrad &job, int outs, const Rows<> &sums, float *grad_weight) {
   int ins = job.in_channels, taps = job.kernel * job.kernel, first_tap = Scheme::taps == 1 ? taps / 2 : 0;
   if (Scheme::taps < taps) std::memset(grad_weight, 0, sizeof(float) * outs * taps * ins);
   for (int o = 0; o < outs; o++)
@@ -875,24 +1024,26 @@ void write_taps(const WeightGrad &job, int outs, const Rows &sums, float *grad_w
     }
 }
 
-template <class Scheme>
+template <class Scheme, class T>
 void sum_in_tiles(const WeightGrad &job, int64_t first, int64_t last, int out, int out_end, float *grad_weight,
                   float *scratch) {
   int outs = out_end - out, ins = job.in_channels;
   Room room = {scratch};
-  SumsMemory<Scheme> memory(job, outs, room);
+  SumsMemory<Scheme, T> memory(job, outs, room);
   bool adds = false;
-  std::memset(memory.zeros, 0, most(ins, job.out_channels) * sizeof(float));
+  std::memset(memory.zeros, 0, most(ins, job.out_channels) * sizeof(T));
   Walk walk = {job.grid, job.order, first, last, job.neighbours, Scheme::side};
   while (int count = walk.next(memory.tile, memory.tiles)) {
-    bring_windows<Scheme>(job.grid, job.in, ins, 0, ins, memory.tile, count, memory.zeros, memory.windows);
-    bring_pixels<Scheme>(job.grid, job.grad, job.out_channels, out, out_end, memory.tile, count, memory.zeros,
-                         memory.grads);
+    int elements = (count + memory.together - 1) / memory.together;
+    bring_windows<Scheme>(job.grid, static_cast<const T *>(job.in), ins, 0, ins, memory.tile, count, memory.zeros,
+                          memory.windows);
+    bring_pixels<Scheme>(job.grid, static_cast<const T *>(job.grad), job.out_channels, out, out_end, memory.tile, count,
+                         memory.zeros, memory.grads);
     for (int k = 0; k < Scheme::points; k++)
       for (int c = 0; c < ins; c += PANEL)
         in_tiles(outs, [&](int o, auto number) {
           multiply_pairs<decltype(number)::value>(memory.grads.at(k, 0) + o, memory.grads.stride,
-                                                  memory.windows.at(k, 0) + c, memory.windows.stride, count, adds,
+                                                  memory.windows.at(k, 0) + c, memory.windows.stride, elements, adds,
                                                   memory.sums.at(k, o) + c, memory.sums.stride);
         });
     adds = true;
@@ -902,8 +1053,10 @@ void sum_in_tiles(const WeightGrad &job, int64_t first, int64_t last, int out, i
 
 void weight_grad(const WeightGrad &job, int64_t first, int64_t last, int out, int out_end, float *grad_weight,
                  float *scratch) {
-  with_scheme(job.grid, job.kernel, job.neighbours, [&](auto scheme) {
-    sum_in_tiles<decltype(scheme)>(job, first, last, out, out_end, grad_weight, scratch);
+  with_type(job.bfloat16, [&](auto number) {
+    with_scheme(job.grid, job.kernel, job.neighbours, [&](auto scheme) {
+      sum_in_tiles<decltype(scheme), decltype(number)>(job, first, last, out, out_end, grad_weight, scratch);
+    });
   });
 }
 
@@ -936,17 +1089,18 @@ struct Own {
 
 inline float gate_of(const Affine &job, int64_t patch) { return job.epilogue.gate ? job.epilogue.gate[patch] : 1.0f; }
 
-template <bool GELU>
-void affine_lines(const Affine &job, int64_t line, int64_t line_end, float *out) {
+template <bool GELU, class T, class Out>
+void affine_lines(const Affine &job, int64_t line, int64_t line_end, Out *out) {
   Own scale = {job.epilogue.scale, all(1)}, shift = {job.epilogue.shift, all(0)};
   int channels = job.channels;
-  const float *residual = job.epilogue.residual;
+  const Out *residual = static_cast<const Out *>(job.epilogue.residual);
   for_runs(job, line, line_end, [&](int64_t expert, int64_t patch, int64_t pixel, int count) {
-    float *to = out + pixel * channels;
-    const float *from = job.x + pixel * channels, *added = residual ? residual + pixel * channels : nullptr;
+    Out *to = out + pixel * channels;
+    const T *from = static_cast<const T *>(job.x) + pixel * channels;
+    const Out *added = residual ? residual + pixel * channels : nullptr;
     if (expert < 0) {
-      if (added) std::memcpy(to, added, sizeof(float) * count * channels);
-      else std::memset(to, 0, sizeof(float) * count * channels);
+      if (added) std::memcpy(to, added, sizeof(Out) * count * channels);
+      else std::memset(to, 0, sizeof(Out) * count * channels);
       return;
     }
     Vector gate = all(gate_of(job, patch));
@@ -964,19 +1118,26 @@ void affine_lines(const Affine &job, int64_t line, int64_t line_end, float *out)
   });
 }
 
-void affine(const Affine &job, int64_t line, int64_t line_end, float *out) {
-  (job.epilogue.gelu ? affine_lines<true> : affine_lines<false>)(job, line, line_end, out);
+void affine(const Affine &job, int64_t line, int64_t line_end, void *out) {
+  with_types(job.bfloat16, job.other_bfloat16, [&](auto number, auto other) {
+    using T = decltype(number);
+    using Out = decltype(other);
+    auto run = job.epilogue.gelu ? affine_lines<true, T, Out> : affine_lines<false, T, Out>;
+    run(job, line, line_end, static_cast<Out *>(out));
+  });
 }
 
-void moments(const Affine &job, const float *centre, int64_t line, int64_t line_end, float *sums) {
+template <class T>
+void moments_of_lines(const Affine &job, const float *centre, int64_t line, int64_t line_end, float *sums) {
   int channels = job.channels;
+  const T *x = static_cast<const T *>(job.x);
   for_runs(job, line, line_end, [&](int64_t expert, int64_t, int64_t pixel, int count) {
     if (expert < 0) return;
     for (int c = 0; c < channels; c += VECTOR) {
       int own = channels - c;
       Vector middle = load_some(centre + expert * channels + c, own), plain = {}, squares = {};
       for (int i = 0; i < count; i++) {
-        Vector d = load_some(job.x + (pixel + i) * channels + c, own) - middle;
+        Vector d = load_some(x + (pixel + i) * channels + c, own) - middle;
         plain += d;
         squares += d * d;
       }
@@ -986,10 +1147,16 @@ void moments(const Affine &job, const float *centre, int64_t line, int64_t line_
   });
 }
 
-template <bool GELU>
-void affine_sums_lines(const Affine &job, const float *grad, const float *centre, int64_t line, int64_t line_end,
-                       float *sums, float *grad_gate) {
+void moments(const Affine &job, const float *centre, int64_t line, int64_t line_end, float *sums) {
+  with_type(job.bfloat16,
+            [&](auto number) { moments_of_lines<decltype(number)>(job, centre, line, line_end, sums); });
+}
+
+template <bool GELU, class T, class Grad>
+void affine_sums_lines(const Affine &job, const Grad *grad, const float *centre, int64_t line, int64_t line_end, float *sums,
+                       float *grad_gate) {
   Own scale = {job.epilogue.scale, all(1)}, shift = {job.epilogue.shift, all(0)}, middle = {centre, all(0)};
+  const T *map = static_cast<const T *>(job.x);
   int channels = job.channels;
   for_runs(job, line, line_end, [&](int64_t expert, int64_t patch, int64_t pixel, int count) {
     if (expert < 0) return;
@@ -999,7 +1166,7 @@ void affine_sums_lines(const Affine &job, const float *grad, const float *centre
       Vector factor = scale(expert, channels, c), term = shift(expert, channels, c), mid = middle(expert, channels, c);
       Vector plain = {}, centred = {};
       for (int i = 0; i < count; i++) {
-        Vector x = load_some(job.x + (pixel + i) * channels + c, own), y = x * factor + term;
+        Vector x = load_some(map + (pixel + i) * channels + c, own), y = x * factor + term;
         Vector g = load_some(grad + (pixel + i) * channels + c, own);
         if (GELU) {
           Gelu act = gelu_and_slope(y);
@@ -1018,21 +1185,26 @@ void affine_sums_lines(const Affine &job, const float *grad, const float *centre
   });
 }
 
-void affine_sums(const Affine &job, const float *grad, const float *centre, int64_t line, int64_t line_end, float *sums,
+void affine_sums(const Affine &job, const void *grad, const float *centre, int64_t line, int64_t line_end, float *sums,
                  float *grad_gate) {
-  auto run = job.epilogue.gelu ? affine_sums_lines<true> : affine_sums_lines<false>;
-  run(job, grad, centre, line, line_end, sums, grad_gate);
+  with_types(job.bfloat16, job.other_bfloat16, [&](auto number, auto other) {
+    using T = decltype(number);
+    using Grad = decltype(other);
+    auto run = job.epilogue.gelu ? affine_sums_lines<true, T, Grad> : affine_sums_lines<false, T, Grad>;
+    run(job, static_cast<const Grad *>(grad), centre, line, line_end, sums, grad_gate);
+  });
 }
 
-template <bool GELU>
-void affine_grad_lines(const Affine &job, const float *grad, const float *slope, const float *offset, int64_t line,
-                       int64_t line_end, float *out) {
+template <bool GELU, class T, class Grad>
+void affine_grad_lines(const Affine &job, const Grad *grad, const float *slope, const float *offset, int64_t line,
+                       int64_t line_end, T *out) {
   Own scale = {job.epilogue.scale, all(1)}, shift = {job.epilogue.shift, all(0)}, by_x = {slope, all(0)},
       alone = {offset, all(0)};
+  const T *map = static_cast<const T *>(job.x);
   int channels = job.channels;
   for_runs(job, line, line_end, [&](int64_t expert, int64_t patch, int64_t pixel, int count) {
     if (expert < 0) {
-      std::memset(out + pixel * channels, 0, sizeof(float) * count * channels);
+      std::memset(out + pixel * channels, 0, sizeof(T) * count * channels);
       return;
     }
     Vector gate = all(gate_of(job, patch));
@@ -1042,7 +1214,7 @@ void affine_grad_lines(const Affine &job, const float *grad, const float *slope,
       Vector of_x = by_x(expert, channels, c), rest = alone(expert, channels, c), of_g = factor * gate;
       for (int i = 0; i < count; i++) {
         int64_t at = (pixel + i) * channels + c;
-        Vector x = load_some(job.x + at, own), g = load_some(grad + at, own);
+        Vector x = load_some(map + at, own), g = load_some(grad + at, own);
         if (GELU) {
           Vector slope = slope_of_gelu(x * factor + term);
           g *= slope;
@@ -1053,10 +1225,14 @@ void affine_grad_lines(const Affine &job, const float *grad, const float *slope,
   });
 }
 
-void affine_grad(const Affine &job, const float *grad, const float *slope, const float *offset, int64_t line,
-                 int64_t line_end, float *out) {
-  auto run = job.epilogue.gelu ? affine_grad_lines<true> : affine_grad_lines<false>;
-  run(job, grad, slope, offset, line, line_end, out);
+void affine_grad(const Affine &job, const void *grad, const float *slope, const float *offset, int64_t line,
+                 int64_t line_end, void *out) {
+  with_types(job.bfloat16, job.other_bfloat16, [&](auto number, auto other) {
+    using T = decltype(number);
+    using Grad = decltype(other);
+    auto run = job.epilogue.gelu ? affine_grad_lines<true, T, Grad> : affine_grad_lines<false, T, Grad>;
+    run(job, static_cast<const Grad *>(grad), slope, offset, line, line_end, static_cast<T *>(out));
+  });
 }
 
 // ---- The router's first layer ---------------------------------------------------------------------------------------
@@ -1070,7 +1246,7 @@ void pack_layer(const float *weight, int64_t out_stride, int64_t in_stride, int 
 }
 
 // Rows of `ins` numbers times a packed layer, into or added to rows of `outs` numbers.
-void multiply_layer(Points &points, const float *rows, int64_t stride, int count, const float *packed, int ins, bool adds,
+void multiply_layer(Points<> &points, const float *rows, int64_t stride, int count, const float *packed, int ins, bool adds,
                     float *to, int64_t to_stride, int outs) {
   std::memset(points.counts, 0, sizeof points.counts);
   points.start[0] = 0, points.length[0] = ins;
@@ -1078,9 +1254,9 @@ void multiply_layer(Points &points, const float *rows, int64_t stride, int count
   multiply_points(points, packed, int64_t(ins) * PANEL, adds, outs);
 }
 
-Points take_points(Room &room, int most) {
-  Points points;
-  points.products = room.take<Product>(most), points.room = most;
+Points<> take_points(Room &room, int most) {
+  Points<> points;
+  points.products = room.take<Product<float>>(most), points.room = most;
   return points;
 }
 
@@ -1093,7 +1269,7 @@ int64_t linear_scratch(const Linear &job) {
 
 void linear(const Linear &job, float *out, float *scratch) {
   Room room = {scratch};
-  Points points = take_points(room, STRETCH);
+  Points<> points = take_points(room, STRETCH);
   float *packed = room.take(int64_t(panels(job.outs)) * PANEL * job.ins);
   pack_layer(job.weight, job.weight_stride, 1, job.outs, job.ins, packed);
   for (int64_t i = 0; i < job.count; i += STRETCH) {
@@ -1107,9 +1283,9 @@ void linear(const Linear &job, float *out, float *scratch) {
 // A thread's memory: the layer's weights for both directions; of a stretch of pixels the hidden values, before the
 // activation or their gradients, and what is read; sums by patch, and of the weights' gradient [hidden][channel].
 struct LayerMemory {
-  Points points;
+  Points<> points;
   float *forward, *backward, *patches, *weights;
-  Rows hidden, inputs;
+  Rows<> hidden, inputs;
 
   LayerMemory(const Perceptron &job, Room &room) {
     int64_t width = row_stride(job.hidden);
@@ -1126,8 +1302,8 @@ int64_t perceptron_scratch(const Perceptron &job) {
   return room.taken;
 }
 
-// Calls what(y, x, pixel, count) for stretches of pixels of lines of patches, with their hidden values.
-template <class What>
+// Calls what(y, x, pixel, count) for stretches of pixels of lines of patches, with their inputs and hidden values.
+template <class T, class What>
 void for_stretches(const Perceptron &job, int64_t line, LayerMemory &memory, const What &what) {
   const Grid &grid = job.grid;
   int64_t image = line / grid.rows, top = line % grid.rows * grid.side, bottom = least(top + grid.side, grid.height);
@@ -1141,7 +1317,11 @@ void for_stretches(const Perceptron &job, int64_t line, LayerMemory &memory, con
           store(memory.hidden.at(0, i) + h,
                 load_some(job.rows + y * job.hidden + h, own) + load_some(job.columns + (x + i) * job.hidden + h, own));
         }
-      multiply_layer(memory.points, job.x + pixel * job.channels, job.channels, count, memory.forward, job.channels, true,
+      for (int i = 0; i < count; i++) {
+        const T *cell = static_cast<const T *>(job.x) + (pixel + i) * job.channels;
+        bring<Same<1>>(&cell, job.channels, memory.inputs.at(0, i), 0);
+      }
+      multiply_layer(memory.points, memory.inputs.data, memory.inputs.stride, count, memory.forward, job.channels, true,
                      memory.hidden.data, memory.hidden.stride, panels(job.hidden) * PANEL);
       what(y, x, pixel, count);
     }
@@ -1153,7 +1333,8 @@ inline float share_of(const Grid &grid, int64_t line, int64_t column) {
   return 1.0f / (least(grid.side, grid.height - top) * least(grid.side, grid.width - left));
 }
 
-void perceptron(const Perceptron &job, int64_t line, int64_t line_end, float *out, float *scratch) {
+template <class T>
+void perceptron_lines(const Perceptron &job, int64_t line, int64_t line_end, float *out, float *scratch) {
   const Grid &grid = job.grid;
   Room room = {scratch};
   LayerMemory memory(job, room);
@@ -1161,7 +1342,7 @@ void perceptron(const Perceptron &job, int64_t line, int64_t line_end, float *ou
   pack_layer(job.weight, job.weight_stride, 1, job.hidden, job.channels, memory.forward);
   for (; line < line_end; line++) {
     std::memset(memory.patches, 0, sizeof(float) * grid.columns * width);
-    for_stretches(job, line, memory, [&](int64_t, int64_t x, int64_t, int count) {
+    for_stretches<T>(job, line, memory, [&](int64_t, int64_t x, int64_t, int count) {
       for (int i = 0; i < count; i++) {
         float *sums = memory.patches + (x + i) / grid.side * width;
         const float *own = memory.hidden.at(0, i);
@@ -1173,6 +1354,10 @@ void perceptron(const Perceptron &job, int64_t line, int64_t line_end, float *ou
       for (int h = 0; h < job.hidden; h++) to[h] = memory.patches[column * width + h] * share;
     }
   }
+}
+
+void perceptron(const Perceptron &job, int64_t line, int64_t line_end, float *out, float *scratch) {
+  with_type(job.bfloat16, [&](auto number) { perceptron_lines<decltype(number)>(job, line, line_end, out, scratch); });
 }
 
 // The hidden values of a stretch become gradients, which are added to those of the row and of the columns.
@@ -1193,8 +1378,9 @@ void grads_of_hidden(const Perceptron &job, const float *grad, int64_t line, int
   }
 }
 
-void perceptron_grad(const Perceptron &job, const float *grad, int64_t line, int64_t line_end, float *grad_x,
-                     float *grad_weight, float *grad_rows, float *grad_columns, float *scratch) {
+template <class T>
+void perceptron_grad_lines(const Perceptron &job, const float *grad, int64_t line, int64_t line_end, T *grad_x,
+                           float *grad_weight, float *grad_rows, float *grad_columns, float *scratch) {
   Room room = {scratch};
   LayerMemory memory(job, room);
   int channels = job.channels;
@@ -1203,33 +1389,41 @@ void perceptron_grad(const Perceptron &job, const float *grad, int64_t line, int
   if (grad_x) pack_layer(job.weight, 1, job.weight_stride, channels, job.hidden, memory.backward);
   std::memset(memory.weights, 0, sizeof(float) * job.hidden * stride);
   for (; line < line_end; line++)
-    for_stretches(job, line, memory, [&](int64_t y, int64_t x, int64_t pixel, int count) {
+    for_stretches<T>(job, line, memory, [&](int64_t y, int64_t x, int64_t pixel, int count) {
       grads_of_hidden(job, grad, line, y, x, count, memory, grad_rows, grad_columns);
-      for (int i = 0; i < count; i++) {
-        const float *cell = job.x + (pixel + i) * channels;
-        bring<Same<1>>(&cell, channels, memory.inputs.at(0, i), 0);
-      }
       for (int c = 0; c < channels; c += PANEL)
         in_tiles(job.hidden, [&](int h, auto rows) {
           multiply_pairs<decltype(rows)::value>(memory.hidden.data + h, memory.hidden.stride, memory.inputs.data + c,
                                                 stride, count, true, memory.weights + h * stride + c, stride);
         });
-      if (grad_x)
-        multiply_layer(memory.points, memory.hidden.data, memory.hidden.stride, count, memory.backward, job.hidden, false,
-                       grad_x + pixel * channels, channels, channels);
+      if (!grad_x) return;
+      multiply_layer(memory.points, memory.hidden.data, memory.hidden.stride, count, memory.backward, job.hidden, false,
+                     memory.inputs.data, stride, channels);
+      for (int i = 0; i < count; i++)
+        for (int c = 0; c < channels; c += VECTOR)
+          store_some(grad_x + (pixel + i) * channels + c, load(memory.inputs.at(0, i) + c), channels - c);
     });
   for (int h = 0; h < job.hidden; h++)
     for (int c = 0; c < channels; c += VECTOR)
       add_to(grad_weight + int64_t(h) * channels + c, load(memory.weights + h * stride + c), channels - c);
 }
 
+void perceptron_grad(const Perceptron &job, const float *grad, int64_t line, int64_t line_end, void *grad_x,
+                     float *grad_weight, float *grad_rows, float *grad_columns, float *scratch) {
+  with_type(job.bfloat16, [&](auto number) {
+    using T = decltype(number);
+    perceptron_grad_lines<T>(job, grad, line, line_end, static_cast<T *>(grad_x), grad_weight, grad_rows, grad_columns,
+                             scratch);
+  });
+}
+
 }  // namespace
 
 extern const Kernels TABLE;
 const Kernels TABLE = {
-    NAME,    convolve_scratch, convolve,    panels,         weight_grad_scratch, weight_grad,        affine,
-    moments, affine_sums,      affine_grad, linear_scratch, linear,              perceptron_scratch, perceptron,
-    perceptron_grad,
+    NAME,        TAKES_BFLOAT16, convolve_scratch,   convolve,   panels,          weight_grad_scratch, weight_grad, affine,
+    moments,     affine_sums,    affine_grad,        linear_scratch, linear,      perceptron_scratch,
+    perceptron,  perceptron_grad,
 };
 
 }  // namespace pcenet
