@@ -571,17 +571,17 @@ void pack_kernel(const Convolution &job, int expert, int panel, int panel_end, f
   }
 }
 
-// Sums of ROWS rows by a panel: sum over i of row[r][i] * packed[i].
-template <int ROWS, class E>
-inline void multiply(const E *const *row, const E *packed, int count, Vector (*sums)[WIDTH]) {
+// Sums of ROWS rows by the first COLUMNS vectors of a panel: sum over i of row[r][i] * packed[i].
+template <int ROWS, int COLUMNS, class E>
+inline void multiply(const E *const *row, const E *packed, int count, Vector (*sums)[COLUMNS]) {
   const E *own[ROWS];
   for (int r = 0; r < ROWS; r++) own[r] = row[r];
   for (int i = 0; i < count; i++, packed += PANEL) {
-    decltype(load(packed)) weights[WIDTH];
-    for (int v = 0; v < WIDTH; v++) weights[v] = load(packed + v * VECTOR);
+    decltype(load(packed)) weights[COLUMNS];
+    for (int v = 0; v < COLUMNS; v++) weights[v] = load(packed + v * VECTOR);
     for (int r = 0; r < ROWS; r++) {
       auto value = all(own[r][i]);
-      for (int v = 0; v < WIDTH; v++) add_product(sums[r][v], value, weights[v]);
+      for (int v = 0; v < COLUMNS; v++) add_product(sums[r][v], value, weights[v]);
     }
   }
 }
@@ -594,19 +594,19 @@ struct Product {
 };
 
 // ROWS of them, panel `p`, of which `own` numbers are written; added to what is there where `adds`.
-template <int ROWS, class E>
+template <int ROWS, int COLUMNS, class E>
 void multiply_rows(const Product<E> *products, int p, const E *packed, int length, bool adds, int own) {
   const E *row[ROWS];
   for (int r = 0; r < ROWS; r++) row[r] = products[r].row;
-  Vector sums[ROWS][WIDTH];
+  Vector sums[ROWS][COLUMNS];
   clear(sums);
   if (adds)
     for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < WIDTH; v++)
+      for (int v = 0; v < COLUMNS; v++)
         sums[r][v] = load_some(products[r].to + p * PANEL + v * VECTOR, own - v * VECTOR);
-  multiply<ROWS>(row, packed, length, sums);
+  multiply<ROWS, COLUMNS>(row, packed, length, sums);
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < WIDTH; v++) store_some(products[r].to + p * PANEL + v * VECTOR, sums[r][v], own - v * VECTOR);
+    for (int v = 0; v < COLUMNS; v++) store_some(products[r].to + p * PANEL + v * VECTOR, sums[r][v], own - v * VECTOR);
 }
 
 // Calls what(number) with the number of rows, at most MOST, as a constant.
@@ -626,6 +626,13 @@ inline void in_tiles(int count, const What &what) {
   with_rows<TILE - 1>(count - first, [&](auto number) { what(first, number); });
 }
 
+// Calls what(number) with the number of vectors of a panel that are needed for `own` numbers, as a constant.
+template <class What>
+inline void with_columns(int own, const What &what) {
+  if (own <= VECTOR) what(std::integral_constant<int, 1>());
+  else what(std::integral_constant<int, WIDTH>());
+}
+
 // Products by what they are multiplied with: a part of each panel, `length` rows from `start` on.
 template <class E = float>
 struct Points {
@@ -640,10 +647,12 @@ template <class E>
 void multiply_points(const Points<E> &points, const E *packed, int64_t size, bool adds, int width) {
   for (int k = 0; k < Points<E>::most; k++)
     for (int p = 0; points.counts[k] && p < panels(width); p++)
-      in_tiles(points.counts[k], [&](int first, auto rows) {
-        multiply_rows<decltype(rows)::value>(points.products + k * points.room + first, p,
-                                             packed + p * size + int64_t(points.start[k]) * PANEL, points.length[k],
-                                             adds, width - p * PANEL);
+      with_columns(width - p * PANEL, [&](auto columns) {
+        in_tiles(points.counts[k], [&](int first, auto rows) {
+          multiply_rows<decltype(rows)::value, decltype(columns)::value>(
+              points.products + k * points.room + first, p, packed + p * size + int64_t(points.start[k]) * PANEL,
+              points.length[k], adds, width - p * PANEL);
+        });
       });
 }
 
@@ -790,7 +799,7 @@ void convolve_in_tiles(const Convolution &job, int expert, int64_t first, int64_
   const T *in = static_cast<const T *>(job.in);
   bool forward = job.direction == Direction::forward;
   int ins = job.in_channels, channel = panel * PANEL, channel_end = least(panel_end * PANEL, job.out_channels);
-  int width = Scheme::sums && !forward ? channel_end - channel : (panel_end - panel) * PANEL;
+  int width = Scheme::sums && !forward ? channel_end - channel : round_up(channel_end - channel, VECTOR);
   std::memset(memory.zeros, 0, ins * sizeof(T));
   if (!packed) pack_kernel<Scheme, T>(job, expert, panel, panel_end, memory.taps, memory.packed);
   Walk walk = {job.grid, job.order, first, last, job.neighbours, Scheme::side};
@@ -988,24 +997,24 @@ int64_t weight_grad_scratch(const WeightGrad &job, int outs) {
 }
 
 // to[r] = sum over tiles of grads[r] * x, for ROWS output channels by a panel of input channels; added where `adds`.
-template <int ROWS, class E>
+template <int ROWS, int COLUMNS, class E>
 inline void multiply_pairs(const E *grads, int64_t grads_stride, const E *x, int64_t x_stride, int count, bool adds,
                            float *to, int64_t stride) {
-  Vector sums[ROWS][WIDTH];
+  Vector sums[ROWS][COLUMNS];
   clear(sums);
   if (adds)
     for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < WIDTH; v++) sums[r][v] = load(to + r * stride + v * VECTOR);
+      for (int v = 0; v < COLUMNS; v++) sums[r][v] = load(to + r * stride + v * VECTOR);
   for (int i = 0; i < count; i++, x += x_stride, grads += grads_stride) {
-    decltype(load(x)) values[WIDTH];
-    for (int v = 0; v < WIDTH; v++) values[v] = load(x + v * VECTOR);
+    decltype(load(x)) values[COLUMNS];
+    for (int v = 0; v < COLUMNS; v++) values[v] = load(x + v * VECTOR);
     for (int r = 0; r < ROWS; r++) {
       auto own = all(grads[r]);
-      for (int v = 0; v < WIDTH; v++) add_product(sums[r][v], own, values[v]);
+      for (int v = 0; v < COLUMNS; v++) add_product(sums[r][v], own, values[v]);
     }
   }
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < WIDTH; v++) store(to + r * stride + v * VECTOR, sums[r][v]);
+    for (int v = 0; v < COLUMNS; v++) store(to + r * stride + v * VECTOR, sums[r][v]);
 }
 
 // The sums as gradients of taps, [out][tap][in].
@@ -1041,10 +1050,12 @@ void sum_in_tiles(const WeightGrad &job, int64_t first, int64_t last, int out, i
                          memory.zeros, memory.grads);
     for (int k = 0; k < Scheme::points; k++)
       for (int c = 0; c < ins; c += PANEL)
-        in_tiles(outs, [&](int o, auto number) {
-          multiply_pairs<decltype(number)::value>(memory.grads.at(k, 0) + o, memory.grads.stride,
-                                                  memory.windows.at(k, 0) + c, memory.windows.stride, elements, adds,
-                                                  memory.sums.at(k, o) + c, memory.sums.stride);
+        with_columns(ins - c, [&](auto columns) {
+          in_tiles(outs, [&](int o, auto rows) {
+            multiply_pairs<decltype(rows)::value, decltype(columns)::value>(
+                memory.grads.at(k, 0) + o, memory.grads.stride, memory.windows.at(k, 0) + c, memory.windows.stride,
+                elements, adds, memory.sums.at(k, o) + c, memory.sums.stride);
+          });
         });
     adds = true;
   }
@@ -1393,7 +1404,7 @@ void perceptron_grad_lines(const Perceptron &job, const float *grad, int64_t lin
       grads_of_hidden(job, grad, line, y, x, count, memory, grad_rows, grad_columns);
       for (int c = 0; c < channels; c += PANEL)
         in_tiles(job.hidden, [&](int h, auto rows) {
-          multiply_pairs<decltype(rows)::value>(memory.hidden.data + h, memory.hidden.stride, memory.inputs.data + c,
+          multiply_pairs<decltype(rows)::value, WIDTH>(memory.hidden.data + h, memory.hidden.stride, memory.inputs.data + c,
                                                 stride, count, true, memory.weights + h * stride + c, stride);
         });
       if (!grad_x) return;
