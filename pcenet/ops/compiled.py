@@ -91,8 +91,11 @@ def _parts(x: Tensor, affine: Affine | None) -> tuple[Tensor, tuple[Any, ...], t
     dtype = x.dtype
     if residual is not None and residual.dtype != dtype:
         dtype = torch.promote_types(dtype, residual.dtype)
-    pixels, *added = _pixels(*(each for each in (x, residual) if each is not None))
-    return pixels, (_floats(scale), _floats(shift), gelu, _floats(gate), *(added or [None])), dtype
+    if residual is None:
+        (pixels,) = _pixels(x)
+    else:
+        pixels, residual = _pixels(x, residual)
+    return pixels, (_floats(scale), _floats(shift), gelu, _floats(gate), residual), dtype
 
 
 def patch_conv2d(
