@@ -38,9 +38,14 @@ inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
 // A vector of the first `count` numbers, zeros behind.
 #ifdef __AVX512F__
-inline __mmask16 below(int count) { return __mmask16((1u << most(0, least(count, VECTOR))) - 1); }
-inline Vector load_some(const float *p, int count) { return Vector(_mm512_maskz_loadu_ps(below(count), p)); }
-inline void store_some(float *p, Vector v, int count) { _mm512_mask_storeu_ps(p, below(count), __m512(v)); }
+inline __mmask16 below(int count) { return __mmask16((1u << most(0, count)) - 1); }  // for less than all
+inline Vector load_some(const float *p, int count) {
+  return count >= VECTOR ? load(p) : Vector(_mm512_maskz_loadu_ps(below(count), p));
+}
+inline void store_some(float *p, Vector v, int count) {
+  if (count >= VECTOR) return store(p, v);
+  _mm512_mask_storeu_ps(p, below(count), __m512(v));
+}
 #else
 inline Vector load_some(const float *p, int count) {
   if (count >= VECTOR) return load(p);
@@ -94,8 +99,13 @@ inline Vector widened(__m256i v) { return Vector(__builtin_convertvector(Halves(
 inline __m256i narrowed(Vector v) { return __m256i(_mm512_cvtneps_pbh(__m512(v))); }
 inline Vector load(const BFloat16 *p) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
 inline void store(BFloat16 *p, Vector v) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), narrowed(v)); }
-inline Vector load_some(const BFloat16 *p, int count) { return widened(_mm256_maskz_loadu_epi16(below(count), p)); }
-inline void store_some(BFloat16 *p, Vector v, int count) { _mm256_mask_storeu_epi16(p, below(count), narrowed(v)); }
+inline Vector load_some(const BFloat16 *p, int count) {
+  return count >= VECTOR ? load(p) : widened(_mm256_maskz_loadu_epi16(below(count), p));
+}
+inline void store_some(BFloat16 *p, Vector v, int count) {
+  if (count >= VECTOR) return store(p, v);
+  _mm256_mask_storeu_epi16(p, below(count), narrowed(v));
+}
 inline void put(BFloat16 *p, Vector v, Vector) { store(p, v); }
 
 inline Integers load(const Pair *p) { return Integers(_mm512_loadu_si512(p)); }
@@ -510,19 +520,20 @@ inline void transpose_eight(const float *from, int64_t from_stride, float *to, i
 
 // Numbers (o, i) at from[o * out_stride + i * in_stride] as [i][PANEL], for `count` values of o, zeros behind.
 void pack_panel(const float *from, int64_t out_stride, int64_t in_stride, int count, int in_channels, float *to) {
-  int done = 0;
-  if (in_stride == 1 && count == PANEL) {
-    done = in_channels / 8 * 8;
-    for (int o = 0; o < PANEL; o += 8)
-      for (int i = 0; i < done; i += 8)
+  int ins = 0, outs = 0;  // done at once
+  if (in_stride == 1) {
+    ins = in_channels / 8 * 8, outs = count / 8 * 8;
+    for (int o = 0; o < outs; o += 8)
+      for (int i = 0; i < ins; i += 8)
         transpose_eight(from + o * out_stride + i, out_stride, to + int64_t(i) * PANEL + o, PANEL);
-  } else if (out_stride == 1 && count == PANEL) {
-    done = in_channels;
-    for (int i = 0; i < done; i++)
-      for (int v = 0; v < PANEL; v += VECTOR) store(to + int64_t(i) * PANEL + v, load(from + i * in_stride + v));
+  } else if (out_stride == 1) {
+    ins = in_channels, outs = PANEL;
+    for (int i = 0; i < ins; i++)
+      for (int v = 0; v < PANEL; v += VECTOR)
+        store(to + int64_t(i) * PANEL + v, load_some(from + i * in_stride + v, count - v));
   }
-  for (int i = done; i < in_channels; i++)
-    for (int o = 0; o < PANEL; o++)
+  for (int i = 0; i < in_channels; i++)
+    for (int o = i < ins ? outs : 0; o < PANEL; o++)
       to[int64_t(i) * PANEL + o] = o < count ? from[o * out_stride + i * in_stride] : 0;
 }
 
