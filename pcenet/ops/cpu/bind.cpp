@@ -648,7 +648,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_perceptron_backward(const Tenso
 // The mean of the numbers of rank share - 1 and share, from 0, the largest first. Ranks are found by the leading bits of
 // numbers, as integers in the same order, so that few are left to be compared.
 float border_of(const float *values, int64_t count, int64_t share) {
-  constexpr int shift = 20;
+  constexpr int shift = 22;
   auto place = [](float value) {
     int32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
@@ -681,25 +681,35 @@ Tensor balancing_bias(const Tensor &logits, int64_t top_k, int64_t sweeps, doubl
   for (int64_t i = 0; i < patches; i++)
     for (int64_t e = 0; e < experts; e++) mean[e] += from[i * experts + e];
   for (int64_t e = 0; e < experts; e++) bias[e] = float(-mean[e] / patches);
-  std::vector<float> leads(patches * experts), borders(experts);
+  // Patches side by side, in blocks, so that the loops over them need no branch.
+  constexpr int64_t together = 64;
+  std::vector<float> scores(patches * experts), leads(patches * experts), borders(experts);
+  for (int64_t i = 0; i < patches; i++)
+    for (int64_t e = 0; e < experts; e++) scores[e * patches + i] = from[i * experts + e];
   for (int64_t sweep = 0; sweep < sweeps; sweep++) {
-    torch::stable::parallel_for(0, patches, 1024, [&](int64_t i, int64_t end) {
-      std::vector<float> own(experts), best(top_k + 1);
-      for (; i < end; i++) {
-        for (int64_t e = 0; e < experts; e++) own[e] = from[i * experts + e] + bias[e];
-        // The best top_k + 1 scores, which are few: each new one takes its place, without a branch to guess.
+    torch::stable::parallel_for(0, (patches + together - 1) / together, 16, [&](int64_t block, int64_t end) {
+      std::vector<float> best((top_k + 1) * together);
+      for (; block < end; block++) {
+        int64_t first = block * together, count = std::min(together, patches - first);
+        // The best top_k + 1 scores, which are few: each new one takes its place.
         std::fill(best.begin(), best.end(), -std::numeric_limits<float>::infinity());
-        for (float score : own)
-          for (float &place : best) {
-            float better = std::max(place, score);
-            score = std::min(place, score), place = better;
-          }
-        float last_in = best[top_k - 1], first_out = best[top_k];
         for (int64_t e = 0; e < experts; e++) {
-          float lead = own[e] - (own[e] >= last_in ? first_out : last_in);
-          // What is no number has no place in an order: selection would leave the array.
-          leads[e * patches + i] = lead == lead ? lead : std::numeric_limits<float>::infinity();
+          float own[together];
+          for (int64_t i = 0; i < count; i++) own[i] = scores[e * patches + first + i] + bias[e];
+          for (auto place = best.begin(); place != best.end(); place += together)
+            for (int64_t i = 0; i < count; i++) {
+              float better = std::max(place[i], own[i]);
+              own[i] = std::min(place[i], own[i]), place[i] = better;
+            }
         }
+        const float *first_out = best.data() + top_k * together, *last_in = first_out - together;
+        for (int64_t e = 0; e < experts; e++)
+          for (int64_t i = 0; i < count; i++) {
+            float own = scores[e * patches + first + i] + bias[e];
+            float lead = own - (own >= last_in[i] ? first_out[i] : last_in[i]);
+            // What is no number has no place in an order: selection would leave the array.
+            leads[e * patches + first + i] = lead == lead ? lead : std::numeric_limits<float>::infinity();
+          }
       }
     });
     in_parallel(experts, [&](int64_t e) { borders[e] = border_of(leads.data() + e * patches, patches, share); });
