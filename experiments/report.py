@@ -134,13 +134,14 @@ def probes_table(name: str) -> str:
 
 def screening_table(name: str) -> str:
     """A row per variant: its runs' losses and scores on the images held out for choices, seed by seed."""
-    path = HERE / "results" / f"screening-{name}.json"
+    trials = json.loads((HERE / "results" / f"screening-{name}.json").read_text(encoding="utf-8"))
+    score = next(key for key in SCORES if key in trials[0]["runs"][0])
     rows = []
-    for trial in json.loads(path.read_text(encoding="utf-8")):
+    for trial in trials:
         runs = sorted(trial["runs"], key=lambda run: run["seed"])
         figures = [", ".join(f"{run[key]:.3f}" for run in runs) for key in ("loss", "train_loss")]
-        rows.append([trial["variant"], figures[0], ", ".join(f"{run['top1']:.1%}" for run in runs), figures[1]])
-    return markdown(["variant", "dev loss", "dev top-1", "train loss"], rows)
+        rows.append([trial["variant"], figures[0], ", ".join(f"{run[score]:.1%}" for run in runs), figures[1]])
+    return markdown(["variant", "dev loss", f"dev {SCORES[score]}", "train loss"], rows)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
