@@ -70,20 +70,29 @@ def bundle(run: RunFolder, name: str, *, half: bool = False) -> Path:
     text = card_text(name, run.read_config(), metrics, environment, load_model(run.model).class_names or [], stored)
 
     def write(folder: Path) -> None:
-        folder.mkdir(parents=True)
-        for file in (WEIGHTS, CONFIG):
-            shutil.copyfile(run.model / file, folder / file)
-        if half:
-            tensors = load_file(folder / WEIGHTS)
-            halves = {key: each.half() if each.is_floating_point() else each for key, each in tensors.items()}
-            if not all(each.isfinite().all() for each in halves.values()):
-                raise ValueError(f"{run.model / WEIGHTS} has numbers beyond float16; leave out --half")
-            save_file(halves, folder / WEIGHTS, {"format": "pt"})
+        copy_model(run.model, folder, half=half)
         (folder / CARD).write_text(f"---\n{card.data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
     place = catalogue.weights_root() / name
     write_atomically(place, write)
     return place
+
+
+def copy_model(source: Path, target: Path, *, half: bool) -> None:
+    """Copy a model folder's weights and configuration into a new folder; ``half`` stores float16.
+
+    Raises:
+        ValueError: if a number is too large for float16.
+    """
+    target.mkdir(parents=True)
+    for file in (WEIGHTS, CONFIG):
+        shutil.copyfile(source / file, target / file)
+    if half:
+        tensors = load_file(target / WEIGHTS)
+        halves = {key: each.half() if each.is_floating_point() else each for key, each in tensors.items()}
+        if not all(each.isfinite().all() for each in halves.values()):
+            raise ValueError(f"{source / WEIGHTS} has numbers beyond float16; store it in float32")
+        save_file(halves, target / WEIGHTS, {"format": "pt"})
 
 
 def check(folder: Path, name: str, half: bool) -> None:

@@ -1,4 +1,4 @@
-"""`experiments/bundle_weights.py`: what it copies, what it writes on the card, what it refuses."""
+"""`experiments/bundle_weights.py`: what it copies, what it writes on the card, what it refuses; and `keep_weights.py`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import keep_weights
 import pytest
 import torch
 import yaml
@@ -98,6 +99,27 @@ def test_weights_of_half_the_size(
         whole = load_model(run.model).state_dict()[key]
         assert tensor.dtype == whole.dtype
         assert torch.equal(tensor, whole.half().float() if whole.is_floating_point() else whole)
+
+
+def test_networks_of_all_runs_are_kept(finished: Callable[..., RunFolder], tmp_path: Path) -> None:
+    run = finished()
+    unfinished = RunFolder(tmp_path / "b-0")
+    unfinished.path.mkdir()
+    for _ in range(2):
+        assert keep_weights.keep(tmp_path, tmp_path / "kept") == ["run"]
+    kept = tmp_path / "kept" / "run"
+    assert {path.name for path in kept.iterdir()} == {"model.safetensors", "config.json"}
+    for key, tensor in load_model(kept).state_dict().items():
+        whole = load_model(run.model).state_dict()[key]
+        assert torch.equal(tensor, whole.half().float() if whole.is_floating_point() else whole)
+
+
+@pytest.mark.parametrize("folder", ["", "nowhere"])
+def test_no_run_to_keep(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        keep_weights.main([str(tmp_path / folder), str(tmp_path / "kept")])
+    assert "has no finished run with its model/" in capsys.readouterr().err
+    assert not (tmp_path / "kept").exists()
 
 
 def test_what_it_refuses(
