@@ -11,63 +11,107 @@ B, H, W, C, D, E, S = 2, 5, 7, 5, 6, 3, 2
 EXPERT = torch.arange(B * 3 * 4) % 4 - 1
 
 
-def pixels(channels: int) -> Tensor:
-    return torch.randn(B, H, W, channels)
-
-
 def per_expert(channels: int) -> Tensor:
     return torch.randn(E, channels)
 
 
-def calls() -> dict[str, list[tuple[Any, ...]]]:
-    """Arguments of every operator, with what may be left out and without."""
-    gate, weight, base = torch.randn(len(EXPERT)), torch.randn(E, D, C, 3, 3), torch.randn(D, C, 3, 3)
-    sliced = torch.randn(E, D, 3, 3, C + 1).permute(0, 1, 4, 2, 3)[:, :, 1:]
-    layer = (torch.randn(D, C + 4), torch.randn(D), torch.randn(H, 4), torch.randn(W, 4))
-    norm, wide = [per_expert(D).abs() for _ in range(4)], torch.randn(E, C, D, 3, 3)
-    last = [per_expert(C).abs() for _ in range(4)]
+def calls(
+    channels: int = C, maps: torch.dtype = torch.float32, others: torch.dtype = torch.float32
+) -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments of every operator, with what may be left out and without.
+
+    Args:
+        channels: of the maps.
+        maps: their type; the router's are in float32.
+        others: the type of what belongs to a map, its residual or the gradient of what an affine map makes of it.
+    """
+
+    def pixels(number: int, dtype: torch.dtype = maps) -> Tensor:
+        return torch.randn(B, H, W, number).to(dtype)
+
+    beside, after, tables = pixels(channels, others), pixels(D, others), (per_expert(channels), per_expert(channels))
+    gate, weight, base = torch.randn(len(EXPERT)), torch.randn(E, D, channels, 3, 3), torch.randn(D, channels, 3, 3)
+    sliced = torch.randn(E, D, 3, 3, channels + 1).permute(0, 1, 4, 2, 3)[:, :, 1:]
+    layer = (torch.randn(D, channels + 4), torch.randn(D), torch.randn(H, 4), torch.randn(W, 4))
+    norm, wide = [per_expert(D).abs() for _ in range(4)], torch.randn(E, channels, D, 3, 3)
+    last = [per_expert(channels).abs() for _ in range(4)]
     none = (None, None, False, None, None)
     return {
         "patch_conv2d": [
-            (pixels(C), weight, base, EXPERT, S, True, per_expert(D), per_expert(D), True, gate, pixels(D)),
-            (pixels(C), sliced, None, EXPERT, S, False, *none),
-            (pixels(C), torch.randn(E, D, C, 1, 1), None, EXPERT, S, True, *none),
-            (pixels(C), weight, None, EXPERT, S, True, None, per_expert(D), False, gate, pixels(D)),
+            (pixels(channels), weight, base, EXPERT, S, True, per_expert(D), per_expert(D), True, gate, after),
+            (pixels(channels), sliced, None, EXPERT, S, False, *none),
+            (pixels(channels), torch.randn(E, D, channels, 1, 1), None, EXPERT, S, True, *none),
+            (pixels(channels), weight, None, EXPERT, S, True, None, per_expert(D), False, gate, after),
         ],
         "patch_conv2d_input_grad": [
             (pixels(D), weight, base, EXPERT, S, True),
             (pixels(D), sliced, None, EXPERT, S, False),
         ],
         "patch_conv2d_weight_grad": [
-            (pixels(D), pixels(C), EXPERT, S, True, E, 3),
-            (pixels(D), pixels(C), EXPERT, S, False, E, 1),
+            (pixels(D), pixels(channels), EXPERT, S, True, E, 3),
+            (pixels(D), pixels(channels), EXPERT, S, False, E, 1),
         ],
         "patch_affine": [
-            (pixels(C), EXPERT, S, per_expert(C), per_expert(C), True, gate, pixels(C)),
-            (pixels(C), EXPERT, S, *none),
-            (pixels(C), EXPERT, S, None, per_expert(C), True, None, pixels(C)),
+            (pixels(channels), EXPERT, S, *tables, True, gate, beside),
+            (pixels(channels), EXPERT, S, *none),
+            (pixels(channels), EXPERT, S, None, per_expert(channels), True, None, beside),
         ],
-        "expert_moments": [(pixels(C), EXPERT, S, E)],
+        "expert_moments": [(pixels(channels), EXPERT, S, E)],
         "patch_affine_sums": [
-            (pixels(C), pixels(C), EXPERT, S, E, per_expert(C), per_expert(C), True, gate, per_expert(C)),
-            (pixels(C), pixels(C), EXPERT, S, E, *none),
+            (beside, pixels(channels), EXPERT, S, E, *tables, True, gate, per_expert(channels)),
+            (beside, pixels(channels), EXPERT, S, E, *none),
         ],
         "patch_affine_input_grad": [
-            (pixels(C), pixels(C), EXPERT, S, per_expert(C), per_expert(C), True, gate, per_expert(C), per_expert(C)),
-            (pixels(C), pixels(C), EXPERT, S, *none, None),
+            (
+                beside,
+                pixels(channels),
+                EXPERT,
+                S,
+                per_expert(channels),
+                per_expert(channels),
+                True,
+                gate,
+                per_expert(channels),
+                per_expert(channels),
+            ),
+            (beside, pixels(channels), EXPERT, S, *none, None),
         ],
         "balancing_bias": [(torch.randn(30, 4), 1, 8, 0.7), (torch.randn(30, 4), 2, 3, 0.5)],
         "expert_block": [
-            (pixels(C), EXPERT, S, weight, base, norm, 1e-5, True, wide, None, last, 1e-3, False, gate, pixels(C)),
-            (pixels(C), EXPERT, S, weight, None, norm, 1e-5, False, wide, None, last, 1e-5, True, None, None),
+            (
+                pixels(channels),
+                EXPERT,
+                S,
+                weight,
+                base,
+                norm,
+                1e-5,
+                True,
+                wide,
+                None,
+                last,
+                1e-3,
+                False,
+                gate,
+                beside,
+            ),
+            (pixels(channels), EXPERT, S, weight, None, norm, 1e-5, False, wide, None, last, 1e-5, True, None, None),
         ],
-        "patch_perceptron": [(pixels(C), *layer, S)],
+        "patch_perceptron": [(pixels(channels, torch.float32), *layer, S)],
         "patch_logits": [
-            (pixels(C), *layer, S, torch.randn(E, D), torch.randn(E), torch.randn(E), torch.tensor(0.6)),
-            (pixels(C), *layer, S, torch.randn(E, D), torch.randn(E), None, None),
+            (
+                pixels(channels, torch.float32),
+                *layer,
+                S,
+                torch.randn(E, D),
+                torch.randn(E),
+                torch.randn(E),
+                torch.tensor(0.6),
+            ),
+            (pixels(channels, torch.float32), *layer, S, torch.randn(E, D), torch.randn(E), None, None),
         ],
         "patch_perceptron_backward": [
-            (torch.randn(len(EXPERT), D), pixels(C), *layer, S, True),
-            (torch.randn(len(EXPERT), D), pixels(C), *layer, S, False),
+            (torch.randn(len(EXPERT), D), pixels(channels, torch.float32), *layer, S, True),
+            (torch.randn(len(EXPERT), D), pixels(channels, torch.float32), *layer, S, False),
         ],
     }

@@ -1,4 +1,4 @@
-"""`experiments/bundle_weights.py`: what it copies, what it writes on the card, what it refuses; and `keep_weights.py`."""
+"""`bundle_weights.py`: what it copies, what it writes on the card, what it refuses; and `keep_weights.py`."""
 
 from __future__ import annotations
 

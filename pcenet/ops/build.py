@@ -41,20 +41,24 @@ class InstructionSet(NamedTuple):
         machine: the kind of processor, as ``platform.machine()`` calls it.
         flags: exactly what the unit's check at load time looks for.
         proven: its tests ran on some processor; what never ran anywhere runs only where ``PCENET_OPS`` names it.
-        bfloat16: it multiplies in this type, and takes maps of it; others have them converted.
     """
 
     machine: str
     flags: tuple[str, ...]
     proven: bool
-    bfloat16: bool = False
+
+    @property
+    def takes_bfloat16(self) -> bool:
+        """Whether kernels take maps of this type, as they do where the processor multiplies in it."""
+        return BFLOAT16 in self.flags
 
 
 AVX2 = ("-mavx2", "-mfma")
+BFLOAT16 = "-mavx512bf16"
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 # Every unit isa_NAME.cpp has its line here; all other units run anywhere and get no flags of their own.
 SETS = {
-    "avx512_bf16": InstructionSet("x86_64", (*AVX2, *AVX512, "-mavx512bf16"), proven=True, bfloat16=True),
+    "avx512_bf16": InstructionSet("x86_64", (*AVX2, *AVX512, BFLOAT16), proven=True),
     "avx512": InstructionSet("x86_64", (*AVX2, *AVX512), proven=True),
     "avx2": InstructionSet("x86_64", AVX2, proven=True),
     "neon": InstructionSet("aarch64", (), proven=False),

@@ -56,7 +56,8 @@ def _pixels(x: Tensor, *others: Tensor) -> list[Tensor]:
     """A map, and others that belong to it, as kernels take them; of channels-last ones, in a type in which they
     compute, views.
 
-    The compiled library's are in float32, or x in bfloat16, which it multiplies in pairs, and others in either.
+    The compiled library's are in float32; but where it multiplies bfloat16, which it does in pairs, x may be in that
+    type if its number of channels is even, and the others beside it in either.
     """
     maps = [each.permute(0, 2, 3, 1) for each in (x, *others)]
     if library.kernels_on(x.device.type) != "triton":

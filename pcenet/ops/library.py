@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -116,7 +117,7 @@ def kernels_on(device: str) -> str | None:
 def takes_bfloat16() -> bool:
     """Whether the compiled library's kernels take maps in bfloat16 as they are."""
     found = choice()
-    return found.instructions is not None and build.SETS[found.instructions].bfloat16
+    return found.instructions is not None and build.SETS[found.instructions].takes_bfloat16
 
 
 def loaded() -> Library | None:
@@ -151,7 +152,7 @@ def choice() -> Choice:
 
 
 def use(name: str) -> Choice:
-    """Decide what runs in this process from now on, in place of ``PCENET_OPS``.
+    """Decide what runs in this process from now on, in place of ``PCENET_OPS``; what torch.compile made is made anew.
 
     Args:
         name: what ``PCENET_OPS`` may be.
@@ -164,7 +165,9 @@ def use(name: str) -> Choice:
         raise ValueError(f"{VARIABLE}={name}: there is {', '.join(CHOICES)}")
     with _lock:
         _choice = _choose(name)
-        return _choice
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.reset()  # its graphs have taken the answers of `constant_for_dynamo` for constants
+    return _choice
 
 
 def _choose(name: str) -> Choice:

@@ -82,9 +82,8 @@ MAPS = {
     "patch_conv2d": (0, True),
     "patch_conv2d_input_grad": (0, False),
     "patch_affine": (0, True),
-    "patch_affine_input_grad": (0, False),
+    "patch_affine_input_grad": (1, False),
     "expert_block": (0, True),
-    "patch_perceptron_backward": (1, False),
 }
 
 

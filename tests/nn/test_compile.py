@@ -172,6 +172,18 @@ def test_compiled_operators_under_inductor(border: str, training: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_operators")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_a_shortcut_in_float32_under_autocast_and_inductor() -> None:
+    """The map that is normalised may be in bfloat16, and what is added to it, and its gradient, in float32."""
+    torch.manual_seed(0)
+    layer = PCELayer(4, 4, patch_size=2, num_experts=2)
+    inputs = [torch.randn(2, 4, 8, 6) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_steps(layer, torch.compile(copy.deepcopy(layer), fullgraph=True), inputs, 3e-2, 3e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_operators")
 def test_compiled_operators_under_autocast_and_torch_compile() -> None:
     layer = float32_layer("exchange", 2, True)
     compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)

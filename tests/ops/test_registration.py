@@ -15,6 +15,7 @@ from operator_calls import EXPERT, B, C, D, E, H, S, W, calls
 from torch import Tensor
 
 from pcenet import ops
+from pcenet.ops import library
 
 NAMES = list(calls())
 
@@ -27,6 +28,34 @@ def test_every_operator_is_in_the_table(compiled: str) -> None:
 @pytest.mark.parametrize(("name", "number"), [(name, i) for name, each in calls().items() for i in range(len(each))])
 def test_opcheck(name: str, number: int, compiled: str) -> None:
     torch.library.opcheck(getattr(torch.ops.pcenet, name).default, calls()[name][number])
+
+
+@pytest.mark.parametrize("others", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck_in_bfloat16(name: str, others: torch.dtype, compiled: str) -> None:
+    """As they are under autocast: also a residual, or a gradient of what was made with it, in float32."""
+    if not library.takes_bfloat16():
+        pytest.skip(f"{compiled} takes float32 alone")
+    for arguments in calls(6, torch.bfloat16, others)[name]:
+        torch.library.opcheck(getattr(torch.ops.pcenet, name).default, arguments)
+
+
+def test_types_that_do_not_fit_are_errors(compiled: str) -> None:
+    """Maps in bfloat16 that kernels cannot take, which `pcenet.ops` converts first."""
+    wide, narrow = (torch.randn(B, H, W, 6).to(kind) for kind in (torch.float32, torch.bfloat16))
+    operators, places = torch.ops.pcenet, (EXPERT, S, True, E, 3)
+    if not library.takes_bfloat16():
+        with pytest.raises(RuntimeError, match="and for kernels that take it"):
+            operators.expert_moments(narrow, EXPERT, S, E)
+        return
+    with pytest.raises(RuntimeError, match="residual is in bfloat16, and the map that it belongs to is not"):
+        operators.patch_affine(wide, EXPERT, S, None, None, False, None, narrow)
+    for grad, x in ((wide, narrow), (narrow, wide)):
+        with pytest.raises(RuntimeError, match="grad"):
+            operators.patch_conv2d_weight_grad(grad, x, *places)
+    odd = narrow[..., :5].contiguous()
+    with pytest.raises(RuntimeError, match="must have an even number of channels"):
+        operators.patch_conv2d(odd, torch.randn(E, D, 5, 3, 3), None, EXPERT, S, True, None, None, False, None, None)
 
 
 @pytest.mark.parametrize("name", NAMES)

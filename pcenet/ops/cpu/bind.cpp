@@ -418,7 +418,8 @@ Tensor patch_conv2d_weight_grad(const Tensor &grad, const Tensor &pixels, const 
       pieces.push_back({e, first + load * i / count, first + load * (i + 1) / count, 0, outs, i ? slots++ : -1});
   }
   Tensor extra = empty(grad, {slots, outs * row});
-  int64_t size = kernels->weight_grad_scratch(job, int(outs * row > large ? std::min(outs, at_once) : outs));
+  int64_t size = 0;  // fewer outputs may need more: their chunks have more tiles
+  for (const Piece &p : pieces) size = std::max(size, kernels->weight_grad_scratch(job, int(p.out_end - p.out)));
   float *beside = floats_of(extra);
   in_parallel(pieces.size(), [&](int64_t i) {
     const Piece &p = pieces[i];
@@ -462,9 +463,9 @@ Tensor part_of(const std::vector<double> &total, int64_t first, const Tensor &li
 }
 
 // An affine map of x; without any table nobody says how many experts there are.
-// `other` is what decides the type of what belongs to x.
-Affine affine_of(const Tensor &pixels, const Tensor &other, const Tensor &expert, int64_t patch_size, int64_t experts, const Maybe &scale,
-                 const Maybe &shift, bool gelu, const Maybe &gate, const Maybe &residual) {
+// `other` has the type of what is made of x, or of its gradient.
+Affine affine_of(const Tensor &pixels, const Tensor &other, const Tensor &expert, int64_t patch_size, int64_t experts,
+                 const Maybe &scale, const Maybe &shift, bool gelu, const Maybe &gate, const Maybe &residual) {
   Grid grid = grid_of(pixels, patch_size);
   int64_t channels = pixels.size(3);
   Sizes table = {experts, channels};
@@ -582,8 +583,7 @@ struct FirstLayer {
            floats(bias, "bias", {outs}), rows.data());
     linear(floats(of_columns, "columns", {grid.width, features}), grid.width, w + channels, width, features, outs,
            nullptr, columns.data());
-    job = {grid, int(channels), int(outs), is_bfloat16(pixels), numbers(pixels, "x"), w, width, rows.data(),
-           columns.data()};
+    job = {grid, int(channels), int(outs), floats(pixels, "x"), w, width, rows.data(), columns.data()};
   }
 };
 
@@ -635,8 +635,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_perceptron_backward(const Tenso
   const Grid &grid = job.grid;
   const float *g = floats(grad, "grad", {patches_of(grid), job.hidden});
   int64_t hidden = job.hidden, of_rows = hidden * job.channels, of_columns = of_rows + grid.height * hidden;
-  Tensor grad_x = empty(pixels, needs_x ? map_of(grid, job.channels) : Sizes{0}, pixels.scalar_type());
-  void *for_x = needs_x ? grad_x.mutable_data_ptr() : nullptr;
+  Tensor grad_x = empty(pixels, needs_x ? map_of(grid, job.channels) : Sizes{0});
+  float *for_x = needs_x ? floats_of(grad_x) : nullptr;
   int64_t size = kernels->perceptron_scratch(job);
   auto sums = sums_of(lines_of(grid), of_columns + grid.width * hidden, [&](float *own, int64_t line, int64_t end) {
     kernels->perceptron_grad(job, g, line, end, for_x, own, own + of_rows, own + of_columns, scratch(size));

@@ -68,9 +68,7 @@ struct Affine {
 struct Perceptron {
   Grid grid;
   int channels, hidden;
-  bool bfloat16;
-  const void *x;
-  const float *weight;
+  const float *x, *weight;
   int64_t weight_stride;
   const float *rows, *columns;  // [height, hidden], [width, hidden]
 };
@@ -114,7 +112,7 @@ struct Kernels {
   int64_t (*perceptron_scratch)(const Perceptron &);
   void (*perceptron)(const Perceptron &, int64_t line, int64_t line_end, float *out, float *scratch);
   // Adds to grad_weight [hidden, channels], grad_rows and grad_columns; grad_x may be null.
-  void (*perceptron_grad)(const Perceptron &, const float *grad, int64_t line, int64_t line_end, void *grad_x,
+  void (*perceptron_grad)(const Perceptron &, const float *grad, int64_t line, int64_t line_end, float *grad_x,
                           float *grad_weight, float *grad_rows, float *grad_columns, float *scratch);
 };
 

@@ -445,7 +445,7 @@ struct Room {
   int64_t taken = 0;
   template <class T = float>
   T *take(int64_t count) {
-    int64_t floats = (count * sizeof(T) / sizeof(float) + 15) / 16 * 16;
+    int64_t floats = (count * sizeof(T) + 63) / 64 * 16;
     float *own = free;
     if (free) free += floats;
     taken += floats;
@@ -1324,8 +1324,8 @@ int64_t perceptron_scratch(const Perceptron &job) {
   return room.taken;
 }
 
-// Calls what(y, x, pixel, count) for stretches of pixels of lines of patches, with their inputs and hidden values.
-template <class T, class What>
+// Calls what(y, x, pixel, count) for stretches of pixels of lines of patches, with their hidden values.
+template <class What>
 void for_stretches(const Perceptron &job, int64_t line, LayerMemory &memory, const What &what) {
   const Grid &grid = job.grid;
   int64_t image = line / grid.rows, top = line % grid.rows * grid.side, bottom = least(top + grid.side, grid.height);
@@ -1339,11 +1339,7 @@ void for_stretches(const Perceptron &job, int64_t line, LayerMemory &memory, con
           store(memory.hidden.at(0, i) + h,
                 load_some(job.rows + y * job.hidden + h, own) + load_some(job.columns + (x + i) * job.hidden + h, own));
         }
-      for (int i = 0; i < count; i++) {
-        const T *cell = static_cast<const T *>(job.x) + (pixel + i) * job.channels;
-        bring<Same<1>>(&cell, job.channels, memory.inputs.at(0, i), 0);
-      }
-      multiply_layer(memory.points, memory.inputs.data, memory.inputs.stride, count, memory.forward, job.channels, true,
+      multiply_layer(memory.points, job.x + pixel * job.channels, job.channels, count, memory.forward, job.channels, true,
                      memory.hidden.data, memory.hidden.stride, panels(job.hidden) * PANEL);
       what(y, x, pixel, count);
     }
@@ -1355,8 +1351,7 @@ inline float share_of(const Grid &grid, int64_t line, int64_t column) {
   return 1.0f / (least(grid.side, grid.height - top) * least(grid.side, grid.width - left));
 }
 
-template <class T>
-void perceptron_lines(const Perceptron &job, int64_t line, int64_t line_end, float *out, float *scratch) {
+void perceptron(const Perceptron &job, int64_t line, int64_t line_end, float *out, float *scratch) {
   const Grid &grid = job.grid;
   Room room = {scratch};
   LayerMemory memory(job, room);
@@ -1364,7 +1359,7 @@ void perceptron_lines(const Perceptron &job, int64_t line, int64_t line_end, flo
   pack_layer(job.weight, job.weight_stride, 1, job.hidden, job.channels, memory.forward);
   for (; line < line_end; line++) {
     std::memset(memory.patches, 0, sizeof(float) * grid.columns * width);
-    for_stretches<T>(job, line, memory, [&](int64_t, int64_t x, int64_t, int count) {
+    for_stretches(job, line, memory, [&](int64_t, int64_t x, int64_t, int count) {
       for (int i = 0; i < count; i++) {
         float *sums = memory.patches + (x + i) / grid.side * width;
         const float *own = memory.hidden.at(0, i);
@@ -1376,10 +1371,6 @@ void perceptron_lines(const Perceptron &job, int64_t line, int64_t line_end, flo
       for (int h = 0; h < job.hidden; h++) to[h] = memory.patches[column * width + h] * share;
     }
   }
-}
-
-void perceptron(const Perceptron &job, int64_t line, int64_t line_end, float *out, float *scratch) {
-  with_type(job.bfloat16, [&](auto number) { perceptron_lines<decltype(number)>(job, line, line_end, out, scratch); });
 }
 
 // The hidden values of a stretch become gradients, which are added to those of the row and of the columns.
@@ -1400,9 +1391,8 @@ void grads_of_hidden(const Perceptron &job, const float *grad, int64_t line, int
   }
 }
 
-template <class T>
-void perceptron_grad_lines(const Perceptron &job, const float *grad, int64_t line, int64_t line_end, T *grad_x,
-                           float *grad_weight, float *grad_rows, float *grad_columns, float *scratch) {
+void perceptron_grad(const Perceptron &job, const float *grad, int64_t line, int64_t line_end, float *grad_x,
+                     float *grad_weight, float *grad_rows, float *grad_columns, float *scratch) {
   Room room = {scratch};
   LayerMemory memory(job, room);
   int channels = job.channels;
@@ -1411,32 +1401,24 @@ void perceptron_grad_lines(const Perceptron &job, const float *grad, int64_t lin
   if (grad_x) pack_layer(job.weight, 1, job.weight_stride, channels, job.hidden, memory.backward);
   std::memset(memory.weights, 0, sizeof(float) * job.hidden * stride);
   for (; line < line_end; line++)
-    for_stretches<T>(job, line, memory, [&](int64_t y, int64_t x, int64_t pixel, int count) {
+    for_stretches(job, line, memory, [&](int64_t y, int64_t x, int64_t pixel, int count) {
       grads_of_hidden(job, grad, line, y, x, count, memory, grad_rows, grad_columns);
+      for (int i = 0; i < count; i++) {
+        const float *cell = job.x + (pixel + i) * channels;
+        bring<Same<1>>(&cell, channels, memory.inputs.at(0, i), 0);
+      }
       for (int c = 0; c < channels; c += PANEL)
         in_tiles(job.hidden, [&](int h, auto rows) {
           multiply_pairs<decltype(rows)::value, WIDTH>(memory.hidden.data + h, memory.hidden.stride, memory.inputs.data + c,
                                                 stride, count, true, memory.weights + h * stride + c, stride);
         });
-      if (!grad_x) return;
-      multiply_layer(memory.points, memory.hidden.data, memory.hidden.stride, count, memory.backward, job.hidden, false,
-                     memory.inputs.data, stride, channels);
-      for (int i = 0; i < count; i++)
-        for (int c = 0; c < channels; c += VECTOR)
-          store_some(grad_x + (pixel + i) * channels + c, load(memory.inputs.at(0, i) + c), channels - c);
+      if (grad_x)
+        multiply_layer(memory.points, memory.hidden.data, memory.hidden.stride, count, memory.backward, job.hidden, false,
+                       grad_x + pixel * channels, channels, channels);
     });
   for (int h = 0; h < job.hidden; h++)
     for (int c = 0; c < channels; c += VECTOR)
       add_to(grad_weight + int64_t(h) * channels + c, load(memory.weights + h * stride + c), channels - c);
-}
-
-void perceptron_grad(const Perceptron &job, const float *grad, int64_t line, int64_t line_end, void *grad_x,
-                     float *grad_weight, float *grad_rows, float *grad_columns, float *scratch) {
-  with_type(job.bfloat16, [&](auto number) {
-    using T = decltype(number);
-    perceptron_grad_lines<T>(job, grad, line, line_end, static_cast<T *>(grad_x), grad_weight, grad_rows, grad_columns,
-                             scratch);
-  });
 }
 
 }  // namespace

@@ -224,7 +224,7 @@ def patch_affine_input_grad(
     grad: Tensor, x: Tensor, expert: Tensor, side: int, scale: Any, shift: Any, gelu: bool, *more: Any
 ) -> Tensor:
     """The gradient for x, and what statistics add to it: ``more`` is gate, slope and offset."""
-    out = torch.empty_like(grad)
+    out = torch.empty_like(x)
     _on_map(kernels.affine_input_grad, (grad, x), out, expert, side, gelu, scale, shift, *more)
     return out
 
