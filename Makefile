@@ -44,10 +44,12 @@ experiments: $(VENV)/installed
 	$(call COMPARE,cifar10,$(CIFAR10)) --status
 	$(call COMPARE,controls-cifar10,$(CIFAR10)) --status
 	$(call COMPARE,controls-camvid,$(CAMVID)) --status
+	$(call COMPARE,finals-cifar10,$(CIFAR10)) --status
 	$(call COMPARE,camvid,$(CAMVID))
 	$(call COMPARE,cifar10,$(CIFAR10))
 	$(call COMPARE,controls-cifar10,$(CIFAR10))
 	$(call COMPARE,controls-camvid,$(CAMVID))
+	$(call COMPARE,finals-cifar10,$(CIFAR10))
 	$(BIN)/python experiments/report.py
 
 docs: $(VENV)/installed
