@@ -227,7 +227,8 @@ def test_a_block_is_a_sum_with_nothing_after_it(name):
     for block in _blocks(create(name).eval()):
         first = block.body if isinstance(block.body, PCELayer) else block.body[0]
         x = torch.randn(2, first.in_channels, 8, 8)
-        assert torch.equal(block(x), x + block.body(x))
+        # Kernels may add the input and multiply by the gate with one rounding.
+        torch.testing.assert_close(block(x), x + block.body(x), rtol=1e-6, atol=1e-6, check_stride=False)
 
 
 def test_a_dropped_patch_passes_through_its_block_unchanged():
