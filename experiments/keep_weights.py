@@ -1,7 +1,7 @@
 """Keep the networks of a comparison's finished runs, in float16, so that others can measure them.
 
     python experiments/keep_weights.py experiments/results/cifar10 experiments/weights/cifar10
-    pcenet eval experiments/weights/cifar10/pce_nano-0 --data cifar10.zip --split test
+    pcenet eval experiments/weights/cifar10/pce_nano-0 --data cifar10.zip --split val
 
 Each becomes a model folder with the run's name, NETWORK-SEED; those that are there already are replaced.
 """

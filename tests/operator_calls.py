@@ -29,19 +29,21 @@ def calls(
     def pixels(number: int, dtype: torch.dtype = maps) -> Tensor:
         return torch.randn(B, H, W, number).to(dtype)
 
-    beside, after, tables = pixels(channels, others), pixels(D, others), (per_expert(channels), per_expert(channels))
+    other, residual = pixels(channels, others), pixels(D, others)
+    tables = (per_expert(channels), per_expert(channels))
     gate, weight, base = torch.randn(len(EXPERT)), torch.randn(E, D, channels, 3, 3), torch.randn(D, channels, 3, 3)
     sliced = torch.randn(E, D, 3, 3, channels + 1).permute(0, 1, 4, 2, 3)[:, :, 1:]
     layer = (torch.randn(D, channels + 4), torch.randn(D), torch.randn(H, 4), torch.randn(W, 4))
+    seen, block = (pixels(channels, torch.float32), *layer), (pixels(channels), EXPERT, S, weight)
     norm, wide = [per_expert(D).abs() for _ in range(4)], torch.randn(E, channels, D, 3, 3)
     last = [per_expert(channels).abs() for _ in range(4)]
     none = (None, None, False, None, None)
     return {
         "patch_conv2d": [
-            (pixels(channels), weight, base, EXPERT, S, True, per_expert(D), per_expert(D), True, gate, after),
+            (pixels(channels), weight, base, EXPERT, S, True, per_expert(D), per_expert(D), True, gate, residual),
             (pixels(channels), sliced, None, EXPERT, S, False, *none),
             (pixels(channels), torch.randn(E, D, channels, 1, 1), None, EXPERT, S, True, *none),
-            (pixels(channels), weight, None, EXPERT, S, True, None, per_expert(D), False, gate, after),
+            (pixels(channels), weight, None, EXPERT, S, True, None, per_expert(D), False, gate, residual),
         ],
         "patch_conv2d_input_grad": [
             (pixels(D), weight, base, EXPERT, S, True),
@@ -52,66 +54,31 @@ def calls(
             (pixels(D), pixels(channels), EXPERT, S, False, E, 1),
         ],
         "patch_affine": [
-            (pixels(channels), EXPERT, S, *tables, True, gate, beside),
+            (pixels(channels), EXPERT, S, *tables, True, gate, other),
             (pixels(channels), EXPERT, S, *none),
-            (pixels(channels), EXPERT, S, None, per_expert(channels), True, None, beside),
+            (pixels(channels), EXPERT, S, None, per_expert(channels), True, None, other),
         ],
         "expert_moments": [(pixels(channels), EXPERT, S, E)],
         "patch_affine_sums": [
-            (beside, pixels(channels), EXPERT, S, E, *tables, True, gate, per_expert(channels)),
-            (beside, pixels(channels), EXPERT, S, E, *none),
+            (other, pixels(channels), EXPERT, S, E, *tables, True, gate, per_expert(channels)),
+            (other, pixels(channels), EXPERT, S, E, *none),
         ],
         "patch_affine_input_grad": [
-            (
-                beside,
-                pixels(channels),
-                EXPERT,
-                S,
-                per_expert(channels),
-                per_expert(channels),
-                True,
-                gate,
-                per_expert(channels),
-                per_expert(channels),
-            ),
-            (beside, pixels(channels), EXPERT, S, *none, None),
+            (other, pixels(channels), EXPERT, S, *tables, True, gate, *tables),
+            (other, pixels(channels), EXPERT, S, *none, None),
         ],
         "balancing_bias": [(torch.randn(30, 4), 1, 8, 0.7), (torch.randn(30, 4), 2, 3, 0.5)],
         "expert_block": [
-            (
-                pixels(channels),
-                EXPERT,
-                S,
-                weight,
-                base,
-                norm,
-                1e-5,
-                True,
-                wide,
-                None,
-                last,
-                1e-3,
-                False,
-                gate,
-                beside,
-            ),
-            (pixels(channels), EXPERT, S, weight, None, norm, 1e-5, False, wide, None, last, 1e-5, True, None, None),
+            (*block, base, norm, 1e-5, True, wide, None, last, 1e-3, False, gate, other),
+            (*block, None, norm, 1e-5, False, wide, None, last, 1e-5, True, None, None),
         ],
-        "patch_perceptron": [(pixels(channels, torch.float32), *layer, S)],
+        "patch_perceptron": [(*seen, S)],
         "patch_logits": [
-            (
-                pixels(channels, torch.float32),
-                *layer,
-                S,
-                torch.randn(E, D),
-                torch.randn(E),
-                torch.randn(E),
-                torch.tensor(0.6),
-            ),
-            (pixels(channels, torch.float32), *layer, S, torch.randn(E, D), torch.randn(E), None, None),
+            (*seen, S, torch.randn(E, D), torch.randn(E), torch.randn(E), torch.tensor(0.6)),
+            (*seen, S, torch.randn(E, D), torch.randn(E), None, None),
         ],
         "patch_perceptron_backward": [
-            (torch.randn(len(EXPERT), D), pixels(channels, torch.float32), *layer, S, True),
-            (torch.randn(len(EXPERT), D), pixels(channels, torch.float32), *layer, S, False),
+            (torch.randn(len(EXPERT), D), *seen, S, True),
+            (torch.randn(len(EXPERT), D), *seen, S, False),
         ],
     }

@@ -53,11 +53,11 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def _pixels(x: Tensor, *others: Tensor) -> list[Tensor]:
-    """A map, and others that belong to it, as kernels take them; of channels-last ones, in a type in which they
-    compute, views.
+    """A map, and others that belong to it, as kernels take them: views, where maps are channels-last and of a type in
+    which kernels compute.
 
-    The compiled library's are in float32; but where it multiplies bfloat16, which it does in pairs, x may be in that
-    type if its number of channels is even, and the others beside it in either.
+    Kernels on the processor take float32. Those that multiply bfloat16 do so in pairs: they also take x in bfloat16,
+    with an even number of channels, and the other maps then in bfloat16 or float32.
     """
     maps = [each.permute(0, 2, 3, 1) for each in (x, *others)]
     if library.kernels_on(x.device.type) != "triton":
@@ -90,11 +90,10 @@ def _parts(x: Tensor, affine: Affine | None) -> tuple[Tensor, tuple[Any, ...], t
     """A map and what follows as kernels take it, and the type of what that makes of x."""
     scale, shift, gelu, gate, residual = affine or Affine()
     dtype = x.dtype
-    if residual is not None and residual.dtype != dtype:
-        dtype = torch.promote_types(dtype, residual.dtype)
     if residual is None:
         (pixels,) = _pixels(x)
     else:
+        dtype = torch.promote_types(dtype, residual.dtype)
         pixels, residual = _pixels(x, residual)
     return pixels, (_floats(scale), _floats(shift), gelu, _floats(gate), residual), dtype
 

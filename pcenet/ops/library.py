@@ -152,7 +152,9 @@ def choice() -> Choice:
 
 
 def use(name: str) -> Choice:
-    """Decide what runs in this process from now on, in place of ``PCENET_OPS``; what torch.compile made is made anew.
+    """Decide what runs in this process from now on, in place of ``PCENET_OPS``.
+
+    After a change, what torch.compile made is compiled again.
 
     Args:
         name: what ``PCENET_OPS`` may be.
@@ -164,9 +166,10 @@ def use(name: str) -> Choice:
     if name not in CHOICES:
         raise ValueError(f"{VARIABLE}={name}: there is {', '.join(CHOICES)}")
     with _lock:
-        _choice = _choose(name)
-    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
-        dynamo.reset()  # its graphs have taken the answers of `constant_for_dynamo` for constants
+        before, _choice = _choice, _choose(name)
+    # Graphs have the answers of `constant_for_dynamo` as constants. The first choice may be made while one is traced.
+    if before not in (None, _choice) and (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.reset()
     return _choice
 
 

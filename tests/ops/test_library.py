@@ -86,6 +86,24 @@ def test_kernels_of_an_instruction_set(name: str, kernels: library.Library) -> N
     works()
 
 
+def test_what_is_compiled_follows_a_change(kernels: library.Library) -> None:
+    """Graphs have what runs as a constant: whether maps in bfloat16 are taken as they are, or the reference."""
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph.code)
+        return graph
+
+    x, weight, expert = torch.randn(1, 8, 8, 8).bfloat16(), torch.randn(1, 8, 8, 3, 3), torch.zeros(4).long()
+    compiled = torch.compile(lambda: ops.patch_conv2d(x, weight, expert, patch_size=4), backend=backend)
+    expected = torch.nn.functional.conv2d(x.float(), weight[0], padding=1)
+    for name in (*kernels.runnable, "reference"):
+        library.use(name)
+        torch.testing.assert_close(compiled().float(), expected, atol=0.2, rtol=0.02)
+        assert ("pcenet.patch_conv2d" in graphs[-1]) == (name != "reference")
+    assert len(graphs) == len(kernels.runnable) + 1
+
+
 @pytest.mark.parametrize("name", build.SETS)
 def test_a_set_that_cannot_run_is_refused(name: str, kernels: library.Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_library", kernels._replace(runnable=()))

@@ -38,7 +38,7 @@ inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
 // A vector of the first `count` numbers, zeros behind.
 #ifdef __AVX512F__
-inline __mmask16 below(int count) { return __mmask16((1u << most(0, count)) - 1); }  // for less than all
+inline __mmask16 below(int count) { return __mmask16((1u << most(0, count)) - 1); }  // where count < VECTOR
 inline Vector load_some(const float *p, int count) {
   return count >= VECTOR ? load(p) : Vector(_mm512_maskz_loadu_ps(below(count), p));
 }
@@ -66,8 +66,8 @@ inline void store_some(float *p, Vector v, int count) {
 
 inline void add_to(float *p, Vector v, int count) { store_some(p, load_some(p, count) + v, count); }
 
-// What is multiplied comes in elements: a number, or a pair of bfloat16, whose products are added in float32. put() makes
-// an element of as many numbers as it has.
+// What is multiplied comes in elements: a number, or a pair of bfloat16, whose products are added in float32. put() stores
+// elements: the numbers of its first vector, or pairs of numbers from both.
 inline void add_product(Vector &sum, Vector a, Vector b) { sum += a * b; }
 inline void put(float *p, Vector v, Vector) { store(p, v); }
 
@@ -119,6 +119,10 @@ inline void put(Pair *p, Vector a, Vector b) {
   BothHalves both = BothHalves(_mm512_cvtne2ps_pbh(__m512(b), __m512(a)));
   _mm512_storeu_si512(p, __m512i(__builtin_shuffle(both, in_turn)));
 }
+
+constexpr bool TAKES_BFLOAT16 = true;
+#else
+constexpr bool TAKES_BFLOAT16 = false;
 #endif
 
 template <class T>
@@ -141,12 +145,6 @@ inline void with_types(bool bfloat16, bool other_bfloat16, const What &what) {
     else what(number, float());
   });
 }
-
-#ifdef __AVX512BF16__
-constexpr bool TAKES_BFLOAT16 = true;
-#else
-constexpr bool TAKES_BFLOAT16 = false;
-#endif
 
 // exp(-x) for x >= 0: by 2**n times a polynomial of what is left, as in the Cephes library's expf.
 inline Vector exp_of_minus(Vector x) {
