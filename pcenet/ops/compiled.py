@@ -93,7 +93,8 @@ def _parts(x: Tensor, affine: Affine | None) -> tuple[Tensor, tuple[Any, ...], t
     if residual is None:
         (pixels,) = _pixels(x)
     else:
-        dtype = torch.promote_types(dtype, residual.dtype)
+        if residual.dtype != dtype:  # for a single image calls count
+            dtype = torch.promote_types(dtype, residual.dtype)
         pixels, residual = _pixels(x, residual)
     return pixels, (_floats(scale), _floats(shift), gelu, _floats(gate), residual), dtype
 
