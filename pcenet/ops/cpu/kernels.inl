@@ -28,7 +28,9 @@ inline Vector all(float value) { return value - Vector{}; }  // a broadcast alon
 // Written out: as an initialiser it becomes a `rep stos`, which takes a tenth of a tile's time.
 template <int ROWS, int COLUMNS>
 inline void clear(Vector (&sums)[ROWS][COLUMNS]) {
+#pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
     for (int c = 0; c < COLUMNS; c++) sums[r][c] = Vector{};
 }
 
@@ -63,6 +65,34 @@ inline void store_some(float *p, Vector v, int count) {
   for (int i = 0; i < count; i++) p[i] = buffer[i];
 }
 #endif
+
+// Written out, so that the compiler sees constants: it does not where lanes are set one by one.
+constexpr int32_t NUMBERED[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+inline Integers lanes() {
+  Integers own;
+  std::memcpy(&own, NUMBERED, sizeof own);
+  return own;
+}
+
+inline float sum_of(Vector v) {
+#pragma GCC unroll 4
+  for (int step = VECTOR / 2; step; step /= 2) v += __builtin_shuffle(v, lanes() ^ step);
+  return v[0];
+}
+
+// Lanes whose bit `step` is 0 get sums of two lanes of a, the others of b.
+inline Vector sums_by_lane(Vector a, Vector b, int step) {
+  Integers own = lanes() + (lanes() & step) * (VECTOR / step);
+  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, own ^ step);
+}
+
+// The sums of four vectors, in the first four lanes.
+inline Vector sums_of(const Vector *v) {
+  Vector sums = sums_by_lane(sums_by_lane(v[0], v[1], 1), sums_by_lane(v[2], v[3], 1), 2);
+#pragma GCC unroll 2
+  for (int step = 4; step < VECTOR; step *= 2) sums += __builtin_shuffle(sums, lanes() ^ step);
+  return sums;
+}
 
 inline void add_to(float *p, Vector v, int count) { store_some(p, load_some(p, count) + v, count); }
 
@@ -291,7 +321,7 @@ inline void along_both(const Vector *in, Vector *out) {
 }
 
 struct Winograd {
-  static constexpr int side = 2, window = 4, points = 16, taps = 9;
+  static constexpr int side = 2, window = 4, points = 16, taps = 9, few = 24;
   static constexpr bool sums = false;  // whether what the points give is added up
   using Read = pcenet::Read;
   using ReadGrad = pcenet::ReadGrad;
@@ -303,7 +333,7 @@ struct Winograd {
 
 template <int KERNEL>
 struct Direct {
-  static constexpr int side = 1, window = KERNEL, points = KERNEL * KERNEL, taps = points;
+  static constexpr int side = 1, window = KERNEL, points = KERNEL * KERNEL, taps = points, few = KERNEL > 1 ? 44 : 0;
   static constexpr bool sums = true;
   using Read = Same<KERNEL>;
   using ReadGrad = Same<KERNEL>;
@@ -609,13 +639,15 @@ void multiply_rows(const Product<E> *products, int p, const E *packed, int lengt
   for (int r = 0; r < ROWS; r++) row[r] = products[r].row;
   Vector sums[ROWS][COLUMNS];
   clear(sums);
-  if (adds)
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < COLUMNS; v++)
-        sums[r][v] = load_some(products[r].to + p * PANEL + v * VECTOR, own - v * VECTOR);
   multiply<ROWS, COLUMNS>(row, packed, length, sums);
+#pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < COLUMNS; v++) store_some(products[r].to + p * PANEL + v * VECTOR, sums[r][v], own - v * VECTOR);
+#pragma GCC unroll 2
+    for (int v = 0; v < COLUMNS; v++) {
+      float *to = products[r].to + p * PANEL + v * VECTOR;
+      if (adds) sums[r][v] += load_some(to, own - v * VECTOR);
+      store_some(to, sums[r][v], own - v * VECTOR);
+    }
 }
 
 // Calls what(number) with the number of rows, at most MOST, as a constant.
@@ -829,62 +861,57 @@ void convolve_in_tiles(const Convolution &job, int expert, int64_t first, int64_
   }
 }
 
-// For few pixels packing a kernel takes longer than using it: each of its numbers is read once, where it lies, for all of
-// them. What a pixel reads is copied side by side, and an output is one product of two stretches.
-constexpr int FEW = 60, FEW_ROWS = 3, FEW_CHANNELS = 4;
+// For few pixels packing a 3x3 kernel takes longer than using it: each of its numbers is read once, where it lies, for all
+// of them. What a pixel reads is copied side by side, and an output is one product of two stretches.
+constexpr int FEW_TAPS = 9, FEW_ROWS = 3, FEW_CHANNELS = 4;
+
+// How many pixels are few, as measured; pairs are multiplied in half the time once they are packed.
+template <class Scheme, class T>
+constexpr int FEW = Scheme::few / NUMBERS<Element<T>>;
+constexpr int MOST_FEW = Direct<3>::few;
 
 struct Few {
   int64_t length;                 // of a stretch
-  float *windows, *rows, *found;  // [FEW, length], [FEW_CHANNELS, length], [FEW, PANEL]
+  float *windows, *rows, *found;  // [MOST_FEW, length], [FEW_CHANNELS, length], [MOST_FEW, PANEL]
   float *zeros;  // of a pixel, in any type
   Tile *tiles;
 
   Few(const Convolution &job, Room &room) {
-    length = int64_t(job.kernel) * job.kernel * job.in_channels;
-    windows = room.take(FEW * length), rows = room.take(FEW_CHANNELS * length), found = room.take(FEW * PANEL);
-    zeros = room.take(job.in_channels), tiles = room.take<Tile>(FEW);
+    length = int64_t(FEW_TAPS) * job.in_channels;
+    windows = room.take(MOST_FEW * length), rows = room.take(FEW_CHANNELS * length), found = room.take(MOST_FEW * PANEL);
+    zeros = room.take(job.in_channels), tiles = room.take<Tile>(MOST_FEW);
   }
 };
 
 // Whether what an output channel reads of its kernel is one stretch of memory, [tap][in].
 bool reads_stretches(const Convolution &job) {
-  auto stretches = [&](const Layout &layout) {
-    return layout.in_stride == 1 && (job.kernel == 1 || layout.tap_stride == job.in_channels);
-  };
+  auto stretches = [&](const Layout &layout) { return layout.in_stride == 1 && layout.tap_stride == job.in_channels; };
   return stretches(job.weight) && (!job.base.data || stretches(job.base));
-}
-
-inline float sum_of(Vector v) {
-  for (int step = VECTOR / 2; step; step /= 2) {
-    Integers across;
-    for (int i = 0; i < VECTOR; i++) across[i] = i ^ step;
-    v += __builtin_shuffle(v, across);
-  }
-  return v[0];
 }
 
 template <int ROWS, bool WHOLE>
 inline void multiply_stretch(const float *x, int64_t length, const float *const *kernel, int64_t i,
-                             Vector (&sums)[FEW_CHANNELS][ROWS]) {
+                             Vector (&sums)[ROWS][FEW_CHANNELS]) {
   auto read = [=](const float *p) { return WHOLE ? load(p + i) : load_some(p + i, length - i); };
   Vector own[ROWS];
   for (int r = 0; r < ROWS; r++) own[r] = read(x + r * length);
   for (int c = 0; c < FEW_CHANNELS; c++) {
     Vector w = read(kernel[c]);
-    for (int r = 0; r < ROWS; r++) sums[c][r] += w * own[r];
+    for (int r = 0; r < ROWS; r++) sums[r][c] += w * own[r];
   }
 }
 
 template <int ROWS>
 void multiply_few(const Few &few, const float *const *kernel, int first, int channel, int channels) {
-  Vector sums[FEW_CHANNELS][ROWS];
+  Vector sums[ROWS][FEW_CHANNELS];
   clear(sums);
   const float *x = few.windows + first * few.length;
   int64_t i = 0;
   for (; i + VECTOR <= few.length; i += VECTOR) multiply_stretch<ROWS, true>(x, few.length, kernel, i, sums);
   if (i < few.length) multiply_stretch<ROWS, false>(x, few.length, kernel, i, sums);
-  for (int c = 0; c < channels; c++)
-    for (int r = 0; r < ROWS; r++) few.found[(first + r) * PANEL + channel + c] = sum_of(sums[c][r]);
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++)
+    store_some(few.found + (first + r) * PANEL + channel, sums_of(sums[r]), channels);
 }
 
 // Where the kernels of output channels [out, out + channels) lie, with the base added if there is one; for the last few
@@ -904,7 +931,7 @@ void find_rows(const Convolution &job, const Few &few, int expert, int out, int 
   }
 }
 
-template <int KERNEL, class T>
+template <class T>
 void convolve_few(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end,
                   float *scratch) {
   Room room = {scratch};
@@ -913,12 +940,12 @@ void convolve_few(const Convolution &job, int expert, int64_t first, int64_t las
   int ins = job.in_channels;
   std::memset(few.zeros, 0, job.in_channels * sizeof(float));
   Walk walk = {job.grid, job.order, first, last, job.neighbours, 1};
-  int count = walk.next(tiles, FEW);
+  int count = walk.next(tiles, MOST_FEW);
   for (int t = 0; t < count; t++) {
-    const T *cell[KERNEL * KERNEL];
-    find_cells<KERNEL>(static_cast<const T *>(job.in), ins, job.grid.width, tiles[t], tiles[t].reads,
+    const T *cell[FEW_TAPS];
+    find_cells<3>(static_cast<const T *>(job.in), ins, job.grid.width, tiles[t], tiles[t].reads,
                        reinterpret_cast<const T *>(few.zeros), cell);
-    for (int k = 0; k < KERNEL * KERNEL; k++)  // no more than it has: what follows lies right behind
+    for (int k = 0; k < FEW_TAPS; k++)  // no more than it has: what follows lies right behind
       for (int c = 0; c < ins; c += VECTOR)
         store_some(few.windows + t * few.length + k * ins + c, load_some(cell[k] + c, ins - c), ins - c);
   }
@@ -949,26 +976,25 @@ int64_t convolve_scratch(const Convolution &job) {
 
 // Asked of all of an expert's patches, not of a task's: sums are rounded otherwise, and how patches are shared out depends
 // on the threads.
-bool has_few_pixels(const Convolution &job, int expert) {
+bool has_few_pixels(const Convolution &job, int expert, int few) {
   int64_t count = 0;
-  for (int64_t position = job.begin[expert]; position < job.begin[expert + 1] && count <= FEW; position++) {
+  for (int64_t position = job.begin[expert]; position < job.begin[expert + 1] && count <= few; position++) {
     Place place = place_of(job.grid, job.order[position]);
     count += place.height * place.width;
   }
-  return count <= FEW;
+  return count <= few;
 }
 
 void convolve(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end, bool packed,
               float *scratch) {
-  bool is_few = job.direction == Direction::forward && reads_stretches(job) && has_few_pixels(job, expert);
+  bool may_be_few = job.direction == Direction::forward && reads_stretches(job);
   with_type(job.bfloat16, [&](auto number) {
     using T = decltype(number);
-    if (is_few) {
-      auto few = job.kernel == 1 ? convolve_few<1, T> : convolve_few<3, T>;
-      return few(job, expert, first, last, panel, panel_end, scratch);
-    }
     with_scheme(job.grid, job.kernel, job.neighbours, [&](auto scheme) {
-      convolve_in_tiles<decltype(scheme), T>(job, expert, first, last, panel, panel_end, packed, scratch);
+      using Scheme = decltype(scheme);
+      if (may_be_few && has_few_pixels(job, expert, FEW<Scheme, T>))
+        convolve_few<T>(job, expert, first, last, panel, panel_end, scratch);
+      else convolve_in_tiles<Scheme, T>(job, expert, first, last, panel, panel_end, packed, scratch);
     });
   });
 }
