@@ -6,6 +6,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from pcenet.ops.compiled import transforming
 
@@ -35,10 +36,11 @@ def is_number(value: object) -> bool:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module does what its class says and nothing else: no subclass, no hooks, no other forward."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if type(module) is not kind or hooked or "forward" in module.__dict__:
+    if type(module) is not kind or "forward" in module.__dict__:
         return False
-    return torch.compiler.is_compiling() or not nn.modules.module._has_any_global_hook()
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return torch.compiler.is_compiling() or not _has_any_global_hook()
 
 
 def check_follows(buffer: Tensor, value: Tensor, name: str, way_out: str) -> None:

@@ -150,8 +150,11 @@ class ConvExperts(nn.Module):
 
     def _is_affine(self) -> bool:
         """Whether all that follows the convolutions is a scale, a shift and GELU."""
-        norms = all(is_plain(norm, StackedBatchNorm) and not norm.uses_batch for norm in (self.norm1, self.norm2))
-        return norms and is_plain(self.drop, nn.Dropout) and not (self.drop.training and self.drop.p)
+        for norm in (self.norm1, self.norm2):
+            if not is_plain(norm, StackedBatchNorm) or norm.uses_batch:
+                return False
+        drop = self.drop
+        return is_plain(drop, nn.Dropout) and not (drop.training and drop.p)
 
     @property
     def dropout(self) -> float:

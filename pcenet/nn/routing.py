@@ -76,8 +76,10 @@ class Routing:
     def by_choice(self) -> tuple[Tensor, Tensor]:
         """The expert of each choice, int64 and -1 where dropped, and the factor of its output, ``[k * N]`` each. The
         best choices of all patches come first, then the second ones."""
-        expert = torch.where(self.dispatch_mask, self.expert_ids, -1)
-        return expert.T.flatten(), self.gates.T.flatten()
+        expert, gates = torch.where(self.dispatch_mask, self.expert_ids, -1), self.gates
+        if self.top_k == 1:
+            return expert.flatten(), gates.flatten()
+        return expert.T.flatten(), gates.T.flatten()
 
 
 def expert_counts(choice: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
@@ -370,8 +372,10 @@ class Router(nn.Module):
         """Whether one operator may compute the logits: at evaluation, in float32, with no hook on either layer."""
         if self.training or self.gate_input == "flat" or x.dtype != torch.float32 or autocast_enabled(x):
             return False
-        layers = ((self.hidden, HiddenLayer), (self.logits, LogitsLayer))
-        return all(is_plain(layer, kind) and layer.weight.dtype == torch.float32 for layer, kind in layers)
+        hidden, last = self.hidden, self.logits
+        if not (is_plain(hidden, HiddenLayer) and is_plain(last, LogitsLayer)):
+            return False
+        return hidden.weight.dtype == last.weight.dtype == torch.float32
 
     def _balanced(self, logits: Tensor, images: int) -> Tensor:
         """Logits with the bias that evens out the loads."""

@@ -180,9 +180,10 @@ class StackedBatchNorm(nn.BatchNorm2d):
         return normed.out
 
     def _running(self) -> tuple[Tensor, Tensor]:
-        if self.running_mean is None or self.running_var is None:
+        mean, variance = self.running_mean, self.running_var
+        if mean is None or variance is None:
             return torch.zeros_like(self.weight), torch.ones_like(self.weight)
-        return self.running_mean, self.running_var
+        return mean, variance
 
     @torch.no_grad()
     def _follow(self, normed: Normed) -> None:
