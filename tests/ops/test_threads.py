@@ -19,11 +19,13 @@ from pcenet.nn import PCELayer
 # B, H, W, C, D, E, S; and whether taps read beyond a patch
 SHAPES = [
     (2, 13, 11, 24, 40, 3, 1, True),
+    (7, 9, 8, 24, 40, 2, 1, True),  # more pixels of an expert than are computed at a time, in blocks of images
     (3, 15, 14, 5, 24, 4, 2, True),
     (2, 14, 17, 24, 70, 3, 4, False),
     (9, 20, 17, 16, 24, 2, 8, True),  # images in blocks
     (2, 33, 24, 40, 24, 5, 8, True),
     (1, 12, 12, 128, 128, 2, 4, True),  # a weight's gradient in pieces
+    (3, 7, 6, 256, 8, 2, 2, True),  # an input's gradient by channels for two threads, by images for three
     (1, 50, 49, 5, 13, 2, 24, True),
 ]
 

@@ -352,8 +352,9 @@ Tensor expert_block(const Tensor &pixels, const Tensor &expert, int64_t patch_si
 void run_back(const Convolution &job, const Sorted &sorted) {
   const Grid &grid = job.grid;
   int64_t experts = sorted.begin.size() - 1, panels = kernels->panels(job.out_channels);
-  int64_t threads = torch::stable::get_num_threads();
-  int64_t blocks = std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, grid.batch));
+  // Each thread packs the kernels for its images; with so many channels it rather takes all images, and some channels.
+  int64_t threads = torch::stable::get_num_threads(), images = job.out_channels >= 128 * threads ? 1 : grid.batch;
+  int64_t blocks = std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, images));
   int64_t groups = std::clamp<int64_t>((threads + blocks - 1) / blocks, 1, panels);
   int64_t size = kernels->convolve_scratch(job), per_image = int64_t(grid.rows) * grid.columns;
   in_parallel(blocks * groups, [&](int64_t task) {

@@ -683,10 +683,12 @@ struct Points {
   void add(int point, const E *row, float *to) { products[point * room + counts[point]++] = {row, to}; }
 };
 
-// All of them, with panels of `size` elements; `width` numbers of a result are written.
+// All of them, with panels of `size` elements; `width` numbers of a result are written. The last point comes first: where
+// points are cells around pixels, what is added to a cell then comes in the order of the pixels, as from chunk to chunk,
+// and how pixels are shared out changes no bit.
 template <class E>
 void multiply_points(const Points<E> &points, const E *packed, int64_t size, bool adds, int width) {
-  for (int k = 0; k < Points<E>::most; k++)
+  for (int k = Points<E>::most - 1; k >= 0; k--)
     for (int p = 0; points.counts[k] && p < panels(width); p++)
       with_columns(width - p * PANEL, [&](auto columns) {
         in_tiles(points.counts[k], [&](int first, auto rows) {
