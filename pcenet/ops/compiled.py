@@ -213,7 +213,7 @@ def _convolution_gradients(
     if needed[1] or needed[2]:
         pixels, grads = _pixels(x, grad)
         taps_last = OPS.patch_conv2d_weight_grad(grads, pixels, *places, weight.shape[0], weight.shape[3])
-        # Added up as they lie: of permuted axes the sum of sixteen kernels takes eight times as long.
+        # Summed before axes are permuted: afterwards the sum of sixteen kernels takes eight times as long.
         of_base = taps_last.sum(0).permute(0, 3, 1, 2) if needed[2] else None
         of_experts = taps_last.permute(0, 1, 4, 2, 3)
     return grad_x, of_experts, of_base

@@ -66,6 +66,9 @@ CASES = [
     Case(3, 1, False, (1, 8, 8), 24, 5, 3, "slice", False, True),
     Case(4, 3, True, (2, 9, 11), 70, 24, 3, "channels last", False, True),
     Case(2, 3, True, (1, 6, 6), 70, 24, 3, "channels last", True, False),  # few pixels, channels that fill no vector
+    Case(2, 3, True, (1, 4, 5), 70, 23, 2, "channels last", True, False),  # fewer, also for bfloat16
+    Case(1, 3, True, (1, 5, 6), 24, 5, 2, "channels last", True, False),  # few, of patches of one pixel
+    Case(1, 3, True, (1, 5, 6), 5, 22, 2, "channels last", False, False),
     Case(4, 1, True, (2, 8, 8), 24, 70, 4, "contiguous", True, False),
     Case(4, 3, True, (8, 12, 13), 5, 8, 2, "one", False, False),  # gradients of images in blocks
     Case(4, 3, True, (1, 8, 7), 128, 128, 2, "contiguous", False, False),  # a weight's gradient in pieces
@@ -217,6 +220,8 @@ def test_convolution(case: Case, backend: str, mode: Mode) -> None:
 
     def run(x: Tensor, weight: Tensor, base: Tensor | None) -> list[Tensor]:
         lying = laid_out(weight, case.layout)
+        if base is not None and case.layout == "channels last":  # then both are used where they lie
+            base = laid_out(base[None], case.layout)[0]
         return [ops.patch_conv2d(x, lying, torch.tensor(expert), case.side, case.neighbours, base=base)]
 
     def naive(x: Tensor, weight: Tensor, base: Tensor | None) -> list[Tensor]:
@@ -468,7 +473,7 @@ def test_logits(shape: Any, balanced: bool, backend: str) -> None:
     ("side", "size", "channels", "hidden", "neighbours", "based"),
     [
         (4, (2, 9, 8), 5, 24, (True, True), True),
-        (1, (1, 3, 5), 24, 5, (True, False), True),  # a dozen pixels: each kernel is read where it lies
+        (1, (1, 3, 5), 24, 5, (True, False), True),  # a dozen pixels: each kernel is used where it lies
         (2, (1, 7, 4), 24, 40, (True, True), False),
         (3, (1, 4, 5), 16, 16, (False, False), True),
         (8, (2, 16, 16), 8, 16, (False, True), False),
@@ -495,6 +500,7 @@ def test_expert_block(
         weight = draw(experts * outs, ins, 3, 3, dtype=kind, scale=scale).detach()
         weight = weight.contiguous(memory_format=torch.channels_last).unflatten(0, (experts, outs))
         base = draw(outs, ins, 3, 3, dtype=kind, scale=scale).detach() if based else None
+        base = base if base is None else base.contiguous(memory_format=torch.channels_last)
         norm = [draw(experts, outs, dtype=kind).detach() for _ in range(3)]
         return ops.ConvNorm(weight, base, sees, (*norm, 0.5 + draw(experts, outs, dtype=kind).detach().abs()), 0.01)
 

@@ -347,12 +347,13 @@ Tensor expert_block(const Tensor &pixels, const Tensor &expert, int64_t patch_si
                   {affine2.scale.data(), affine2.shift.data(), false, factor, nullptr}, residual);
 }
 
-// With neighbours a patch's gradients reach beyond it, so that no two threads may have patches of one image. A cell's sum
-// is by expert and then by patch, however images are shared out.
+// With neighbours a patch's gradients reach beyond it, so that no two threads may add to the same channels of an image. A
+// cell's sum is by expert and then by patch, however images and channels are shared out.
 void run_back(const Convolution &job, const Sorted &sorted) {
   const Grid &grid = job.grid;
   int64_t experts = sorted.begin.size() - 1, panels = kernels->panels(job.out_channels);
-  // Each thread packs the kernels for its images; with so many channels it rather takes all images, and some channels.
+  // Each thread packs the kernels that its images need. With many channels it takes all images and a share of the channels
+  // instead, so that each kernel is packed once.
   int64_t threads = torch::stable::get_num_threads(), images = job.out_channels >= 128 * threads ? 1 : grid.batch;
   int64_t blocks = std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, images));
   int64_t groups = std::clamp<int64_t>((threads + blocks - 1) / blocks, 1, panels);

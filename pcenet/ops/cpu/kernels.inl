@@ -66,7 +66,7 @@ inline void store_some(float *p, Vector v, int count) {
 }
 #endif
 
-// Written out, so that the compiler sees constants: it does not where lanes are set one by one.
+// A table, so that the compiler sees constant shuffles: it does not where lanes are set in a loop.
 constexpr int32_t NUMBERED[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 inline Integers lanes() {
   Integers own;
@@ -683,9 +683,9 @@ struct Points {
   void add(int point, const E *row, float *to) { products[point * room + counts[point]++] = {row, to}; }
 };
 
-// All of them, with panels of `size` elements; `width` numbers of a result are written. The last point comes first: where
-// points are cells around pixels, what is added to a cell then comes in the order of the pixels, as from chunk to chunk,
-// and how pixels are shared out changes no bit.
+// All of them, with panels of `size` elements; `width` numbers of a result are written. The last point first: for a gradient
+// points are the cells around a pixel, and going backwards a cell gets its terms in the order of the pixels that they come
+// from. So it does from chunk to chunk: where chunks begin changes no bit.
 template <class E>
 void multiply_points(const Points<E> &points, const E *packed, int64_t size, bool adds, int width) {
   for (int k = Points<E>::most - 1; k >= 0; k--)
@@ -867,10 +867,11 @@ void convolve_in_tiles(const Convolution &job, int expert, int64_t first, int64_
 // of them. What a pixel reads is copied side by side, and an output is one product of two stretches.
 constexpr int FEW_TAPS = 9, FEW_ROWS = 3, FEW_CHANNELS = 4;
 
-// How many pixels are few, as measured; pairs are multiplied in half the time once they are packed.
+// Up to how many pixels are few, as measured; half as many in bfloat16, which packed kernels multiply twice as fast.
 template <class Scheme, class T>
 constexpr int FEW = Scheme::few / NUMBERS<Element<T>>;
 constexpr int MOST_FEW = Direct<3>::few;
+static_assert(Winograd::few <= MOST_FEW && Direct<1>::few <= MOST_FEW);
 
 struct Few {
   int64_t length;                 // of a stretch
@@ -946,7 +947,7 @@ void convolve_few(const Convolution &job, int expert, int64_t first, int64_t las
   for (int t = 0; t < count; t++) {
     const T *cell[FEW_TAPS];
     find_cells<3>(static_cast<const T *>(job.in), ins, job.grid.width, tiles[t], tiles[t].reads,
-                       reinterpret_cast<const T *>(few.zeros), cell);
+                  reinterpret_cast<const T *>(few.zeros), cell);
     for (int k = 0; k < FEW_TAPS; k++)  // no more than it has: what follows lies right behind
       for (int c = 0; c < ins; c += VECTOR)
         store_some(few.windows + t * few.length + k * ins + c, load_some(cell[k] + c, ins - c), ins - c);
