@@ -6,8 +6,9 @@ A line ``<!-- trials NAME -->`` becomes the table of ``results/trials/NAME.json`
 tables that `pcenet compare` made of the runs of ``NAME.yaml`` under ``results/NAME``, ``<!-- routers NAME -->`` the
 router health that `pcenet eval` left in ``results/evaluation/NAME.json``, ``<!-- biases NAME -->`` the table of what
 ``evaluation_bias.py`` left in ``results/NAME.json``, ``<!-- probes NAME -->`` the table of what ``probe_scenes.py``
-left there, of one pair of runs, and ``<!-- screening NAME -->`` the table of the trial runs in
-``results/screening-NAME.json``, which were scored on held-out training images.
+left there, of one pair of runs, ``<!-- screening NAME -->`` the table of the trial runs in
+``results/screening-NAME.json``, which were scored on held-out training images, and ``<!-- content NAME -->`` the table
+of what ``routing_content.py`` left in ``results/NAME.json``.
 """
 
 from __future__ import annotations
@@ -99,6 +100,17 @@ def biases_table(name: str) -> str:
     return markdown(["network", "biases", "max/min load of each layer", "score on val", "loss"], rows)
 
 
+def content_table(name: str) -> str:
+    """A row per network: its score with its routing and with others, as ``routing_content.py`` measured them."""
+    rows = []
+    for found in json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8")):
+        scores = [f"{score:.2%}" for score in found["top1"].values()]
+        shares = ", ".join(f"{share:.0%}" for share in found["commonest"].values())
+        rows.append([f"`{found['network']}`", *scores, shares])
+    routings = ("as it is", "commonest of its place", "another image's", "random")
+    return markdown(["network", *routings, "patches that go to the commonest of their place"], rows)
+
+
 def comparison_tables(name: str) -> str:
     """The tables of `pcenet compare`, from the ``comparison.json`` that it left."""
     from pcenet.comparison.tables import sheets
@@ -157,6 +169,7 @@ TABLES = {
     "biases": biases_table,
     "probes": probes_table,
     "screening": screening_table,
+    "content": content_table,
 }
 
 if __name__ == "__main__":

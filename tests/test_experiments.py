@@ -10,9 +10,11 @@ from types import ModuleType
 from zipfile import ZipFile
 
 import pytest
+import torch
 import yaml
 
 from pcenet.comparison.config import CompareConfig
+from pcenet.nn import Grid, PCELayer, route
 from pcenet.runs.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +55,33 @@ def test_a_table_of_trials_by_hand(report: ModuleType, tmp_path: Path, monkeypat
         "| twin: none | 50.00% |  | 1.000 | 1.250 |  |  |",
         "| pce: all | 48.00% | -2.00 | 0.500 | 1.000 | dead experts | 25.0% |",
     ]
+
+
+def test_routing_without_content_by_hand() -> None:
+    content = script("routing_content")
+    # Two images of two places: experts 0 and 2, 1 and 2.
+    logits = torch.tensor([[3.0, 2, 1], [1, 2, 3], [1, 3, 2], [1, 2, 3]])
+    routing = route(logits, Grid(2, 1, 2))
+    counts = {"a": torch.tensor([[5, 2, 4], [1, 3, 2]])}
+    assert content.commonest(counts)("a", routing).tolist() == [[0], [1], [0], [1]]
+    found = [content.of_another_image(seed)("a", routing).flatten().tolist() for seed in range(20)]
+    assert {tuple(each) for each in found} == {(0, 2, 1, 2), (1, 2, 0, 2)}  # places stay, images change
+
+    network = torch.nn.Sequential(PCELayer(3, 3, patch_size=2, num_experts=3, shortcut=False)).eval()
+    images = torch.randn(6, 3, 2, 4)
+    expected = torch.zeros(2, 3, dtype=torch.int64)
+    for number, expert in enumerate(network[0].router(images).expert_ids.flatten().tolist()):
+        expected[number % 2, expert] += 1
+    assert content.choices_by_place(network, [images[:4], images[4:]])["0"].tolist() == expected.tolist()
+
+
+def test_a_table_of_content_by_hand(report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {"as it is": 0.8, "commonest of its place": 0.75, "another image's": 0.7, "random": 0.1234}
+    (tmp_path / "results").mkdir()
+    found = [{"network": "n", "top1": scores, "commonest": {"a": 0.9, "b": 0.512}}]
+    (tmp_path / "results" / "x.json").write_text(json.dumps(found))
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    assert report.content_table("x").splitlines()[2:] == ["| `n` | 80.00% | 75.00% | 70.00% | 12.34% | 90%, 51% |"]
 
 
 def test_a_table_of_routers_by_hand(report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
