@@ -2,7 +2,7 @@
 
     python experiments/routing_content.py cifar10/pce_nano --data cifar10.zip --threads 1
 
-Everything but the choice of experts stays as it is, gate values too. The rows of a network:
+Everything but the choice of experts stays as it is, gate values too. The scores of a network:
 
 - ``as it is``;
 - ``commonest of its place``: in each layer a patch goes to the expert that patches of its place go to most often;

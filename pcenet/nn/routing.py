@@ -77,7 +77,7 @@ class Routing:
         """The expert of each choice, int64 and -1 where dropped, and the factor of its output, ``[k * N]`` each. The
         best choices of all patches come first, then the second ones."""
         expert, gates = torch.where(self.dispatch_mask, self.expert_ids, -1), self.gates
-        if self.top_k == 1:
+        if self.top_k == 1:  # for a single image calls count
             return expert.flatten(), gates.flatten()
         return expert.T.flatten(), gates.T.flatten()
 
