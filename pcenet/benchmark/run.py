@@ -51,6 +51,7 @@ TABLE_EXPERTS = (4, 16)
 SMALL_PATCHES = tuple(Shape(64, channels, 8, patch) for channels in (48, 96, 256) for patch in (2, 1))
 SMALL_BORDERS = ("halo", "exchange")
 TABLE_MODELS = ("pce_nano", "pce_tiny")
+TABLE_SEGMENTER = "pce_unet_nano"
 GROWTH = (4, 64)
 # Cost against the number of experts and the side of the map, with patches of an eighth of the side or more.
 SCALING_EXPERTS = (1, 2, 4, 8, 16, 32, 64)
@@ -61,6 +62,7 @@ UNITS = {"ms": "ms", "s": "s", "mb": "MB"}
 STEP_NAMES = {"forward": "forward", "step": "forward and backward"}
 EAGER_LINES = {"step": "network, training step", "latency": "network, batch 1"}
 COMPILED_LINES = {"step": "network, both compiled, training step", "latency": "network, both compiled, batch 1"}
+SEGMENTER_LINES = {"step": "network that segments, training step", "latency": "network that segments, batch 1"}
 MEMORY_LINES = {"memory": "network, peak memory of a training step"}
 COMPILE_TIME_LINES = {"pce_nano": {"compile step": "time to compile pce_nano's training step"}}
 
@@ -289,6 +291,8 @@ class Bench:
                 self.growth(shape, *GROWTH, precision, in_precision("from 4 to 64 experts", precision))
             for name in TABLE_MODELS:
                 self.table_model(name, precision)
+            lines = {measure: in_precision(line, precision) for measure, line in SEGMENTER_LINES.items()}
+            self.model(TABLE_SEGMENTER, precision=precision, measures=list(lines), lines=lines)
 
     def table_model(self, name: str, precision: str) -> None:
         """A network's lines in a precision: eager and compiled, and in float32 memory and the time to compile it."""

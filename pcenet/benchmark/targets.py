@@ -40,6 +40,8 @@ BOTH_PRECISIONS = (
     Line("patches of 2x2 and 1x1, forward and backward", 1.15, 0.95),
     Line("network, training step", 1.10, 0.95),
     Line("network, batch 1", 1.20, 0.80),
+    Line("network that segments, training step", 1.10, 0.95),
+    Line("network that segments, batch 1", 1.20, 0.80),
     Line("network, both compiled, training step", 1.15, 1.00),
     Line("network, both compiled, batch 1", 1.30, 1.00),
     Line("from 4 to 64 experts", 1.35, 1.20),
