@@ -201,10 +201,11 @@ class PCEConv2d(nn.Module):
             conv.weight.device, conv.weight.dtype
         )
         with torch.no_grad():
+            spread = conv.weight.std(correction=0) * perturbation
             if isinstance(layer.kernels, SharedConv2d):
                 layer.kernels.shared.copy_(conv.weight)
             for expert in range(layer.num_experts):
-                noise = torch.randn_like(conv.weight) * conv.weight.std() * perturbation if perturbation else 0
+                noise = torch.randn_like(conv.weight) * spread if perturbation else 0
                 layer.kernels.assign(expert, conv.weight + noise)
             if layer.bias is not None and conv.bias is not None:
                 layer.bias.copy_(conv.bias.expand_as(layer.bias))
@@ -288,7 +289,8 @@ def unfit(kernel_size: Any, stride: Any, padding: Any, dilation: Any, groups: An
         return f"groups={groups} is not 1"
     if padding_mode != "zeros":
         return f"padding_mode={padding_mode!r} is not 'zeros'"
-    if padding is not None and padding != "same" and not is_twice(padding, size // 2):
+    keeps_size = padding is None or padding == "same" or (padding == "valid" and size == 1)
+    if not keeps_size and not is_twice(padding, size // 2):
         return f"padding={padding} does not keep the map's size"
     return None
 

@@ -36,7 +36,8 @@ def update_expert_bias(
     are, 1 leaves nothing in the routing that its patches have in common. A prediction depends on its own image only.
 
     The network runs in evaluation mode, a batch at a time. After each the biases are found from all patches so far, so
-    that a layer sees what the layers before it will pass on. Modes, weights and other buffers stay as they are.
+    that a layer sees what the layers before it will pass on. Modes, weights and other buffers stay as they are; so
+    do the biases where a batch fails.
 
     Args:
         batches: images ``[B, C, H, W]``, or sequences that begin with them, such as (images, labels), on the network's
@@ -52,6 +53,7 @@ def update_expert_bias(
     routers = {name: router for name, router in routers_of(model) if router.expert_bias is not None}
     seen: dict[str, list[Tensor]] = {name: [] for name in routers}
     modes = [(module, module.training) for module in model.modules()]
+    before = [(buffer, buffer.clone()) for router in routers.values() for buffer in router.buffers(recurse=False)]
     model.eval()
     try:
         for router in routers.values():
@@ -65,6 +67,10 @@ def update_expert_bias(
                 assert bias is not None
                 seen[name] += [routing.logits - bias for routing in records[name]]
                 bias.copy_(balancing_bias(torch.cat(seen[name]), top_k))
+    except BaseException:
+        for buffer, value in before:
+            buffer.copy_(value)
+        raise
     finally:
         for module, training in modes:
             module.training = training

@@ -1,11 +1,11 @@
 """E double-convolution blocks with their weights stacked on a leading axis.
 
-Stacking gives every parameter a gradient in every step, zeros for an idle expert, so that distributed training never
-waits for one. Axes: E experts, B images, C channels, H x W the map, N patches, k experts per patch.
+Axes: E experts, B images, C channels, H x W the map, N patches, k experts per patch.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -156,11 +156,6 @@ class ConvExperts(nn.Module):
         drop = self.drop
         return is_plain(drop, nn.Dropout) and not (drop.training and drop.p)
 
-    @property
-    def dropout(self) -> float:
-        """Probability of dropping an activation."""
-        return self.drop.p
-
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As torch's, by which tools exchange parts, see ``_fitting``."""
         super().add_module(name, module if module is None else self._fitting(name, module))
@@ -198,7 +193,8 @@ class ConvExperts(nn.Module):
         self._check_expert(expert)
         first, second = self.conv1(), self.conv2()
         _, hidden_channels, in_channels, _, _ = first.shape
-        block = double_conv(in_channels, second.shape[1], hidden_channels=hidden_channels, dropout=self.dropout)
+        block = double_conv(in_channels, second.shape[1], hidden_channels=hidden_channels)
+        block[3] = copy.deepcopy(self.drop)
         block.to(first.device, first.dtype).train(self.training)
         for place, norm in ((1, self.norm1), (5, self.norm2)):
             for setting in ("eps", "momentum"):

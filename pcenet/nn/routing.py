@@ -333,7 +333,7 @@ class Router(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As any module's; networks that were saved before there was ``centring`` have none, and keep their outputs."""
         if self.centring is not None and prefix + "expert_bias" in state_dict:
-            state_dict.setdefault(prefix + "centring", torch.zeros(()))
+            state_dict.setdefault(prefix + "centring", state_dict[prefix + "expert_bias"].new_zeros(()))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_parameters(self) -> None:

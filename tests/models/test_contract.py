@@ -267,7 +267,7 @@ def test_layer_options_reach_every_layer():
     assert [layer.extractor.patch_size for layer in layers] == [4, 1]
     for layer in layers:
         assert (layer.router.num_experts, layer.border, layer.router.gate) == (3, "exchange", "straight_through")
-        assert (layer.experts.dropout, layer.shortcut) == (0.1, None)
+        assert (layer.experts.drop.p, layer.shortcut) == (0.1, None)
 
 
 def test_two_experts_of_half_the_width_cost_as_much_as_one():

@@ -121,6 +121,12 @@ def test_perturbation_is_by_the_kernels_own_spread() -> None:
         PCEConv2d.from_conv2d(dense, patch_size=2, perturbation=-1)
 
 
+def test_a_kernel_of_one_number_has_no_spread_to_perturb_it_by() -> None:
+    dense = nn.Conv2d(1, 1, 1)
+    conv = PCEConv2d.from_conv2d(dense, patch_size=2, perturbation=0.1)
+    assert torch.equal(conv.kernels(), dense.weight.expand(4, 1, 1, 1, 1))
+
+
 def test_the_output_may_be_changed_in_place() -> None:
     """What follows a convolution often works in place; gradients are those of the same out of place."""
     conv = make_conv(patch_size=3)
@@ -274,6 +280,8 @@ def test_a_weight_that_a_hook_computes_is_seen() -> None:
     prune.l1_unstructured(conv, "weight", 0.5)
     assert why_not(conv) == "its weight is computed from other parameters"
     assert why_not(nn.Conv2d(3, 3, 3, padding="same")) is None
+    assert why_not(nn.Conv2d(3, 3, 1, padding="valid")) is None
+    assert why_not(nn.Conv2d(3, 3, 3, padding="valid")) == "padding=valid does not keep the map's size"
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,15 @@ def test_nothing_else_changes() -> None:
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
+def test_where_a_batch_fails_everything_stays() -> None:
+    layer = lopsided_layer().train()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with pytest.raises(ValueError, match="must be a map"):
+        update_expert_bias([photographs(), torch.zeros(3)], layer)
+    assert layer.training
+    reference.assert_same(dict(layer.state_dict()), before, rtol=0, atol=0)
+
+
 def test_networks_that_have_nothing_to_find_are_left_as_they_are() -> None:
     for network in (nn.Conv2d(3, 3, 1), PCELayer(3, 3, patch_size=2, balancing="none")):
         before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -137,6 +146,9 @@ def test_networks_saved_before_keep_their_outputs() -> None:
     assert torch.equal(layer(photographs()), expected)
     plain = Router(3, 2, 3, balancing="none")
     assert "centring" not in plain.state_dict()
+    saved = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in saved.items()}
+    layer.load_state_dict(saved, assign=True)
+    assert layer.router.centring.dtype == torch.float64
 
 
 @pytest.mark.parametrize("centring", [-0.1, 1.5, "half", float("nan")])

@@ -130,6 +130,15 @@ def test_to_sequential_keeps_the_mode(training: bool) -> None:
     assert all(module.training is training for module in block.modules())
 
 
+def test_to_sequential_has_what_a_tool_put_in_the_place_of_dropout() -> None:
+    experts = random_experts(2, 2, 2)
+    experts.drop = nn.Identity()
+    block = experts.to_sequential(1)
+    assert isinstance(block[3], nn.Identity)
+    assert block[3] is not experts.drop
+    experts.from_sequential(0, block)
+
+
 def test_to_sequential_is_a_copy() -> None:
     experts = random_experts(3, 4, 2)
     before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
