@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pcenet.nn import Router, Routing, routers_of
-from pcenet.nn.patches import Grid, merge_patches, split_map
+from pcenet.nn.patches import Grid, PatchExtractor
 from pcenet.nn.stacked import check_stored
 
 Redirect = Callable[[str, Routing], Tensor]
@@ -149,15 +149,16 @@ def _shuffle_positions(router: Router, generator: torch.Generator, stack: ExitSt
     Content j at the place of patch i is what content j with the position of i looks like to a router.
     """
     orders: list[Tensor] = []
+    extractor = PatchExtractor(router.patch_size)
 
     def permute(_router: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = args
         size = (x.shape[2], x.shape[3])
-        patches, grid = split_map(x, router.patch_size)
+        patches, grid = extractor.split(x)
         whole = tuple(side // router.patch_size for side in size)
         order = patch_orders(grid, (whole[0], whole[1]), generator).to(x.device)
         orders.append(order)
-        return (merge_patches(patches[order], grid, size),)
+        return (extractor.merge(patches[order], grid, size),)
 
     def restore(_router: nn.Module, _args: Any, routing: Routing) -> Routing:
         back = orders.pop().argsort()

@@ -11,9 +11,7 @@ from pcenet.nn.losses import (
     aux_loss,
     aux_terms,
     load_balance_loss,
-    load_balance_loss_from_logits,
     z_loss,
-    z_loss_from_logits,
 )
 from pcenet.nn.patches import Grid, PatchExtractor
 from pcenet.nn.recording import record_routing, routers_of
@@ -39,12 +37,10 @@ __all__ = [
     "expert_counts",
     "fourier_features",
     "load_balance_loss",
-    "load_balance_loss_from_logits",
     "record_routing",
     "route",
     "routers_of",
     "synchronise",
     "update_expert_bias",
     "z_loss",
-    "z_loss_from_logits",
 ]

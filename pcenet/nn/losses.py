@@ -10,52 +10,33 @@ import torch
 from torch import Tensor
 
 from pcenet.nn.processes import sum_over_processes
-from pcenet.nn.routing import Routing, expert_counts
-
-
-def z_loss_from_logits(logits: Tensor, squared: bool = True) -> Tensor:
-    """``mean_i (logsumexp_j l_ij)^2`` of logits ``[N, E]`` (ST-MoE, Zoph et al., 2022, equation 5).
-
-    Args:
-        logits: ``[N, E]``.
-        squared: False leaves the square out, the formula as the specification wrote it. That loss is unbounded below:
-            a constant added to every logit changes no routing and lowers it for ever.
-    """
-    log_partition = logits.logsumexp(dim=1)
-    return (log_partition.square() if squared else log_partition).mean()
-
-
-def load_balance_loss_from_logits(logits: Tensor, choice: Tensor) -> Tensor:
-    """``E * sum_e mean(p_e) * mean(a_e) / k`` (Switch Transformer, Fedus et al., 2021, equation 4).
-
-    1 for a uniform router, E for a collapsed one with k = 1. The assignment a carries no gradient.
-
-    Args:
-        logits: ``[N, E]``; p is their softmax.
-        choice: ``[N, k]`` int64, the experts chosen, before any dropping.
-    """
-    num_experts = logits.shape[1]
-    return _load_balance(logits.softmax(dim=1), expert_counts(choice, num_experts))
+from pcenet.nn.routing import Routing
 
 
 def z_loss(routing: Routing, squared: bool = True) -> Tensor:
-    """`z_loss_from_logits` of a routing."""
-    return z_loss_from_logits(routing.logits, squared)
+    """``mean_i (logsumexp_j l_ij)^2`` of a routing's logits (ST-MoE, Zoph et al., 2022, equation 5).
+
+    Args:
+        routing: whose logits count.
+        squared: False leaves the square out, the formula as the specification wrote it. That loss is unbounded below:
+            a constant added to every logit changes no routing and lowers it for ever.
+    """
+    log_partition = routing.logits.logsumexp(dim=1)
+    return (log_partition.square() if squared else log_partition).mean()
 
 
 def load_balance_loss(routing: Routing, load: Tensor | None = None) -> Tensor:
-    """`load_balance_loss_from_logits` of a routing, with its probabilities, which have the router's temperature.
+    """``E * sum_e mean(p_e) * mean(a_e) / k`` (Switch Transformer, Fedus et al., 2021, equation 4).
+
+    1 for a uniform router, E for a collapsed one with k = 1. The assignment a, of before dropping, has no gradient.
 
     Args:
-        routing: of the patches whose probabilities count.
+        routing: of the patches whose probabilities p, at the router's temperature, count.
         load: ``[E]``, choices per expert; None: those of the routing. Given is the load of a larger batch of which this
             is a part: the mean over equal parts is then the loss of the whole.
     """
-    return _load_balance(routing.probs, routing.expert_counts if load is None else load)
-
-
-def _load_balance(probs: Tensor, load: Tensor) -> Tensor:
-    return len(load) * (probs.mean(dim=0) * load.to(probs.dtype) / load.sum()).sum()
+    load = routing.expert_counts if load is None else load
+    return len(load) * (routing.probs.mean(dim=0) * load.to(routing.probs.dtype) / load.sum()).sum()
 
 
 class AuxTerms(NamedTuple):
@@ -107,5 +88,4 @@ def aux_loss(
         A scalar; 0 for no records, so that one training loop serves PCE networks and dense ones.
     """
     terms = aux_terms(records, synchronised)
-    weighted = [weight * term for weight, term in ((balance, terms.balance), (z, terms.z)) if weight]
-    return sum(weighted[1:], weighted[0]) if weighted else torch.zeros(())
+    return _total([weight * term for weight, term in ((balance, terms.balance), (z, terms.z)) if weight])

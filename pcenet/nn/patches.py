@@ -52,27 +52,6 @@ def check_grid(x: Tensor, patch_size: int, grid: Grid) -> None:
         )
 
 
-def split_map(x: Tensor, patch_size: int) -> tuple[Tensor, Grid]:
-    """Cut a map ``[B, C, H, W]`` into patches ``[N, C, S, S]``, zeros where they stick out; channels-last."""
-    grid = grid_of(x, patch_size)
-    below = grid.rows * patch_size - x.shape[2]
-    right = grid.columns * patch_size - x.shape[3]
-    if below or right:
-        x = F.pad(x, (0, right, 0, below))
-    cells = x.permute(0, 2, 3, 1).unflatten(2, (grid.columns, patch_size)).unflatten(1, (grid.rows, patch_size))
-    pixels_last = cells.transpose(2, 3).reshape(grid.patches, patch_size, patch_size, x.shape[1])
-    return pixels_last.permute(0, 3, 1, 2), grid
-
-
-def merge_patches(patches: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
-    """Put patches ``[N, C, S, S]`` back in place and crop to ``size`` = (H, W): ``[B, C, H, W]``, channels-last."""
-    _, channels, side, _ = patches.shape
-    batch, rows, columns = grid
-    cells = patches.permute(0, 2, 3, 1).reshape(batch, rows, columns, side, side, channels)
-    pixels_last = cells.transpose(2, 3).reshape(batch, rows * side, columns * side, channels)
-    return pixels_last.permute(0, 3, 1, 2)[:, :, : size[0], : size[1]]
-
-
 class PatchExtractor(nn.Module):
     """Cut a map into patches and append Fourier features of position as channels.
 
@@ -94,18 +73,25 @@ class PatchExtractor(nn.Module):
         self.patch_size = patch_size
         self.num_bands = num_bands
 
-    @property
-    def position_channels(self) -> int:
-        """8K, the channels that the enriched patch has beyond the map's."""
-        return 8 * self.num_bands
-
     def split(self, x: Tensor) -> tuple[Tensor, Grid]:
-        """Content alone: ``[B, C, H, W]`` to (patches ``[N, C, S, S]``, grid)."""
-        return split_map(x, self.patch_size)
+        """Content alone: a map ``[B, C, H, W]`` to patches ``[N, C, S, S]``, zeros where they stick out, channels-last,
+        and their grid."""
+        side, grid = self.patch_size, grid_of(x, self.patch_size)
+        below = grid.rows * side - x.shape[2]
+        right = grid.columns * side - x.shape[3]
+        if below or right:
+            x = F.pad(x, (0, right, 0, below))
+        cells = x.permute(0, 2, 3, 1).unflatten(2, (grid.columns, side)).unflatten(1, (grid.rows, side))
+        pixels_last = cells.transpose(2, 3).reshape(grid.patches, side, side, x.shape[1])
+        return pixels_last.permute(0, 3, 1, 2), grid
 
     def merge(self, patches: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
         """The inverse of `split`: patches ``[N, C, S, S]`` to the map ``[B, C, H, W]`` of ``size`` = (H, W)."""
-        return merge_patches(patches, Grid(*grid), size)
+        _, channels, side, _ = patches.shape
+        batch, rows, columns = grid
+        cells = patches.permute(0, 2, 3, 1).reshape(batch, rows, columns, side, side, channels)
+        pixels_last = cells.transpose(2, 3).reshape(batch, rows * side, columns * side, channels)
+        return pixels_last.permute(0, 3, 1, 2)[:, :, : size[0], : size[1]]
 
     def forward(self, x: Tensor) -> Tensor:
         """Enriched patches ``[B*P, C + 8K, S, S]`` of a map ``[B, C, H, W]``."""

@@ -46,7 +46,7 @@ class StackedConv2d(StackedConv):
     def reset_parameters(self) -> None:
         """New weights."""
         for expert_weight in self.weight.detach().unbind(0):
-            _init_like_conv2d(expert_weight)
+            nn.init.kaiming_uniform_(expert_weight, a=math.sqrt(5))
 
     def forward(self) -> Tensor:
         """The experts' kernels ``[E, C_out, C_in, 3, 3]``."""
@@ -77,7 +77,7 @@ class SharedConv2d(StackedConv):
 
     def reset_parameters(self) -> None:
         """A new shared kernel, and no differences."""
-        _init_like_conv2d(self.shared.detach())
+        nn.init.kaiming_uniform_(self.shared.detach(), a=math.sqrt(5))
         nn.init.zeros_(self.difference)
 
     def forward(self) -> Tensor:
@@ -101,10 +101,6 @@ def kernel_parts(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
         return conv.difference, conv.shared
     kernels: Tensor = conv()
     return kernels, None
-
-
-def _init_like_conv2d(weight: Tensor) -> None:
-    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
 
 def check_stored(module: nn.Module, name: str) -> None:

@@ -46,9 +46,8 @@ class RoutingStatistics:
     def update(self, routing: Routing) -> None:
         """Add the counts of one Routing."""
         kept = routing.dispatch_mask.sum()
-        self._load = (
-            routing.expert_counts.clone() if self._load is None else self._load.to(kept.device) + routing.expert_counts
-        )
+        load = routing.expert_counts
+        self._load = load if self._load is None else self._load.to(kept.device) + load
         self._kept = kept if self._kept is None else self._kept.to(kept.device) + kept
 
     def state_dict(self) -> dict[str, Tensor | None]:

@@ -47,11 +47,6 @@ class InstructionSet(NamedTuple):
     flags: tuple[str, ...]
     proven: bool
 
-    @property
-    def takes_bfloat16(self) -> bool:
-        """Whether kernels take maps of this type, as they do where the processor multiplies in it."""
-        return BFLOAT16 in self.flags
-
 
 AVX2 = ("-mavx2", "-mfma")
 BFLOAT16 = "-mavx512bf16"

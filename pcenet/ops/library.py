@@ -117,7 +117,7 @@ def kernels_on(device: str) -> str | None:
 def takes_bfloat16() -> bool:
     """Whether the compiled library's kernels take maps in bfloat16 as they are."""
     found = choice()
-    return found.instructions is not None and build.SETS[found.instructions].takes_bfloat16
+    return found.instructions is not None and build.BFLOAT16 in build.SETS[found.instructions].flags
 
 
 def loaded() -> Library | None:

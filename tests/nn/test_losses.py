@@ -16,11 +16,9 @@ from pcenet.nn import (
     aux_loss,
     aux_terms,
     load_balance_loss,
-    load_balance_loss_from_logits,
     record_routing,
     route,
     z_loss,
-    z_loss_from_logits,
 )
 
 
@@ -102,15 +100,6 @@ def test_losses_are_those_before_dropping() -> None:
     assert limited.dispatch_mask.sum() < 20
     assert load_balance_loss(limited).item() == load_balance_loss(free).item()
     assert z_loss(limited).item() == z_loss(free).item()
-
-
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_functions_of_logits_equal_those_of_a_routing(top_k: int) -> None:
-    logits = torch.randn(9, 4, dtype=torch.float64)
-    routing = routing_of(logits, top_k=top_k)
-    torch.testing.assert_close(load_balance_loss_from_logits(logits, routing.expert_ids), load_balance_loss(routing))
-    for squared in (True, False):
-        torch.testing.assert_close(z_loss_from_logits(logits, squared), z_loss(routing, squared))
 
 
 @pytest.mark.parametrize("gate", ["prob", "straight_through"])
