@@ -3,7 +3,7 @@
     python experiments/zoo.py
 
 Scores are of the runs in ``experiments/results/DATA``, and of the cards of the weights that come with the package;
-speed is of ``benchmarks/results/table-avx2.json``. What was not measured is left out.
+speed is of the newest ``benchmarks/results/table-KIND.json``. What was not measured is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pcenet.comparison.statistics import half_width
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
-SPEED = ROOT / "benchmarks" / "results" / "table-avx2.json"
+TABLES = ROOT / "benchmarks" / "results"
 STORED = Path(pcenet.__file__).parent / "results.json"
 PAGE = ROOT / "docs" / "models.md"
 MARKED = re.compile(r"(<!-- zoo: (?!end)(\w+) -->\n).*?(?=<!-- zoo: end -->)", re.DOTALL)
@@ -38,7 +38,8 @@ def main() -> None:
 def measured() -> dict[str, Any]:
     """The content of the file, see `pcenet.zoo.results`."""
     scores = {name: score for name in bundled() if (score := score_of(name))}
-    return {"weights": scores, "speed": speed(json.loads(SPEED.read_text(encoding="utf-8")))}
+    tables = [json.loads(file.read_text(encoding="utf-8")) for file in TABLES.glob("table-*.json")]
+    return {"weights": scores, "speed": speed(max(tables, key=lambda table: table["machine"]["date"]))}
 
 
 def score_of(name: str) -> dict[str, Any] | None:
@@ -46,7 +47,9 @@ def score_of(name: str) -> dict[str, Any] | None:
     data, _, network = name.partition("/")
     files = (RESULTS / data).glob(f"{network}-[0-9]/metrics.json")
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(files)]
-    own = CARD.search((weights_root() / name / "README.md").read_text(encoding="utf-8"))
+    folder = weights_root() / name
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own = CARD.search((folder / "README.md").read_text(encoding="utf-8"))
     if not runs or own is None:
         return None
     score = "top1" if runs[0]["task"] == "classify" else "miou"
@@ -60,21 +63,20 @@ def score_of(name: str) -> dict[str, Any] | None:
         "split": "val",
         "images": runs[0]["val"]["images"],
         "epochs": runs[0]["epochs"],
+        "input_size": config["pretrained_cfg"]["input_size"][1:],
+        "multiply_adds": runs[0]["complexity"]["multiply_adds"],
     }
 
 
 def speed(table: dict[str, Any]) -> dict[str, Any]:
-    """The times of networks relative to their twins', uncompiled, out of what `pcenet bench` left."""
+    """The times of networks relative to their twins', in float32 and uncompiled, out of what `pcenet bench` left."""
     ratios: dict[str, dict[str, float]] = {}
     for record in table["records"]:
-        if record["what"] == "model" and record["measure"] in zoo.SPEEDS and not record["compiled"]:
+        eager = record["precision"] == "fp32" and not record["compiled"]
+        if record["what"] == "model" and record["measure"] in zoo.SPEEDS and eager:
             ratios.setdefault(record["name"], {})[record["measure"]] = record["ratio"]
     about = table["machine"]
-    (precision,) = table["config"]["precisions"]
-    return {name: about[name] for name in ("processor", "kind", "threads")} | {
-        "precision": precision,
-        "ratios": ratios,
-    }
+    return {name: about[name] for name in ("processor", "kind", "threads")} | {"precision": "fp32", "ratios": ratios}
 
 
 def filled(text: str) -> str:

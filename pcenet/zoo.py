@@ -23,7 +23,8 @@ def results() -> dict[str, Any]:
 
     Returns:
         ``"weights"``: by "DATA/NETWORK" the validation score of the weights that come with the package, and the mean
-        over the seeds that were trained by their recipe, with half the width of its 95 % interval (None for one seed).
+        over the seeds that were trained by their recipe, with half the width of its 95 % interval (None for one seed),
+        and the input's size and multiply-adds there.
         ``"speed"``: the kind of machine, and by network the times of ``SPEEDS`` relative to the twin's.
     """
     return json.loads((Path(__file__).parent / "results.json").read_text(encoding="utf-8"))
@@ -48,15 +49,18 @@ def rows(task: str) -> list[list[str]]:
     found = []
     for about in sorted((each for each in records() if each["task"] == task), key=lambda each: not each["weights"]):
         for tag in about["weights"] or [None]:
+            score = about["scores"].get(tag)
+            measured = score or about
+            times = about["time"] if measured["input_size"] == about["input_size"] else {}  # those of its own size
             found.append(
                 [
                     about["name"],
                     f"{tag}/{about['name']}" if tag else "none",
-                    score_cell(about["scores"].get(tag)),
-                    " x ".join(map(str, about["input_size"])),
-                    count_cell(about["multiply_adds"]),
+                    score_cell(score),
+                    " x ".join(map(str, measured["input_size"])),
+                    count_cell(measured["multiply_adds"]),
                     f"{about['parameters'] / 1e6:.2f} M ({about['active_parameters'] / 1e6:.2f} M)",
-                    ", ".join(f"{about['time'][speed]:.2f}" for speed in SPEEDS if speed in about["time"]),
+                    ", ".join(f"{times[speed]:.2f}" for speed in SPEEDS if speed in times),
                     about["twin"] or "",
                 ]
             )

@@ -55,6 +55,13 @@ def test_every_network_has_a_row_on_the_page() -> None:
         assert all(bool(row[1]) == bool(weights) for row in found)  # no weights, no score
 
 
+def test_size_and_cost_are_those_at_which_weights_were_measured() -> None:
+    """The network's own where there are none, or where they are of that size; speed is of the latter alone."""
+    found = {row[1]: row[3:5] + row[6:7] for row in zoo.rows("segment")}
+    assert found["scenes/pce_unet_nano"] == ["128 x 128", "0.23 G", ""]
+    assert found["camvid/pce_unet_nano"] == ["192 x 256", "0.70 G", "0.94, 1.19"]
+
+
 def test_the_cells_by_hand() -> None:
     score = {"score": "top1", "mean": 0.8569333, "half_width": 0.0060713, "images": 5000}
     assert zoo.score_cell(score) == "85.69 ± 0.61"
@@ -66,16 +73,17 @@ def test_the_cells_by_hand() -> None:
 
 
 def test_speed_is_of_networks_that_are_not_compiled() -> None:
-    about = {"what": "model", "name": "a", "measure": "step", "compiled": False, "ratio": 0.5}
+    about = {"what": "model", "name": "a", "precision": "fp32", "measure": "step", "compiled": False, "ratio": 0.5}
     records = [
         about,
         about | {"compiled": True, "ratio": 9},
+        about | {"precision": "bf16", "ratio": 9},
         about | {"measure": "latency", "ratio": 1.5},
         about | {"measure": "memory", "ratio": 9},
         about | {"what": "layer", "name": "b"},
     ]
     machine = {"processor": "P", "kind": "K", "threads": 3, "torch": "2"}
-    assert zoo_script.speed({"machine": machine, "config": {"precisions": ["fp32"]}, "records": records}) == {
+    assert zoo_script.speed({"machine": machine, "records": records}) == {
         "processor": "P",
         "kind": "K",
         "threads": 3,
@@ -90,7 +98,7 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = [line for line in lines if line.startswith("pce_nano ")]
     assert re.split(r"\s{2,}", row)[2] == zoo.score_cell(zoo.results()["weights"]["cifar10/pce_nano"])
     assert re.split(r"\s{2,}", row)[1:2] == ["cifar10/pce_nano"]
-    assert re.split(r"\s{2,}", row)[-2:] == ["0.98, 1.36", "dense_nano"]
+    assert re.split(r"\s{2,}", row)[-2:] == ["1.11, 1.37", "dense_nano"]
     assert any("has no score" in line for line in lines)
     assert cli.main(["models", "--json"]) == 0
     found = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
