@@ -7,8 +7,9 @@ tables that `pcenet compare` made of the runs of ``NAME.yaml`` under ``results/N
 router health that `pcenet eval` left in ``results/evaluation/NAME.json``, ``<!-- biases NAME -->`` the table of what
 ``evaluation_bias.py`` left in ``results/NAME.json``, ``<!-- probes NAME -->`` the table of what ``probe_scenes.py``
 left there, of one pair of runs, ``<!-- screening NAME -->`` the table of the trial runs in
-``results/screening-NAME.json``, which were scored on held-out training images, and ``<!-- content NAME -->`` the table
-of what ``routing_content.py`` left in ``results/NAME.json``.
+``results/screening-NAME.json``, which were scored on held-out training images, ``<!-- content NAME -->`` the table
+of what ``routing_content.py`` left in ``results/NAME.json``, and ``<!-- gains NAME,NAME -->`` what each kind of network
+gains over the plain twin, a column per comparison.
 """
 
 from __future__ import annotations
@@ -18,10 +19,22 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pcenet.reporting.numbers import SCORES
+from pcenet.comparison import statistics
+from pcenet.comparison.tables import difference_text
+from pcenet.reporting.numbers import SCORES, score_digits
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "experiments.md"
+# Rows of the table of gains: the labels that a network has in the comparisons.
+KINDS = {
+    "PCE": ("pce_nano", "pce_unet_nano"),
+    "PCE, routed by place alone": ("position_only",),
+    "PCE, routed by content alone": ("content_only",),
+    "the twin with a learned map of positions": ("dense_nano_position", "dense_unet_nano_position"),
+    "the twin with four kernels mixed for each image (CondConv)": ("dense_nano_condconv",),
+    "the wide twin, as many parameters at work as PCE has": ("dense_nano_wide", "dense_unet_nano_wide"),
+}
+TWINS = ("dense_nano", "dense_unet_nano")
 
 
 def main() -> None:
@@ -123,6 +136,31 @@ def comparison_tables(name: str) -> str:
     return done + "\n".join(sheet.markdown().replace("## ", "### ") for sheet in sheets(report)).rstrip()
 
 
+def gains_table(names: str) -> str:
+    """A row per kind of network, a column per comparison: the gain over the plain twin in points, paired by seed."""
+    columns = {name: gains(name) for name in names.split(",")}
+    rows = [[kind, *(found.get(kind, "") for found in columns.values())] for kind in KINDS]
+    return markdown(["points more than the twin", *(f"`{name}.yaml`" for name in columns)], rows)
+
+
+def gains(name: str) -> dict[str, str]:
+    """By kind of network the gain, with its interval where there are three seeds or more."""
+    runs = json.loads((HERE / "results" / name / "comparison.json").read_text(encoding="utf-8"))["runs"]
+
+    def scores(labels: tuple[str, ...]) -> dict[int, float]:
+        return {run["seed"]: run["score"] for run in runs if run["label"] in labels}
+
+    found = {}
+    for kind, labels in KINDS.items():
+        gain = statistics.difference(scores(labels), scores(TWINS))
+        if gain is not None:
+            seeds = len(gain.by_seed)
+            text = difference_text(vars(gain), score_digits(runs[0]["val"]["images"]))
+            few = f"{text.partition(' ')[0]} ({seeds} seed{'s' * (seeds > 1)})"
+            found[kind] = text if seeds > 2 else few
+    return found
+
+
 def probes_table(name: str) -> str:
     """What a linear classifier reads off the features of each layer; both networks and their difference."""
     found = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
@@ -170,6 +208,7 @@ TABLES = {
     "probes": probes_table,
     "screening": screening_table,
     "content": content_table,
+    "gains": gains_table,
 }
 
 if __name__ == "__main__":

@@ -105,6 +105,30 @@ def test_a_table_of_a_screening_by_hand(report: ModuleType, tmp_path: Path, monk
     assert report.screening_table("x").splitlines()[2:] == ["| twin | 1.000, 2.000 | 62.5%, 62.5% | 0.500, 0.500 |"]
 
 
+def test_a_table_of_gains_by_hand(report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paired by seed: 1, 2 and 3 points more have a mean of 2, and an interval of 4.303 / sqrt(3) to each side."""
+    scores = {
+        "dense_nano": (0.70, 0.71, 0.72),
+        "pce_nano": (0.71, 0.73, 0.75),
+        "position_only": (0.72, 0.70),
+        "dense_nano_wide": (0.80,),
+    }
+    runs = [
+        {"label": label, "seed": seed, "score": score, "val": {"images": 5000}}
+        for label, of_seeds in scores.items()
+        for seed, score in enumerate(of_seeds)
+    ]
+    (tmp_path / "results" / "x").mkdir(parents=True)
+    (tmp_path / "results" / "x" / "comparison.json").write_text(json.dumps({"runs": runs}))
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    _, _, pce, by_place, by_content, position, _, wide = report.gains_table("x").splitlines()
+    assert pce == "| PCE | +2.00 [-0.48, +4.48] |"
+    assert by_place.endswith("| +0.50 (2 seeds) |")
+    assert by_content.endswith("alone |  |")
+    assert position.endswith("positions |  |")
+    assert wide.endswith("| +10.00 (1 seed) |")
+
+
 @pytest.mark.parametrize("name", ["cifar10", "camvid"])
 def test_the_recipes_are_valid_and_three_seeds_of_model_and_twin(name: str) -> None:
     values = yaml.safe_load((ROOT / "experiments" / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -66,31 +67,40 @@ inline void store_some(float *p, Vector v, int count) {
 }
 #endif
 
-// A table, so that the compiler sees constant shuffles: it does not where lanes are set in a loop.
-constexpr int32_t NUMBERED[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-inline Integers lanes() {
-  Integers own;
-  std::memcpy(&own, NUMBERED, sizeof own);
-  return own;
+// Lanes of two vectors, those of b counted on from those of a.
+template <int... FROM, typename V>
+inline V shuffle(V a, V b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, FROM...);
+#else
+  return __builtin_shuffle(a, b, decltype(a < b){FROM...});
+#endif
+}
+
+typedef std::make_integer_sequence<int, VECTOR> Lanes;
+
+// Lanes whose bit STEP is 0 get sums of two lanes of a, the others of b.
+template <int STEP, int... I>
+inline Vector sums_by_lane(Vector a, Vector b, std::integer_sequence<int, I...>) {
+  return shuffle<(I + (I & STEP) * (VECTOR / STEP))...>(a, b) + shuffle<((I + (I & STEP) * (VECTOR / STEP)) ^ STEP)...>(a, b);
+}
+
+template <int STEP, int... I>
+inline Vector add_swapped(Vector v, std::integer_sequence<int, I...>) {
+  return v + shuffle<(I ^ STEP)...>(v, v);
 }
 
 inline float sum_of(Vector v) {
-#pragma GCC unroll 4
-  for (int step = VECTOR / 2; step; step /= 2) v += __builtin_shuffle(v, lanes() ^ step);
-  return v[0];
-}
-
-// Lanes whose bit `step` is 0 get sums of two lanes of a, the others of b.
-inline Vector sums_by_lane(Vector a, Vector b, int step) {
-  Integers own = lanes() + (lanes() & step) * (VECTOR / step);
-  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, own ^ step);
+  if constexpr (VECTOR > 8) v = add_swapped<8>(v, Lanes());
+  if constexpr (VECTOR > 4) v = add_swapped<4>(v, Lanes());
+  return add_swapped<1>(add_swapped<2>(v, Lanes()), Lanes())[0];
 }
 
 // The sums of four vectors, in the first four lanes.
 inline Vector sums_of(const Vector *v) {
-  Vector sums = sums_by_lane(sums_by_lane(v[0], v[1], 1), sums_by_lane(v[2], v[3], 1), 2);
-#pragma GCC unroll 2
-  for (int step = 4; step < VECTOR; step *= 2) sums += __builtin_shuffle(sums, lanes() ^ step);
+  Vector sums = sums_by_lane<2>(sums_by_lane<1>(v[0], v[1], Lanes()), sums_by_lane<1>(v[2], v[3], Lanes()), Lanes());
+  if constexpr (VECTOR > 4) sums = add_swapped<4>(sums, Lanes());
+  if constexpr (VECTOR > 8) sums = add_swapped<8>(sums, Lanes());
   return sums;
 }
 
@@ -144,10 +154,10 @@ inline void add_product(Vector &sum, Integers a, Integers b) {
   sum = Vector(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
 }
 inline void put(Pair *p, Vector a, Vector b) {
-  const BothHalves in_turn = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   BothHalves both = BothHalves(_mm512_cvtne2ps_pbh(__m512(b), __m512(a)));
-  _mm512_storeu_si512(p, __m512i(__builtin_shuffle(both, in_turn)));
+  both = shuffle<0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,  //
+                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31>(both, both);
+  _mm512_storeu_si512(p, __m512i(both));
 }
 
 constexpr bool TAKES_BFLOAT16 = true;
@@ -522,27 +532,26 @@ void bring_pixels(const Grid &grid, const T *map, int channels, int first, int e
 // 8 x 8 numbers transposed: from rows of a stride to rows of another.
 typedef float Eight __attribute__((vector_size(32)));
 typedef float UnalignedEight __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t EightIntegers __attribute__((vector_size(32)));
 
 inline void transpose_eight(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
   Eight r[8], s[8];
   for (int i = 0; i < 8; i++) r[i] = *reinterpret_cast<const UnalignedEight *>(from + i * from_stride);
   for (int i = 0; i < 4; i++) {
-    s[2 * i] = __builtin_shuffle(r[2 * i], r[2 * i + 1], EightIntegers{0, 8, 1, 9, 4, 12, 5, 13});
-    s[2 * i + 1] = __builtin_shuffle(r[2 * i], r[2 * i + 1], EightIntegers{2, 10, 3, 11, 6, 14, 7, 15});
+    s[2 * i] = shuffle<0, 8, 1, 9, 4, 12, 5, 13>(r[2 * i], r[2 * i + 1]);
+    s[2 * i + 1] = shuffle<2, 10, 3, 11, 6, 14, 7, 15>(r[2 * i], r[2 * i + 1]);
   }
   for (int i = 0; i < 2; i++) {
     Eight *q = s + 4 * i, *t = r + 4 * i;
-    t[0] = __builtin_shuffle(q[0], q[2], EightIntegers{0, 1, 8, 9, 4, 5, 12, 13});
-    t[1] = __builtin_shuffle(q[0], q[2], EightIntegers{2, 3, 10, 11, 6, 7, 14, 15});
-    t[2] = __builtin_shuffle(q[1], q[3], EightIntegers{0, 1, 8, 9, 4, 5, 12, 13});
-    t[3] = __builtin_shuffle(q[1], q[3], EightIntegers{2, 3, 10, 11, 6, 7, 14, 15});
+    t[0] = shuffle<0, 1, 8, 9, 4, 5, 12, 13>(q[0], q[2]);
+    t[1] = shuffle<2, 3, 10, 11, 6, 7, 14, 15>(q[0], q[2]);
+    t[2] = shuffle<0, 1, 8, 9, 4, 5, 12, 13>(q[1], q[3]);
+    t[3] = shuffle<2, 3, 10, 11, 6, 7, 14, 15>(q[1], q[3]);
   }
   for (int i = 0; i < 4; i++) {
     *reinterpret_cast<UnalignedEight *>(to + i * to_stride) =
-        __builtin_shuffle(r[i], r[i + 4], EightIntegers{0, 1, 2, 3, 8, 9, 10, 11});
+        shuffle<0, 1, 2, 3, 8, 9, 10, 11>(r[i], r[i + 4]);
     *reinterpret_cast<UnalignedEight *>(to + (i + 4) * to_stride) =
-        __builtin_shuffle(r[i], r[i + 4], EightIntegers{4, 5, 6, 7, 12, 13, 14, 15});
+        shuffle<4, 5, 6, 7, 12, 13, 14, 15>(r[i], r[i + 4]);
   }
 }
 
