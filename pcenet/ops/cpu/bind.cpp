@@ -21,6 +21,25 @@
 #include "kernels.h"
 
 namespace pcenet {
+
+float *scratch(size_t floats) {
+  struct Free {
+    void operator()(float *p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local size_t room = 0;
+  if (room < floats) {
+    memory.reset();
+    room = (floats + 1023) / 1024 * 1024;
+    memory.reset(static_cast<float *>(std::aligned_alloc(64, room * sizeof(float))));
+    if (!memory) {
+      room = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return memory.get();
+}
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -55,25 +74,6 @@ const Kernels *kernels = nullptr;  // of the set that was chosen
 
 // Blocks of lines whose sums are added in order: how many does not depend on the threads, so sums do not either.
 constexpr int64_t BLOCKS = 32;
-
-// A thread's memory, kept: taking it from the system anew would cost page faults in every call.
-float *scratch(size_t size) {
-  struct Free {
-    void operator()(float *p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local size_t room = 0;
-  if (room < size) {
-    memory.reset();
-    room = (size + 1023) / 1024 * 1024;
-    memory.reset(static_cast<float *>(std::aligned_alloc(64, room * sizeof(float))));
-    if (!memory) {
-      room = 0;
-      throw std::bad_alloc();
-    }
-  }
-  return memory.get();
-}
 
 // Runs tasks 0 to count, each by whichever thread is free; make() gives a thread the function that does its tasks.
 template <class Make>
@@ -259,13 +259,12 @@ std::vector<Task> share_out(const Sorted &sorted, const Convolution &job) {
 }
 
 void run(const Convolution &job, const Sorted &sorted) {
-  int64_t size = kernels->convolve_scratch(job);
   std::vector<Task> tasks = share_out(sorted, job);
   by_workers(tasks.size(), [&] {
     return [&, before = Task{-1, 0, 0, 0, 0}](int64_t i) mutable {
       const Task &t = tasks[i];
       bool packed = t.expert == before.expert && t.panel == before.panel && t.panel_end == before.panel_end;
-      kernels->convolve(job, t.expert, t.first, t.last, t.panel, t.panel_end, packed, scratch(size));
+      kernels->convolve(job, t.expert, t.first, t.last, t.panel, t.panel_end, packed);
       before = t;
     };
   });
@@ -357,7 +356,7 @@ void run_back(const Convolution &job, const Sorted &sorted) {
   int64_t threads = torch::stable::get_num_threads(), images = job.out_channels >= 128 * threads ? 1 : grid.batch;
   int64_t blocks = std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, images));
   int64_t groups = std::clamp<int64_t>((threads + blocks - 1) / blocks, 1, panels);
-  int64_t size = kernels->convolve_scratch(job), per_image = int64_t(grid.rows) * grid.columns;
+  int64_t per_image = int64_t(grid.rows) * grid.columns;
   in_parallel(blocks * groups, [&](int64_t task) {
     int64_t block = task / groups, group = task % groups;
     int64_t image = grid.batch * block / blocks, image_end = grid.batch * (block + 1) / blocks;
@@ -367,7 +366,7 @@ void run_back(const Convolution &job, const Sorted &sorted) {
       auto last = std::lower_bound(first, end, int32_t(image_end * per_image));
       if (first != last)
         kernels->convolve(job, int(e), first - start, last - start, int(panels * group / groups),
-                          int(panels * (group + 1) / groups), false, scratch(size));
+                          int(panels * (group + 1) / groups), false);
     }
   });
 }
@@ -420,13 +419,11 @@ Tensor patch_conv2d_weight_grad(const Tensor &grad, const Tensor &pixels, const 
       pieces.push_back({e, first + load * i / count, first + load * (i + 1) / count, 0, outs, i ? slots++ : -1});
   }
   Tensor extra = empty(grad, {slots, outs * row});
-  int64_t size = 0;  // fewer outputs may need more: their chunks have more tiles
-  for (const Piece &p : pieces) size = std::max(size, kernels->weight_grad_scratch(job, int(p.out_end - p.out)));
   float *beside = floats_of(extra);
   in_parallel(pieces.size(), [&](int64_t i) {
     const Piece &p = pieces[i];
     float *own = p.slot < 0 ? to + (p.expert * outs + p.out) * row : beside + p.slot * outs * row;
-    kernels->weight_grad(job, p.first, p.last, int(p.out), int(p.out_end), own, scratch(size));
+    kernels->weight_grad(job, p.first, p.last, int(p.out), int(p.out_end), own);
   });
   in_parallel(outs, [&](int64_t o) {
     for (const Piece &p : pieces)
@@ -565,7 +562,7 @@ Tensor patch_affine_input_grad(const Tensor &grad, const Tensor &pixels, const T
 void linear(const float *in, int64_t count, const float *weight, int64_t weight_stride, int64_t ins, int64_t outs,
             const float *bias, float *out) {
   Linear job = {count, int(ins), int(outs), in, weight, weight_stride, bias};
-  kernels->linear(job, out, scratch(kernels->linear_scratch(job)));
+  kernels->linear(job, out);
 }
 
 // The router's first layer. What rows and columns add before the activation comes from features [H, F] and [W, F] by the
@@ -594,10 +591,9 @@ Tensor patch_perceptron(const Tensor &pixels, const Tensor &weight, const Tensor
   FirstLayer layer(pixels, weight, bias, rows, columns, patch_size);
   const Perceptron &job = layer.job;
   Tensor out = empty(pixels, {patches_of(job.grid), job.hidden});
-  int64_t size = kernels->perceptron_scratch(job);
   float *to = floats_of(out);
   in_blocks(lines_of(job.grid), [&](int64_t, int64_t line, int64_t end) {
-    kernels->perceptron(job, line, end, to, scratch(size));
+    kernels->perceptron(job, line, end, to);
   });
   return out;
 }
@@ -639,9 +635,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_perceptron_backward(const Tenso
   int64_t hidden = job.hidden, of_rows = hidden * job.channels, of_columns = of_rows + grid.height * hidden;
   Tensor grad_x = empty(pixels, needs_x ? map_of(grid, job.channels) : Sizes{0});
   float *for_x = needs_x ? floats_of(grad_x) : nullptr;
-  int64_t size = kernels->perceptron_scratch(job);
   auto sums = sums_of(lines_of(grid), of_columns + grid.width * hidden, [&](float *own, int64_t line, int64_t end) {
-    kernels->perceptron_grad(job, g, line, end, for_x, own, own + of_rows, own + of_columns, scratch(size));
+    kernels->perceptron_grad(job, g, line, end, for_x, own, own + of_rows, own + of_columns);
   });
   return {grad_x, part_of(sums, 0, pixels, {hidden, job.channels}), part_of(sums, of_rows, pixels, {grid.height, hidden}),
           part_of(sums, of_columns, pixels, {grid.width, hidden})};

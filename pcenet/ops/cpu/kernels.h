@@ -2,6 +2,7 @@
 // inline code or a template: such code of a unit compiled for AVX-512 might be linked into one that runs without it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace pcenet {
@@ -82,21 +83,20 @@ struct Linear {
   const float *bias;
 };
 
+// A thread's memory, the same as long as no more is asked for: taking it from the system anew would cost page faults in
+// every call.
+float *scratch(size_t floats);
+
 struct Kernels {
   const char *name;
   bool bfloat16;  // whether they take maps of that type
-  // Scratch, in floats, that a thread needs for the tasks of a kind.
-  int64_t (*convolve_scratch)(const Convolution &);
   // For the patches order[first..last) of one expert the panels [panel, panel_end) of output channels: written, or for an
   // input gradient, which with neighbours reaches beyond a patch, added.
-  // `packed` says that scratch has been used for this expert and these panels last.
-  void (*convolve)(const Convolution &, int expert, int64_t first, int64_t last, int panel, int panel_end, bool packed,
-                   float *scratch);
+  // `packed` says that this thread's last task was of this expert and these panels.
+  void (*convolve)(const Convolution &, int expert, int64_t first, int64_t last, int panel, int panel_end, bool packed);
   int (*panels)(int channels);
-  int64_t (*weight_grad_scratch)(const WeightGrad &, int outs);
   // Output channels [out, out_end) of the patches order[first..last), at least one, into grad_weight [out..., taps, in].
-  void (*weight_grad)(const WeightGrad &, int64_t first, int64_t last, int out, int out_end, float *grad_weight,
-                      float *scratch);
+  void (*weight_grad)(const WeightGrad &, int64_t first, int64_t last, int out, int out_end, float *grad_weight);
   // Lines of patches [line, line_end) of a map, numbered through all images.
   void (*affine)(const Affine &, int64_t line, int64_t line_end, void *out);
   // Sums of x - centre and of its square, [2, E, C], added.
@@ -107,13 +107,11 @@ struct Kernels {
   // scale * g + slope * x + offset.
   void (*affine_grad)(const Affine &, const void *grad, const float *slope, const float *offset, int64_t line,
                       int64_t line_end, void *out);
-  int64_t (*linear_scratch)(const Linear &);
-  void (*linear)(const Linear &, float *out, float *scratch);
-  int64_t (*perceptron_scratch)(const Perceptron &);
-  void (*perceptron)(const Perceptron &, int64_t line, int64_t line_end, float *out, float *scratch);
+  void (*linear)(const Linear &, float *out);
+  void (*perceptron)(const Perceptron &, int64_t line, int64_t line_end, float *out);
   // Adds to grad_weight [hidden, channels], grad_rows and grad_columns; grad_x may be null.
   void (*perceptron_grad)(const Perceptron &, const float *grad, int64_t line, int64_t line_end, float *grad_x,
-                          float *grad_weight, float *grad_rows, float *grad_columns, float *scratch);
+                          float *grad_weight, float *grad_rows, float *grad_columns);
 };
 
 extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels, neon_kernels;

@@ -491,6 +491,15 @@ struct Room {
   }
 };
 
+// What take(room) lays out in a thread's memory, which is measured first.
+template <class Take>
+auto in_scratch(const Take &take) {
+  Room room = {nullptr};
+  take(room);
+  room = {scratch(room.taken)};
+  return take(room);
+}
+
 template <class E = float>
 Rows<E> take_rows(Room &room, int points, int tiles, int channels) {
   int64_t stride = row_stride(channels), step = tiles * stride + 16;
@@ -845,9 +854,8 @@ void list_products(const Convolution &job, int count, int channel, Memory<Scheme
 
 template <class Scheme, class T>
 void convolve_in_tiles(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end,
-                       bool packed, float *scratch) {
-  Room room = {scratch};
-  Memory<Scheme, T> memory(job, room);
+                       bool packed) {
+  auto memory = in_scratch([&](Room &room) { return Memory<Scheme, T>(job, room); });
   const T *in = static_cast<const T *>(job.in);
   bool forward = job.direction == Direction::forward;
   int ins = job.in_channels, channel = panel * PANEL, channel_end = least(panel_end * PANEL, job.out_channels);
@@ -944,10 +952,8 @@ void find_rows(const Convolution &job, const Few &few, int expert, int out, int 
 }
 
 template <class T>
-void convolve_few(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end,
-                  float *scratch) {
-  Room room = {scratch};
-  Few few(job, room);
+void convolve_few(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end) {
+  Few few = in_scratch([&](Room &room) { return Few(job, room); });
   Tile *tiles = few.tiles;
   int ins = job.in_channels;
   std::memset(few.zeros, 0, job.in_channels * sizeof(float));
@@ -976,16 +982,6 @@ void convolve_few(const Convolution &job, int expert, int64_t first, int64_t las
   }
 }
 
-int64_t convolve_scratch(const Convolution &job) {
-  Room room = {nullptr}, of_few = {nullptr};
-  with_type(job.bfloat16, [&](auto number) {
-    with_scheme(job.grid, job.kernel, job.neighbours,
-                [&](auto scheme) { Memory<decltype(scheme), decltype(number)>(job, room); });
-  });
-  Few(job, of_few);
-  return most(room.taken, of_few.taken);
-}
-
 // Asked of all of an expert's patches, not of a task's: sums are rounded otherwise, and how patches are shared out depends
 // on the threads.
 bool has_few_pixels(const Convolution &job, int expert, int few) {
@@ -997,16 +993,15 @@ bool has_few_pixels(const Convolution &job, int expert, int few) {
   return count <= few;
 }
 
-void convolve(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end, bool packed,
-              float *scratch) {
+void convolve(const Convolution &job, int expert, int64_t first, int64_t last, int panel, int panel_end, bool packed) {
   bool may_be_few = job.direction == Direction::forward && reads_stretches(job);
   with_type(job.bfloat16, [&](auto number) {
     using T = decltype(number);
     with_scheme(job.grid, job.kernel, job.neighbours, [&](auto scheme) {
       using Scheme = decltype(scheme);
       if (may_be_few && has_few_pixels(job, expert, FEW<Scheme, T>))
-        convolve_few<T>(job, expert, first, last, panel, panel_end, scratch);
-      else convolve_in_tiles<Scheme, T>(job, expert, first, last, panel, panel_end, packed, scratch);
+        convolve_few<T>(job, expert, first, last, panel, panel_end);
+      else convolve_in_tiles<Scheme, T>(job, expert, first, last, panel, panel_end, packed);
     });
   });
 }
@@ -1033,15 +1028,6 @@ struct SumsMemory {
     sums = take_rows(room, Scheme::points, outs, job.in_channels);
   }
 };
-
-int64_t weight_grad_scratch(const WeightGrad &job, int outs) {
-  Room room = {nullptr};
-  with_type(job.bfloat16, [&](auto number) {
-    with_scheme(job.grid, job.kernel, job.neighbours,
-                [&](auto scheme) { SumsMemory<decltype(scheme), decltype(number)>(job, outs, room); });
-  });
-  return room.taken;
-}
 
 // to[r] = sum over tiles of grads[r] * x, for ROWS output channels by a panel of input channels; added where `adds`.
 template <int ROWS, int COLUMNS, class E>
@@ -1081,11 +1067,9 @@ void write_taps(const WeightGrad &job, int outs, const Rows<> &sums, float *grad
 }
 
 template <class Scheme, class T>
-void sum_in_tiles(const WeightGrad &job, int64_t first, int64_t last, int out, int out_end, float *grad_weight,
-                  float *scratch) {
+void sum_in_tiles(const WeightGrad &job, int64_t first, int64_t last, int out, int out_end, float *grad_weight) {
   int outs = out_end - out, ins = job.in_channels;
-  Room room = {scratch};
-  SumsMemory<Scheme, T> memory(job, outs, room);
+  auto memory = in_scratch([&](Room &room) { return SumsMemory<Scheme, T>(job, outs, room); });
   bool adds = false;
   std::memset(memory.zeros, 0, most(ins, job.out_channels) * sizeof(T));
   Walk walk = {job.grid, job.order, first, last, job.neighbours, Scheme::side};
@@ -1109,11 +1093,10 @@ void sum_in_tiles(const WeightGrad &job, int64_t first, int64_t last, int out, i
   write_taps<Scheme>(job, outs, memory.sums, grad_weight);
 }
 
-void weight_grad(const WeightGrad &job, int64_t first, int64_t last, int out, int out_end, float *grad_weight,
-                 float *scratch) {
+void weight_grad(const WeightGrad &job, int64_t first, int64_t last, int out, int out_end, float *grad_weight) {
   with_type(job.bfloat16, [&](auto number) {
     with_scheme(job.grid, job.kernel, job.neighbours, [&](auto scheme) {
-      sum_in_tiles<decltype(scheme), decltype(number)>(job, first, last, out, out_end, grad_weight, scratch);
+      sum_in_tiles<decltype(scheme), decltype(number)>(job, first, last, out, out_end, grad_weight);
     });
   });
 }
@@ -1318,17 +1301,12 @@ Points<> take_points(Room &room, int most) {
   return points;
 }
 
-int64_t linear_scratch(const Linear &job) {
-  Room room = {nullptr};
-  take_points(room, STRETCH);
-  room.take(int64_t(panels(job.outs)) * PANEL * job.ins);
-  return room.taken;
-}
-
-void linear(const Linear &job, float *out, float *scratch) {
-  Room room = {scratch};
-  Points<> points = take_points(room, STRETCH);
-  float *packed = room.take(int64_t(panels(job.outs)) * PANEL * job.ins);
+void linear(const Linear &job, float *out) {
+  Points<> points;
+  float *packed = in_scratch([&](Room &room) {
+    points = take_points(room, STRETCH);
+    return room.take(int64_t(panels(job.outs)) * PANEL * job.ins);
+  });
   pack_layer(job.weight, job.weight_stride, 1, job.outs, job.ins, packed);
   for (int64_t i = 0; i < job.count; i += STRETCH) {
     int count = least(STRETCH, job.count - i);
@@ -1353,12 +1331,6 @@ struct LayerMemory {
     hidden = take_rows(room, 1, STRETCH, job.hidden), inputs = take_rows(room, 1, STRETCH, job.channels);
   }
 };
-
-int64_t perceptron_scratch(const Perceptron &job) {
-  Room room = {nullptr};
-  LayerMemory(job, room);
-  return room.taken;
-}
 
 // Calls what(y, x, pixel, count) for stretches of pixels of lines of patches, with their hidden values.
 template <class What>
@@ -1387,10 +1359,9 @@ inline float share_of(const Grid &grid, int64_t line, int64_t column) {
   return 1.0f / (least(grid.side, grid.height - top) * least(grid.side, grid.width - left));
 }
 
-void perceptron(const Perceptron &job, int64_t line, int64_t line_end, float *out, float *scratch) {
+void perceptron(const Perceptron &job, int64_t line, int64_t line_end, float *out) {
   const Grid &grid = job.grid;
-  Room room = {scratch};
-  LayerMemory memory(job, room);
+  LayerMemory memory = in_scratch([&](Room &room) { return LayerMemory(job, room); });
   int64_t width = row_stride(job.hidden);
   pack_layer(job.weight, job.weight_stride, 1, job.hidden, job.channels, memory.forward);
   for (; line < line_end; line++) {
@@ -1428,9 +1399,8 @@ void grads_of_hidden(const Perceptron &job, const float *grad, int64_t line, int
 }
 
 void perceptron_grad(const Perceptron &job, const float *grad, int64_t line, int64_t line_end, float *grad_x,
-                     float *grad_weight, float *grad_rows, float *grad_columns, float *scratch) {
-  Room room = {scratch};
-  LayerMemory memory(job, room);
+                     float *grad_weight, float *grad_rows, float *grad_columns) {
+  LayerMemory memory = in_scratch([&](Room &room) { return LayerMemory(job, room); });
   int channels = job.channels;
   int64_t stride = memory.inputs.stride;
   pack_layer(job.weight, job.weight_stride, 1, job.hidden, channels, memory.forward);
@@ -1461,9 +1431,8 @@ void perceptron_grad(const Perceptron &job, const float *grad, int64_t line, int
 
 extern const Kernels TABLE;
 const Kernels TABLE = {
-    NAME,        TAKES_BFLOAT16, convolve_scratch,   convolve,   panels,          weight_grad_scratch, weight_grad, affine,
-    moments,     affine_sums,    affine_grad,        linear_scratch, linear,      perceptron_scratch,
-    perceptron,  perceptron_grad,
+    NAME,   TAKES_BFLOAT16, convolve,    panels, weight_grad, affine,
+    moments, affine_sums,   affine_grad, linear, perceptron,  perceptron_grad,
 };
 
 }  // namespace pcenet
