@@ -79,7 +79,9 @@ def bundle(run: RunFolder, name: str, *, half: bool = False) -> Path:
 
 
 def copy_model(source: Path, target: Path, *, half: bool) -> None:
-    """Copy a model folder's weights and configuration into a new folder; ``half`` stores float16.
+    """Copy a model folder's weights and configuration into a new folder; ``half`` stores kernels in float16.
+
+    All else, biases and statistics among it, is small and stays as it is: rounded, it sends patches to other experts.
 
     Raises:
         ValueError: if a number is too large for float16.
@@ -89,7 +91,7 @@ def copy_model(source: Path, target: Path, *, half: bool) -> None:
         shutil.copyfile(source / file, target / file)
     if half:
         tensors = load_file(target / WEIGHTS)
-        halves = {key: each.half() if each.is_floating_point() else each for key, each in tensors.items()}
+        halves = {key: each.half() if each.ndim >= 4 else each for key, each in tensors.items()}
         if not all(each.isfinite().all() for each in halves.values()):
             raise ValueError(f"{source / WEIGHTS} has numbers beyond float16; store it in float32")
         save_file(halves, target / WEIGHTS, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""Keep the networks of a comparison's finished runs, in float16, so that others can measure them.
+"""Keep the networks of a comparison's finished runs, kernels in float16, so that others can measure them.
 
     python experiments/keep_weights.py experiments/results/cifar10 experiments/weights/cifar10
     pcenet eval experiments/weights/cifar10/pce_nano-0 --data cifar10.zip --split val
