@@ -93,7 +93,7 @@ def test_files_named_exist():
 @pytest.mark.parametrize(
     ("data", "names", "score", "seeds"),
     [
-        ("cifar10", ["dense_nano", "pce_nano"], "top1", 3),
+        ("finals-cifar10", ["dense_nano", "dense_nano_position", "pce_nano"], "top1", 3),
         ("camvid", ["dense_unet_nano", "pce_unet_nano"], "miou", 3),
     ],
 )
