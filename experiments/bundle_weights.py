@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     parser.add_argument("name", metavar="NAME", help="DATA/NETWORK, such as cifar10/pce_nano")
-    parser.add_argument("--half", action="store_true", help="store float16, at half the size")
+    parser.add_argument("--half", action="store_true", help="store kernels in float16, at half the size")
     arguments = parser.parse_args(argv)
     try:
         print(f"wrote {bundle(RunFolder(arguments.run), arguments.name, half=arguments.half)}")
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def bundle(run: RunFolder, name: str, *, half: bool = False) -> Path:
-    """Copy a run's model folder to its place in the package, with a card; returns that place. ``half`` stores float16.
+    """Copy a model folder to its place in the package, with a card; returns that place. ``half``: see `copy_model`.
 
     Raises:
         ValueError: if the run is unfinished, or its network may not be bundled under that name.
@@ -66,7 +66,7 @@ def bundle(run: RunFolder, name: str, *, half: bool = False) -> Path:
     environment = json.loads(run.environment.read_text(encoding="utf-8"))
     card = ModelCard.load(run.model / CARD)
     card.data.license = LICENSE
-    stored = "float16, scored in float32" if half else "float32"
+    stored = "kernels in float16, scored in float32" if half else "float32"
     text = card_text(name, run.read_config(), metrics, environment, load_model(run.model).class_names or [], stored)
 
     def write(folder: Path) -> None:

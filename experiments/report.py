@@ -32,7 +32,7 @@ KINDS = {
     "PCE, routed by content alone": ("content_only",),
     "the twin with a learned map of positions": ("dense_nano_position", "dense_unet_nano_position"),
     "the twin with four kernels mixed for each image (CondConv)": ("dense_nano_condconv",),
-    "the wide twin, as many parameters at work as PCE has": ("dense_nano_wide", "dense_unet_nano_wide"),
+    "the wide twin, 0.8 times PCE's parameters, all at work": ("dense_nano_wide", "dense_unet_nano_wide"),
 }
 TWINS = ("dense_nano", "dense_unet_nano")
 

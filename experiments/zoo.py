@@ -38,7 +38,7 @@ def main() -> None:
 def measured() -> dict[str, Any]:
     """The content of the file, see `pcenet.zoo.results`."""
     scores = {name: score for name in bundled() if (score := score_of(name))}
-    tables = [json.loads(file.read_text(encoding="utf-8")) for file in TABLES.glob("table-*.json")]
+    tables = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(TABLES.glob("table-*.json"))]
     return {"weights": scores, "speed": speed(max(tables, key=lambda table: table["machine"]["date"]))}
 
 

@@ -59,7 +59,8 @@ def test_size_and_cost_are_those_at_which_weights_were_measured() -> None:
     """The network's own where there are none, or where they are of that size; speed is of the latter alone."""
     found = {row[1]: row[3:5] + row[6:7] for row in zoo.rows("segment")}
     assert found["scenes/pce_unet_nano"] == ["128 x 128", "0.23 G", ""]
-    assert found["camvid/pce_unet_nano"] == ["192 x 256", "0.70 G", "0.94, 1.19"]
+    assert found["camvid/pce_unet_nano"][:2] == ["192 x 256", "0.70 G"]
+    assert found["camvid/pce_unet_nano"][2]
 
 
 def test_the_cells_by_hand() -> None:
@@ -98,7 +99,8 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = [line for line in lines if line.startswith("pce_nano ")]
     assert re.split(r"\s{2,}", row)[2] == zoo.score_cell(zoo.results()["weights"]["cifar10/pce_nano"])
     assert re.split(r"\s{2,}", row)[1:2] == ["cifar10/pce_nano"]
-    assert re.split(r"\s{2,}", row)[-2:] == ["1.11, 1.37", "dense_nano"]
+    ratios = zoo.results()["speed"]["ratios"]["pce_nano"]
+    assert re.split(r"\s{2,}", row)[-2:] == [f"{ratios['step']:.2f}, {ratios['latency']:.2f}", "dense_nano"]
     assert any("has no score" in line for line in lines)
     assert cli.main(["models", "--json"]) == 0
     found = {each["name"]: each for each in json.loads(capsys.readouterr().out)}

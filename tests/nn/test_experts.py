@@ -130,13 +130,15 @@ def test_to_sequential_keeps_the_mode(training: bool) -> None:
     assert all(module.training is training for module in block.modules())
 
 
-def test_to_sequential_has_what_a_tool_put_in_the_place_of_dropout() -> None:
+@pytest.mark.parametrize("drop", [nn.Identity(), nn.PReLU()])
+def test_to_sequential_has_what_a_tool_put_in_the_place_of_dropout(drop: nn.Module) -> None:
     experts = random_experts(2, 2, 2)
-    experts.drop = nn.Identity()
+    experts.drop = drop
     block = experts.to_sequential(1)
-    assert isinstance(block[3], nn.Identity)
-    assert block[3] is not experts.drop
+    assert type(block[3]) is type(drop)
+    assert block[3] is not drop
     experts.from_sequential(0, block)
+    reference.assert_same(experts.to_sequential(0).state_dict(), block.state_dict(), rtol=0, atol=1e-15)
 
 
 def test_to_sequential_is_a_copy() -> None:
