@@ -40,16 +40,14 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/report.py
 
 experiments: $(VENV)/installed
-	$(call COMPARE,camvid,$(CAMVID)) --status
-	$(call COMPARE,cifar10,$(CIFAR10)) --status
 	$(call COMPARE,controls-cifar10,$(CIFAR10)) --status
 	$(call COMPARE,controls-camvid,$(CAMVID)) --status
 	$(call COMPARE,finals-cifar10,$(CIFAR10)) --status
-	$(call COMPARE,camvid,$(CAMVID))
-	$(call COMPARE,cifar10,$(CIFAR10))
+	$(call COMPARE,finals-camvid,$(CAMVID)) --status
 	$(call COMPARE,controls-cifar10,$(CIFAR10))
 	$(call COMPARE,controls-camvid,$(CAMVID))
 	$(call COMPARE,finals-cifar10,$(CIFAR10))
+	$(call COMPARE,finals-camvid,$(CAMVID))
 	$(BIN)/python experiments/report.py
 
 docs: $(VENV)/installed

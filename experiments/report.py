@@ -1,4 +1,4 @@
-"""docs/experiments.md: the text of experiments/experiments.md with its tables filled in from the raw results.
+"""docs/experiments.md and docs/trials.md: the texts of the same names here with tables filled in from the raw results.
 
     python experiments/report.py
 
@@ -24,7 +24,8 @@ from pcenet.comparison.tables import difference_text
 from pcenet.reporting.numbers import SCORES, score_digits
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "experiments.md"
+DOCS = HERE.parent / "docs"
+PAGES = ("experiments.md", "trials.md")
 # Rows of the table of gains: the labels that a network has in the comparisons.
 KINDS = {
     "PCE": ("pce_nano", "pce_unet_nano"),
@@ -38,14 +39,15 @@ TWINS = ("dense_nano", "dense_unet_nano")
 
 
 def main() -> None:
-    """Write the page."""
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE}")
+    """Write the pages."""
+    for name in PAGES:
+        (DOCS / name).write_text(page(name), encoding="utf-8")
+        print(f"wrote {DOCS / name}")
 
 
-def page() -> str:
-    """The content of docs/experiments.md."""
-    text = (HERE / "experiments.md").read_text(encoding="utf-8")
+def page(name: str) -> str:
+    """The content of a page of docs/."""
+    text = (HERE / name).read_text(encoding="utf-8")
     return re.sub(r"<!-- (\w+) (\S+) -->", lambda found: TABLES[found[1]](found[2]), text)
 
 

@@ -2,7 +2,7 @@
 
     python experiments/zoo.py
 
-Scores are of the runs in ``experiments/results/DATA``, and of the cards of the weights that come with the package;
+Scores are of the runs in ``experiments/results/finals-DATA``, and of the cards of the weights of the package;
 speed is of the newest ``benchmarks/results/table-KIND.json``. What was not measured is left out.
 """
 
@@ -45,7 +45,7 @@ def measured() -> dict[str, Any]:
 def score_of(name: str) -> dict[str, Any] | None:
     """The scores of the weights "DATA/NETWORK", and of the seeds trained by their recipe; None without any."""
     data, _, network = name.partition("/")
-    files = (RESULTS / data).glob(f"{network}-[0-9]/metrics.json")
+    files = (RESULTS / f"finals-{data}").glob(f"{network}-[0-9]/metrics.json")
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(files)]
     folder = weights_root() / name
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -94,7 +94,7 @@ def test_files_named_exist():
     ("data", "names", "score", "seeds"),
     [
         ("finals-cifar10", ["dense_nano", "dense_nano_position", "pce_nano"], "top1", 3),
-        ("camvid", ["dense_unet_nano", "pce_unet_nano"], "miou", 3),
+        ("finals-camvid", ["dense_unet_nano", "dense_unet_nano_position", "pce_unet_nano"], "miou", 3),
     ],
 )
 def test_scores_are_those_of_the_raw_results(data, names, score, seeds):

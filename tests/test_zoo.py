@@ -30,7 +30,7 @@ def test_scores_are_those_of_the_runs(name: str) -> None:
     """From the files of the single runs: mean and interval over three seeds, and the score of the weights' own run."""
     data, network = name.split("/")
     seeds = {"scenes": 1}.get(data, 3)
-    files = [RESULTS / data / f"{network}-{seed}" / "metrics.json" for seed in range(seeds)]
+    files = [RESULTS / f"finals-{data}" / f"{network}-{seed}" / "metrics.json" for seed in range(seeds)]
     found = [json.loads(file.read_text(encoding="utf-8"))["val"] for file in files]
     stored = zoo.results()["weights"][name]
     scores = [each[stored["score"]] for each in found]

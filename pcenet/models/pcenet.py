@@ -275,7 +275,7 @@ def make_default_cfgs() -> dict[str, DefaultCfg]:
 default_cfgs = make_default_cfgs()
 
 # Patches cover 8, 4 px of a 32 px image: small ones win on CIFAR-10, and a routed first stage costs time alone
-# (docs/experiments.md). Those of `_TINY` and `_SMALL` cover 56, 56, 32 px of a 224 px one; a pixel at stride 32 has
+# (docs/trials.md). Those of `_TINY` and `_SMALL` cover 56, 56, 32 px of a 224 px one; a pixel at stride 32 has
 # nothing to route by, so that stage is dense.
 _NANO = {"strides": (1, 2, 4), "depths": (1, 1, 1), "widths": (24, 48, 96), "patch_sizes": (None, 4, 1)}
 # An island of one pixel would see nothing.
@@ -303,7 +303,7 @@ _TINY_S2 = {
     "widths": (32, 64, 128, 256),
     "patch_sizes": (32, 16, 4, 2),
 }
-# Both convolutions see the neighbours, as those of the twin do: worth its time (docs/experiments.md).
+# Both convolutions see the neighbours, as those of the twin do: worth its time (docs/trials.md).
 _ROUTED = {"border": "exchange"}
 # A batch of a few large images has few patches in its first stages, whose loads vary more from batch to batch: room for
 # twice the fair share, as in the U-shaped networks.

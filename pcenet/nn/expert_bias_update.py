@@ -11,7 +11,7 @@ from pcenet.nn.balancing import balancing_bias
 from pcenet.nn.checks import is_number
 from pcenet.nn.recording import record_routing, routers_of
 
-CENTRING = 0.6  # chosen among 0 to 1 on two data sets, see docs/experiments.md
+CENTRING = 0.6  # chosen among 0 to 1 on two data sets, see docs/trials.md
 
 
 @torch.no_grad()
