@@ -303,7 +303,7 @@ _TINY_S2 = {
     "widths": (32, 64, 128, 256),
     "patch_sizes": (32, 16, 4, 2),
 }
-# Both convolutions see the neighbours, as those of the twin do: worth its time (docs/trials.md).
+# As in the twin, both convolutions see neighbouring pixels, which pays (docs/trials.md).
 _ROUTED = {"border": "exchange"}
 # A batch of a few large images has few patches in its first stages, whose loads vary more from batch to batch: room for
 # twice the fair share, as in the U-shaped networks.

@@ -161,7 +161,7 @@ _TINY: dict[str, Any] = {
 }
 
 
-# Both convolutions see the neighbours, as those of the twin do: worth its time (docs/trials.md). And a batch of a
+# As in the twin, both convolutions see neighbouring pixels, which pays (docs/trials.md). And a batch of a
 # few large images has few patches in its first stages, whose loads vary more from batch to batch.
 _ROUTED = {"border": "exchange", "capacity_factor": 2.0}
 
