@@ -27,13 +27,23 @@ def test_two_experts_by_hand() -> None:
     assert loads(logits) == [2, 2]
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize(("patches", "experts"), [(40, 4), (41, 4), (9, 3), (5, 4), (3, 4), (1, 4), (64, 2)])
-def test_equals_the_naive_rounds(patches: int, experts: int, top_k: int) -> None:
+@pytest.mark.parametrize(("patches", "experts"), [(40, 4), (41, 4), (9, 3), (5, 4), (3, 4), (1, 4), (64, 2), (1100, 5)])
+def test_equals_the_naive_rounds(patches: int, experts: int, top_k: int, dtype: torch.dtype, tolerance: float) -> None:
+    """In float32 the compiled operator's."""
     torch.manual_seed(patches + experts)
-    logits = torch.randn(patches, experts, dtype=torch.float64) * 3 + torch.randn(experts, dtype=torch.float64)
+    logits = torch.randn(patches, experts, dtype=dtype) * 3 + torch.randn(experts, dtype=dtype)
     expected = reference.balancing_bias(logits.tolist(), top_k)
-    assert balancing_bias(logits, top_k).tolist() == pytest.approx(expected, abs=1e-12)
+    assert balancing_bias(logits, top_k).tolist() == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_leads_that_are_equal_share_a_border(dtype: torch.dtype) -> None:
+    """Whole numbers, of which many are equal, and zeros of both signs."""
+    logits = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 0], [-0.0, 0], [2, 0], [2, 3], [0, 3]], dtype=dtype)
+    expected = reference.balancing_bias(logits.tolist(), 1)
+    assert balancing_bias(logits).tolist() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

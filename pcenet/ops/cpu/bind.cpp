@@ -11,7 +11,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -642,32 +641,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_perceptron_backward(const Tenso
           part_of(sums, of_columns, pixels, {grid.width, hidden})};
 }
 
-// The mean of the numbers of rank share - 1 and share, from 0, the largest first. Ranks are found by the leading bits of
-// numbers, as integers in the same order, so that few are left to be compared.
-float border_of(const float *values, int64_t count, int64_t share) {
-  constexpr int shift = 22;
-  auto place = [](float value) {
-    int32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return uint32_t(bits ^ (bits >> 31 | INT32_MIN)) >> shift;
-  };
-  int32_t counts[1 << (32 - shift)] = {};
-  for (int64_t i = 0; i < count; i++) counts[place(values[i])]++;
-  uint32_t low = 1 << (32 - shift);
-  int64_t above = 0, at_least = 0;  // how many numbers are above those of rank share - 1; and not below those of `share`
-  while (at_least < share) above = at_least, at_least += counts[--low];
-  uint32_t high = low;
-  while (at_least <= share) at_least += counts[--low];
-  std::vector<float> near;
-  near.reserve(at_least - above);
-  for (int64_t i = 0; i < count; i++)
-    if (uint32_t own = place(values[i]); own >= low && own <= high) near.push_back(values[i]);
-  auto next = near.begin() + (share - above);
-  std::nth_element(near.begin(), next, near.end(), std::greater<float>());
-  return 0.5f * (*std::min_element(near.begin(), next) + *next);
-}
-
-// See pcenet.nn.balancing, whose loop this is. Each expert's leads over its best rival lie side by side.
+// See pcenet.nn.balancing, whose loop this is. Each expert's scores lie side by side, and so do its leads.
 Tensor balancing_bias(const Tensor &logits, int64_t top_k, int64_t sweeps, double damping) {
   int64_t patches = logits.size(0), experts = logits.size(1), share = (patches * top_k + experts - 1) / experts;
   STD_TORCH_CHECK(top_k >= 1 && top_k < experts && share < patches, "too few patches or experts");
@@ -678,38 +652,17 @@ Tensor balancing_bias(const Tensor &logits, int64_t top_k, int64_t sweeps, doubl
   for (int64_t i = 0; i < patches; i++)
     for (int64_t e = 0; e < experts; e++) mean[e] += from[i * experts + e];
   for (int64_t e = 0; e < experts; e++) bias[e] = float(-mean[e] / patches);
-  // Patches side by side, in blocks, so that the loops over them need no branch.
-  constexpr int64_t together = 64;
-  std::vector<float> scores(patches * experts), leads(patches * experts), borders(experts);
-  for (int64_t i = 0; i < patches; i++)
-    for (int64_t e = 0; e < experts; e++) scores[e * patches + i] = from[i * experts + e];
+  std::vector<float> scores(patches * experts), borders(experts);
+  std::vector<int32_t> leads(patches * experts);
+  in_parallel(experts, [&](int64_t e) {
+    for (int64_t i = 0; i < patches; i++) scores[e * patches + i] = from[i * experts + e];
+  });
+  Preferences job{patches, experts, top_k, scores.data(), bias};
   for (int64_t sweep = 0; sweep < sweeps; sweep++) {
-    torch::stable::parallel_for(0, (patches + together - 1) / together, 16, [&](int64_t block, int64_t end) {
-      std::vector<float> best((top_k + 1) * together);
-      for (; block < end; block++) {
-        int64_t first = block * together, count = std::min(together, patches - first);
-        // The best top_k + 1 scores, which are few: each new one takes its place.
-        std::fill(best.begin(), best.end(), -std::numeric_limits<float>::infinity());
-        for (int64_t e = 0; e < experts; e++) {
-          float own[together];
-          for (int64_t i = 0; i < count; i++) own[i] = scores[e * patches + first + i] + bias[e];
-          for (auto place = best.begin(); place != best.end(); place += together)
-            for (int64_t i = 0; i < count; i++) {
-              float better = std::max(place[i], own[i]);
-              own[i] = std::min(place[i], own[i]), place[i] = better;
-            }
-        }
-        const float *first_out = best.data() + top_k * together, *last_in = first_out - together;
-        for (int64_t e = 0; e < experts; e++)
-          for (int64_t i = 0; i < count; i++) {
-            float own = scores[e * patches + first + i] + bias[e];
-            float lead = own - (own >= last_in[i] ? first_out[i] : last_in[i]);
-            // What is no number has no place in an order: selection would leave the array.
-            leads[e * patches + first + i] = lead == lead ? lead : std::numeric_limits<float>::infinity();
-          }
-      }
+    torch::stable::parallel_for(0, patches, 1024, [&](int64_t first, int64_t end) {
+      kernels->leads(job, first, end, leads.data());
     });
-    in_parallel(experts, [&](int64_t e) { borders[e] = border_of(leads.data() + e * patches, patches, share); });
+    in_parallel(experts, [&](int64_t e) { borders[e] = kernels->border(leads.data() + e * patches, patches, share); });
     double level = 0;
     for (int64_t e = 0; e < experts; e++) bias[e] -= float(damping) * borders[e], level += bias[e];
     for (int64_t e = 0; e < experts; e++) bias[e] -= float(level / experts);

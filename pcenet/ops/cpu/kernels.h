@@ -83,6 +83,12 @@ struct Linear {
   const float *bias;
 };
 
+// Scores [E, patches] of patches for experts; bias [E] is added to them.
+struct Preferences {
+  int64_t patches, experts, top_k;
+  const float *scores, *bias;
+};
+
 // A thread's memory, the same as long as no more is asked for: taking it from the system anew would cost page faults in
 // every call.
 float *scratch(size_t floats);
@@ -112,6 +118,11 @@ struct Kernels {
   // Adds to grad_weight [hidden, channels], grad_rows and grad_columns; grad_x may be null.
   void (*perceptron_grad)(const Perceptron &, const float *grad, int64_t line, int64_t line_end, float *grad_x,
                           float *grad_weight, float *grad_rows, float *grad_columns);
+  // By how much an expert's score is above that of its best rival for one of the patch's top_k places, [E, patches], for the
+  // patches [first, last): floats' bits as integers that have the same order.
+  void (*leads)(const Preferences &, int64_t first, int64_t last, int32_t *out);
+  // The mean of the leads of rank share - 1 and share, from 0, the largest first.
+  float (*border)(const int32_t *leads, int64_t count, int64_t share);
 };
 
 extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels, neon_kernels;

@@ -1427,12 +1427,66 @@ void perceptron_grad(const Perceptron &job, const float *grad, int64_t line, int
       add_to(grad_weight + int64_t(h) * channels + c, load(memory.weights + h * stride + c), channels - c);
 }
 
+inline int32_t in_order(int32_t bits) { return bits ^ (bits >> 31 & INT32_MAX); }  // and back
+
+// In blocks of patches, whose loops have no branch, so that the compiler does them for several patches at once.
+void leads(const Preferences &job, int64_t first, int64_t last, int32_t *out) {
+  constexpr int BLOCK = 64;
+  float *best = scratch((job.top_k + 1) * BLOCK);  // scores of each patch, the best first
+  for (; first < last; first += BLOCK) {
+    int count = int(least(BLOCK, last - first));
+    for (int64_t i = 0; i < (job.top_k + 1) * BLOCK; i++) best[i] = -__builtin_inff();
+    for (int64_t e = 0; e < job.experts; e++) {
+      const float *scores = job.scores + e * job.patches + first;
+      float own[BLOCK];
+      for (int i = 0; i < count; i++) own[i] = scores[i] + job.bias[e];
+      for (float *place = best; place <= best + job.top_k * BLOCK; place += BLOCK)
+        for (int i = 0; i < count; i++) {
+          float better = place[i] < own[i] ? own[i] : place[i];
+          own[i] = place[i] < own[i] ? place[i] : own[i], place[i] = better;
+        }
+    }
+    const float *first_out = best + job.top_k * BLOCK, *last_in = first_out - BLOCK;
+    for (int64_t e = 0; e < job.experts; e++) {
+      const float *scores = job.scores + e * job.patches + first;
+      for (int i = 0; i < count; i++) {
+        float own = scores[i] + job.bias[e], lead = own - (own >= last_in[i] ? first_out[i] : last_in[i]);
+        int32_t bits;
+        std::memcpy(&bits, &lead, sizeof bits);
+        out[e * job.patches + first + i] = in_order(bits);
+      }
+    }
+  }
+}
+
+// The range that has rank `share` is halved until no other number is in it.
+float border(const int32_t *leads, int64_t count, int64_t share) {
+  int64_t low = INT32_MIN, high = int64_t(INT32_MAX) + 1, from_low = count, from_high = 0;  // how many are not below them
+  while (from_low - from_high > 1 && high - low > 1) {
+    int64_t middle = (low + high) >> 1;
+    int32_t bound = int32_t(middle), found = 0;
+    for (int64_t i = 0; i < count; i++) found += leads[i] >= bound;
+    if (found > share) low = middle, from_low = found;
+    else high = middle, from_high = found;
+  }
+  int32_t bound = int32_t(high - 1), next = INT32_MIN, last = INT32_MAX;  // next has rank `share`, last is the one above
+  for (int64_t i = 0; i < count; i++) {
+    int32_t below = leads[i] > bound ? INT32_MIN : leads[i], above = leads[i] > bound ? leads[i] : INT32_MAX;
+    next = next < below ? below : next, last = above < last ? above : last;
+  }
+  int32_t bits[2] = {in_order(next), in_order(from_high == share ? last : next)};
+  float both[2];
+  std::memcpy(both, bits, sizeof both);
+  return 0.5f * (both[0] + both[1]);
+}
+
 }  // namespace
 
 extern const Kernels TABLE;
 const Kernels TABLE = {
     NAME,   TAKES_BFLOAT16, convolve,    panels, weight_grad, affine,
     moments, affine_sums,   affine_grad, linear, perceptron,  perceptron_grad,
+    leads,  border,
 };
 
 }  // namespace pcenet
