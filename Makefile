@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # What the experiments train on, as pcenet's --data takes it: docs/experiments.md says what is in them.
 CIFAR10 ?= cifar10.zip
 CAMVID ?= camvid.zip
+TINY_IMAGENET ?= tiny-imagenet-32.zip
 COMPARE = $(BIN)/pcenet compare --config experiments/$(1).yaml --data $(2) --out experiments/results/$(1)
 
 .PHONY: help demo bench experiments docs test test-faults test-speed test-triton gpu examples audit lint dist clean
@@ -13,7 +14,7 @@ COMPARE = $(BIN)/pcenet compare --config experiments/$(1).yaml --data $(2) --out
 help:
 	@echo "make demo   who does what in a street scene, whether it matters, and a training (3 minutes)"
 	@echo "make bench  time and memory against the dense twin, the whole table (about 25 minutes)"
-	@echo "make experiments CIFAR10=... CAMVID=...   show what is left of the runs over three seeds, and go on with it (hours)"
+	@echo "make experiments CIFAR10=... CAMVID=... TINY_IMAGENET=...   show what is left of the runs over three seeds, and go on with it (hours)"
 	@echo "make docs   the site, into docs/_build/html, and the code of its pages and docstrings"
 	@echo "make test   ruff, mypy, deptry and the default test suite"
 	@echo "make examples   run the examples: timm, Lightning, Hugging Face, segmentation-models-pytorch, torchvision"
@@ -44,10 +45,12 @@ experiments: $(VENV)/installed
 	$(call COMPARE,controls-camvid,$(CAMVID)) --status
 	$(call COMPARE,finals-cifar10,$(CIFAR10)) --status
 	$(call COMPARE,finals-camvid,$(CAMVID)) --status
+	$(call COMPARE,finals-tiny-imagenet,$(TINY_IMAGENET)) --status
 	$(call COMPARE,controls-cifar10,$(CIFAR10))
 	$(call COMPARE,controls-camvid,$(CAMVID))
 	$(call COMPARE,finals-cifar10,$(CIFAR10))
 	$(call COMPARE,finals-camvid,$(CAMVID))
+	$(call COMPARE,finals-tiny-imagenet,$(TINY_IMAGENET))
 	$(BIN)/python experiments/report.py
 
 docs: $(VENV)/installed
