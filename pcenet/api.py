@@ -96,24 +96,18 @@ def config_of(config_class: type[C], options: Mapping[str, Any]) -> C:
     for name in options:
         if name not in known:
             raise TypeError(f"unknown option {name!r}{did_you_mean(name, known)}")
-    return config_class(**{name: as_text(value) for name, value in options.items()})
-
-
-def as_text(value: Any) -> Any:
-    """Paths as texts, in lists too; other values as they are."""
-    if isinstance(value, list | tuple):
-        return [as_text(each) for each in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    return config_class(**options)
 
 
 def with_task(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options with the task of the data, where they give none."""
     from pcenet.parsing import task_of_the_data
     from pcenet.runs.config import TrainConfig
+    from pcenet.runs.options import plain
 
     if "task" in options:
         return dict(options)
-    return {"task": task_of_the_data(as_text(options.get("data", TrainConfig.data))), **options}
+    return {"task": task_of_the_data(plain(options.get("data", TrainConfig.data))), **options}
 
 
 def evaluate(run: str | os.PathLike[str], data: str | None = None, **options: Any) -> Evaluation | PixelEvaluation:

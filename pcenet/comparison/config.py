@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -17,9 +18,9 @@ OF_A_RUN = (
     *("seed", "out", "resume", "dry_run", "find"),
     *("devices", "strategy", "sync_batch_norm", "process_timeout"),
 )
-# What must be the same for all runs: without the first two their scores say nothing about each other, and torch keeps
+# What must be the same for all runs: where what is scored differs, scores say nothing about each other, and torch keeps
 # the number of threads from one run to the next.
-OF_ALL_RUNS = ("task", "data", "device", "workers", "threads")
+OF_ALL_RUNS = ("task", "data", "classes", "ignore_index", "overfit", "device", "workers", "threads")
 OF_A_VARIANT = tuple(item.name for item in fields(TrainConfig) if item.name not in OF_A_RUN + OF_ALL_RUNS)
 
 
@@ -117,7 +118,7 @@ class CompareConfig:
     @property
     def folder(self) -> Path:
         """``out``, or ``runs/compare-<data>``."""
-        return Path(self.out or f"runs/compare-{Path(self.recipe.data).resolve().stem}")
+        return Path(self.out or f"runs/compare-{Path(os.path.abspath(self.recipe.data)).stem}")
 
     @property
     def runs(self) -> tuple[PlannedRun, ...]:

@@ -151,4 +151,7 @@ def router_extremes(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             "max_min": None if None in ratios else max(ratios),
             "dead": max(layer["dead"] for layer in evaluated),
         }
-    return {"val": val, "train": {"drop_rate": max(layer["drop_rate"] for layer in trained)}}
+    return {
+        "val": val,
+        "train": {"drop_rate": max((layer["drop_rate"] for layer in trained if "drop_rate" in layer), default=None)},
+    }

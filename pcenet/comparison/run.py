@@ -117,7 +117,7 @@ def check_networks(config: CompareConfig, build: bool = False) -> None:
             check_model(options)
             if build:
                 with naming_model_args(options.model_args):
-                    build_model(options, num_classes=2)
+                    build_model(replace(options, init=None), num_classes=2)
         except ValueError as error:
             known = (
                 "" if label in config.variants or not config.variants else f"; variants: {', '.join(config.variants)}"
@@ -141,7 +141,8 @@ def check_begun(config: CompareConfig) -> None:
 def as_elsewhere(expected: TrainConfig, saved: TrainConfig, precision: Precision) -> TrainConfig:
     """What a finished run may differ in: where its data lay, and the precision, if its machine chose it."""
     changes: dict[str, Any] = {}
-    if Path(saved.data).name == Path(expected.data).name:
+    here, there = Path(expected.data), Path(saved.data)
+    if here.name == there.name and not (here.exists() and there.exists() and not here.samefile(there)):
         changes["data"] = saved.data
     if precision == "auto":
         changes["precision"] = saved.precision

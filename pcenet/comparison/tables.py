@@ -76,7 +76,8 @@ def router_sheet(summary: Sequence[Mapping[str, Any]]) -> Sheet:
     for row in summary:
         health, trained = row["routers"]["val"], row["routers"]["train"]
         cells = [f"{health['entropy']:.3f}", ratio_in_words(health), str(health["dead"])] if health else 3 * ["n/a"]
-        rows.append([row["label"], *cells, f"{trained['drop_rate']:.1%}"])
+        dropped = "n/a" if trained["drop_rate"] is None else f"{trained['drop_rate']:.1%}"
+        rows.append([row["label"], *cells, dropped])
     header = ["network", "lowest entropy", "highest max/min load", "most dead experts", "most dropped in training"]
     return Sheet("routers at evaluation on val, the worst layer of all runs", header, rows)
 
@@ -137,9 +138,18 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def warnings(report: Mapping[str, Any]) -> list[str]:
-    """A line for each run whose routers are not healthy."""
+    """A line for each run whose routers are not healthy, and one where runs were not validated on the same images."""
     found = ((run["name"], complaint(run[EVALUATED] or {})) for run in report["runs"])
-    return [f"{name}: {text}" for name, text in found if text]
+    lines = [f"{name}: {text}" for name, text in found if text]
+    runs_by_images: dict[int, list[str]] = {}
+    for run in report["runs"]:
+        runs_by_images.setdefault(run["val"]["images"], []).append(run["name"])
+    if len(runs_by_images) > 1:
+        numbers = "; ".join(f"{number}: {', '.join(names)}" for number, names in sorted(runs_by_images.items()))
+        lines.append(
+            f"runs were validated on different numbers of images, so that their scores differ by that ({numbers})"
+        )
+    return lines
 
 
 def legend(report: Mapping[str, Any]) -> str:

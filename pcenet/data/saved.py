@@ -108,7 +108,10 @@ class SavedTree(FileTree):
         split, _, row = name.removesuffix("]").rpartition("[")
         part = self.parts[split]
         column = column_of(part.features, "Image", "image")
-        data: bytes | None = part[int(row)][column][0].as_py()["bytes"]
+        found = part[int(row)][column][0].as_py()
+        if found is None:
+            raise DataError(f"{self.path}: '{name}' has no image. Filter it out, or save the set anew.")
+        data: bytes | None = found["bytes"]
         if data is None:
             raise DataError(
                 f"{self.path}: '{name}' has no content, only a path. Save the set anew where its files are."

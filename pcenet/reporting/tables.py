@@ -59,5 +59,5 @@ def training_table(routers: Mapping[str, Mapping[str, float]]) -> Table:
     for name, figures in routers.items():
         spreads = (figures.get(key) for key in ("bias_spread", "logit_spread"))
         cells = ("none" if value is None else f"{value:.2f}" for value in spreads)
-        table.add_row(name or "(the model)", percent(figures["drop_rate"]), *cells)
+        table.add_row(name or "(the model)", percent(figures.get("drop_rate")), *cells)
     return table

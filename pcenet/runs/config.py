@@ -5,6 +5,7 @@ This module imports neither torch nor Lightning, so that ``pcenet train --help``
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -269,7 +270,12 @@ class TrainConfig:
         int, Option("Decides initial weights, order of the images and augmentation.", at_least=0, below=2**32)
     ] = 0
     early_stopping: Annotated[
-        int | None, Option("Stop after this many epochs without a better validation score. Default: never.", at_least=1)
+        int | None,
+        Option(
+            "Stop after this many epochs without a better validation score, and keep the weights of the best epoch. "
+            "Default: never; the weights are those of the last epoch.",
+            at_least=1,
+        ),
     ] = None
     max_time: Annotated[
         str | None,
@@ -379,7 +385,7 @@ class TrainConfig:
     def folder(self) -> Path:
         """``out``, or ``runs/<model>-<data>-<seed>``."""
         model = self.model_name.replace(":", "-")
-        return Path(self.out or f"runs/{model}-{Path(self.data).resolve().stem}-{self.seed}")
+        return Path(self.out or f"runs/{model}-{Path(os.path.abspath(self.data)).stem}-{self.seed}")
 
 
 @dataclass(frozen=True)

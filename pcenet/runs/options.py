@@ -6,6 +6,7 @@ This module imports nothing heavy, so that ``--help`` is fast.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -142,9 +143,25 @@ def is_of(value: Any, kinds: tuple[Any, ...]) -> bool:
     return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
 
 
+def plain(value: Any) -> Any:
+    """A value as a configuration file has it: NumPy's numbers as Python's, tuples as lists, paths as texts, and the
+    home folder where a path begins with ``~/``; in lists and mappings, too."""
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
 def check(config: Any) -> None:
-    """Raise a ``ValueError`` naming field, value and rule for the first value that is not allowed."""
+    """Make the values of a config `plain`, and raise a ``ValueError`` naming field, value and rule for the first that
+    is not allowed."""
     for name, (kind, option) in options_of(type(config)).items():
+        object.__setattr__(config, name, plain(getattr(config, name)))  # configs are frozen
         value, choices = getattr(config, name), choices_of(kind)
         if choices and value not in choices:
             hint = did_you_mean(str(value), choices)

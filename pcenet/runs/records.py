@@ -47,7 +47,7 @@ def metrics_of(score: str) -> dict[str, Any]:
         "epoch_seconds": NUMBER,
         "complexity": dict.fromkeys(("parameters", "active_parameters", "multiply_adds"), NUMBER),
         EVALUATED: Maybe(Each(HEALTH)),
-        TRAINED: Maybe(Each({"drop_rate": NUMBER})),
+        TRAINED: Maybe(Each({"drop_rate": Maybe(NUMBER)})),
         "router": Maybe(Each(BEFORE)),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import fields
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -33,16 +34,17 @@ def duration(text: str) -> timedelta:
     Raises:
         ValueError: for anything else, and for no time at all.
     """
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        time = timedelta(minutes=float(text))
-    elif re.fullmatch(r"\d+(:\d\d){1,3}", text):
-        days, hours, minutes, seconds = [0, 0, 0, *map(int, text.split(":"))][-4:]
-        time = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
-    else:
-        time = timedelta()
+    time = timedelta()
+    with suppress(OverflowError, ValueError):  # as for more digits than a number may have
+        if re.fullmatch(r"\d+(\.\d+)?", text):
+            time = timedelta(minutes=float(text))
+        elif re.fullmatch(r"\d+(:\d\d){1,3}", text):
+            days, hours, minutes, seconds = [0, 0, 0, *map(int, text.split(":"))][-4:]
+            time = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
     if not time:
         raise ValueError(
-            f"max_time must be a time such as 1:30:00 (DD:HH:MM:SS) or 90 (minutes), above 0, got {text!r}"
+            "max_time must be a time such as 1:30:00 (DD:HH:MM:SS) or 90 (minutes), above 0 and under 999999999 days,"
+            f" got {text!r}"
         )
     return time
 

@@ -256,7 +256,15 @@ def median_weights(counts: Tensor) -> Tensor:
 
     Args:
         counts: ``[K]``, pixels of each class.
+
+    Raises:
+        ValueError: if there are none.
     """
+    if not counts.any():
+        raise ValueError(
+            "class_weights 'median' needs pixels that count, and the masks for training have none: look at classes and "
+            "ignore_index, or give none"
+        )
     share = counts / counts.sum().clamp(min=1)
     return torch.where(counts > 0, share[counts > 0].quantile(0.5) / share, 0.0).float()
 

@@ -120,8 +120,8 @@ def start_from(model: SavableModel, name: str) -> None:
     folder, _ = find_model(name, "init")
     path = folder / WEIGHTS
     weights, own = read_weights(path), model.state_dict(keep_vars=True)
-    make_classifier = getattr(model, "get_classifier", None)  # segmentation networks have none of that name
-    classifier = {id(p) for p in make_classifier().parameters()} if make_classifier else set()
+    last = model.get_submodule("head") if model.task == "segment" else model.get_classifier()  # type: ignore[operator]
+    classifier = {id(parameter) for parameter in last.parameters()}
     for key, tensor in own.items():
         if id(tensor) in classifier and key in weights and weights[key].shape != tensor.shape:
             weights[key] = tensor.detach()

@@ -227,21 +227,24 @@ def announce(run: Run) -> None:
 
 
 def finish(run: Run, rows: Sequence[Row], stopped: str | None, trackers: Trackers) -> None:
-    """Write ``model/`` from the last checkpoint's averaged weights, measure and draw it, write ``metrics.json``."""
+    """Write ``model/`` from the averaged weights, measure and draw it, write ``metrics.json``: the weights of the best
+    epoch where no better one came, else of the last."""
     config, source = run.config, run.sources["val"]
     model = run.model
     if config.strategy == "fsdp":  # each process has parts of that one
         model = build_model(config, len(source.classes))
         run.task.tell_of_data(model, source, config.grey_range)
-    decide(lambda: keep_averaged(model, run.folder))
+    early = stopped == "early_stopping"
+    last = run.folder.checkpoint(int(best_row(run, rows)["step"])) if early else run.folder.steps[-1]
+    decide(lambda: keep_averaged(model, run.folder, last))
     share(list(model.state_dict().values()))
     result = run.task.evaluate(model, run.loaders["val"], source.classes, device=run.device, precision=config.precision)
     decide(lambda: report(run, model, rows, stopped, result, trackers))
 
 
-def keep_averaged(model: SavableModel, folder: RunFolder) -> None:
-    """Give a network the averaged weights of the last checkpoint, and write it."""
-    model.load_state_dict(read_checkpoint(folder.steps[-1])["averaged"])
+def keep_averaged(model: SavableModel, folder: RunFolder, checkpoint: Path) -> None:
+    """Give a network the averaged weights of a checkpoint, and write it."""
+    model.load_state_dict(read_checkpoint(checkpoint)["averaged"])
     write_atomically(folder.model, model.save_pretrained)
 
 
@@ -254,7 +257,8 @@ def report(
     metrics = summary(run, rows, stopped, result)
     write_json(folder.metrics, metrics)
     if stopped:
-        say(f"stopped by {stopped} in epoch {len(rows)} of {config.epochs}")
+        kept = f"; the weights are those of epoch {metrics['best']['epoch']}" if stopped == "early_stopping" else ""
+        say(f"stopped by {stopped} in epoch {len(rows)} of {config.epochs}{kept}")
     say(f"validation {run.task.headline(result)}")
     if result.router:
         console().print(router_table(result.router))
@@ -283,10 +287,14 @@ def final_pictures(run: Run, model: SavableModel, rows: Sequence[Row], result: A
     yield "predictions", prediction_sheet(run, model)
 
 
+def best_row(run: Run, rows: Sequence[Row]) -> Row:
+    """The figures of the epoch with the best validation score, the first of several."""
+    return max(rows, key=lambda row: row[f"val/{run.task.objective.score}"])
+
+
 def summary(run: Run, rows: Sequence[Row], stopped: str | None, result: Any) -> dict[str, Any]:
     """The content of ``metrics.json``."""
-    score = run.task.objective.score
-    best = max(rows, key=lambda row: row[f"val/{score}"])
+    score, best = run.task.objective.score, best_row(run, rows)
     return {
         "task": run.config.task,
         "model": run.config.model,

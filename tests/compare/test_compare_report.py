@@ -20,7 +20,7 @@ from pcenet.comparison.config import CompareConfig
 from pcenet.comparison.report import make_report, write_report
 from pcenet.comparison.results import read_results
 from pcenet.comparison.run import status
-from pcenet.comparison.tables import label_sheet, router_sheet, run_sheet
+from pcenet.comparison.tables import label_sheet, router_sheet, run_sheet, warnings
 from pcenet.runs.config import TrainConfig
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
@@ -163,6 +163,22 @@ def test_a_run_whose_routers_are_not_healthy_is_named(kept: CompareConfig, caplo
     assert [words in message for message in caplog.messages] == [True]
 
 
+def test_runs_that_were_validated_on_different_images_are_named(tmp_path: Path) -> None:
+    keep(tmp_path, "pce_nano", 0, 0.5, images=200)
+    keep(tmp_path, "dense_nano", 0, 0.4, images=80)
+    report = make_report(CompareConfig(["pce_nano", "dense_nano"], 1, out=str(tmp_path), recipe=RECIPE), "dense_nano")
+    (line,) = warnings(report)
+    assert line.endswith("scores differ by that (80: dense_nano-0; 200: pce_nano-0)")
+
+
+def test_a_run_without_a_step_in_its_last_epoch_has_no_share_of_dropped_patches(tmp_path: Path) -> None:
+    keep(tmp_path, "pce_nano", 0, 0.5, router={"a": layer(0.5, 2.0, [])})
+    path = tmp_path / "pce_nano-0" / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"train_router": {"a": {"bias_spread": 1.0}}}))
+    report = make_report(CompareConfig(["pce_nano"], 1, out=str(tmp_path), recipe=RECIPE), None)
+    assert router_sheet(report["summary"]).rows == [["pce_nano", "0.500", "2.00", "0", "n/a"]]
+
+
 def test_runs_of_a_version_that_counted_in_training_have_no_health(kept: CompareConfig) -> None:
     path = kept.folder / "pce_nano-1" / "metrics.json"
     metrics = json.loads(path.read_text())
@@ -250,6 +266,22 @@ def test_a_result_may_come_from_elsewhere_but_not_from_other_options(tmp_path: P
         keep(tmp_path, "pce_nano", 0, 0.5, **changes)
         with pytest.raises(ValueError, match=rf"pce_nano-0 was started with other options .*{message}.*another label"):
             status(config)
+
+
+def test_a_result_of_data_of_the_same_name_beside_the_present_ones_is_another(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder / "images").mkdir(parents=True)
+    (tmp_path / "c").symlink_to("a")
+    there, here = str(tmp_path / "a" / "images"), str(tmp_path / "b" / "images")
+    keep(tmp_path / "runs", "pce_nano", 0, 0.5, data=there)
+    for data in (here, str(tmp_path / "c" / "images")):
+        recipe = TrainConfig(data=data, epochs=2, batch_size=8, precision="fp32", input_size=32)
+        config = CompareConfig(["pce_nano"], 1, out=str(tmp_path / "runs"), recipe=recipe)
+        if data == here:
+            with pytest.raises(ValueError, match=f"data '{there}' -> '{here}'"):
+                status(config)
+        else:
+            assert len(status(config)["runs"]) == 1
 
 
 FIFO = "a pipe, from which nothing comes"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pcenet.data.base import DataError
 from pcenet.data.images import decode_image
+from pcenet.data.limits import scans_fault
 
 
 def encode(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
@@ -133,3 +134,15 @@ def test_formats_that_are_not_asked_for() -> None:
     assert decode_image(data, "x", formats=("PNG", "BMP")).size == (1, 1)
     with pytest.raises(DataError, match="x: the file cannot be read as an image"):
         decode_image(data, "x", formats=("PNG",))
+
+
+@pytest.mark.parametrize("after", [200 * b"\xff\xda", 101 * b"\xff\xda\x00\x02"])
+def test_what_follows_a_photograph_in_its_file_is_no_part_of_it(after: bytes) -> None:
+    """Telephones append a film, in which any bytes may be."""
+    photograph, end = encode(Image.new("RGB", (16, 16)), "JPEG"), b"\xff\xd9"
+    assert scans_fault(photograph + after) is None
+    assert scans_fault(photograph.removesuffix(end) + 99 * b"\xff\xda\x00\x02" + end) is None  # and its own
+    # A length that reaches over scans hides them from decoders, too; no image needs that many markers.
+    hidden = b"\xff\xe1" + (2 + 4 * 101).to_bytes(2, "big") + 101 * b"\xff\xda\x00\x02"
+    assert scans_fault(photograph[:2] + hidden + photograph[2:]) is None
+    assert scans_fault(photograph[:2] + 20_000 * b"\xff\xe1\x00\x02" + 101 * b"\xff\xda\x00\x02") is not None

@@ -130,6 +130,17 @@ def test_it_is_checked_like_any_set(tmp_path: Path) -> None:
     assert report.images == {"train": 3, "val": 2}
 
 
+def test_a_row_without_an_image_is_named(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"img": [picture(0), None, picture(2)], "label": [0, 1, 1]})
+    rows = rows.cast(datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=CLASSES)))
+    path = tmp_path / "pets"
+    datasets.DatasetDict(train=rows, val=part([0, 1], first=5)).save_to_disk(str(path))
+    (finding,) = [each for each in check_data(path).findings if each.file == "train[1]"]
+    assert "'train[1]' has no image. Filter it out" in finding.message
+    with pytest.raises(DataError, match=r"'train\[1\]' has no image"):
+        open_source(path, "train").image(1)
+
+
 def test_masks_are_asked_for_in_other_forms(pets: Path) -> None:
     with pytest.raises(DataError, match=r"the task is classify\. Give masks in a folder, \.zip or \.csv"):
         open_segmentation_source(pets, "train")

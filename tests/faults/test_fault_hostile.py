@@ -356,6 +356,11 @@ def two_colours(mode: str = "RGB", side: int = 16) -> Image.Image:
     return Image.fromarray(pixels).convert(mode)
 
 
+def with_scans(jpeg: bytes, number: int) -> bytes:
+    """Empty scans before the image's end, each after a marker that has no length."""
+    return jpeg.removesuffix(b"\xff\xd9") + number * b"\xff\x01\xff\xda\x00\x02" + b"\xff\xd9"
+
+
 def rotated() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 8  # to be turned by 90 degrees against the clock: what was right is on top
@@ -454,7 +459,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "a decompression bomb": (bomb(), "more than PIL.Image.MAX_IMAGE_PIXELS"),
     "PostScript": (postscript(Path("sentinel")), "it is text"),
     "long and narrow": (narrow_png(60_000), "its longer side may be 32 times the shorter one at most"),
-    "a JPEG of many scans": (encoded(two_colours(), "JPEG") + b"\xff\xda" * 101, "a JPEG of more than 100 scans"),
+    "a JPEG of many scans": (with_scans(encoded(two_colours(), "JPEG"), 101), "a JPEG of more than 100 scans"),
     "a band that is not used": (tiff(bytes(16), (2, 2), [8] * 4, 2), "it has 4 bands, of which 3 are used"),
     "12 bits in a file of 16": (png(np.arange(256).reshape(16, 16), 16, GREY), "nearly black"),
     "a format that is not listed": (encoded(two_colours(), "ICO"), "it is in no known format; BMP, GIF, JPEG"),

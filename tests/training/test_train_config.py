@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
+from pcenet.comparison.config import CompareConfig
 from pcenet.runs.config import EvalConfig, TrainConfig
 from pcenet.runs.options import options_of
 
@@ -34,6 +39,28 @@ def test_every_field_explains_itself(config_class: type) -> None:
 def test_run_folder_is_named_after_model_data_and_seed() -> None:
     assert str(TrainConfig(data="some/where/birds.zip", seed=3).folder) == "runs/pce_nano-birds-3"
     assert str(TrainConfig(out="elsewhere").folder) == "elsewhere"
+
+
+def test_values_are_written_as_a_file_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    given = {"depths": (1, np.int64(2)), "more": {"width": np.float32(0.5)}}
+    config = TrainConfig(
+        lr=np.float64(0.25), epochs=np.int64(3), model_args=given, out="~/runs/a", data=Path("~/b.zip")
+    )
+    expected = {"lr": 0.25, "epochs": 3, "out": "/home/somebody/runs/a", "data": "/home/somebody/b.zip"}
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert config.model_args == {"depths": [1, 2], "more": {"width": 0.5}}
+    kinds = (config.lr, config.epochs, config.model_args["depths"][1], config.model_args["more"]["width"])
+    assert [type(value) for value in kinds] == [float, int, int, float]
+    assert yaml.safe_load(yaml.safe_dump(asdict(config))) == asdict(config)
+
+
+def test_a_link_to_itself_has_a_folder_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert str(TrainConfig(data=str(tmp_path / "loop")).folder) == "runs/pce_nano-loop-0"
+    assert (
+        str(CompareConfig(["pce_nano"], recipe=TrainConfig(data=str(tmp_path / "loop"))).folder) == "runs/compare-loop"
+    )
 
 
 @pytest.mark.parametrize(

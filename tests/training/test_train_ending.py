@@ -13,10 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder
 from pcenet.runs.rules import duration
+from pcenet.training.checkpoints import read_checkpoint
 from pcenet.training.loop import Trainer
 from pcenet.training.run import train
 
@@ -93,7 +96,10 @@ def test_without_progress_a_run_ends_and_stays_ended(
     metrics = json.loads(whole.metrics.read_text())
     assert (metrics["epochs"], metrics["steps"], metrics["stopped"]) == (4, 12, "early_stopping")
     assert metrics["best"] == {"epoch": 2, "top1": pytest.approx(0.5)}
-    assert "stopped by early_stopping in epoch 4 of 5" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "stopped by early_stopping in epoch 4 of 5; the weights are those of epoch 2" in said
+    best = read_checkpoint(whole.checkpoint(6))["averaged"]
+    assert_close(load_file(whole.model / "model.safetensors"), {name: best[name] for name in best}, rtol=0, atol=0)
 
     without_its_summary(whole, start("died"))
     completed = train(start("died", resume="auto", **options))
@@ -159,7 +165,10 @@ def test_durations(text: str, expected: timedelta) -> None:
     assert duration(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "soon", "-3", "0", "00:00", "1:2", "1:00:00:00:00", "1.5:00"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "soon", "-3", "0", "00:00", "1:2", "1:00:00:00:00", "1.5:00", 13 * "9", 500 * "9", f"{5000 * '9'}:00:00:00"],
+)
 def test_what_is_no_duration_is_named(text: str) -> None:
     with pytest.raises(ValueError, match=f"max_time must be a time such as .* got '{re.escape(text)}'"):
         TrainConfig(max_time=text)

@@ -95,6 +95,11 @@ def test_logits_are_enlarged_bilinearly() -> None:
     assert upsample(torch.tensor([[[0.0, 1.0]]]), (1, 4)).flatten().tolist() == [0, 0.25, 0.75, 1]
 
 
+def test_median_weights_of_no_pixel_at_all() -> None:
+    with pytest.raises(ValueError, match="class_weights 'median' needs pixels that count"):
+        median_weights(torch.zeros(3).double())
+
+
 def test_median_weights_by_hand() -> None:
     # Shares 0.1, 0.3, 0.6 and none: the median of those that occur is 0.3.
     weights = median_weights(torch.tensor([10.0, 30, 60, 0]))

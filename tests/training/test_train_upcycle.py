@@ -10,7 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from pcenet.cli import main
-from pcenet.models import TimmNet, load_model
+from pcenet.comparison.config import CompareConfig
+from pcenet.comparison.run import check_networks
+from pcenet.models import TimmNet, create_network, load_model
+from pcenet.runs.config import TrainConfig
+from pcenet.training.network import build_model
 
 NETWORK = ["--model", "timm:resnet18", "--model-args", '{"channels": [8, 8, 16, 16]}', "--input-size", "32"]
 MACHINE = ["--device", "cpu", "--precision", "fp32", "--threads", "1", "--workers", "0"]
@@ -83,6 +87,20 @@ def test_another_classifier_starts_afresh_and_another_network_is_refused(dense, 
     assert error.count("\n") == 1
     assert "init: " in error
     assert "does not fit the network: tensor network.layer4.0.bn1.bias has shape (16,), expected (24,)" in error
+
+
+def test_pixels_of_other_classes_are_classified_afresh(tmp_path):
+    for name in ("pce_unet_nano", "dense_unet_nano"):
+        trained = create_network(name, num_classes=5)
+        trained.save_pretrained(tmp_path / name)
+        config = TrainConfig(task="segment", model=name, init=str(tmp_path / name))
+        torch.manual_seed(1)
+        found, same = build_model(config, num_classes=3), build_model(config, num_classes=5)
+        assert found.head[-1].weight.shape[0] == 3
+        ours, theirs = found.state_dict(), trained.state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs if not key.startswith("head."))
+        assert torch.equal(same.head[-1].weight, trained.head[-1].weight)
+        check_networks(CompareConfig([name], recipe=config), build=True)
 
 
 @pytest.mark.parametrize(
