@@ -56,26 +56,41 @@ def segment_train_transform(
 
 
 def segment_eval_transform(
-    size: tuple[int, int], *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+    size: tuple[int, int],
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    multiple: int | None = 1,
 ) -> JointTransform:
     """The transform of evaluation: PIL image and mask -> float32 ``[3, h, w]``, normalised, and int64 ``[H, W]``.
 
     The image goes through ``cover_transform``; the mask keeps its own size, to which predictions are to be resized.
-    Arguments and errors as for ``segment_train_transform``.
+    Arguments and errors as for ``cover_transform``.
     """
-    return _SegmentEval(cover_transform(size, mean=mean, std=std))
+    return _SegmentEval(cover_transform(size, mean=mean, std=std, multiple=multiple))
 
 
 def cover_transform(
-    size: tuple[int, int], *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+    size: tuple[int, int],
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    multiple: int | None = 1,
 ) -> Transform:
     """PIL image -> float32 ``[3, h, w]``, normalised: resized to just cover ``size``, nothing cut off.
 
     The image keeps its aspect ratio (bilinear, antialiased), so ``h, w`` is ``size`` in one direction and at least
     ``size`` in the other. Arguments and errors as for ``segment_train_transform``.
+
+    Args:
+        size: height and width.
+        mean: see ``Normalize``.
+        std: likewise.
+        multiple: what ``h`` and ``w`` are rounded up to a multiple of, for networks that take no others; None: they are
+            ``size``, whatever becomes of the aspect ratio.
     """
     _check_size(size)
-    return _Cover(size, Normalize(mean, std))
+    return _Cover(size, Normalize(mean, std), multiple)
 
 
 def _check_size(size: tuple[int, int]) -> None:
@@ -86,13 +101,16 @@ def _check_size(size: tuple[int, int]) -> None:
 class _Cover:
     """See ``cover_transform``."""
 
-    def __init__(self, size: tuple[int, int], normalize: Normalize) -> None:
+    def __init__(self, size: tuple[int, int], normalize: Normalize, multiple: int | None) -> None:
         self.size = size
         self.normalize = normalize
+        self.multiple = multiple
 
     def __call__(self, image: Image.Image) -> Tensor:
-        factor = _cover_factor(image, self.size)
-        height, width = (round(side * factor) for side in (image.height, image.width))
+        height, width = self.size
+        if self.multiple is not None:
+            factor, unit = _cover_factor(image, self.size), self.multiple
+            height, width = (-(-round(side * factor) // unit) * unit for side in (image.height, image.width))
         resized = image.resize((width, height), Image.Resampling.BILINEAR)
         result: Tensor = self.normalize(functional.pil_to_tensor(resized))
         return result

@@ -68,6 +68,11 @@ def export(config: ExportConfig) -> Export:
         raise ValueError(f"out: {path} exists and is never overwritten; choose another name with --out")
     if path.suffix != f".{config.format}":
         raise ValueError(f"out: {path} must end in .{config.format}")
+    if config.format == "pt2" and "size" in config.open_axes and any(True for _ in routers_of(model)):
+        raise ValueError(
+            "dynamic: the size cannot be open in a program (pt2) with PCE layers, for torch.export then makes one that "
+            "refuses a batch of one; give --format onnx, or --dynamic batch"
+        )
     subject = Subject(model, config)
     with filling(path.parent) as place:
         file = place / path.name

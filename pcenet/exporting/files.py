@@ -23,6 +23,7 @@ from pcenet.models.limits import (
     check_class_names,
     check_image_shape,
     check_num_classes,
+    check_pixel_classes,
     check_preprocessing,
     check_task,
     excerpt,
@@ -54,6 +55,7 @@ class ExportedNet(nn.Module):
     Attributes:
         metadata: what the file carries.
         task, class_names, num_classes, grey_range, pretrained_cfg: as those of the network that was exported.
+        size_multiple: the sides of its images are multiples of it; None: it takes images of one size.
         output_names: logits first.
 
     Raises:
@@ -70,6 +72,7 @@ class ExportedNet(nn.Module):
         self.num_classes: int = self.metadata["num_classes"]
         self.grey_range: GreyRange | None = self.metadata.get("grey_range")  # which older files do not carry
         self.pretrained_cfg: dict[str, Any] = self.metadata["preprocessing"]
+        self.size_multiple: int | None = self.metadata["size_multiple"]
         self.output_names: list[str] = self.metadata["outputs"]
         self.path = path
 
@@ -81,7 +84,7 @@ class ExportedNet(nn.Module):
                 that it promises.
         """
         _, height, width = self.metadata["input_size"]
-        multiple: int | None = self.metadata["size_multiple"]
+        multiple = self.size_multiple
         if multiple is None and x.shape[2:] != (height, width):
             raise ValueError(
                 f"{self.path} takes images of {height} x {width} px, not {x.shape[2]} x {x.shape[3]}; export with "
@@ -151,8 +154,8 @@ def read_metadata(carried: Mapping[str, str], path: str | Path) -> dict[str, Any
         raise ValueError(f"{path}: it does not carry what pcenet export writes into a file; export it anew")
     try:
         metadata = read_json(carried[METADATA])
-        check_task(metadata["task"])
-        check_class_names(metadata["class_names"], check_num_classes(metadata["num_classes"]))
+        check_count = check_pixel_classes if check_task(metadata["task"]) == "segment" else check_num_classes
+        check_class_names(metadata["class_names"], check_count(metadata["num_classes"]))
         check_image_shape(metadata["input_size"])
         architecture = metadata["preprocessing"]["architecture"]
         if not isinstance(architecture, str):

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from timm.layers import DropPath, create_conv2d
+import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from pcenet.models.controls import mixed_double_conv
@@ -29,13 +30,28 @@ LAYER_DEFAULTS = {
 } | {"expert_width": 1.0}
 
 
+class SameConv2d(nn.Conv2d):
+    """A convolution of as many outputs as its stride has steps in the map, rounded upwards: TensorFlow's padding
+    ``"same"``. timm's rounds by ``math.ceil``, which a program of open sizes cannot be written down with.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, D, ceil(H / s), ceil(W / s)]``."""
+        padding: list[int] = []
+        for size, kernel, stride in zip(input.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            padding += [total // 2, total - total // 2]
+        return super().forward(F.pad(input, padding))
+
+
 class ConvNormAct(nn.Sequential):
     """``Conv -> BatchNorm -> GELU``; strides pad at the bottom and right, so that odd maps are halved upwards."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
-        padding = "same" if stride > 1 else kernel_size // 2
         super().__init__(
-            create_conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=False),
+            SameConv2d(in_channels, out_channels, kernel_size, stride, bias=False)
+            if stride > 1
+            else nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
             nn.BatchNorm2d(out_channels),
             nn.GELU(),
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pcenet.models.blocks import network_options, stacked_norm_names
 from pcenet.models.hub import SavableModel
+from pcenet.models.limits import check_pixel_classes
 from pcenet.models.pcenet import PCENet, classifier_names
 from pcenet.models.unet import resize, segmentation_cfg
 
@@ -254,7 +255,7 @@ class DecodedNet(SavableModel):
         if decoder_widths is not None:
             widths = _checked_widths(decoder_name, list(decoder_widths), len(widths))
         self.model_args = {"in_chans": in_chans, "decoder_widths": widths, "drop_rate": drop_rate, **options}
-        self.num_classes = num_classes
+        self.num_classes = check_pixel_classes(num_classes)
         self.pretrained_cfg = segmentation_cfg(name, pretrained_cfg_overlay)
         self.stride = strides[-1]
         self.min_side = decoder.min_side * self.stride

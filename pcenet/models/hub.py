@@ -156,7 +156,30 @@ class SavableModel(nn.Module, ModelHubMixin):
             raise ValueError(
                 "the network was pruned and cannot be made again from its arguments: save it before pruning"
             )
-        return super().save_pretrained(save_directory, **kwargs)
+        self._check_as_loading_will()
+        # The mixin removes an old configuration before anything new is there.
+        old = Path(save_directory) / CONFIG
+        before = old.read_bytes() if old.is_file() else None
+        try:
+            return super().save_pretrained(save_directory, **kwargs)
+        except BaseException:
+            if before is not None and not old.exists():
+                old.write_bytes(before)
+            raise
+
+    def _check_as_loading_will(self) -> None:
+        try:
+            config = check_config(read_json(json.dumps(self.config())))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the network cannot be saved: {error}") from error
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        skeleton = skeleton_of(config, len(shapes))
+        misfit = "the network cannot be saved, for its arguments no longer make it"
+        way_out = (
+            "call reset_classifier for other classes, undo pruning and parametrisations, upcycle timm's networks alone, "
+            "or save the state_dict()"
+        )
+        check_shapes(shapes, skeleton, misfit, way_out)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -192,10 +215,14 @@ class SavableModel(nn.Module, ModelHubMixin):
         return model_card(self.config(), *args, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        # A copy of each: tensors that share memory are saved, too.
+        weights = {
+            name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self.state_dict().items()
+        }
+        config = json.dumps(self.config(), indent=2) + "\n"
         # Not save_file, which makes a file that only its owner may read.
         write_bytes(save_directory / WEIGHTS, save(weights, metadata={"format": "pt"}))
-        write_text(save_directory / CONFIG, json.dumps(self.config(), indent=2) + "\n")
+        write_text(save_directory / CONFIG, config)
 
     @classmethod
     def _from_pretrained(
@@ -243,8 +270,6 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
     Raises:
         ValueError: if a file is missing or broken, or the weights do not fit the configuration; names both.
     """
-    from pcenet.models.registry import create_network  # the networks are made of what this module defines
-
     hint = or_bundled(folder)
     folder = bundled_folder(folder) or Path(folder)
     if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
@@ -256,20 +281,10 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
     shapes = _shapes_of(weights_path)
     try:
         config = read_config(config_path)
-        arguments = {**config["model_args"], "num_classes": config["num_classes"], **overrides}
-        if sum(arguments.get("depths") or ()) > len(shapes):  # each block has tensors; making blocks takes time
-            raise ValueError(f"depths {arguments['depths']} make more blocks than there are tensors in {WEIGHTS}")
-
-        def create() -> SavableModel:
-            overlay = preprocessing_of(config)
-            return create_network(config["architecture"], pretrained_cfg_overlay=overlay, **arguments)
-
-        with torch.device("meta"), at_most_parameters(len(shapes)):  # nothing is allocated before it is known to fit
-            skeleton = create()
-        check_patches(skeleton)
+        skeleton = skeleton_of(config, len(shapes), **overrides)  # nothing is allocated before it is known to fit
         misfit = f"{weights_path} does not fit {config_path.with_name(CONFIG)}"
         check_shapes(shapes, skeleton, misfit, "save them together anew")
-        model = create()
+        model = made_of(config, **overrides)
     except MisfitError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError, OverflowError) as error:
@@ -281,15 +296,42 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
     return model.eval()
 
 
+def made_of(config: Mapping[str, Any], **overrides: Any) -> SavableModel:
+    """The network of a configuration, with fresh weights."""
+    from pcenet.models.registry import create_network  # the networks are made of what this module defines
+
+    arguments = {**config["model_args"], "num_classes": config["num_classes"], **overrides}
+    return create_network(config["architecture"], pretrained_cfg_overlay=preprocessing_of(config), **arguments)
+
+
+def skeleton_of(config: Mapping[str, Any], tensors: int, **overrides: Any) -> SavableModel:
+    """The network of a configuration without memory for its tensors, to see whether others fit.
+
+    Raises:
+        ValueError: if it would have far more tensors than so many, or its patches would fill the memory.
+    """
+    depths = {**config["model_args"], **overrides}.get("depths") or ()
+    if sum(depths) > tensors:  # each block has tensors; making blocks takes time
+        raise ValueError(f"depths {depths} make more blocks than there are tensors in {WEIGHTS}")
+    with torch.device("meta"), at_most_parameters(tensors):
+        skeleton = made_of(config, **overrides)
+    check_patches(skeleton)
+    return skeleton
+
+
 def read_config(path: Path) -> dict[str, Any]:
-    """The ``config.json`` of a model folder, all of its entries within bounds, see `pcenet.models.limits`.
+    """The ``config.json`` of a model folder, all of its entries within bounds, see `check_config`."""
+    if path.stat().st_size > LARGEST_TEXT:
+        raise ValueError(f"it has more than {LARGEST_TEXT} bytes")
+    return check_config(read_json(path.read_bytes()))
+
+
+def check_config(config: Any) -> dict[str, Any]:
+    """A configuration, all of its entries within bounds, see `pcenet.models.limits`.
 
     Raises:
         ValueError: for the first entry that breaks its rule, without naming the file.
     """
-    if path.stat().st_size > LARGEST_TEXT:
-        raise ValueError(f"it has more than {LARGEST_TEXT} bytes")
-    config = read_json(path.read_bytes())
     if not isinstance(config["architecture"], str) or not isinstance(config["model_args"], dict):
         raise ValueError("architecture must be a text and model_args a mapping")
     arguments = config["model_args"] = without_removed(config["model_args"], "model_args")
@@ -301,7 +343,8 @@ def read_config(path: Path) -> dict[str, Any]:
     check_class_names(config.get("label_names"), count, "label_names")
     check_mask_values(config.get("mask_values"), config.get("ignored_values"), count)
     check_grey_range(config.get("grey_range"))
-    return config
+    checked: dict[str, Any] = config
+    return checked
 
 
 @contextmanager

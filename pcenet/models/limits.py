@@ -20,6 +20,7 @@ LARGEST_SIDE = 2**11  # pixels of an image that a network is made for
 MOST_PATCH_PIXELS = 2**20  # 1024 x 1024; a map is padded to whole patches
 LONGEST_NAME = 1000  # characters
 LARGEST_MASK_VALUE = 2**16 - 1
+MOST_PIXEL_CLASSES = 255
 
 PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
 
@@ -87,6 +88,16 @@ def check_num_classes(count: Any) -> int:
     """A number of classes; 0: there is no classifier."""
     if not is_whole(count, 0, LARGEST_COUNT):
         raise ValueError(f"num_classes {excerpt(count)} must be a whole number from 0 to {LARGEST_COUNT}")
+    return int(count)
+
+
+def check_pixel_classes(count: Any) -> int:
+    """A number of classes of a pixel."""
+    if check_num_classes(count) > MOST_PIXEL_CLASSES:
+        raise ValueError(
+            f"num_classes {count} must be at most {MOST_PIXEL_CLASSES} to segment: a mask has a byte for each pixel, "
+            "and a value for those that do not count; merge classes"
+        )
     return int(count)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pcenet.catalogue import weights_of
 from pcenet.models.blocks import make_blocks, make_downsampling, make_stem, resolve_layer_options, stacked_norm_names
 from pcenet.models.hub import SavableModel
+from pcenet.models.limits import check_pixel_classes
 from pcenet.models.positions import position_map_names
 from pcenet.models.pretrained import class_names_of, record_of
 from pcenet.models.stages import dense, make_stages
@@ -104,7 +105,7 @@ class PCEUNet(SavableModel):
             "dropout": dropout,
             **options,
         }
-        self.num_classes = num_classes
+        self.num_classes = check_pixel_classes(num_classes)
         down, up = sum(depths), sum(depths[:-1])
         rates = iter(calculate_drop_path_rates(drop_path_rate, down + up))
         self.stem = make_stem(in_chans, stages[0])

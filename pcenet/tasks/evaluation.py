@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -62,9 +63,12 @@ def evaluate(config: EvalConfig) -> Any:
     out = Path(config.out) if config.out else run.path if run else Path()
     out.mkdir(parents=True, exist_ok=True)
     measured = f"{config.split}-tta" if config.tta else config.split
-    path = result_path(out, Path(source.name).stem, trained.data, measured)
+    # In a run's folder there are figures of that run alone, by whatever path it was named.
+    own = run is not None and out == run.path
+    of = {"source": trained.data} | ({} if own else {"run": config.run})
+    path = result_path(out, Path(source.name).stem, of, measured)
     about = {"model": model.pretrained_cfg["architecture"], "data": source.name, "split": config.split}
-    write_json(path, about | {"source": trained.data, "tta": config.tta} | asdict(result))
+    write_json(path, about | of | {"tta": config.tta} | asdict(result))
     task.show(result, f"{config.run} on {source.name}, {in_words(config.split, config.tta)}")
     say(f"wrote {path}")
     if found := complaint(result.router):
@@ -159,17 +163,18 @@ def check_against_network(model: SavableModel, source: Any, name: str) -> None:
         raise ValueError(f"{error}; {way_out}") from error
 
 
-def result_path(folder: Path, data_name: str, source: str, measured: str) -> Path:
-    """``eval-<data>-<measured>.json`` in ``folder``; numbered where the figures of another source have that name."""
+def result_path(folder: Path, data_name: str, of: Mapping[str, str], measured: str) -> Path:
+    """``eval-<data>-<measured>.json`` in ``folder``; numbered where the figures of another source or network have that
+    name, of which ``of`` tells."""
     stems = (data_name if number == 1 else f"{data_name}-{number}" for number in count(1))
     paths = (folder / f"eval-{stem}-{measured}.json" for stem in stems)
-    return next(path for path in paths if not path.exists() or written_for(path) == source)
+    return next(path for path in paths if not path.exists() or is_written_for(path, of))
 
 
-def written_for(path: Path) -> str | None:
-    """The source whose figures a file of `evaluate` holds; None for any other file."""
+def is_written_for(path: Path, of: Mapping[str, str]) -> bool:
+    """Whether a file is one of `evaluate`, with figures of this source and network."""
     try:
-        source: str = read_record(path, {"source": TEXT})["source"]
+        found = read_record(path, dict.fromkeys(of, TEXT))
     except (ValueError, OSError):
-        return None
-    return source
+        return False
+    return all(found[key] == value for key, value in of.items())

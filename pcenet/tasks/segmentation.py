@@ -154,15 +154,18 @@ class Segmentation(Task):
     ) -> DataLoader[Any]:
         """Batches of whole images of one size each, with their masks at full size, in order."""
         values = preprocessing(model)
-        transform = data.segment_eval_transform(image_size(model), mean=values["mean"], std=values["std"])
+        multiple = size_multiple(model)
+        transform = data.segment_eval_transform(
+            image_size(model), mean=values["mean"], std=values["std"], multiple=multiple
+        )
         return data.build_segmentation_loader(
             source, transform, batch_size=batch_size, train=False, workers=workers, pin_memory=pin_memory
         )
 
     def image_transform(self, model: nn.Module) -> data.Transform:
         """Enlarged or reduced so that it covers the network's rectangle."""
-        values = preprocessing(model)
-        return data.cover_transform(image_size(model), mean=values["mean"], std=values["std"])
+        values, multiple = preprocessing(model), size_multiple(model)
+        return data.cover_transform(image_size(model), mean=values["mean"], std=values["std"], multiple=multiple)
 
     def images_of(self, batches: Iterable[PixelBatches]) -> Iterator[Tensor]:
         """The images ``[B, 3, h, w]`` of `eval_loader`'s batches."""
@@ -232,6 +235,12 @@ class Segmentation(Task):
     def show(self, result: PixelEvaluation, title: str) -> None:
         """Print an evaluation as tables."""
         _show(result, title)
+
+
+def size_multiple(model: nn.Module) -> int | None:
+    """What the sides of a network's images are multiples of: 1 but for exported files; None for one that takes images
+    of one size."""
+    return getattr(model, "size_multiple", 1)
 
 
 def known_masks(trained: SavableModel | None) -> data.MaskClasses | None:

@@ -146,6 +146,14 @@ def test_evaluation_covers_the_size_and_cuts_nothing(
     assert torch.equal(cover_transform(size, **PLAIN)(picture), pixels)
 
 
+@pytest.mark.parametrize(("multiple", "expected"), [(1, (50, 150)), (32, (64, 160)), (50, (50, 150)), (None, (50, 50))])
+def test_sides_may_be_multiples_or_all_the_same(multiple: int | None, expected: tuple[int, int]) -> None:
+    picture = Image.new("RGB", (300, 100), (255, 0, 51))
+    pixels = cover_transform((50, 50), multiple=multiple, **PLAIN)(picture)
+    assert pixels.shape == (3, *expected)
+    assert torch.allclose(pixels, torch.tensor([1, 0, 0.2]).view(3, 1, 1).expand_as(pixels))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -139,6 +139,50 @@ def test_a_file_that_computes_something_else_is_deleted(exported, tmp_path, caps
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("dynamic", "prepared"), [("batch", (32, 48)), ("batch,size", (64, 48))])
+def test_a_file_that_segments_takes_pictures_of_any_shape(tmp_path, dynamic, prepared):
+    from PIL import Image
+
+    torch.manual_seed(0)
+    overlay = {"input_size": (3, 32, 48)}
+    model = create_network("dense_unet_nano", num_classes=3, pretrained_cfg_overlay=overlay).eval()
+    model.class_names = ["a", "b", "c"]
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "net.onnx"
+    assert main(["export", str(tmp_path / "model"), "--dynamic", dynamic, "--out", str(file)]) == 0
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(pictures / "tall.png")
+    Image.fromarray(noise[:20]).save(pictures / "wide.png")
+    assert main(["predict", str(file), str(pictures), "--out", str(tmp_path / "out"), "--precision", "fp32"]) == 0
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    # 48 pixels wide, it is 57.6 high: 58, and 64 where sides are multiples of 32 or 16.
+    resized = Image.fromarray(noise).resize(prepared[::-1], Image.Resampling.BILINEAR)
+    images = (torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255 - mean) / std
+    with torch.no_grad():
+        logits = torch.nn.functional.interpolate(model(images[None]), (60, 50), mode="bilinear")
+    masks = {path.stem: np.array(Image.open(path)) for path in (tmp_path / "out").rglob("*.png")}
+    (tall,), (wide,) = ([mask for name, mask in masks.items() if name.startswith(key)] for key in ("tall", "wide"))
+    assert tall.shape == (60, 50)
+    assert wide.shape == (20, 50)
+    assert (tall == logits[0].argmax(0).numpy()).mean() > 0.999
+
+
+def test_a_program_of_open_sizes_has_no_pce_layers(exported, tmp_path, capsys):
+    _, folder = exported
+    options = ["--format", "pt2", "--dynamic", "batch,size", "--out", str(tmp_path / "net.pt2")]
+    assert main(["export", str(folder / "model"), *options]) == 2
+    assert "dynamic: the size cannot be open in a program (pt2) with PCE layers" in capsys.readouterr().err
+    model = create_network("dense_nano", num_classes=3, pretrained_cfg_overlay={"input_size": (3, 16, 16)}).eval()
+    model.save_pretrained(tmp_path / "dense")
+    assert main(["export", str(tmp_path / "dense"), *options]) == 0
+    images = torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        found, expected = ExportedNet(tmp_path / "net.pt2", trust_code=True)(images), model(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_images_of_another_size_are_refused(exported):
     _, folder = exported
     with pytest.raises(ValueError, match="takes images of 16 x 16 px, not 16 x 20"):

@@ -1,18 +1,22 @@
 """A network as a folder."""
 
+import errno
 import json
 import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from pcenet.models import PCENet, load_model
+from pcenet.models import PCENet, create_network, load_model
+from pcenet.upcycling import upcycle
 
 
 @pytest.fixture
@@ -215,6 +219,65 @@ def test_networks_that_could_not_be_loaded_are_not_saved(model, folder):
     with pytest.raises(ValueError, match="no registered name"):
         PCENet(patch_sizes=(None,) * 4).save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def another_head(model):
+    model.head.fc = nn.Linear(96, 5)
+
+
+def parametrised(model):
+    nn.utils.parametrizations.weight_norm(model.head.fc)
+
+
+def other_names(model):
+    model.class_names = ["leaf", "sky"]
+
+
+def a_range_of_numpy(model):
+    model.grey_range = (np.int64(0), np.int64(4095))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (another_head, r"head\.fc\.bias has shape \(5,\), expected \(3,\); call reset_classifier"),
+        (parametrised, r"head\.fc\.parametrizations\.weight\.original0 is not part of the network"),
+        (other_names, "cannot be saved: label_names must be 3 names"),
+        (a_range_of_numpy, "cannot be saved: Object of type int64 is not JSON serializable"),
+        (lambda model: upcycle(model, layers=["stages.0.0.body.0"]), "is not part of the network"),
+    ],
+)
+def test_a_network_that_its_arguments_no_longer_make_is_not_saved(model, folder, change, message):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_full_disk_costs_a_saved_network_nothing(model, folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pcenet.models.hub.write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_tensors_that_share_memory_are_saved(model, tmp_path):
+    model.head.fc.weight = nn.Parameter(model.head.fc.weight.detach()[:1].expand(3, -1))
+    model.save_pretrained(tmp_path)
+    found, expected = load_model(tmp_path).state_dict(), model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["pce_unet_nano", "dense_unet_nano_position"])
+def test_a_mask_has_a_byte_for_each_pixel(name):
+    with pytest.raises(ValueError, match="num_classes 256 must be at most 255 to segment"):
+        create_network(name, num_classes=256)
 
 
 @pytest.mark.parametrize(

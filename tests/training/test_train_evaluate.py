@@ -111,10 +111,10 @@ def test_other_classes_are_refused_by_name(expected: list[str], found: list[str]
         check_same_classes(expected, found, "model", "data")
 
 
-def test_figures_of_sources_of_one_name_get_files_of_their_own(tmp_path: Path) -> None:
-    def store(source: str, split: str = "val") -> str:
-        path = result_path(tmp_path, "birds", source, split)
-        path.write_text(json.dumps({"source": source}))
+def test_figures_of_sources_of_one_name_and_of_networks_get_files_of_their_own(tmp_path: Path) -> None:
+    def store(source: str, split: str = "val", **network: str) -> str:
+        path = result_path(tmp_path, "birds", {"source": source} | network, split)
+        path.write_text(json.dumps({"source": source} | network))
         return path.name
 
     assert store("a/birds.zip") == "eval-birds-val.json"
@@ -126,12 +126,16 @@ def test_figures_of_sources_of_one_name_get_files_of_their_own(tmp_path: Path) -
         "eval-birds-2-val.json",
         "eval-birds-val.json",
     ]
+    # Outside of run folders, the figures of two networks.
+    assert store("c.zip", "test", run="one") == "eval-birds-2-test.json"
+    assert store("c.zip", "test", run="two") == "eval-birds-3-test.json"
+    assert store("c.zip", "test", run="one") == "eval-birds-2-test.json"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"source": 3}', "\xff"])
 def test_a_file_that_is_no_evaluation_is_left_alone(tmp_path: Path, content: str) -> None:
     (tmp_path / "eval-birds-val.json").write_text(content, encoding="latin-1")
-    assert result_path(tmp_path, "birds", "birds.zip", "val").name == "eval-birds-2-val.json"
+    assert result_path(tmp_path, "birds", {"source": "birds.zip"}, "val").name == "eval-birds-2-val.json"
 
 
 def test_images_are_prepared_as_the_model_asks() -> None:
