@@ -80,6 +80,23 @@ def test_one_picture_in_any_form_is_predicted_alike(run: pcenet.TrainedRun, pict
     assert np.array_equal(np.array(found[3].picture()), array)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_network_in_another_type_of_numbers_predicts(dtype: torch.dtype) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    for name in ("cifar10/pce_nano", "cifar10/dense_nano"):
+        (expected,) = pcenet.load_model(name).predict(image, precision="fp32")
+        (found,) = pcenet.load_model(name, dtype=dtype).predict(image, precision="fp32")
+        assert found.label == expected.label
+        assert found.probability == pytest.approx(expected.probability, abs=1e-5 if dtype is torch.float64 else 0.1)
+
+
+def test_a_head_with_other_outputs_than_classes_is_named() -> None:
+    model = pcenet.load_model("cifar10/dense_nano")
+    model.head.fc = torch.nn.Linear(96, 12)
+    with pytest.raises(ValueError, match="the network gives 12 logits and knows 10 classes; call reset_classifier"):
+        model.predict(np.zeros((32, 32, 3), np.uint8))
+
+
 def test_modes_of_a_network_are_left_as_they_were(run: pcenet.TrainedRun) -> None:
     model = pcenet.load_model(run.path)
     model.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from pcenet.analysis.effects import Targets, standard_interventions, tallies
 from pcenet.catalogue import bundled
 from pcenet.choices import GreyRange
 from pcenet.data import first_images
+from pcenet.data.base import DataError
 from pcenet.explanation.config import ExplainConfig
 from pcenet.explanation.drawing import Shown, draw
 from pcenet.explanation.findings import points, row_label, summary
@@ -50,6 +52,8 @@ from pcenet.tasks.pixels import upsample
 from pcenet.texts import say
 from pcenet.writing import filling, write_json, write_text
 
+log = logging.getLogger(__name__)
+
 PAGE, NUMBERS, FIGURES = "explain.html", "explain.json", "figures"
 
 
@@ -74,7 +78,7 @@ def explain(config: ExplainConfig) -> Path:
             f"run: {config.run} is a dense network ({trained.model.pretrained_cfg['architecture']}): nothing is routed "
             "in it, so there are no experts to explain; give a network with PCE layers, or measure it with pcenet eval"
         )
-    files = _files(config.images, trained.model.grey_range)[: config.shown]
+    given = _given(config.images, trained.model.grey_range, config.shown)
     found = study(
         trained.model,
         work.batches(trained, work.source, "counting"),
@@ -104,7 +108,7 @@ def explain(config: ExplainConfig) -> Path:
         file_name=work.source.file_name,
         seed=config.seed,
     )
-    shown = [work.of_file(file) for file in files] or list(work.of_data())
+    shown = [work.of_file(file, image) for file, image in given] or list(work.of_data())
     pictures = draw(report, {name: layer.gallery for name, layer in found.layers.items()}, shown, history)
     with filling(folder) as place:
         (place / FIGURES).mkdir()
@@ -221,9 +225,9 @@ class Work:
                 image, mask = source.sample(index)
                 yield self._shown(image, name, mask=mask)
 
-    def of_file(self, file: InputFile) -> Shown:
+    def of_file(self, file: InputFile, image: Image.Image) -> Shown:
         """An image of the user's."""
-        return self._shown(file.image(), file.file)
+        return self._shown(image, file.file)
 
     @torch.inference_mode()
     def _shown(self, image: Image.Image, name: str, truth: str | None = None, mask: Image.Image | None = None) -> Shown:
@@ -253,16 +257,34 @@ def _bundled_twin(run: str) -> str | None:
     return name if run in bundled() and name in bundled() else None
 
 
-def _files(paths: Sequence[str] | str | None, grey_range: GreyRange | None) -> list[InputFile]:
-    """The images that the user named, to be read with a range of grey values.
+def _given(
+    paths: Sequence[str] | str | None, grey_range: GreyRange | None, most: int
+) -> list[tuple[InputFile, Image.Image]]:
+    """The first images that the user named, read with a range of grey values; what cannot be read is left out, and
+    named.
+
+    They are read before the work begins, which may take hours.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: if there is none of that name, or none can be read.
     """
     if paths is None:
         return []
-    files, _ = find_inputs([paths] if isinstance(paths, str) else paths, grey_range)
-    return files
+    files, left_out = find_inputs([paths] if isinstance(paths, str) else paths, grey_range)
+    faults = [f"{each.file}: {each.reason}" for each in left_out]
+    read: list[tuple[InputFile, Image.Image]] = []
+    for file in files:
+        if len(read) == most:
+            break
+        try:
+            read.append((file, file.image()))
+        except DataError as error:  # which names it
+            faults.append(str(error))
+    if not read:
+        raise ValueError(f"images: none can be read, such as {faults[0]}")
+    for fault in faults:
+        log.warning("images: left out: %s", fault)
+    return read
 
 
 def history_of(run: RunFolder | None) -> list[Row] | None:

@@ -46,11 +46,17 @@ class Network:
         """Logits of a batch, float32, and for each image the entries that `routing` adds to its record.
 
         Raises:
-            ValueError: if the logits are not finite, so that they say nothing.
+            ValueError: if the logits are not finite, so that they say nothing, or not as many as classes.
         """
-        images = images.to(self.device, memory_format=torch.channels_last)
+        weight = next(self.model.parameters(), images)  # an exported file has none
+        images = images.to(self.device, weight.dtype, memory_format=torch.channels_last)
         with autocast(self.precision, self.device):
             logits, records = answer(self.model, images, tta=self.tta)
+        if logits.shape[1] != len(self.classes):
+            raise ValueError(
+                f"run: the network gives {logits.shape[1]} logits and knows {len(self.classes)} classes; call "
+                "reset_classifier to change their number, and set class_names"
+            )
         if not logits.isfinite().all():
             raise ValueError("run: the network's outputs are not finite numbers; its training diverged, train it anew")
         if not self.routing:

@@ -23,6 +23,7 @@ from pcenet.catalogue import CONFIG, bundled_folder, or_bundled
 from pcenet.choices import GreyRange, Precision, TaskName, check_grey_range, without_removed
 from pcenet.models.card import model_card
 from pcenet.models.limits import (
+    ENDS,
     LARGEST_COUNT,
     LARGEST_TEXT,
     MOST_PATCH_PIXELS,
@@ -79,7 +80,9 @@ class SavableModel(nn.Module, ModelHubMixin):
             "architecture": self.pretrained_cfg["architecture"],
             "task": self.task,
             "num_classes": self.num_classes,
-            "pretrained_cfg": {key: self.pretrained_cfg[key] for key in PREPROCESSING if key in self.pretrained_cfg},
+            "pretrained_cfg": {
+                key: self.pretrained_cfg[key] for key in (*PREPROCESSING, *ENDS) if key in self.pretrained_cfg
+            },
             "model_args": self.model_args,
         }
         if self.class_names is not None:
@@ -175,10 +178,7 @@ class SavableModel(nn.Module, ModelHubMixin):
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         skeleton = skeleton_of(config, len(shapes))
         misfit = "the network cannot be saved, for its arguments no longer make it"
-        way_out = (
-            "call reset_classifier for other classes, undo pruning and parametrisations, upcycle timm's networks alone, "
-            "or save the state_dict()"
-        )
+        way_out = "call reset_classifier for other classes, undo pruning and the like, or save its state_dict() instead"
         check_shapes(shapes, skeleton, misfit, way_out)
 
     @classmethod
@@ -265,11 +265,14 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
     Args:
         folder: holds ``model.safetensors`` and ``config.json``, or is the run folder around it; or, where there is no
             such path, the name of weights that come with the package, such as ``"cifar10/pce_nano"``, see `bundled`.
-        overrides: arguments of the network that replace the saved ones, such as ``border="zero"``.
+        overrides: arguments of the network that replace the saved ones, such as ``border="zero"``; ``device`` and
+            ``dtype`` say where the network is, and in what type of numbers.
 
     Raises:
         ValueError: if a file is missing or broken, or the weights do not fit the configuration; names both.
     """
+    place = {name: overrides.pop(name) for name in ("device", "dtype") if name in overrides}
+    given = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
     hint = or_bundled(folder)
     folder = bundled_folder(folder) or Path(folder)
     if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
@@ -282,18 +285,22 @@ def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
     try:
         config = read_config(config_path)
         skeleton = skeleton_of(config, len(shapes), **overrides)  # nothing is allocated before it is known to fit
-        misfit = f"{weights_path} does not fit {config_path.with_name(CONFIG)}"
-        check_shapes(shapes, skeleton, misfit, "save them together anew")
+        misfit, way_out = f"{weights_path} does not fit {config_path.with_name(CONFIG)}", "save them together anew"
+        if overrides:
+            misfit += f" with {given}"
+            way_out = "load it without them; for other classes call reset_classifier then"
+        check_shapes(shapes, skeleton, misfit, way_out)
         model = made_of(config, **overrides)
     except MisfitError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{config_path} is no configuration of a PCE network: {reason}") from error
+        with_these = f" with {given}" if overrides else ""
+        raise ValueError(f"{config_path} is no configuration of a PCE network{with_these}: {reason}") from error
     model.load_state_dict(load_file(weights_path))
     model.class_names, model.grey_range = config.get("label_names"), config.get("grey_range")
     model.mask_values, model.ignored_values = config.get("mask_values"), config.get("ignored_values")
-    return model.eval()
+    return model.to(**place).eval()
 
 
 def made_of(config: Mapping[str, Any], **overrides: Any) -> SavableModel:

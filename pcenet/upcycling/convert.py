@@ -62,7 +62,7 @@ def upcycle(
     The network is tried on an example to learn which convolutions run, when, and on which maps, and run once more to
     see that it still computes the same. What cannot be converted is left alone: strides, groups, dilation, subclasses
     of ``Conv2d``, parametrised weights, modules or weights that are used more than once, and `PCEConv2d` itself, so
-    that a second call with the same arguments changes nothing.
+    that a second call with the same arguments changes nothing; one with other ``layers`` adds them.
 
     Args:
         model: any network; it is changed in place.
@@ -97,6 +97,17 @@ def upcycle(
         TypeError: for an option that `pcenet.nn.Router` does not have.
     """
     options = _checked_options(num_experts, gate, shared_kernel, router_options)
+    if callable(getattr(model, "upcycle", None)):
+        raise ValueError(
+            f"model: a {type(model).__name__} is upcycled by its own method, model.upcycle(...), so that it can be "
+            "saved"
+        )
+    before = getattr(model, "upcycling", None)
+    if isinstance(before, Upcycling) and dict(before.options) != options:
+        raise ValueError(
+            f"model was upcycled with {dict(before.options)}, and all of its layers have the same options; give those, "
+            "or a network that is not upcycled"
+        )
     if freeze is not None:
         check_choice("freeze", freeze, get_args(Freeze))
     if freeze == "pretrained" and not shared_kernel:
@@ -116,7 +127,10 @@ def upcycle(
     left |= too_small | broken
     for layer in done:
         del left[layer.name]
-    record = Upcycling(done, left, options, chosen_by)
+    if not isinstance(before, Upcycling):
+        record = Upcycling(done, left, options, chosen_by)
+    else:
+        record = replace(before, converted=before.converted + done, left=left) if done else before
     if not done and not any(entry.converted for entry in found):
         raise ValueError(f"no convolution can be converted: {record.why_left() or 'the network has no 3x3 one'}")
     if freeze is not None:
@@ -189,7 +203,8 @@ def _grouped(entries: list[Found]) -> list[list[Found]]:
     """Convolutions in the order in which they run; those that may share a router together."""
     groups: dict[Any, list[Found]] = {}
     for entry in entries:
-        key = entry.name if entry.block is None else (entry.block, *entry.map_size, entry.converted)
+        sizes = (entry.map_size, entry.other_map_size)
+        key = entry.name if entry.block is None else (entry.block, *sizes, entry.converted)
         groups.setdefault(key, []).append(entry)
     return list(groups.values())
 

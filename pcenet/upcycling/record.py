@@ -29,7 +29,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class Upcycling:
-    """What `upcycle` did to a network; ``str()`` of it is a readable summary.
+    """What `upcycle` did to a network, in all calls together; ``str()`` of it is a readable summary.
 
     Attributes:
         converted: the convolutions, in the order in which they run.

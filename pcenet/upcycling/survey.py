@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -31,6 +31,8 @@ class Found:
         converted: whether it is a `PCEConv2d` already.
         order: its place among the convolutions in the order in which they run.
         maps: sizes of the maps that it saw in the trial pass, one for each time that it ran.
+        other_map_size: height and width of its map for an image of odd sides, if the network takes one: maps that are
+            of one size in the trial pass, before and after they were halved and enlarged, may differ there.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Found:
     converted: bool = False
     order: int = 0
     maps: list[tuple[int, ...]] = field(default_factory=list)
+    other_map_size: tuple[int, int] | None = None
 
     @property
     def map_size(self) -> tuple[int, int]:
@@ -75,10 +78,28 @@ def survey(model: nn.Module, example: tuple[Any, ...]) -> tuple[list[Found], Any
                 f"example: the network cannot be tried on it ({type(error).__name__}: {error}); give the argument of "
                 "its forward pass, such as a batch of one image, as example="
             ) from error
+    _note_other_sizes(model, found, example)
     entries = sorted((entry for _, entry in found), key=lambda entry: (not entry.maps, entry.order))
     for entry in entries:
         entry.reason = entry.reason or _how_it_ran(entry)
     return entries, output
+
+
+def _note_other_sizes(model: nn.Module, found: Sequence[tuple[nn.Module, Found]], example: tuple[Any, ...]) -> None:
+    """Run the network on the example without its last row and column, where it takes that."""
+    first = example[0] if example else None
+    if not isinstance(first, Tensor) or first.ndim != 4 or min(first.shape[2:]) < 2:
+        return
+    with ExitStack() as stack:
+        for module, entry in found:
+
+            def note(_module: nn.Module, args: tuple[Any, ...], entry: Found = entry) -> None:
+                height, width = args[0].shape[-2:]
+                entry.other_map_size = (height, width)
+
+            stack.callback(module.register_forward_pre_hook(note).remove)
+        with suppress(Exception):
+            run(model, (first[:, :, :-1, :-1], *example[1:]))
 
 
 def _how_it_ran(entry: Found) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -106,11 +107,14 @@ def test_the_same_twice(explain: Explain) -> None:
     assert first == digests(again)
 
 
-def test_images_of_ones_own(explain: Explain, tmp_path: Path) -> None:
+def test_images_of_ones_own(explain: Explain, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, colour in (("b.png", "red"), ("a.png", "blue"), ("c.png", "green")):
         (tmp_path / "own").mkdir(exist_ok=True)
         Image.new("RGB", (40, 36), colour).save(tmp_path / "own" / name)
+    (tmp_path / "own" / "aa.png").write_bytes(b"no image")
     out = explain("--images", str(tmp_path / "own"), "--shown", "2")
+    (warning,) = [text for text in caplog.messages if "left out" in text]
+    assert re.match(r"images: left out: .*own/aa\.png: the file cannot be read as an image", warning)
     page = (out / "explain.html").read_text()
     assert "own/a.png. The network says" in page
     assert "own/b.png. The network says" in page
@@ -207,11 +211,18 @@ def test_other_classes_are_refused(awkward: Path, tmp_path: Path, capsys: pytest
     assert "other" in error
 
 
-def test_what_cannot_be_read_is_named(awkward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_read_is_named(
+    awkward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     of_data = ("--data", str(awkward / "data"), "--out", str(tmp_path / "out"), "--intervention-images", "0")
+    monkeypatch.setattr("pcenet.explanation.command.study", None)  # it is read before any work
     error = refusal(capsys, str(awkward / "routed"), *of_data, "--images", str(tmp_path / "broken.png"))
-    assert "broken.png" in error
+    assert re.search(r"images: none can be read, such as .*broken\.png: the file cannot be read", error)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no image")
+    error = refusal(capsys, str(awkward / "routed"), *of_data, "--images", str(tmp_path / "texts"))
+    assert re.search(r"images: none can be read, such as .*a\.txt: it is not named like an image", error)
     assert not (tmp_path / "out").exists()
 
 

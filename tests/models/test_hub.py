@@ -80,6 +80,15 @@ def test_timm_loads_it_too(model, folder):
     x = torch.randn(2, 3, 32, 32)
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert torch.equal(loaded(x), model(x))
+    # It makes other ends anew, and has the features.
+    features = model.forward_features(x)
+    other = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7).eval()
+    assert torch.equal(other.forward_features(x), features)
+    assert other(x).shape == (2, 7)
+    grey = timm.create_model(f"local-dir:{folder}", pretrained=True, in_chans=1).eval()
+    expected = model.state_dict()["stem.0.0.weight"].sum(1, keepdim=True)
+    torch.testing.assert_close(grey.state_dict()["stem.0.0.weight"], expected)
+    assert timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)(x).shape == (2, 96)
 
 
 def test_overrides(model, folder):
@@ -308,5 +317,15 @@ def test_a_configuration_that_is_nested_too_deeply_is_a_value_error(folder):
 
 def test_an_override_that_the_weights_do_not_fit_is_named(folder):
     for load in (load_model, PCENet.from_pretrained):
-        with pytest.raises(ValueError, match=r"head\.fc\.bias has shape \(3,\), expected \(5,\)"):
+        message = r"with num_classes=5: tensor head\.fc\.bias has shape \(3,\), expected \(5,\); load it without them"
+        with pytest.raises(ValueError, match=message):
             load(folder, num_classes=5)
+        with pytest.raises(ValueError, match="with map_location='cpu': "):
+            load(folder, map_location="cpu")
+
+
+def test_a_network_is_loaded_where_and_as_it_is_wanted(folder):
+    for load in (load_model, PCENet.from_pretrained):
+        found = {parameter.dtype for parameter in load(folder, device="cpu", dtype=torch.float64).parameters()}
+        assert found == {torch.float64}
+        assert next(load(folder, device="meta").parameters()).is_meta

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import pcenet
+from pcenet.models import create_network
 from pcenet.nn import PCEConv2d, PCELayer, aux_loss, record_routing
 from pcenet.upcycling import Upcycling, rebuild
 
@@ -181,19 +182,59 @@ def test_what_patches_do_not_fit_is_left_alone() -> None:
 def test_a_second_time_changes_nothing() -> None:
     model = pcenet.upcycle(resnet18(), example=EXAMPLE)
     before = {name: id(module) for name, module in model.named_modules()}
+    record = model.upcycling
     pcenet.upcycle(model, example=EXAMPLE)
     assert {name: id(module) for name, module in model.named_modules()} == before
-    assert model.upcycling.converted == ()
-    assert model.upcycling.left["layer4.1.conv2"] == "it is a PCEConv2d already"
+    assert model.upcycling == record
+    assert "layer4.1.conv2" in [layer.name for layer in record.converted]
     pcenet.upcycle(model, layers="layer2", example=EXAMPLE)
-    assert [layer.name for layer in model.upcycling.converted] == ["layer2.0.conv2", "layer2.1.conv1", "layer2.1.conv2"]
+    new = ["layer2.0.conv2", "layer2.1.conv1", "layer2.1.conv2"]
+    assert [layer.name for layer in model.upcycling.converted] == [*(layer.name for layer in record.converted), *new]
+    assert model.upcycling.left["layer4.1.conv2"] == "it is a PCEConv2d already"
+    # The record makes the whole network again.
+    again = rebuild(resnet18(), Upcycling.from_dict(model.upcycling.to_dict())).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(EXAMPLE), model.eval()(EXAMPLE))
+    with pytest.raises(
+        ValueError, match=r"model was upcycled with .*'num_experts': 4.* all of its layers have the same"
+    ):
+        pcenet.upcycle(model, num_experts=2, layers="layer1", example=EXAMPLE)
+
+
+def test_a_network_that_keeps_its_record_is_upcycled_by_itself() -> None:
+    model = create_network("timm:resnet18", num_classes=3, channels=NARROW)
+    before = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=r"a TimmNet is upcycled by its own method, model\.upcycle"):
+        pcenet.upcycle(model)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+
+
+class Flat(nn.Module):
+    """All of it in one module: maps of one size before halving and after enlarging, if their sides are even."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.deep, self.last = (nn.Conv2d(channels, 8, 3, padding=1) for channels in (3, 8, 8))
+        self.halve, self.enlarge = nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.enlarge(self.deep(self.halve(self.first(x)))))
+
+
+def test_maps_that_are_of_one_size_for_some_images_alone_share_no_router() -> None:
+    torch.manual_seed(0)
+    model, images = Flat().eval(), torch.randn(1, 3, 21, 18)
+    expected = model(images)
+    pcenet.upcycle(model, layers=1.0, example=torch.randn(1, 3, 16, 16))
+    assert [layer.leader for layer in model.upcycling.converted] == [None, None, None]
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_second_time_without_an_example() -> None:
     """The trial image has the channels of the first layer, which is a PCE convolution by then."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
     assert len(pcenet.upcycle(model, layers=1.0).upcycling.converted) == 2
-    assert pcenet.upcycle(model, layers=1.0).upcycling.converted == ()
+    assert len(pcenet.upcycle(model, layers=1.0).upcycling.converted) == 2
     pcenet.upcycle(nn.Sequential(PCELayer(5, 8, patch_size=4), nn.Conv2d(8, 8, 3, padding=1)), layers=1.0)
 
 
