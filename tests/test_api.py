@@ -85,9 +85,11 @@ def test_a_network_in_another_type_of_numbers_predicts(dtype: torch.dtype) -> No
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     for name in ("cifar10/pce_nano", "cifar10/dense_nano"):
         (expected,) = pcenet.load_model(name).predict(image, precision="fp32")
-        (found,) = pcenet.load_model(name, dtype=dtype).predict(image, precision="fp32")
-        assert found.label == expected.label
-        assert found.probability == pytest.approx(expected.probability, abs=1e-5 if dtype is torch.float64 else 0.1)
+        model = pcenet.load_model(name, dtype=dtype)
+        for precision in ("fp32", "bf16", None):
+            (found,) = model.predict(image, precision=precision)
+            assert found.label == expected.label
+            assert found.probability == pytest.approx(expected.probability, abs=1e-5 if dtype is torch.float64 else 0.1)
 
 
 def test_a_head_with_other_outputs_than_classes_is_named() -> None:

@@ -118,7 +118,7 @@ class CompareConfig:
     @property
     def folder(self) -> Path:
         """``out``, or ``runs/compare-<data>``."""
-        return Path(self.out or f"runs/compare-{Path(os.path.abspath(self.recipe.data)).stem}")
+        return Path(self.out or f"runs/compare-{Path(os.path.realpath(self.recipe.data)).stem}")
 
     @property
     def runs(self) -> tuple[PlannedRun, ...]:

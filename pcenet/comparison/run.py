@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def check_networks(config: CompareConfig, build: bool = False) -> None:
             check_model(options)
             if build:
                 with naming_model_args(options.model_args):
-                    build_model(replace(options, init=None), num_classes=2)
+                    build_model(options, num_classes=2)
         except ValueError as error:
             known = (
                 "" if label in config.variants or not config.variants else f"; variants: {', '.join(config.variants)}"
@@ -141,8 +142,9 @@ def check_begun(config: CompareConfig) -> None:
 def as_elsewhere(expected: TrainConfig, saved: TrainConfig, precision: Precision) -> TrainConfig:
     """What a finished run may differ in: where its data lay, and the precision, if its machine chose it."""
     changes: dict[str, Any] = {}
-    here, there = Path(expected.data), Path(saved.data)
-    if here.name == there.name and not (here.exists() and there.exists() and not here.samefile(there)):
+    here, there = expected.data, saved.data
+    both = os.path.exists(here) and os.path.exists(there)  # which for a folder that may not be entered is no error
+    if Path(here).name == Path(there).name and not (both and not os.path.samefile(here, there)):
         changes["data"] = saved.data
     if precision == "auto":
         changes["precision"] = saved.precision

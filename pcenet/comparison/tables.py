@@ -147,7 +147,7 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
     if len(runs_by_images) > 1:
         numbers = "; ".join(f"{number}: {', '.join(names)}" for number, names in sorted(runs_by_images.items()))
         lines.append(
-            f"runs were validated on different numbers of images, so that their scores differ by that ({numbers})"
+            f"runs were validated on different numbers of images, so their scores cannot be compared ({numbers})"
         )
     return lines
 

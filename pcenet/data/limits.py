@@ -17,8 +17,8 @@ MOST_SCANS = 100  # of a progressive JPEG, which is decoded anew for each; usual
 MOST_MARKERS = 10_000  # each of 64 KiB at most
 SCAN, END = b"\xff\xda", b"\xff\xd9"
 ALONE = (b"\xff\x01", b"\xff\xd8")  # all others are followed by the length of what belongs to them
-# Neither a byte 255 of a scan's content nor where decoders may restart.
-MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+# Neither a byte 255 of a scan's content nor where decoders may restart; nor what is reserved, which they drop alone.
+MARKER = re.compile(rb"\xff[\x01\xc0-\xcf\xd8-\xfe]")
 
 
 def scans_fault(data: bytes) -> str | None:

@@ -80,7 +80,7 @@ def cover_transform(
     """PIL image -> float32 ``[3, h, w]``, normalised: resized to just cover ``size``, nothing cut off.
 
     The image keeps its aspect ratio (bilinear, antialiased), so ``h, w`` is ``size`` in one direction and at least
-    ``size`` in the other. Arguments and errors as for ``segment_train_transform``.
+    ``size`` in the other. Errors as for ``segment_train_transform``.
 
     Args:
         size: height and width.

@@ -50,7 +50,7 @@ class Network:
         """
         weight = next(self.model.parameters(), images)  # an exported file has none
         images = images.to(self.device, weight.dtype, memory_format=torch.channels_last)
-        with autocast(self.precision, self.device):
+        with autocast(self.precision if weight.dtype == torch.float32 else "fp32", self.device):
             logits, records = answer(self.model, images, tta=self.tta)
         if logits.shape[1] != len(self.classes):
             raise ValueError(

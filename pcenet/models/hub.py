@@ -73,6 +73,7 @@ class SavableModel(nn.Module, ModelHubMixin):
     ignored_values: list[int] | None = None
     pretrained_cfg: dict[str, Any]
     pruned: bool = False
+    _config_before: bytes | None = None
 
     def config(self) -> dict[str, Any]:
         """Everything but the weights: architecture, arguments, classes, preprocessing. No time and no path in it."""
@@ -160,23 +161,16 @@ class SavableModel(nn.Module, ModelHubMixin):
                 "the network was pruned and cannot be made again from its arguments: save it before pruning"
             )
         self._check_as_loading_will()
-        # The mixin removes an old configuration before anything new is there.
-        old = Path(save_directory) / CONFIG
-        before = old.read_bytes() if old.is_file() else None
-        try:
-            return super().save_pretrained(save_directory, **kwargs)
-        except BaseException:
-            if before is not None and not old.exists():
-                old.write_bytes(before)
-            raise
+        path = Path(save_directory) / CONFIG
+        self._config_before = path.read_bytes() if path.is_file() else None  # the mixin removes it
+        return super().save_pretrained(save_directory, **kwargs)
 
     def _check_as_loading_will(self) -> None:
-        try:
-            config = check_config(read_json(json.dumps(self.config())))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the network cannot be saved: {error}") from error
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        skeleton = skeleton_of(config, len(shapes))
+        try:
+            skeleton = skeleton_of(check_config(read_json(json.dumps(self.config()))), len(shapes))
+        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"the network cannot be saved: {error}") from error
         misfit = "the network cannot be saved, for its arguments no longer make it"
         way_out = "call reset_classifier for other classes, undo pruning and the like, or save its state_dict() instead"
         check_shapes(shapes, skeleton, misfit, way_out)
@@ -215,14 +209,21 @@ class SavableModel(nn.Module, ModelHubMixin):
         return model_card(self.config(), *args, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        # A copy of each: tensors that share memory are saved, too.
-        weights = {
-            name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self.state_dict().items()
-        }
-        config = json.dumps(self.config(), indent=2) + "\n"
-        # Not save_file, which makes a file that only its owner may read.
-        write_bytes(save_directory / WEIGHTS, save(weights, metadata={"format": "pt"}))
-        write_text(save_directory / CONFIG, config)
+        path = save_directory / CONFIG
+        try:
+            # On the processor, a copy of each, so that tensors that share memory are saved, too.
+            weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+            weights = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
+            content = save(weights, metadata={"format": "pt"})
+            write_text(path, json.dumps(self.config(), indent=2) + "\n")
+            # Not save_file, which makes a file that only its owner may read.
+            write_bytes(save_directory / WEIGHTS, content)
+        except BaseException:  # the weights are those of before, whole
+            if self._config_before is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(self._config_before)
+            raise
 
     @classmethod
     def _from_pretrained(
@@ -260,13 +261,14 @@ class SavableModel(nn.Module, ModelHubMixin):
 
 
 def load_model(folder: str | Path, **overrides: Any) -> SavableModel:
-    """Load a network that ``save_pretrained`` wrote, in evaluation mode and float32.
+    """Load a network that ``save_pretrained`` wrote, in evaluation mode.
 
     Args:
         folder: holds ``model.safetensors`` and ``config.json``, or is the run folder around it; or, where there is no
             such path, the name of weights that come with the package, such as ``"cifar10/pce_nano"``, see `bundled`.
         overrides: arguments of the network that replace the saved ones, such as ``border="zero"``; ``device`` and
-            ``dtype`` say where the network is, and in what type of numbers.
+            ``dtype`` say where the network is to be, and in what type of numbers: by default on the processor, in
+            float32.
 
     Raises:
         ValueError: if a file is missing or broken, or the weights do not fit the configuration; names both.

@@ -23,10 +23,8 @@ LARGEST_MASK_VALUE = 2**16 - 1
 MOST_PIXEL_CLASSES = 255
 
 PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
-ENDS = (
-    "first_conv",
-    "classifier",
-)  # which layers timm makes anew for other channels or classes; we have no use for them
+# Which layers timm makes anew for other channels or classes; we have no use for them.
+ENDS = ("first_conv", "classifier")
 
 
 def read_json(text: str | bytes) -> dict[str, Any]:

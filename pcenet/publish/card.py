@@ -144,6 +144,8 @@ def rounded(share: float) -> str:
 def training_section(config: TrainConfig, metrics: Values, environment: Values) -> str:
     """What it was trained on, and how."""
     epochs = "1 epoch" if metrics["epochs"] == 1 else f"{metrics['epochs']} epochs"
+    if metrics.get("weights_of_epoch", metrics["epochs"]) != metrics["epochs"]:
+        epochs += f" (the weights are those of epoch {metrics['weights_of_epoch']})"
     versions = ", ".join(f"{part} {environment['versions'][part]}" for part in ("torch", "timm"))
     options = yaml.safe_dump(recipe(config), sort_keys=False).strip()
     return f"""## Training

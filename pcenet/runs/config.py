@@ -385,7 +385,7 @@ class TrainConfig:
     def folder(self) -> Path:
         """``out``, or ``runs/<model>-<data>-<seed>``."""
         model = self.model_name.replace(":", "-")
-        return Path(self.out or f"runs/{model}-{Path(os.path.abspath(self.data)).stem}-{self.seed}")
+        return Path(self.out or f"runs/{model}-{Path(os.path.realpath(self.data)).stem}-{self.seed}")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def metrics_of(score: str) -> dict[str, Any]:
         "data": Maybe(TEXT),
         "model": Maybe(TEXT),
         "epochs": COUNT,
+        "weights_of_epoch": Maybe(COUNT),
         "val": {"images": COUNT, score: NUMBER},
         "best": {"epoch": COUNT, score: NUMBER},
         "epoch_seconds": NUMBER,

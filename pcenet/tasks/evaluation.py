@@ -64,7 +64,7 @@ def evaluate(config: EvalConfig) -> Any:
     out.mkdir(parents=True, exist_ok=True)
     measured = f"{config.split}-tta" if config.tta else config.split
     # In a run's folder there are figures of that run alone, by whatever path it was named.
-    own = run is not None and out == run.path
+    own = run is not None and out.resolve() == run.path.resolve()
     of = {"source": trained.data} | ({} if own else {"run": config.run})
     path = result_path(out, Path(source.name).stem, of, measured)
     about = {"model": model.pretrained_cfg["architecture"], "data": source.name, "split": config.split}

@@ -30,7 +30,7 @@ from pcenet.runtime.distributed import agreeing, decide, share, together
 from pcenet.runtime.launcher import ranks_of_environment
 from pcenet.runtime.signals import Stop, listening
 from pcenet.texts import say
-from pcenet.training.checkpoints import read_checkpoint
+from pcenet.training.checkpoints import DamagedError, read_checkpoint
 from pcenet.training.figures import Row
 from pcenet.training.loop import Trainer
 from pcenet.training.network import build_model
@@ -227,37 +227,58 @@ def announce(run: Run) -> None:
 
 
 def finish(run: Run, rows: Sequence[Row], stopped: str | None, trackers: Trackers) -> None:
-    """Write ``model/`` from the averaged weights, measure and draw it, write ``metrics.json``: the weights of the best
-    epoch where no better one came, else of the last."""
+    """Write ``model/`` from averaged weights, measure and draw it, write ``metrics.json``."""
     config, source = run.config, run.sources["val"]
     model = run.model
     if config.strategy == "fsdp":  # each process has parts of that one
         model = build_model(config, len(source.classes))
         run.task.tell_of_data(model, source, config.grey_range)
-    early = stopped == "early_stopping"
-    last = run.folder.checkpoint(int(best_row(run, rows)["step"])) if early else run.folder.steps[-1]
-    decide(lambda: keep_averaged(model, run.folder, last))
+    epoch = decide(lambda: keep_averaged(run, model, rows, stopped))
     share(list(model.state_dict().values()))
     result = run.task.evaluate(model, run.loaders["val"], source.classes, device=run.device, precision=config.precision)
-    decide(lambda: report(run, model, rows, stopped, result, trackers))
+    decide(lambda: report(run, model, rows, stopped, epoch, result, trackers))
 
 
-def keep_averaged(model: SavableModel, folder: RunFolder, checkpoint: Path) -> None:
-    """Give a network the averaged weights of a checkpoint, and write it."""
-    model.load_state_dict(read_checkpoint(checkpoint)["averaged"])
+def keep_averaged(run: Run, model: SavableModel, rows: Sequence[Row], stopped: str | None) -> int:
+    """Give a network averaged weights, and write it: those of the best epoch after early stopping, else of the last.
+
+    Returns:
+        The epoch whose weights they are.
+    """
+    folder, row = run.folder, rows[-1]
+    newest = chosen = folder.steps[-1]
+    if stopped == "early_stopping":
+        row = best_row(run, rows)
+        chosen = folder.checkpoint(int(row["step"]))
+    try:
+        content = read_checkpoint(chosen)
+    except DamagedError as error:
+        if chosen == newest:
+            raise
+        # Damaged, or in the folder in which the run began.
+        log.warning("%s; the weights are those of the last epoch, not of the best", error)
+        content, row = read_checkpoint(newest), rows[-1]
+    model.load_state_dict(content["averaged"])
     write_atomically(folder.model, model.save_pretrained)
+    return int(row["epoch"])
 
 
 def report(
-    run: Run, model: SavableModel, rows: Sequence[Row], stopped: str | None, result: Any, trackers: Trackers
+    run: Run,
+    model: SavableModel,
+    rows: Sequence[Row],
+    stopped: str | None,
+    epoch: int,
+    result: Any,
+    trackers: Trackers,
 ) -> None:
-    """Write and show what was measured."""
+    """Write and show what was measured of the weights of an epoch."""
     config, folder = run.config, run.folder
     draw(run, trackers, int(rows[-1]["step"]), lambda: final_pictures(run, model, rows, result))
-    metrics = summary(run, rows, stopped, result)
+    metrics = summary(run, rows, stopped, result) | {"weights_of_epoch": epoch}
     write_json(folder.metrics, metrics)
     if stopped:
-        kept = f"; the weights are those of epoch {metrics['best']['epoch']}" if stopped == "early_stopping" else ""
+        kept = "" if epoch == len(rows) else f"; the weights are those of epoch {epoch}"
         say(f"stopped by {stopped} in epoch {len(rows)} of {config.epochs}{kept}")
     say(f"validation {run.task.headline(result)}")
     if result.router:

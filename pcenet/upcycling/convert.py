@@ -93,11 +93,12 @@ def upcycle(
 
     Raises:
         ValueError: where an argument breaks its rule; if there is nothing to convert, saying why; for an example that
-            the network does not take.
+            the network does not take; for a network that was upcycled with other options, and for a
+            `pcenet.models.TimmNet`, which has a method for it.
         TypeError: for an option that `pcenet.nn.Router` does not have.
     """
     options = _checked_options(num_experts, gate, shared_kernel, router_options)
-    if callable(getattr(model, "upcycle", None)):
+    if isinstance(getattr(type(model), "upcycling", None), property):  # it keeps the record itself
         raise ValueError(
             f"model: a {type(model).__name__} is upcycled by its own method, model.upcycle(...), so that it can be "
             "saved"
@@ -127,10 +128,9 @@ def upcycle(
     left |= too_small | broken
     for layer in done:
         del left[layer.name]
-    if not isinstance(before, Upcycling):
-        record = Upcycling(done, left, options, chosen_by)
-    else:
-        record = replace(before, converted=before.converted + done, left=left) if done else before
+    record = Upcycling(done, left, options, chosen_by)
+    if isinstance(before, Upcycling):
+        record = before.and_then(record, [entry.name for entry in found])
     if not done and not any(entry.converted for entry in found):
         raise ValueError(f"no convolution can be converted: {record.why_left() or 'the network has no 3x3 one'}")
     if freeze is not None:

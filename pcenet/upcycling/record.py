@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from pcenet.choices import without_removed
@@ -42,6 +42,16 @@ class Upcycling:
     left: Mapping[str, str]
     options: Mapping[str, Any]
     chosen_by: str
+
+    def and_then(self, later: Self, order: Sequence[str]) -> Self:
+        """The record of two calls, of networks whose convolutions run in this order."""
+        if not later.converted:
+            return self
+        converted = sorted(self.converted + later.converted, key=lambda layer: order.index(layer.name))
+        names = {layer.name for layer in converted}
+        left = {name: reason for name, reason in later.left.items() if name not in names}
+        chosen_by = f"{self.chosen_by}; then {later.chosen_by}"
+        return replace(self, converted=tuple(converted), left=left, chosen_by=chosen_by)
 
     def to_dict(self) -> dict[str, Any]:
         """What `rebuild` needs, of types that JSON knows."""

@@ -264,13 +264,16 @@ def test_a_network_that_its_arguments_no_longer_make_is_not_saved(model, folder,
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_full_disk_costs_a_saved_network_nothing(model, folder, monkeypatch):
+@pytest.mark.parametrize("write", ["write_bytes", "write_text"])
+def test_a_full_disk_costs_a_saved_network_nothing(model, folder, monkeypatch, write):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model.class_names = ["new", "other", "names"]
+    model.head.fc.weight.data.zero_()
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pcenet.models.hub.write_bytes", full)
+    monkeypatch.setattr(f"pcenet.models.hub.{write}", full)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -96,6 +96,7 @@ def test_without_progress_a_run_ends_and_stays_ended(
     metrics = json.loads(whole.metrics.read_text())
     assert (metrics["epochs"], metrics["steps"], metrics["stopped"]) == (4, 12, "early_stopping")
     assert metrics["best"] == {"epoch": 2, "top1": pytest.approx(0.5)}
+    assert metrics["weights_of_epoch"] == 2
     said = capsys.readouterr().out
     assert "stopped by early_stopping in epoch 4 of 5; the weights are those of epoch 2" in said
     best = read_checkpoint(whole.checkpoint(6))["averaged"]
@@ -111,6 +112,12 @@ def test_without_progress_a_run_ends_and_stays_ended(
     resumed = train(start("broken", resume="auto", **options))
     assert epochs(resumed) == epochs(whole)
     assert weights(resumed) == weights(whole)
+
+    # Gone on with in another folder, where the best epoch has no checkpoint.
+    moved = train(start("moved", resume=str(whole.checkpoint(9)), **options))
+    assert json.loads(moved.metrics.read_text())["weights_of_epoch"] == 4
+    last = read_checkpoint(moved.checkpoint(12))["averaged"]
+    assert_close(load_file(moved.model / "model.safetensors"), {name: last[name] for name in last}, rtol=0, atol=0)
 
     new = start("new", resume=str(whole.steps[-1]), **options)
     with pytest.raises(ValueError, match=r"step-00000012 was stopped by early_stopping in epoch 4"):

@@ -189,8 +189,9 @@ def test_a_second_time_changes_nothing() -> None:
     assert "layer4.1.conv2" in [layer.name for layer in record.converted]
     pcenet.upcycle(model, layers="layer2", example=EXAMPLE)
     new = ["layer2.0.conv2", "layer2.1.conv1", "layer2.1.conv2"]
-    assert [layer.name for layer in model.upcycling.converted] == [*(layer.name for layer in record.converted), *new]
-    assert model.upcycling.left["layer4.1.conv2"] == "it is a PCEConv2d already"
+    assert [layer.name for layer in model.upcycling.converted] == [*new, *(layer.name for layer in record.converted)]
+    assert set(model.upcycling.left) == set(record.left) - set(new)
+    assert model.upcycling.chosen_by == f"{record.chosen_by}; then by name (layer2)"
     # The record makes the whole network again.
     again = rebuild(resnet18(), Upcycling.from_dict(model.upcycling.to_dict())).eval()
     again.load_state_dict(model.state_dict())
