@@ -75,6 +75,8 @@ def test_one_picture_in_any_form_is_predicted_alike(run: pcenet.TrainedRun, pict
     found = [run.model.predict(form, precision="fp32")[0] for form in forms]
     assert {item.label for item in found} == {found[0].label}
     assert [item.probability for item in found] == pytest.approx([found[0].probability] * len(forms), abs=1e-6)
+    (rounded,) = run.model.predict((tensor.float() / 255).bfloat16(), precision="fp32")
+    assert rounded.probability == pytest.approx(found[0].probability, abs=0.05)
     assert found[2].file == "image 0"
     assert [item.file for item in run.model.predict([image, array])] == ["image 0", "image 1"]
     assert np.array_equal(np.array(found[3].picture()), array)
@@ -171,6 +173,7 @@ def test_what_cannot_be_read_is_left_out(run: pcenet.TrainedRun, tmp_path: Path)
         (np.zeros((4, 4, 5), np.uint8), ValueError, r"an array must be .*, not \[4, 4, 5\]"),
         (torch.zeros(2, 4, 4), ValueError, r"a tensor must be .*, not \[2, 4, 4\]"),
         (np.zeros((4, 4, 3), np.int64), ValueError, "must be uint8 .* or float .*, not int64"),
+        (np.zeros((0, 3, 3), np.uint8), ValueError, r"must have pixels, not the shape \[0, 3, 3\]"),
         (torch.full((3, 4, 4), -2.0), ValueError, "before they are normalised, not from -2 to -2"),
     ],
 )

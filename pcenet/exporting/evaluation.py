@@ -148,7 +148,9 @@ class _Watch(TorchDispatchMode):
 
 
 def _after_folding(norm: nn.Module) -> nn.Module | None:
-    """What is left of a normalisation that is folded; None for one of an unknown kind."""
+    """What is left of a normalisation that is folded; None for one that cannot be."""
+    if getattr(norm, "running_mean", None) is None:  # it normalises by its batch, at evaluation, too
+        return None
     if type(norm) is nn.BatchNorm2d:
         return nn.Identity()
     if type(norm) is BatchNormAct2d:

@@ -79,3 +79,5 @@ class PredictConfig:
                 "routing: windows overlap, so that a patch of the image has several experts; leave out --routing or "
                 "--sliding-window"
             )
+        if self.overlap != PredictConfig.overlap and not self.sliding_window:
+            raise ValueError(f"overlap {self.overlap:g} has no effect without sliding_window: give both, or neither")

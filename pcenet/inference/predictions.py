@@ -284,6 +284,7 @@ def pictures(given: Any, name: str, grey_range: GreyRange | None = None) -> Iter
         return
     if isinstance(given, Tensor):
         values = given.detach().cpu()
+        values = values.float() if values.dtype == torch.bfloat16 else values  # which NumPy does not know
         if values.ndim not in (3, 4) or values.shape[-3] not in (1, 3):
             raise ValueError(f"inputs: a tensor must be [3, H, W] or [B, 3, H, W], not {list(values.shape)}")
         array = values.movedim(-3, -1).numpy()
@@ -294,6 +295,8 @@ def pictures(given: Any, name: str, grey_range: GreyRange | None = None) -> Iter
     else:
         kinds = "paths, PIL images, arrays, tensors, or a list of them"
         raise TypeError(f"inputs must be {kinds}, not {type(given).__name__}")
+    if 0 in array.shape[-3:-1]:
+        raise ValueError(f"inputs: an image must have pixels, not the shape {list(given.shape)}")
     for image in array if array.ndim == 4 else [array]:
         yield Image.fromarray(np.broadcast_to(in_bytes(image), (*image.shape[:2], 3)).copy())
 

@@ -125,6 +125,14 @@ def test_only_what_alone_reads_a_convolution_is_folded():
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_statistics_of_the_batch_are_not_folded():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    images = torch.randn(2, 3, 8, 8)
+    assert fold_batch_norms(copy.deepcopy(model), images) == 0
+    assert torch.equal(evaluation_form(model, images)(images), model(images))
+
+
 def test_weights_that_are_computed_are_taken_as_they_are_used():
     model = trained_like(create_network("pce_nano", num_classes=3, widths=(8, 12, 16))).requires_grad_(False)
     images = torch.randn(1, 3, 32, 32)

@@ -191,6 +191,7 @@ def test_large_images_in_windows_and_small_ones_as_ever(
     ("line", "message"),
     [
         ("SEGMENTER a.png --sliding-window --routing", "routing: windows overlap, so that a patch of the image has"),
+        ("SEGMENTER a.png --overlap 0.5", "overlap 0.5 has no effect without sliding_window: give both, or neither"),
         ("SEGMENTER a.png --sliding-window --overlap 1", "overlap must be below 1, got 1"),
         ("CLASSIFIER a.png --sliding-window", "sliding_window is for networks that segment; this one gives a whole"),
     ],
