@@ -24,9 +24,10 @@ OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a writ
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside ``path`` where the block writes a file or a folder; flushed to the disk, it takes ``path``'s place.
 
-    ``path`` is complete or absent at any moment; a folder that was there is replaced.
+    ``path`` is complete or absent at any moment; a folder that was there is replaced by a folder alone.
 
     Raises:
+        IsADirectoryError: if a file would take a folder's place.
         OSError: naming ``path``, or a file below it; what was there before is still there.
     """
     temporary = path.with_name(path.name + TEMPORARY)
@@ -34,6 +35,8 @@ def replacing(path: Path) -> Iterator[Path]:
         remove(temporary)
         try:
             yield temporary
+            if path.is_dir() and not temporary.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             for written in (*temporary.rglob("*"), temporary):
                 flush(written)
             if os.path.lexists(path) and (temporary.is_dir() or path.is_dir()):
@@ -80,7 +83,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, atomically."""
+    """Write a file, atomically; a pipe or a device gets the content and stays what it is."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        path.write_bytes(content)
+        return
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 

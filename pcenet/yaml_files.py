@@ -71,6 +71,8 @@ def parse_yaml(text: str, loader: type[BoundedLoader] = OptionLoader) -> Any:
         return yaml.load(text, loader)
     except RecursionError as error:
         raise ValueError(f"lists and mappings lie within each other more than {DEEPEST} deep") from error
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # of PyYAML's own
+        raise ValueError("a value does not fit the tag (!!...) before it; leave the tag out") from error
 
 
 def read_yaml(path: Path, loader: type[BoundedLoader] = OptionLoader) -> Any:

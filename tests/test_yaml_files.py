@@ -12,6 +12,12 @@ from pcenet.cli import main
 from pcenet.yaml_files import BoundedLoader, parse_yaml, read_yaml
 
 
+@pytest.mark.parametrize("text", ["!!bool foo", "!!int ''", "!!float ''", "!!timestamp foo"])
+def test_a_value_that_does_not_fit_its_tag(text: str) -> None:
+    with pytest.raises(ValueError, match=r"a value does not fit the tag \(!!...\) before it"):
+        parse_yaml(f"lr: {text}")
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [

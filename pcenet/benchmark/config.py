@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args
 
 from pcenet.choices import did_you_mean
-from pcenet.runs.options import DeviceOption, Option, ThreadsOption
+from pcenet.runs.options import DeviceOption, Option, ThreadsOption, check, check_file
 
 Suite = Literal["table", "scaling"]
 Measure = Literal["forward", "step", "latency", "memory"]
@@ -111,6 +111,7 @@ class BenchConfig:
     plot: Annotated[str | None, Option("Draw cost against experts and side to this file (suite scaling).")] = None
 
     def __post_init__(self) -> None:
+        check(self)
         for text in self.layers:
             parse_shape(text)
         allowed = {
@@ -129,13 +130,13 @@ class BenchConfig:
                     )
         if any(count < 1 for count in self.experts) or not self.experts:
             raise ValueError(f"experts={self.experts} must be whole numbers, each at least 1")
-        if self.rounds < 3:
-            raise ValueError(f"rounds={self.rounds} must be at least 3: a median of fewer says nothing")
         if self.against is not None and not Path(self.against).is_file():
             raise ValueError(f"against={self.against!r}: there is no such file")
         if self.plot and (self.suite != "scaling" or self.layers or self.models):
             raise ValueError(f"plot={self.plot!r} is drawn of the suite scaling; give --suite scaling, or leave it out")
+        if self.layers and not self.models and not {"forward", "step"} & set(self.measures):
+            raise ValueError(
+                f"measures={self.measures} are of networks; of layers give forward or step, or give models"
+            )
         for name in ("json", "plot"):
-            path = getattr(self, name)
-            if path is not None and not Path(path).absolute().parent.is_dir():
-                raise ValueError(f"{name}={path!r}: there is no folder {str(Path(path).parent)!r}; make it first")
+            check_file(name, getattr(self, name))

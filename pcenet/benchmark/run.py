@@ -26,6 +26,7 @@ from pcenet.benchmark.subjects import (
     load_rival,
     make_batches,
     make_layer,
+    make_optimiser,
     model_step_call,
 )
 from pcenet.benchmark.targets import LINES, Record, in_precision, judge
@@ -240,7 +241,7 @@ class Bench:
         for measure in measures:
             size = 1 if measure == "latency" else batch
             images = [one[:size] for one in batches]
-            make: Callable[[nn.Module], Call] = (
+            make: Callable[..., Call] = (
                 partial(model_step_call, batches=images, precision=precision, segments=task_of(name) == "segment")
                 if measure in ("step", "memory")
                 else partial(forward_call, batches=images, precision=precision)
@@ -254,11 +255,16 @@ class Bench:
                 self.add({**common, **about, "line": (lines or {}).get(measured)}, figures)
 
     def model_figures(
-        self, networks: Mapping[str, nn.Module], make: Callable[[nn.Module], Call], measure: str, compiled: bool
+        self, networks: Mapping[str, nn.Module], make: Callable[..., Call], measure: str, compiled: bool
     ) -> Iterator[tuple[str, dict[str, float]]]:
         """What was measured, and its figures: of ``"ours"`` relative to ``"dense"``."""
         if measure == "memory":
-            ours, dense = (peak_memory(networks[key], partial(make(networks[key]), 0)) for key in ("ours", "dense"))
+
+            def peak(network: nn.Module) -> int:
+                optimiser = make_optimiser(network)
+                return peak_memory(network, partial(make(network, optimiser=optimiser), 0), optimiser)
+
+            ours, dense = peak(networks["ours"]), peak(networks["dense"])
             yield measure, {"mb": ours / 1e6, "base_mb": dense / 1e6, "ratio": ours / dense}
             return
         with fresh_compiler() if compiled else nullcontext():

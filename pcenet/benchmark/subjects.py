@@ -89,8 +89,9 @@ def balance(model: nn.Module, batches: list[Tensor]) -> float:
     a balancing bias has nothing left to do and is 0.
 
     Returns:
-        The largest max/min load that is left, over all layers and batches.
+        The largest max/min load that is left at evaluation, over all layers and batches.
     """
+    model.eval()  # in training a bias evens out whatever is left, batch by batch
     routers = [module for module in model.modules() if isinstance(module, Router)]
     with torch.no_grad():
         for router in routers:
@@ -176,11 +177,23 @@ def _no_records(_model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
     yield {}
 
 
-def model_step_call(model: nn.Module, batches: list[Tensor], precision: str, *, segments: bool) -> Call:
+def make_optimiser(model: nn.Module) -> torch.optim.AdamW:
+    """That of a training step."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+
+def model_step_call(
+    model: nn.Module,
+    batches: list[Tensor],
+    precision: str,
+    *,
+    segments: bool,
+    optimiser: torch.optim.Optimizer | None = None,
+) -> Call:
     """A whole training step of a network: forward, loss, backward, AdamW; the loss has the routers' terms, but for a
     compiled network, which calls no recorder."""
     recorder = _no_records if isinstance(model, OptimizedModule) else record_routing
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    optimiser = make_optimiser(model) if optimiser is None else optimiser
     shape = (len(batches[0]), *batches[0].shape[2:]) if segments else (len(batches[0]),)
     target = torch.randint(CLASSES, shape, device=batches[0].device)
 

@@ -91,12 +91,19 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_threshold, 2**25) and mallopt(trim_threshold, 2**31 - 1))
 
 
-def peak_memory(model: nn.Module, step: Callable[[], Any]) -> int:
-    """Bytes of all tensors at the peak of a call, by torch's own tracker; the model's parameters are among them."""
+def peak_memory(model: nn.Module, step: Callable[[], Any], *others: Any) -> int:
+    """Bytes of all tensors at the peak of a call, by torch's own tracker; the model's parameters are among them.
+
+    Args:
+        model: the network.
+        step: the call. It is made once before: an optimiser has its moments from the first step on.
+        others: what else holds tensors all the time, such as the optimiser.
+    """
     from torch.distributed._tools.mem_tracker import MemTracker
 
+    step()
     tracker = MemTracker()
-    tracker.track_external(model)
+    tracker.track_external(model, *others)
     with tracker:
         step()
     return max(int(kinds["Total"]) for kinds in tracker.get_tracker_snapshot("peak").values())

@@ -19,8 +19,6 @@ SYSTEM_NAMES = frozenset(
         "desktop.ini",
         "ehthumbs.db",
         "ehthumbs_vista.db",
-        "recycled",
-        "recycler",
         "system volume information",
         "thumbs.db",
         # macOS

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pcenet.choices import TaskName
 from pcenet.explanation.report import Report
 from pcenet.reporting.numbers import in_prose, score_digits, share_text
 from pcenet.runs.health import UNEVEN, experts_in_words
@@ -105,9 +106,9 @@ def summary(report: Report) -> list[Finding]:
     ]
 
 
-def layer_findings(layer: Report) -> list[Finding]:
-    """What is to be said of one layer."""
-    return [*_dead_of(layer), *_owned(layer), *_place(layer), *_health(layer), *_sharp(layer)]
+def layer_findings(layer: Report, task: TaskName) -> list[Finding]:
+    """What is to be said of one layer of a network for this task."""
+    return [*_dead_of(layer), *_owned(layer, task), *_place(layer), *_health(layer), *_sharp(layer)]
 
 
 def _dead(report: Report) -> Iterator[Finding]:
@@ -179,7 +180,7 @@ def _twin(report: Report) -> Iterator[Finding]:
 
 def _classes(report: Report) -> Iterator[Finding]:
     measured = [layer for layer in report["layers"] if layer["specialisation"] is not None]
-    apart = [layer for layer in measured if _tells_class(layer)]
+    apart = [layer for layer in measured if _tells_class(layer, report["task"])]
     at_a_place = [layer["title"] for layer in measured if _tells_class_at_a_place(layer)]
     if measured and not apart and at_a_place:
         text = f"On the whole in no layer does the expert tell anything of the class, but in {', '.join(at_a_place)} it"
@@ -264,7 +265,7 @@ def _knock_out(report: Report) -> Iterator[Finding]:
         yield Finding("bad", text)
 
 
-def _owned(layer: Report) -> Iterator[Finding]:
+def _owned(layer: Report, task: TaskName) -> Iterator[Finding]:
     found = owners(layer)
     if layer["specialisation"] is None:
         yield Finding("note", "No patch has a class here, so nothing is known of experts and classes.")
@@ -280,7 +281,7 @@ def _owned(layer: Report) -> Iterator[Finding]:
             yield Finding("good", text)
         else:
             yield Finding("note", f"{text} It may owe them to where they lie.")
-    elif _tells_class(layer):
+    elif _tells_class(layer, task):
         yield Finding("note", "No expert owns a class, but classes are spread over the experts unevenly.")
     elif _tells_class_at_a_place(layer):
         yield Finding("note", "On the whole experts do not differ by class, but among patches of one place they do.")
@@ -331,8 +332,11 @@ def _beyond_chance(layer: Report, what: str) -> float:
     return float(numbers[f"with_{what}"] - numbers[f"control_{what}"])
 
 
-def _tells_class(layer: Report) -> bool:
-    return _beyond_chance(layer, "class") > APART
+def _tells_class(layer: Report, task: TaskName) -> bool:
+    # To classify, all patches of an image have its class. Where they share an expert, too, such as those of a dark
+    # image, few images tie experts to classes by chance, and a control that shuffles patches does not see it; among the
+    # patches of one place, of which an image has one, it does.
+    return _beyond_chance(layer, "class") > APART and (task == "segment" or _tells_class_at_a_place(layer))
 
 
 def _tells_class_at_a_place(layer: Report) -> bool:

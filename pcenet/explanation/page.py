@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def page(report: Report, pictures: Pictures, captions: list[tuple[str, str]]) ->
         pictures=pictures,
         captions=captions,
         findings=summary(report),
-        layer_findings=layer_findings,
+        layer_findings=partial(layer_findings, task=report["task"]),
         row_label=row_label,
         expert_colour=expert_colour,
         class_colour=class_colour,

@@ -24,6 +24,7 @@ from pcenet.runs.options import (
     TtaOption,
     WorkersOption,
     check,
+    check_file,
     check_path,
 )
 from pcenet.runs.rules import check_input_size, check_together
@@ -51,7 +52,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("balance", "balance_start", "balance_epochs", "z", "temperature", "temperature_epochs"),
         *("router_noise", "router_noise_epochs"),
     ),
-    "augmentation": ("augment", "min_scale", "max_scale", "jitter", "random_erasing", "mixup", "cutmix"),
+    "augmentation": (
+        *("augment", "horizontal_flip", "min_scale", "max_scale", "jitter", "random_erasing", "mixup", "cutmix"),
+    ),
     "hardware": (
         *("device", "devices", "precision", "compile", "workers", "threads", "strategy", "sync_batch_norm"),
         "process_timeout",
@@ -226,10 +229,17 @@ class TrainConfig:
         Augment,
         Option(
             "Augmentation of the training images: crop shifts them, resized_crop enlarges a part, auto takes the "
-            "former for small images, randaugment adds RandAugment. Mirrored where that keeps the label. To segment: "
-            "auto or none; auto scales, cuts out, mirrors and changes colours."
+            "former for small images, randaugment adds RandAugment; to segment: auto or none, auto scales, cuts out "
+            "and changes colours. Half of the images are mirrored, too, see horizontal_flip."
         ),
     ] = "auto"
+    horizontal_flip: Annotated[
+        bool | None,
+        Option(
+            "Mirror half of the training images, left to right: not for what that changes, such as digits, texts or "
+            "arrows. Default: yes, but for the digits that come with the program."
+        ),
+    ] = None
     min_scale: Annotated[float, Option("Segmentation: smallest random enlargement of an image.", above=0)] = 0.5
     max_scale: Annotated[float, Option("Segmentation: largest random enlargement of an image.", above=0)] = 2.0
     jitter: Annotated[
@@ -436,3 +446,4 @@ class CheckDataConfig:
     def __post_init__(self) -> None:
         check(self)
         check_path("data", self.data)
+        check_file("json", self.json)

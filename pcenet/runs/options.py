@@ -187,6 +187,17 @@ def check(config: Any) -> None:
     check_grey_range(getattr(config, "grey_range", None))
 
 
+def check_file(name: str, path: str | None) -> None:
+    """Raise a ``ValueError`` unless a file can be written to a path when the work is done."""
+    if path is None:
+        return
+    if os.path.isdir(path):
+        raise ValueError(f"{name} {path!r} is a folder; give the name of a file")
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise ValueError(f"{name} {path!r}: there is no folder {folder}; make it first")
+
+
 def check_path(name: str, path: str) -> None:
     """Raise a ``ValueError`` unless a run can write a path down: neither YAML nor safetensors knows other names."""
     if not is_text(path):

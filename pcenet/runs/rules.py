@@ -54,6 +54,8 @@ def check_together(config: TrainConfig) -> None:
     if config.max_time is not None:
         duration(config.max_time)
     check_start(config)
+    if config.horizontal_flip and config.augment == "none":
+        raise ValueError("horizontal_flip has no effect with augment 'none': leave one of them out")
     for name, (start, off) in LASTS.items():
         if getattr(config, name) is not None and getattr(config, start) == off:
             raise ValueError(f"{name} {getattr(config, name):g} has no effect without {start}: give both, or neither")

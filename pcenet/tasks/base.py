@@ -49,6 +49,11 @@ class Objective(nn.Module, ABC):
         """The figures of all that was counted, as ``val/<name>``; counting starts anew."""
 
 
+def mirrors(config: TrainConfig, source: Any) -> bool:
+    """Whether half of the training images are mirrored: as the options say, else as the images allow."""
+    return bool(source.horizontal_flip if config.horizontal_flip is None else config.horizontal_flip)
+
+
 class Task(ABC):
     """What depends on whether images are classified or segmented; all else is the same.
 

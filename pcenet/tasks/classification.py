@@ -26,7 +26,7 @@ from pcenet.runs.health import count_routings, health_of
 from pcenet.runtime.device import autocast, widest
 from pcenet.runtime.distributed import over_processes
 from pcenet.tasks.answers import answer
-from pcenet.tasks.base import Objective, Task
+from pcenet.tasks.base import Objective, Task, mirrors
 from pcenet.tasks.means import EpochMeans
 from pcenet.tasks.mixing import make_mixing
 from pcenet.tasks.results import CALIBRATION_BINS, TOP_K, Evaluation
@@ -105,7 +105,7 @@ class Classification(Task):
         transform = data.train_transform(
             image_side(model),
             augment=config.augment,
-            horizontal_flip=source.horizontal_flip,
+            horizontal_flip=mirrors(config, source),
             random_erasing=config.random_erasing,
             mean=values["mean"],
             std=values["std"],

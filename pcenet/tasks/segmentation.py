@@ -28,7 +28,7 @@ from pcenet.runs.health import count_routings, health_of
 from pcenet.runtime.device import autocast
 from pcenet.runtime.distributed import over_processes
 from pcenet.tasks.answers import answer
-from pcenet.tasks.base import Objective, Task
+from pcenet.tasks.base import Objective, Task, mirrors
 from pcenet.tasks.mixing import make_pasting
 from pcenet.tasks.pixels import PixelBatches, PixelScores
 from pcenet.tasks.results import PixelEvaluation
@@ -134,7 +134,7 @@ class Segmentation(Task):
             image_size(model),
             scale=(config.min_scale, config.max_scale) if augmented else (1.0, 1.0),
             jitter=config.jitter if augmented else 0.0,
-            horizontal_flip=source.horizontal_flip and augmented,
+            horizontal_flip=mirrors(config, source) and augmented,
             mean=values["mean"],
             std=values["std"],
         )

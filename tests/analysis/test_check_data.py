@@ -14,6 +14,7 @@ from PIL import Image
 
 from pcenet.analysis.samples import overlay
 from pcenet.cli import main
+from pcenet.writing import write_text
 
 
 def picture(path: Path, seed: int) -> None:
@@ -149,3 +150,21 @@ def test_a_name_that_is_no_text_is_an_error_that_names_the_file(
     (finding,) = json.loads((pets.parent / "r.json").read_text())["findings"]
     assert finding["file"] == (f"train/{name}" if kind == "class" else f"train/cat/{name}.png")
     assert "is no valid Unicode (UTF-8)" in finding["message"]
+
+
+def test_a_folder_is_not_replaced_by_a_file(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(pets.rglob("*"))
+    assert main(["check-data", str(pets), "--json", str(pets)]) == 2
+    assert capsys.readouterr().err == f"pcenet: error: json {str(pets)!r} is a folder; give the name of a file\n"
+    with pytest.raises(IsADirectoryError):
+        write_text(pets, "text")
+    assert sorted(pets.rglob("*")) == before
+
+
+def test_a_pipe_stays_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True) as reader:
+        write_text(pipe, "text")
+        assert reader.communicate()[0] == "text"
+    assert pipe.is_fifo()

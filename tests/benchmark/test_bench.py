@@ -57,6 +57,22 @@ def test_peak_memory_counts_what_lives_at_once() -> None:
     assert timing.peak_memory(model, step) == pytest.approx(1_204_000, rel=0.01)
 
 
+def test_peak_memory_is_that_of_a_step_that_is_not_the_first() -> None:
+    """AdamW's two moments are there from the second step on: with parameters and gradients 4 of the same size."""
+    model = nn.Linear(100_000, 1, bias=False)
+    optimiser = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        model(torch.ones(1, 100_000)).sum().backward()
+        large = torch.zeros(300_000)  # the peak is here, before the optimiser's own
+        del large
+        optimiser.step()
+        optimiser.zero_grad()
+
+    expected = 4 * (2 * 100_000 + 2 * 100_000 + 300_000)  # parameters and gradient, moments, and what lives at once
+    assert timing.peak_memory(model, step, optimiser) == pytest.approx(expected, rel=0.15)
+
+
 def record(line: str | None, ratio: float) -> dict[str, Any]:
     return {"line": line, "ratio": ratio}
 
@@ -109,11 +125,12 @@ def test_kinds_of_processors(
 
 @pytest.mark.parametrize("experts", [2, 7])
 def test_balanced_routing_is_fair(experts: int) -> None:
-    layer = PCELayer(6, 6, patch_size=2, num_experts=experts).eval()
+    layer = PCELayer(6, 6, patch_size=2, num_experts=experts).train()  # it is of evaluation all the same
     nn.init.constant_(layer.router.logits.bias[:1], 3.0)
     batches = subjects.make_batches(16, 6, (12, 12), torch.device("cpu"))
+    layer.eval()
     unfair = max(layer.router(batch).expert_counts.max().item() for batch in batches)
-    worst = subjects.balance(layer, batches)
+    worst = subjects.balance(layer.train(), batches)
     loads = [layer.router(batch).expert_counts for batch in batches]
     assert worst == max(load.max().item() / load.min().item() for load in loads) < 1.6
     assert unfair > 1.6 * max(load.max().item() for load in loads), "nothing was to be done"
@@ -172,10 +189,14 @@ def test_shapes() -> None:
         ({"precisions": ["fp16"]}, "precisions='fp16' must be one of fp32, bf16"),
         ({"borders": []}, "borders is empty"),
         ({"experts": [0]}, r"experts=\[0\] must be"),
-        ({"rounds": 2}, "rounds=2 must be at least 3"),
+        ({"rounds": 2}, "rounds must be at least 3, got 2"),
+        ({"suite": "tabel"}, "suite 'tabel' is not one of .*did you mean 'table'"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"layers": ["2x4x8x4"], "measures": ["latency"]}, r"measures=\['latency'\] are of networks; of layers give"),
         ({"against": "nowhere.py"}, "against='nowhere.py': there is no such file"),
         ({"plot": "x.png"}, "plot='x.png' is drawn of the suite scaling"),
-        ({"json": "nowhere/x.json"}, "json='nowhere/x.json': there is no folder 'nowhere'"),
+        ({"json": "nowhere/x.json"}, "json 'nowhere/x.json': there is no folder .*nowhere"),
+        ({"json": "."}, "json '.' is a folder; give the name of a file"),
     ],
 )
 def test_options_that_break_a_rule_are_named(options: dict[str, Any], message: str) -> None:

@@ -11,7 +11,6 @@ LITTER = [
     *(
         "found.000",
         "FOUND.017",
-        "RECYCLER",
         "@eaDir",
         "#recycle",
         "#snapshot",
@@ -35,7 +34,9 @@ def test_what_systems_leave_does_not_count_in_any_case_at_any_depth(name: str) -
         assert not is_visible(("train", "cat", spelling))
 
 
-@pytest.mark.parametrize("name", ["icon", "recycle", "tmp", "thumbs", "found", "a.b", "cat.", "1.jpg", ""])
+@pytest.mark.parametrize(
+    "name", ["icon", "recycle", "recycled", "recycler", "tmp", "thumbs", "found", "a.b", "cat.", "1.jpg", ""]
+)
 def test_ordinary_names_count(name: str) -> None:
     assert is_visible(("train", name))
 

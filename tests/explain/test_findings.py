@@ -53,7 +53,8 @@ def report(
 ) -> dict[str, Any]:
     interventions = None if rows is None else {"images": images, "score": 0.5, "rows": rows}
     score = {"name": "mIoU", "value": 0.5}
-    return {"images": images, "layers": layers, "interventions": interventions, "score": score, "twin": twin}
+    found = {"task": "segment", "images": images, "layers": layers, "interventions": interventions, "score": score}
+    return found | {"twin": twin}
 
 
 def texts(findings: Any) -> dict[str, list[str]]:
@@ -73,7 +74,7 @@ def test_owners_by_hand() -> None:
 
 
 def test_a_layer_that_specialises() -> None:
-    found = texts(layer_findings(layer()))
+    found = texts(layer_findings(layer(), "segment"))
     assert (found["bad"], found["note"]) == ([], [])
     (text,) = found["good"]
     assert 'expert 1 serves 70.0 % of "road" and 40.0 % of all; expert 0 serves 90.0 % of "sky" and 60.0 %' in text
@@ -82,38 +83,38 @@ def test_a_layer_that_specialises() -> None:
 def test_a_layer_that_does_not() -> None:
     numbers = layer()["specialisation"] | {"with_class": 0.02, "with_class_given_position": 0.06}
     even = {"sky": [60, 40], "road": [60, 40]}
-    found = texts(layer_findings(layer(specialisation=numbers, by_class=even)))
+    found = texts(layer_findings(layer(specialisation=numbers, by_class=even), "segment"))
     assert found == {
         "good": [],
         "note": [],
         "bad": ["Experts do not differ by class: each class is spread over them as all patches are."],
     }
     by_place = numbers | {"with_position": 0.8}
-    found = texts(layer_findings(layer(specialisation=by_place, by_class=even)))
+    found = texts(layer_findings(layer(specialisation=by_place, by_class=even), "segment"))
     assert "from the place alone: mutual information 0.80 (by chance 0.01); among patches of one" in found["bad"][1]
     assert "the expert tells nothing" in found["bad"][1]
-    found = texts(layer_findings(layer(specialisation=None, by_class={})))
+    found = texts(layer_findings(layer(specialisation=None, by_class={}), "segment"))
     assert found["note"] == ["No patch has a class here, so nothing is known of experts and classes."]
 
 
 def test_classes_spread_unevenly_without_an_owner() -> None:
     uneven = {"sky": [50, 50], "road": [55, 45]}
-    (text,) = texts(layer_findings(layer(by_class=uneven)))["note"]
+    (text,) = texts(layer_findings(layer(by_class=uneven), "segment"))["note"]
     assert text.startswith("No expert owns a class")
     numbers = layer()["specialisation"] | {"with_class": 0.02}
-    (text,) = texts(layer_findings(layer(by_class=uneven, specialisation=numbers)))["note"]
+    (text,) = texts(layer_findings(layer(by_class=uneven, specialisation=numbers), "segment"))["note"]
     assert "among patches of one place they do" in text
 
 
 def test_signs_of_an_ill_router() -> None:
     ill = health([1.0, 0.0], None, drop_rate=0.02)
     blind = {"gate": 0.55, "margin": 0.1, "entropy": 0.99}
-    bad = texts(layer_findings(layer(health=ill, sharpness=blind)))["bad"]
+    bad = texts(layer_findings(layer(health=ill, sharpness=blind), "segment"))["bad"]
     assert bad[0] == "Dead: no patch goes to expert 1."
     assert bad[1] == "2.0 % of the patches are dropped for lack of capacity."
     assert "mean gate value is 0.55, and 0.50 is that of one that cannot tell" in bad[2]
     uneven = health([7 / 9, 2 / 9], 3.5)
-    assert texts(layer_findings(layer(health=uneven)))["bad"] == [
+    assert texts(layer_findings(layer(health=uneven), "segment"))["bad"] == [
         "Uneven: the busiest expert has 3.5 times the load of the idlest."
     ]
     assert texts(summary(report([layer(health=uneven)])))["bad"] == [
@@ -275,7 +276,7 @@ def test_dead_experts_are_said_first() -> None:
     text = "Dead: 3 of 7 experts get no patch at all: expert 1 of b; experts 0, 2 of c."
     assert (found[0].sign, found[0].text) == ("bad", text)
     assert len([each for each in found if "Dead" in each.text]) == 1
-    first = layer_findings(layers[2])[0]
+    first = layer_findings(layers[2], "segment")[0]
     assert (first.sign, first.text) == ("bad", "Dead: no patch goes to expert 0 or 2.")
 
 
@@ -292,7 +293,7 @@ def test_place_counts_beyond_chance_alone() -> None:
     """With few patches at each place chance alone makes much of the place."""
     numbers = layer()["specialisation"] | {"with_position": 0.7, "control_position": 0.4}
     assert not [each for each in summary(report([layer(specialisation=numbers)])) if "where a patch lies" in each.text]
-    assert not [each for each in layer_findings(layer(specialisation=numbers)) if "place alone" in each.text]
+    assert not [each for each in layer_findings(layer(specialisation=numbers), "segment") if "place alone" in each.text]
 
 
 def test_classes_at_one_place_are_not_passed_over() -> None:
@@ -302,6 +303,19 @@ def test_classes_at_one_place_are_not_passed_over() -> None:
     found = texts(summary(report(layers)))
     assert not [text for text in found["bad"] if "tell anything of the class" in text]
     assert [text for text in found["note"] if "but in b it does among patches of one place" in text]
+
+
+def test_to_classify_classes_count_among_patches_of_one_place_alone() -> None:
+    """Patches of an image share its class, and may share an expert by chance."""
+    by_image = layer()["specialisation"] | {"with_class": 0.3, "control_class": 0.01, "with_class_given_position": 0.05}
+    layers = [layer(specialisation=by_image, by_class={"sky": [100, 100], "road": [100, 100]})]
+    assert texts(summary(report(layers)))["good"]
+    found = texts(summary(report(layers) | {"task": "classify"}))
+    assert not found["good"]
+    assert "In no layer does the expert tell anything of the class: no expert specialises in classes." in found["bad"]
+    assert "Experts do not differ by class: each class is spread over them as all patches are." in [
+        finding.text for finding in layer_findings(layers[0], "classify")
+    ]
 
 
 def test_the_layer_that_tells_most_of_the_class_is_so_beyond_chance() -> None:
@@ -320,7 +334,7 @@ def test_behind_the_twin_is_a_bad_sign_and_ahead_of_it_no_proof() -> None:
 
 def test_classes_that_are_owned_by_place_alone() -> None:
     numbers = layer()["specialisation"] | {"with_class_given_position": 0.05}
-    (text,) = texts(layer_findings(layer(specialisation=numbers)))["note"]
+    (text,) = texts(layer_findings(layer(specialisation=numbers), "segment"))["note"]
     assert text.endswith("It may owe them to where they lie.")
     assert not any("clearest case" in each.text for each in summary(report([layer(specialisation=numbers)])))
     assert any("clearest case" in each.text for each in summary(report([layer()])))

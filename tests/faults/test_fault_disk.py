@@ -130,7 +130,7 @@ WRITERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "JSON": (lambda path: write_json(path, ["x"] * 500), ""),
     "a folder": (lambda path: _replace(path, fill), ""),
     "a file below a folder": (lambda path: _fill(path), ""),
-    "a network": (lambda path: _network().save_pretrained(path), "/model.safetensors"),
+    "a network": (lambda path: _network().save_pretrained(path), "/config.json"),
 }
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import yaml
 from pcenet.comparison.config import CompareConfig
 from pcenet.runs.config import EvalConfig, TrainConfig
 from pcenet.runs.options import options_of
+from pcenet.tasks.base import mirrors
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,7 @@ def test_a_link_to_itself_has_a_folder_all_the_same(tmp_path: Path) -> None:
         ({"mixup": 0.2, "task": "segment"}, "mixup is for classification: leave it out to segment"),
         ({"cutmix": 0.2, "task": "segment", "batch_size": 1}, "cutmix mixes the images of a batch"),
         ({"random_erasing": 0.2, "task": "segment"}, "random_erasing is for classification"),
+        ({"horizontal_flip": True, "augment": "none"}, "horizontal_flip has no effect with augment 'none'"),
         ({"epochs": "3"}, "epochs must be a whole number, got '3'"),
         ({"epochs": 2.5}, "epochs must be a whole number, got 2.5"),
         ({"epochs": True}, "epochs must be a whole number, got True"),
@@ -101,3 +104,10 @@ def test_a_link_to_itself_has_a_folder_all_the_same(tmp_path: Path) -> None:
 def test_options_that_do_not_go_together_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         TrainConfig(**changes)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_what_is_mirrored_is_for_the_user_to_say(allowed: bool) -> None:
+    source = SimpleNamespace(horizontal_flip=allowed)
+    found = [mirrors(TrainConfig(horizontal_flip=asked), source) for asked in (None, True, False)]
+    assert found == [allowed, True, False]
