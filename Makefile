@@ -13,7 +13,7 @@ COMPARE = $(BIN)/pcenet compare --config experiments/$(1).yaml --data $(2) --out
 
 help:
 	@echo "make demo   who does what in a street scene, whether it matters, and a training (3 minutes)"
-	@echo "make bench  time and memory against the dense twin, the whole table (about 25 minutes)"
+	@echo "make bench  time and memory against the dense twin, the whole table, and how it scales (about 25 minutes)"
 	@echo "make experiments CIFAR10=... CAMVID=... TINY_IMAGENET=...   show what is left of the runs over three seeds, and go on with it (hours)"
 	@echo "make docs   the site, into docs/_build/html, and the code of its pages and docstrings"
 	@echo "make test   ruff, mypy, deptry and the default test suite"

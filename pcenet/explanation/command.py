@@ -23,6 +23,7 @@ from pcenet.catalogue import bundled
 from pcenet.choices import GreyRange
 from pcenet.data import first_images
 from pcenet.data.base import DataError
+from pcenet.data.loaders import naming_dead_workers
 from pcenet.explanation.config import ExplainConfig
 from pcenet.explanation.drawing import Shown, draw
 from pcenet.explanation.findings import points, row_label, summary
@@ -57,6 +58,7 @@ log = logging.getLogger(__name__)
 PAGE, NUMBERS, FIGURES = "explain.html", "explain.json", "figures"
 
 
+@naming_dead_workers()
 def explain(config: ExplainConfig) -> Path:
     """Look at what a network's experts do; write the page, its figures and its numbers.
 
