@@ -135,7 +135,7 @@ def test_a_table_of_gains_by_hand(report: ModuleType, tmp_path: Path, monkeypatc
         ("finals-cifar10", {"pce_nano", "candidate", "dense_nano_position", "dense_nano"}),
         ("finals-camvid", {"pce_unet_nano", "dense_unet_nano_position", "dense_unet_nano"}),
         (
-            "finals-tiny-imagenet",
+            "tiny-imagenet",
             {"pce_nano", "experts_8", "experts_16", "dense_nano_position", "dense_nano", "dense_nano_wide"},
         ),
         (
