@@ -18,14 +18,22 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from pcenet.catalogue import weights_of
-from pcenet.models.blocks import make_blocks, make_downsampling, make_stem, resolve_layer_options, stacked_norm_names
+from pcenet.models.blocks import (
+    SameConv2d,
+    make_blocks,
+    make_downsampling,
+    make_stem,
+    resolve_layer_options,
+    stacked_norm_names,
+)
 from pcenet.models.hub import SavableModel
 from pcenet.models.positions import position_map_names
 from pcenet.models.pretrained import class_names_of, record_of
 from pcenet.models.stages import dense, make_stages
 from pcenet.nn import PCEConv2d, PCELayer
 
-# A PCE layer's control flow depends on shapes and counts: symbolic tracing takes it as one node.
+# Control flow that depends on shapes and counts: symbolic tracing takes such a module as one node.
+register_notrace_module(SameConv2d)
 register_notrace_module(PCELayer)
 register_notrace_module(PCEConv2d)
 

@@ -65,7 +65,7 @@ COMMANDS = {
     "eval": ("eval pce_nano --data pictures --out out", 100, "out/eval-pictures-val.json"),
     "check-data, JSON": ("check-data pictures --json report.json", 100, "report.json"),
     "check-data, sheet": ("check-data pictures --out out", 100, "out/samples.png"),
-    "push": ("push RUN --repo me/net --dry-run out --images 0", 300, "out/config.json"),
+    "push": ("push RUN --repo me/net --dry-run out --images 0", 300, "out/model.safetensors"),
     "push, card": ("push RUN --repo me/net --dry-run out --images 0", 10**9, "out/README.md"),
     "explain": ("explain pce_nano --data pictures --out out --shown 1 --intervention-images 0", 2000, "out"),
     "export, pt2": ("export pce_nano --format pt2 --out out/net.pt2", 5000, "out"),

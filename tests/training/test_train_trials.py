@@ -85,10 +85,10 @@ def test_a_dry_run_does_everything_with_two_batches_and_leaves_nothing(
 
     report = running.report
 
-    def reporting(run: Run, model: Any, rows: Any, stopped: Any, result: Any, trackers: Any) -> None:
+    def reporting(run: Run, model: Any, rows: Any, stopped: Any, epoch: int, result: Any, trackers: Any) -> None:
         written.update(path.name for path in run.folder.path.iterdir())
         assert result.images == 12  # all of them: fewer than two batches of eight
-        report(run, model, rows, stopped, result, trackers)
+        report(run, model, rows, stopped, epoch, result, trackers)
 
     monkeypatch.setattr("pcenet.training.run.report", reporting)
     config = start()
