@@ -283,7 +283,7 @@ class TrainConfig:
         int | None,
         Option(
             "Stop after this many epochs without a better validation score, and keep the weights of the best epoch. "
-            "Default: never; the weights are those of the last epoch.",
+            "Default: never, and the last epoch's weights are kept.",
             at_least=1,
         ),
     ] = None

@@ -120,6 +120,7 @@ def start_from(model: SavableModel, name: str) -> None:
     folder, _ = find_model(name, "init")
     path = folder / WEIGHTS
     weights, own = read_weights(path), model.state_dict(keep_vars=True)
+    # Classifiers have timm's get_classifier, which their common base class does not declare.
     last = model.get_submodule("head") if model.task == "segment" else model.get_classifier()  # type: ignore[operator]
     classifier = {id(parameter) for parameter in last.parameters()}
     for key, tensor in own.items():

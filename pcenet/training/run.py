@@ -240,7 +240,7 @@ def finish(run: Run, rows: Sequence[Row], stopped: str | None, trackers: Tracker
 
 
 def keep_averaged(run: Run, model: SavableModel, rows: Sequence[Row], stopped: str | None) -> int:
-    """Give a network averaged weights, and write it: those of the best epoch after early stopping, else of the last.
+    """Load averaged weights into a network and save it: the best epoch's after early stopping, else the last one's.
 
     Returns:
         The epoch whose weights they are.
@@ -256,7 +256,7 @@ def keep_averaged(run: Run, model: SavableModel, rows: Sequence[Row], stopped: s
         if chosen == newest:
             raise
         # Damaged, or in the folder in which the run began.
-        log.warning("%s; the weights are those of the last epoch, not of the best", error)
+        log.warning("%s; keeping the last epoch's weights instead of the best epoch's", error)
         content, row = read_checkpoint(newest), rows[-1]
     model.load_state_dict(content["averaged"])
     write_atomically(folder.model, model.save_pretrained)
