@@ -21,7 +21,6 @@ typedef int32_t Integers __attribute__((vector_size(4 * VECTOR)));
 
 constexpr int WIDTH = 2;  // vectors of a panel
 constexpr int PANEL = WIDTH * VECTOR;
-constexpr int SLICE = 32;  // input channels that are packed at a time
 
 inline Vector load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
 inline void store(float *p, Vector v) { *reinterpret_cast<Unaligned *>(p) = v; }
@@ -538,13 +537,16 @@ void bring_pixels(const Grid &grid, const T *map, int channels, int first, int e
                                                           zeros, rows);
 }
 
-// 8 x 8 numbers transposed: from rows of a stride to rows of another.
+// 8 x 8 numbers transposed into rows of a panel, those of a base added where there is one.
 typedef float Eight __attribute__((vector_size(32)));
 typedef float UnalignedEight __attribute__((vector_size(32), aligned(4), may_alias));
 
-inline void transpose_eight(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
+inline Eight load_eight(const float *p) { return *reinterpret_cast<const UnalignedEight *>(p); }
+
+inline void transpose_eight(const float *from, int64_t from_stride, const float *base, int64_t base_stride, float *to) {
   Eight r[8], s[8];
-  for (int i = 0; i < 8; i++) r[i] = *reinterpret_cast<const UnalignedEight *>(from + i * from_stride);
+  for (int i = 0; i < 8; i++) r[i] = load_eight(from + i * from_stride);
+  for (int i = 0; base && i < 8; i++) r[i] += load_eight(base + i * base_stride);
   for (int i = 0; i < 4; i++) {
     s[2 * i] = shuffle<0, 8, 1, 9, 4, 12, 5, 13>(r[2 * i], r[2 * i + 1]);
     s[2 * i + 1] = shuffle<2, 10, 3, 11, 6, 14, 7, 15>(r[2 * i], r[2 * i + 1]);
@@ -557,30 +559,37 @@ inline void transpose_eight(const float *from, int64_t from_stride, float *to, i
     t[3] = shuffle<2, 3, 10, 11, 6, 7, 14, 15>(q[1], q[3]);
   }
   for (int i = 0; i < 4; i++) {
-    *reinterpret_cast<UnalignedEight *>(to + i * to_stride) =
-        shuffle<0, 1, 2, 3, 8, 9, 10, 11>(r[i], r[i + 4]);
-    *reinterpret_cast<UnalignedEight *>(to + (i + 4) * to_stride) =
-        shuffle<4, 5, 6, 7, 12, 13, 14, 15>(r[i], r[i + 4]);
+    *reinterpret_cast<UnalignedEight *>(to + i * PANEL) = shuffle<0, 1, 2, 3, 8, 9, 10, 11>(r[i], r[i + 4]);
+    *reinterpret_cast<UnalignedEight *>(to + (i + 4) * PANEL) = shuffle<4, 5, 6, 7, 12, 13, 14, 15>(r[i], r[i + 4]);
   }
 }
 
-// Numbers (o, i) at from[o * out_stride + i * in_stride] as [i][PANEL], for `count` values of o, zeros behind.
-void pack_panel(const float *from, int64_t out_stride, int64_t in_stride, int count, int in_channels, float *to) {
-  int ins = 0, outs = 0;  // done at once
-  if (in_stride == 1) {
+// Numbers (o, i) of one tap, the base's added if there is one, as [i][PANEL] for `count` values of o; the last vector that
+// has any is filled up with zeros, and those behind it are left as they are: nobody reads them.
+void pack_panel(const Layout &own, const Layout &base, int count, int in_channels, float *to) {
+  const float *from = own.data, *added = base.data;
+  int ins = 0, outs = 0, width = round_up(count, VECTOR);  // the first two: done at once
+  if (own.in_stride == 1 && (!added || base.in_stride == 1)) {
     ins = in_channels / 8 * 8, outs = count / 8 * 8;
     for (int o = 0; o < outs; o += 8)
       for (int i = 0; i < ins; i += 8)
-        transpose_eight(from + o * out_stride + i, out_stride, to + int64_t(i) * PANEL + o, PANEL);
-  } else if (out_stride == 1) {
-    ins = in_channels, outs = PANEL;
+        transpose_eight(from + o * own.out_stride + i, own.out_stride, added ? added + o * base.out_stride + i : nullptr,
+                        base.out_stride, to + int64_t(i) * PANEL + o);
+  } else if (own.out_stride == 1 && (!added || base.out_stride == 1)) {
+    ins = in_channels, outs = width;
     for (int i = 0; i < ins; i++)
-      for (int v = 0; v < PANEL; v += VECTOR)
-        store(to + int64_t(i) * PANEL + v, load_some(from + i * in_stride + v, count - v));
+      for (int v = 0; v < width; v += VECTOR) {
+        Vector numbers = load_some(from + i * own.in_stride + v, count - v);
+        if (added) numbers += load_some(added + i * base.in_stride + v, count - v);
+        store(to + int64_t(i) * PANEL + v, numbers);
+      }
   }
   for (int i = 0; i < in_channels; i++)
-    for (int o = i < ins ? outs : 0; o < PANEL; o++)
-      to[int64_t(i) * PANEL + o] = o < count ? from[o * out_stride + i * in_stride] : 0;
+    for (int o = i < ins ? outs : 0; o < width; o++) {
+      float number = o < count ? from[o * own.out_stride + i * own.in_stride] : 0;
+      if (added && o < count) number += added[o * base.out_stride + i * base.in_stride];
+      to[int64_t(i) * PANEL + o] = number;
+    }
 }
 
 // Rows of a packed kernel that a point has. One more than are used, lest all points begin at the same place of the cache;
@@ -590,41 +599,41 @@ int64_t rows_of_point(int ins) {
   return Scheme::sums ? ins : ins + 1;
 }
 
-// An expert's kernel, the base added, as [panel][point][in][PANEL], or with pairs of `in`; `taps` is room for a slice of it
-// as [tap][in][PANEL].
+// Whether what an output channel reads of its kernel is one stretch of memory, [tap][in].
+bool reads_stretches(const Convolution &job) {
+  auto stretches = [&](const Layout &layout) { return layout.in_stride == 1 && layout.tap_stride == job.in_channels; };
+  return stretches(job.weight) && (!job.base.data || stretches(job.base));
+}
+
+// An expert's kernel, the base added, as [panel][point][in][PANEL], or with pairs of `in`; `taps` is room for a panel of it as
+// [tap][in][PANEL].
 template <class Scheme, class T, class E = Element<T>>
 void pack_kernel(const Convolution &job, int expert, int panel, int panel_end, float *taps, E *packed) {
   constexpr int together = NUMBERS<E>;
   int first_tap = Scheme::taps == 1 ? job.kernel * job.kernel / 2 : 0, ins = job.in_channels;
-  float *of_base = taps + Scheme::taps * SLICE * PANEL;
-  int64_t step = rows_of_point<Scheme>(ins / together) * PANEL;
+  int at_once = reads_stretches(job) ? Scheme::taps : 1;  // in the order of memory, which is read twice as fast
+  int64_t step = rows_of_point<Scheme>(ins / together) * PANEL, size = int64_t(ins) * PANEL;
   for (int p = panel; p < panel_end; p++, packed += Scheme::points * step) {
-    int count = least(PANEL, job.out_channels - p * PANEL);
-    for (int i = 0; i < ins; i += SLICE) {
-      int own = least(SLICE, ins - i);
-      auto pack = [&](const Layout &layout, int64_t start, float *to) {
-        for (int tap = 0; tap < Scheme::taps; tap++)
-          pack_panel(layout.data + start + p * PANEL * layout.out_stride + i * layout.in_stride +
-                         (first_tap + tap) * layout.tap_stride,
-                     layout.out_stride, layout.in_stride, count, own, to + tap * SLICE * PANEL);
+    int count = least(PANEL, job.out_channels - p * PANEL), width = round_up(count, VECTOR);
+    for (int tap = 0; tap < Scheme::taps; tap += at_once) {
+      auto from = [&](Layout layout, int64_t start) {
+        if (layout.data) layout.data += start + p * PANEL * layout.out_stride + (first_tap + tap) * layout.tap_stride;
+        return layout;
       };
-      pack(job.weight, expert * job.expert_stride, taps);
-      if (job.base.data) pack(job.base, 0, of_base);
-      for (int at = 0; at < own / together * PANEL; at += VECTOR) {
+      pack_panel(from(job.weight, expert * job.expert_stride), from(job.base, 0), count, at_once * ins, taps + tap * size);
+    }
+    for (int i = 0; i < ins / together; i++)
+      for (int v = 0; v < width; v += VECTOR) {
         Vector in[Scheme::taps], out[together][Scheme::points];
         for (int n = 0; n < together; n++) {
-          int from = (at / PANEL * together + n) * PANEL + at % PANEL;
 #pragma GCC unroll 9
-          for (int tap = 0; tap < Scheme::taps; tap++) in[tap] = load(taps + tap * SLICE * PANEL + from);
-          if (job.base.data)
-            for (int tap = 0; tap < Scheme::taps; tap++) in[tap] += load(of_base + tap * SLICE * PANEL + from);
+          for (int tap = 0; tap < Scheme::taps; tap++) in[tap] = load(taps + tap * size + (i * together + n) * PANEL + v);
           along_both<typename Scheme::Weigh>(in, out[n]);
         }
-        E *to = packed + int64_t(i / together) * PANEL + at;
+        E *to = packed + int64_t(i) * PANEL + v;
 #pragma GCC unroll 16
         for (int k = 0; k < Scheme::points; k++) put(to + k * step, out[0][k], out[together - 1][k]);
       }
-    }
   }
 }
 
@@ -795,7 +804,7 @@ struct Memory {
     int ins = job.in_channels, outs = job.out_channels, number = Scheme::points;
     length = ins / NUMBERS<E>;
     packed = room.take<E>(panels(outs) * number * rows_of_point<Scheme>(length) * PANEL);
-    taps = room.take(2 * Scheme::taps * SLICE * PANEL);
+    taps = room.take(int64_t(Scheme::taps) * ins * PANEL);
     zeros = room.take<T>(ins);
     tiles = Scheme::sums ? 96 : chunk_size<Scheme>(ins, outs);
     tile = room.take<Tile>(tiles);
@@ -882,7 +891,8 @@ void convolve_in_tiles(const Convolution &job, int expert, int64_t first, int64_
 
 // For few pixels packing a 3x3 kernel takes longer than using it: each of its numbers is read once, where it lies, for all
 // of them. What a pixel reads is copied side by side, and an output is one product of two stretches.
-constexpr int FEW_TAPS = 9, FEW_ROWS = 3, FEW_CHANNELS = 4;
+constexpr int FEW_TAPS = 9, FEW_CHANNELS = 4;
+constexpr int FEW_ROWS = VECTOR == 16 ? 5 : 3;  // as many as there are registers for
 
 // Up to how many pixels are few, as measured; half as many in bfloat16, which packed kernels multiply twice as fast.
 template <class Scheme, class T>
@@ -902,12 +912,6 @@ struct Few {
     zeros = room.take(job.in_channels), tiles = room.take<Tile>(MOST_FEW);
   }
 };
-
-// Whether what an output channel reads of its kernel is one stretch of memory, [tap][in].
-bool reads_stretches(const Convolution &job) {
-  auto stretches = [&](const Layout &layout) { return layout.in_stride == 1 && layout.tap_stride == job.in_channels; };
-  return stretches(job.weight) && (!job.base.data || stretches(job.base));
-}
 
 template <int ROWS, bool WHOLE>
 inline void multiply_stretch(const float *x, int64_t length, const float *const *kernel, int64_t i,
@@ -974,7 +978,7 @@ void convolve_few(const Convolution &job, int expert, int64_t first, int64_t las
       const float *kernel[FEW_CHANNELS];
       find_rows(job, few, expert, channel + d, channels, kernel);
       for (; n + FEW_ROWS <= count; n += FEW_ROWS) multiply_few<FEW_ROWS>(few, kernel, n, d, channels);
-      for (; n < count; n++) multiply_few<1>(few, kernel, n, d, channels);
+      with_rows<FEW_ROWS - 1>(count - n, [&](auto rows) { multiply_few<decltype(rows)::value>(few, kernel, n, d, channels); });
     }
     with_type(job.out_bfloat16, [&](auto out) {
       write_pixels<Direct<1>, decltype(out)>(job, expert, tiles, count, {few.found, PANEL, 0}, channel, channel + outs);
@@ -1282,7 +1286,7 @@ constexpr int STRETCH = 96;  // pixels side by side, or rows, that are computed 
 
 void pack_layer(const float *weight, int64_t out_stride, int64_t in_stride, int outs, int ins, float *to) {
   for (int p = 0; p < panels(outs); p++)
-    pack_panel(weight + p * PANEL * out_stride, out_stride, in_stride, least(PANEL, outs - p * PANEL), ins,
+    pack_panel({weight + p * PANEL * out_stride, out_stride, in_stride, 0}, {}, least(PANEL, outs - p * PANEL), ins,
                to + int64_t(p) * ins * PANEL);
 }
 
@@ -1342,13 +1346,13 @@ void for_stretches(const Perceptron &job, int64_t line, LayerMemory &memory, con
       int64_t pixel = (image * grid.height + y) * grid.width + x;
       int count = least(STRETCH, grid.width - x);
       for (int i = 0; i < count; i++)
-        for (int h = 0; h < panels(job.hidden) * PANEL; h += VECTOR) {
+        for (int h = 0; h < job.hidden; h += VECTOR) {
           int own = job.hidden - h;
           store(memory.hidden.at(0, i) + h,
                 load_some(job.rows + y * job.hidden + h, own) + load_some(job.columns + (x + i) * job.hidden + h, own));
         }
       multiply_layer(memory.points, job.x + pixel * job.channels, job.channels, count, memory.forward, job.channels, true,
-                     memory.hidden.data, memory.hidden.stride, panels(job.hidden) * PANEL);
+                     memory.hidden.data, memory.hidden.stride, round_up(job.hidden, VECTOR));
       what(y, x, pixel, count);
     }
 }
@@ -1414,9 +1418,12 @@ void perceptron_grad(const Perceptron &job, const float *grad, int64_t line, int
         bring<Same<1>>(&cell, channels, memory.inputs.at(0, i), 0);
       }
       for (int c = 0; c < channels; c += PANEL)
-        in_tiles(job.hidden, [&](int h, auto rows) {
-          multiply_pairs<decltype(rows)::value, WIDTH>(memory.hidden.data + h, memory.hidden.stride, memory.inputs.data + c,
-                                                stride, count, true, memory.weights + h * stride + c, stride);
+        with_columns(channels - c, [&](auto columns) {
+          in_tiles(job.hidden, [&](int h, auto rows) {
+            multiply_pairs<decltype(rows)::value, decltype(columns)::value>(
+                memory.hidden.data + h, memory.hidden.stride, memory.inputs.data + c, stride, count, true,
+                memory.weights + h * stride + c, stride);
+          });
         });
       if (grad_x)
         multiply_layer(memory.points, memory.hidden.data, memory.hidden.stride, count, memory.backward, job.hidden, false,
