@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from pcenet.ops.compiled import transforming
+from pcenet.ops.compiled import observed
 
 
 def centre_coordinates(n: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
@@ -54,10 +53,7 @@ def position_lines(
         each: absolute row, absolute column, relative row, relative column; a line has zeros for the other axis.
     """
     arguments = (height, width, patch_size, num_bands, dtype, device)
-    # What a tracer or a transform makes ends with it.
-    if torch.compiler.is_compiling() or transforming() or _get_current_dispatch_mode() is not None:
-        return _make_lines(*arguments)
-    return _kept_lines(*arguments)
+    return _make_lines(*arguments) if observed() else _kept_lines(*arguments)
 
 
 def position_map(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pcenet.ops import library, reference
 from pcenet.ops.reference import Affine
@@ -29,6 +30,12 @@ def transforming() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def observed() -> bool:
+    """Whether a tracer, a transform or a dispatch mode looks on: what it sees must not depend on numbers, and what it
+    makes ends with it."""
+    return torch.compiler.is_compiling() or transforming() or _get_current_dispatch_mode() is not None
 
 
 def tracked(*inputs: Any) -> bool:
