@@ -173,7 +173,11 @@ def route(
 
 
 def _softmax(logits: Tensor, temperature: float) -> Tensor:
-    return (logits if temperature == 1 else logits / temperature).softmax(dim=1)
+    logits = logits if temperature == 1 else logits / temperature
+    # On the processor torch's softmax over fewer numbers than a register has takes four times as long as across them.
+    if logits.shape[1] < 16 and logits.device.type == "cpu" and not observed():
+        return logits.T.contiguous().softmax(dim=0).T
+    return logits.softmax(dim=1)
 
 
 def _select(

@@ -572,9 +572,12 @@ void pack_panel(const Layout &own, const Layout &base, int count, int in_channel
   if (own.in_stride == 1 && (!added || base.in_stride == 1)) {
     ins = in_channels / 8 * 8, outs = count / 8 * 8;
     for (int o = 0; o < outs; o += 8)
-      for (int i = 0; i < ins; i += 8)
+      for (int i = 0; i < ins; i += 8) {
+        for (int next = 8; i % 16 == 0 && next < 16; next++)  // no processor foresees where the next rows are
+          __builtin_prefetch(from + (o + next) * own.out_stride + i);
         transpose_eight(from + o * own.out_stride + i, own.out_stride, added ? added + o * base.out_stride + i : nullptr,
                         base.out_stride, to + int64_t(i) * PANEL + o);
+      }
   } else if (own.out_stride == 1 && (!added || base.out_stride == 1)) {
     ins = in_channels, outs = width;
     for (int i = 0; i < ins; i++)
