@@ -597,8 +597,18 @@ Tensor patch_perceptron(const Tensor &pixels, const Tensor &weight, const Tensor
   return out;
 }
 
-// What a router computes at evaluation: a second layer [E, D] on these means, less `centring` times its mean over each
-// image, and an expert's bias [E].
+// From an image's logits [patches, E] `centring` times their mean is taken, and an expert's bias [E] is added.
+void centre(float *logits, int64_t patches, int64_t experts, const float *bias, float centring) {
+  std::vector<double> level(experts);
+  for (int64_t i = 0; i < patches; i++)
+    for (int64_t e = 0; e < experts; e++) level[e] += logits[i * experts + e];
+  std::vector<float> added(experts);
+  for (int64_t e = 0; e < experts; e++) added[e] = bias[e] - centring * float(level[e] / patches);
+  for (int64_t i = 0; i < patches; i++)
+    for (int64_t e = 0; e < experts; e++) logits[i * experts + e] += added[e];
+}
+
+// What a router computes at evaluation: a second layer [E, D] on these means, which is centred where there is a bias.
 Tensor patch_logits(const Tensor &pixels, const Tensor &weight, const Tensor &bias, const Tensor &rows,
                     const Tensor &columns, int64_t patch_size, const Tensor &weight2, const Tensor &bias2,
                     const Maybe &expert_bias, const Maybe &centring) {
@@ -607,18 +617,15 @@ Tensor patch_logits(const Tensor &pixels, const Tensor &weight, const Tensor &bi
   const float *shift = floats(expert_bias, "expert_bias", {experts}), *share = floats(centring, "centring", {});
   STD_TORCH_CHECK(!shift == !share, "expert_bias must have its centring");
   Tensor out = empty(pixels, {patches, experts});
+  const float *from = floats_of(hidden), *w = floats(weight2, "weight2", {experts, outs}),
+              *b = floats(bias2, "bias2", {experts});
   float *to = floats_of(out);
-  linear(floats_of(hidden), patches, floats(weight2, "weight2", {experts, outs}), outs, outs, experts,
-         floats(bias2, "bias2", {experts}), to);
-  if (!shift) return out;
-  int64_t per_image = images ? patches / images : 0;
-  for (int64_t image = 0; image < images; image++, to += per_image * experts)
-    for (int64_t e = 0; e < experts; e++) {
-      double level = 0;
-      for (int64_t i = 0; i < per_image; i++) level += to[i * experts + e];
-      float added = shift[e] - *share * float(level / per_image);
-      for (int64_t i = 0; i < per_image; i++) to[i * experts + e] += added;
-    }
+  int64_t own = images ? patches / images : 0;  // an image's patches
+  in_parallel(images, [&](int64_t image) {
+    float *logits = to + image * own * experts;
+    linear(from + image * own * outs, own, w, outs, outs, experts, b, logits);
+    if (shift) centre(logits, own, experts, shift, *share);
+  });
   return out;
 }
 

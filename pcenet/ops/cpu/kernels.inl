@@ -1318,7 +1318,8 @@ void linear(const Linear &job, float *out) {
   for (int64_t i = 0; i < job.count; i += STRETCH) {
     int count = least(STRETCH, job.count - i);
     float *to = out + i * job.outs;
-    for (int k = 0; k < count * job.outs; k++) to[k] = job.bias ? job.bias[k % job.outs] : 0;
+    for (int k = 0; k < count; k++)
+      for (int o = 0; o < job.outs; o++) to[k * job.outs + o] = job.bias ? job.bias[o] : 0;
     multiply_layer(points, job.in + i * job.ins, job.ins, count, packed, job.ins, true, to, job.outs, job.outs);
   }
 }
