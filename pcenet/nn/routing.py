@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,7 +19,7 @@ from pcenet.nn.patches import Grid, grid_of
 from pcenet.nn.perceptron import GateInput, HiddenLayer, LogitsLayer
 from pcenet.nn.processes import gather_rows, process_count, sum_over_processes
 from pcenet.ops import centred, patch_logits
-from pcenet.ops.compiled import autocast_enabled, observed
+from pcenet.ops.compiled import observed, without_autocast
 
 Gate = Literal["prob", "affinity", "straight_through"]
 Balancing = Literal["batch", "none"]
@@ -353,7 +352,7 @@ class Router(nn.Module):
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """The logits ``[N, E]`` of a map ``[B, C, H, W]``, differentiable, in float32 at least."""
-        with torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext():
+        with without_autocast(x):
             hidden = self.hidden(x.to(torch.promote_types(x.dtype, torch.float32)))
             return self.logits(hidden)
 
@@ -362,6 +361,7 @@ class Router(nn.Module):
         grid, hidden, last = grid_of(x, self.patch_size), self.hidden, self.logits
         balance: tuple[Tensor | None, ...] = ()
         if self._is_fixed(x):
+            x = x.float()
             first = (hidden.weight.flatten(1), hidden.bias, *hidden.lines(x))
             if self.gate != "affinity":  # which needs the logits without a bias, too
                 balance = (self.expert_bias, self.centring)
@@ -378,7 +378,7 @@ class Router(nn.Module):
 
     def _is_fixed(self, x: Tensor) -> bool:
         """Whether one operator may compute the logits: at evaluation, in float32, with no hook on either layer."""
-        if self.training or self.gate_input == "flat" or x.dtype != torch.float32 or autocast_enabled(x):
+        if self.training or self.gate_input == "flat" or x.dtype == torch.float64:
             return False
         hidden, last = self.hidden, self.logits
         if not (is_plain(hidden, HiddenLayer) and is_plain(last, LogitsLayer)):

@@ -7,6 +7,7 @@ converted here. Axes as in `pcenet.ops.functional`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,11 @@ def autocast_enabled(x: Tensor) -> bool:
 @library.constant_for_dynamo  # torch 2.10's cannot trace the question
 def _can_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which operators on the device of a tensor run in the type of what they are given."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
 
 
 def autocast(x: Tensor) -> Tensor:

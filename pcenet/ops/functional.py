@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcenet.ops import compiled, library, reference
-from pcenet.ops.compiled import autocast, runs, tracked
+from pcenet.ops.compiled import autocast, runs, tracked, without_autocast
 from pcenet.ops.reference import Affine
 
 
@@ -212,7 +212,7 @@ def patch_logits(
     centring: Tensor | None = None,
 ) -> Tensor:
     """What a router computes at evaluation: the second layer of the perceptron, then `centred`; in one call where
-    nothing needs a gradient.
+    nothing needs a gradient. Autocast is off.
 
     Args:
         x: ``[B, C, H, W]``.
@@ -228,8 +228,9 @@ def patch_logits(
     """
     if runs("patch_logits", x, weight) and x.dtype == torch.float32 and not tracked(x, *hidden, weight, bias):
         return compiled.patch_logits(x, hidden, patch_size, weight, bias, expert_bias, centring)
-    logits = F.linear(patch_perceptron(x, *hidden, patch_size), weight, bias)
-    return logits if expert_bias is None or centring is None else centred(logits, x.shape[0], expert_bias, centring)
+    with without_autocast(x):
+        logits = F.linear(patch_perceptron(x, *hidden, patch_size), weight, bias)
+        return logits if expert_bias is None or centring is None else centred(logits, x.shape[0], expert_bias, centring)
 
 
 def centred(logits: Tensor, images: int, expert_bias: Tensor, centring: Tensor) -> Tensor:
