@@ -11,8 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcenet.nn import Grid, PatchExtractor, Router, Routing, load_balance_loss, route, z_loss
+from pcenet.nn.routing import select_within_capacity
 
 
 def table(rows: list[list[float]], **options: object) -> Routing:
@@ -100,6 +102,23 @@ def test_many_equal_gates_keep_the_first() -> None:
     logits[:, 0] = 1
     routing = route(logits, Grid(3000, 1, 1), capacity_factor=0.5)
     assert routing.dispatch_mask[:, 0].tolist() == [True] * 750 + [False] * 2250
+
+
+def test_nothing_is_dropped_while_the_busiest_expert_has_room() -> None:
+    choice = torch.tensor([[0], [1], [0], [1], [1]])
+    gate = torch.tensor([[0.9], [0.8], [0.7], [0.5], [0.6]])
+    assert select_within_capacity(choice, gate, 3).flatten().tolist() == [True] * 5
+    assert select_within_capacity(choice, gate, 2).flatten().tolist() == [True, True, True, False, True]
+    nobody = select_within_capacity(choice[:0], gate[:0], 0)
+    assert nobody.shape == (0, 1)
+    assert nobody.dtype == torch.bool
+
+
+def test_capacity_asks_no_number_of_tensors_that_have_none() -> None:
+    with FakeTensorMode():
+        choice = torch.zeros(6, 1, dtype=torch.int64)
+        kept = select_within_capacity(choice, torch.zeros(6, 1), 2)
+    assert kept.shape == (6, 1)
 
 
 def test_choice_by_choice_by_hand() -> None:
