@@ -133,6 +133,7 @@ def test_a_table_of_gains_by_hand(report: ModuleType, tmp_path: Path, monkeypatc
     ("name", "networks"),
     [
         ("finals-cifar10", {"pce_nano", "candidate", "dense_nano_position", "dense_nano"}),
+        ("equal-time-cifar10", {"dense_nano"}),
         ("finals-camvid", {"pce_unet_nano", "dense_unet_nano_position", "dense_unet_nano"}),
         (
             "tiny-imagenet",
