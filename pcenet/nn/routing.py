@@ -18,7 +18,7 @@ from pcenet.nn.checks import check_at_least, check_choice, check_follows, is_num
 from pcenet.nn.patches import Grid, grid_of
 from pcenet.nn.perceptron import GateInput, HiddenLayer, LogitsLayer
 from pcenet.nn.processes import gather_rows, process_count, sum_over_processes
-from pcenet.ops import centred, patch_logits
+from pcenet.ops import centred, library, patch_logits
 from pcenet.ops.compiled import observed, without_autocast
 
 Gate = Literal["prob", "affinity", "straight_through"]
@@ -174,7 +174,7 @@ def route(
 def _softmax(logits: Tensor, temperature: float) -> Tensor:
     logits = logits if temperature == 1 else logits / temperature
     # On the processor torch's softmax over fewer numbers than a register has takes four times as long as across them.
-    if logits.shape[1] < 16 and logits.device.type == "cpu" and not observed():
+    if logits.shape[1] < 16 and logits.device.type == "cpu" and not library.exporting():
         return logits.T.contiguous().softmax(dim=0).T
     return logits.softmax(dim=1)
 
