@@ -174,6 +174,7 @@ def route(
 def _softmax(logits: Tensor, temperature: float) -> Tensor:
     logits = logits if temperature == 1 else logits / temperature
     # On the processor torch's softmax over fewer numbers than a register has takes four times as long as across them.
+    # What is exported runs elsewhere, and keeps the one operator.
     if logits.shape[1] < 16 and logits.device.type == "cpu" and not library.exporting():
         return logits.T.contiguous().softmax(dim=0).T
     return logits.softmax(dim=1)

@@ -350,13 +350,27 @@ def test_temperature_shapes_probabilities_and_balance_but_neither_choice_nor_z()
 
 
 def test_a_routers_temperature_holds_in_training_and_at_evaluation() -> None:
-    router = Router(3, 4, 4, temperature=5.0)
+    router = Router(3, 4, 16, temperature=5.0)  # so many that the last line is exact
     x = torch.randn(2, 3, 8, 8)
     for module in (router, router.eval()):
         routing = module(x)
         torch.testing.assert_close(routing.probs, (routing.logits / 5).softmax(dim=1))
     router.temperature = 1.0
-    torch.testing.assert_close(router(x).probs, routing.logits.softmax(dim=1))
+    assert torch.equal(router(x).probs, routing.logits.softmax(dim=1))
+
+
+@pytest.mark.parametrize("experts", [1, 4, 15, 16])
+def test_probabilities_and_their_gradients_by_hand(experts: int) -> None:
+    """In float32, of few experts and of many; p_j has the derivative p_j (1[j = k] - p_k) by logit k."""
+    logits = torch.randn(6, experts, requires_grad=True)
+    grad = torch.randn(6, experts)
+    probs = route(logits, Grid(6, 1, 1)).probs
+    probs.backward(grad)
+    exact = logits.detach().double().exp()
+    exact = exact / exact.sum(dim=1, keepdim=True)
+    expected = exact * (grad - (exact * grad).sum(dim=1, keepdim=True))
+    torch.testing.assert_close(probs.double(), exact, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(logits.grad.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_logits_are_perturbed_in_training_alone() -> None:

@@ -564,8 +564,9 @@ inline void transpose_eight(const float *from, int64_t from_stride, const float 
   }
 }
 
-// Numbers (o, i) of one tap, the base's added if there is one, as [i][PANEL] for `count` values of o; the last vector that
-// has any is filled up with zeros, and those behind it are left as they are: nobody reads them.
+// Numbers (o, i) of a tap, or of all where they are one stretch, the base's added if there is one, as [i][PANEL] for `count`
+// values of o; the last vector that has any is filled up with zeros, and those behind it are left as they are: nobody reads
+// them.
 void pack_panel(const Layout &own, const Layout &base, int count, int in_channels, float *to) {
   const float *from = own.data, *added = base.data;
   int ins = 0, outs = 0, width = round_up(count, VECTOR);  // the first two: done at once
