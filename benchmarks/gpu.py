@@ -13,9 +13,11 @@ not, and why. ``--rehearse`` does a little of everything on the processor, which
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -290,13 +292,17 @@ def run(step: Step, options: Options, left: float) -> dict[str, Any]:
     command = step.command if isinstance(step.command, list) else [*own, *(["--rehearse"] if options.rehearse else [])]
     begin, log = time.monotonic(), options.out / f"{step.name}.log"
     with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command], env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            status: int | str = subprocess.run(
-                [sys.executable, *command], env=environment, stdout=file, stderr=subprocess.STDOUT, check=False,
-                timeout=min(step.seconds, left),
-            ).returncode  # fmt: skip
+            status: int | str = process.wait(min(step.seconds, left))
         except subprocess.TimeoutExpired:
             status = STOPPED
+        finally:  # with all that it has started, lest they compute on beside the next step
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return {"step": step.name, "status": status, "seconds": round(time.monotonic() - begin, 1), "log": log.name}
 
 

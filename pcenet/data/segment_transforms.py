@@ -24,6 +24,7 @@ def segment_train_transform(
     scale: tuple[float, float] = (0.5, 2.0),
     jitter: float = 0.4,
     horizontal_flip: bool = True,
+    centre: bool = False,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> JointTransform:
@@ -40,6 +41,7 @@ def segment_train_transform(
         jitter: strength of the random changes of brightness, contrast and saturation (each by a factor from
             ``1 - jitter`` to ``1 + jitter``); the hue turns by up to ``jitter / 4`` of the circle. 0 changes nothing.
         horizontal_flip: mirror half of the images.
+        centre: cut out the middle part instead of a random one.
         mean: mean of the R, G and B values (scale 0..1), subtracted.
         std: their standard deviation, divided by.
 
@@ -52,7 +54,7 @@ def segment_train_transform(
         raise ValueError(f"scale must be two factors above 0, the smaller one first, not {scale}.")
     if not 0 <= jitter <= 1:
         raise ValueError(f"jitter must be from 0 (no change of colour) to 1, not {jitter}.")
-    return _SegmentTrain(size, scale, jitter, horizontal_flip, Normalize(mean, std))
+    return _SegmentTrain(size, scale, jitter, horizontal_flip, centre, Normalize(mean, std))
 
 
 def segment_eval_transform(
@@ -139,11 +141,13 @@ class _SegmentTrain:
         scale: tuple[float, float],
         jitter: float,
         horizontal_flip: bool,
+        centre: bool,
         normalize: Normalize,
     ) -> None:
         self.size = size
         self.scale = scale
         self.flip = horizontal_flip
+        self.centre = centre
         self.colour = v2.ColorJitter(jitter, jitter, jitter, jitter / 4) if jitter else None
         self.normalize = normalize
 
@@ -151,7 +155,7 @@ class _SegmentTrain:
         low, high = map(math.log, self.scale)
         factor = _cover_factor(image, self.size) * math.exp(low + (high - low) * _chance())
         (top, bottom, height, above), (left, right, width, before) = (
-            _window(length, output, factor)
+            _window(length, output, factor, 0.5 if self.centre else _chance())
             for length, output in zip((image.height, image.width), self.size, strict=True)
         )
         box = (left, top, right, bottom)
@@ -174,20 +178,21 @@ def _cover_factor(image: Image.Image, size: tuple[int, int]) -> float:
     return max(size[0] / image.height, size[1] / image.width)
 
 
-def _window(length: int, output: int, factor: float) -> tuple[float, float, int, int]:
-    """The random part of one side, and where it goes: start and end in the source; length and start in the output.
+def _window(length: int, output: int, factor: float, place: float) -> tuple[float, float, int, int]:
+    """A part of one side, and where it goes: start and end in the source; length and start in the output.
 
     Args:
         length: pixels of the source.
         output: pixels of the output.
         factor: what the source is enlarged by.
+        place: where the part lies of what there is to choose from, from 0, the start, to 1.
     """
     part = output / factor
     if part <= length:
-        start = (length - part) * _chance()
+        start = (length - part) * place
         return start, min(start + part, length), output, 0
     size = min(max(round(length * factor), 1), output)
-    return 0, length, size, int((output - size + 1) * _chance())
+    return 0, length, size, int((output - size + 1) * place)
 
 
 def _chance() -> float:

@@ -20,6 +20,7 @@ from pcenet.models.blocks import network_options, stacked_norm_names
 from pcenet.models.hub import SavableModel
 from pcenet.models.limits import check_pixel_classes
 from pcenet.models.pcenet import PCENet, classifier_names
+from pcenet.models.positions import position_map_names
 from pcenet.models.unet import resize, segmentation_cfg
 
 # A pooling has no place in a segmentation network.
@@ -271,8 +272,8 @@ class DecodedNet(SavableModel):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The stacked normalisations, see ``stacked_norm_names``."""
-        return stacked_norm_names(self)
+        """The stacked normalisations and the encoder's maps of positions, see ``stacked_norm_names``."""
+        return stacked_norm_names(self) | position_map_names(self)
 
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """Images ``[B, C, H, W]``, whose sides the encoder's last stride divides, to maps at strides 1, 2, 4 ...

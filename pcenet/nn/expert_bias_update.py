@@ -46,7 +46,7 @@ def update_expert_bias(
         centring: from 0 to 1.
 
     Raises:
-        ValueError: for another ``centring``; for a compiled network, see `record_routing`.
+        ValueError: for another ``centring``; where there is no batch; for a compiled network, see `record_routing`.
     """
     if not is_number(centring) or not 0 <= centring <= 1:
         raise ValueError(f"centring={centring!r} must be a number from 0 to 1")
@@ -67,6 +67,8 @@ def update_expert_bias(
                 assert bias is not None
                 seen[name] += [routing.logits - bias for routing in records[name]]
                 bias.copy_(balancing_bias(torch.cat(seen[name]), top_k))
+        if routers and not any(seen.values()):
+            raise ValueError("batches is empty: give a loader or a list, not an iterator that was used up before")
     except BaseException:
         for buffer, value in before:
             buffer.copy_(value)

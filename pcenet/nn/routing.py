@@ -19,7 +19,7 @@ from pcenet.nn.patches import Grid, grid_of
 from pcenet.nn.perceptron import GateInput, HiddenLayer, LogitsLayer
 from pcenet.nn.processes import gather_rows, process_count, sum_over_processes
 from pcenet.ops import centred, library, patch_logits
-from pcenet.ops.compiled import observed, without_autocast
+from pcenet.ops.compiled import observed, tracked, without_autocast
 
 Gate = Literal["prob", "affinity", "straight_through"]
 Balancing = Literal["batch", "none"]
@@ -378,8 +378,11 @@ class Router(nn.Module):
         return _select(logits, unbiased, grid, self.top_k, capacity_factor, self.gate, self.temperature)
 
     def _is_fixed(self, x: Tensor) -> bool:
-        """Whether one operator may compute the logits: at evaluation, in float32, with no hook on either layer."""
+        """Whether one operator may compute the logits: at evaluation, in float32, with no hook on either layer, and
+        nobody's own way to compute them."""
         if self.training or self.gate_input == "flat" or x.dtype == torch.float64:
+            return False
+        if type(self).compute_logits is not Router.compute_logits or "compute_logits" in self.__dict__:
             return False
         hidden, last = self.hidden, self.logits
         if not (is_plain(hidden, HiddenLayer) and is_plain(last, LogitsLayer)):
@@ -410,7 +413,9 @@ class Router(nn.Module):
     def _follows_batch(self) -> bool:
         """Whether the running bias moves in training: not that of a frozen router in a step, whose weights stay, too. A
         pass without gradients may renew it, as `torch.optim.swa_utils.update_bn` renews statistics."""
-        return not torch.is_grad_enabled() or any(parameter.requires_grad for parameter in self.parameters())
+        # By name: within a pass of DataParallel and of FSDP's first version weights are no parameters.
+        named = [getattr(layer, name, None) for layer in (self.hidden, self.logits) for name in ("weight", "bias")]
+        return not torch.is_grad_enabled() or tracked(*named, *self.parameters())
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of the module's settings."""

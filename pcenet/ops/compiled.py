@@ -291,11 +291,13 @@ def _compute_perceptron(x: Tensor, *layer: Any) -> Tensor:
 
 def _perceptron_gradients(needed: tuple[bool, ...], grad: Tensor, x: Tensor, *layer: Any) -> tuple[Tensor | None, ...]:
     *tensors, patch_size = layer
-    _, _, rows, columns = tensors
+    weight, _, rows, columns = tensors
     inputs = (_floats(grad), *_pixels(x), *map(_floats, tensors), patch_size, needed[0])
     grad_x, of_content, of_rows, of_columns = OPS.patch_perceptron_backward(*inputs)
     of_weight = torch.cat((of_content, of_rows.T @ rows + of_columns.T @ columns), dim=1)
-    return _map(grad_x, x.dtype) if needed[0] else None, of_weight, of_rows.sum(0)
+    of_place = weight[:, x.shape[1] :]
+    of_lines = [lines @ of_place if needed[i] else None for i, lines in ((3, of_rows), (4, of_columns))]
+    return _map(grad_x, x.dtype) if needed[0] else None, of_weight, of_rows.sum(0), *of_lines
 
 
 CONVOLUTION = Operator(patch_conv2d, reference.patch_conv2d, _convolution_gradients)

@@ -226,7 +226,8 @@ def patch_logits(
     Returns:
         ``[N, E]``.
     """
-    if runs("patch_logits", x, weight) and x.dtype == torch.float32 and not tracked(x, *hidden, weight, bias):
+    inputs = (x, *hidden, weight, bias, expert_bias, centring)
+    if runs("patch_logits", x, weight) and x.dtype == torch.float32 and not tracked(*inputs):
         return compiled.patch_logits(x, hidden, patch_size, weight, bias, expert_bias, centring)
     with without_autocast(x):
         logits = F.linear(patch_perceptron(x, *hidden, patch_size), weight, bias)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -212,8 +213,8 @@ def _triton_devices() -> tuple[str, ...]:
         raise ValueError(f"{VARIABLE}=triton: torch sees no GPU; TRITON_INTERPRET=1 computes on the processor, slowly")
     if not interpreted and (torch.version.hip or torch.cuda.get_device_capability() < OLDEST_GPU):
         raise ValueError(f"{VARIABLE}=triton: the kernels are for NVIDIA GPUs of compute capability 8.0 or more")
-    if not interpreted and build.find_compiler() is None:
-        raise ValueError(f"{VARIABLE}=triton: Triton needs a C compiler; install gcc")
+    if not interpreted and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise ValueError(f"{VARIABLE}=triton: Triton needs a C compiler, $CC, gcc or clang; install gcc")
     device = "cpu" if interpreted else "cuda"
     gpu.register(device)
     return (device,)

@@ -135,6 +135,7 @@ class Segmentation(Task):
             scale=(config.min_scale, config.max_scale) if augmented else (1.0, 1.0),
             jitter=config.jitter if augmented else 0.0,
             horizontal_flip=mirrors(config, source) and augmented,
+            centre=not augmented,
             mean=values["mean"],
             std=values["std"],
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,29 @@ def test_time_that_is_over_ends_it(tmp_path: Path) -> None:
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {step["skipped"] for step in summary["steps"]} == {"no time was left"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+def test_a_step_that_is_stopped_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would compute on, on the GPU, while the next step is timed."""
+    spec = importlib.util.spec_from_file_location("gpu_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_script", script)
+    spec.loader.exec_module(script)
+    child = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    options = script.Options(tmp_path, "digits", rehearse=False)
+    done = script.run(script.Step("sleeps", 3, ["-c", child], triton=False), options, 60.0)
+    assert done["status"] == script.STOPPED
+    pid = int((tmp_path / "sleeps.log").read_text())
+    for _ in range(50):  # until whoever inherited it has taken note
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the child lives on")
 
 
 @pytest.mark.slow

@@ -66,6 +66,24 @@ def test_the_factor_is_relative_to_covering_and_what_is_cut_out_lies_anywhere() 
     assert set(firsts) == {0, 1, 2, 3, 4}
 
 
+def test_the_middle_is_cut_out_and_padded_around() -> None:
+    """Of 8 columns, doubled, those from 2 to 5 are seen; an image of half the size has as much around it."""
+    mask = Image.fromarray(np.arange(8, dtype=np.uint8)[None].repeat(4, axis=0))
+    plain = {"jitter": 0, "horizontal_flip": False, "centre": True}
+    transform = segment_train_transform((8, 8), scale=(1, 1), **plain)
+    for _ in range(5):
+        _, numbers = transform(Image.new("RGB", (8, 4)), mask)
+        assert numbers[0].tolist() == [2, 2, 3, 3, 4, 4, 5, 5]
+    small = segment_train_transform((8, 4), scale=(0.5, 0.5), **plain)
+    _, numbers = small(Image.new("RGB", (4, 8)), Image.new("L", (4, 8)))
+    outside = numbers == 255
+    assert outside[:2].all()
+    assert outside[6:].all()
+    assert outside[:, 0].all()
+    assert outside[:, 3].all()
+    assert not outside[2:6, 1:3].any()
+
+
 def test_a_smaller_image_is_padded_anywhere() -> None:
     """At half of covering, a 10 x 10 image is 5 x 5 of the 10 x 10 pixels: 25 count."""
     image, mask = Image.new("RGB", (10, 10), "white"), Image.new("L", (10, 10), 4)

@@ -101,6 +101,13 @@ def test_with_maps_of_zeros_the_control_is_the_twin(name: str) -> None:
     assert maps.keys() <= control.no_weight_decay()
 
 
+def test_maps_do_not_decay_under_a_decoder_either() -> None:
+    network = create_network("unet:dense_nano_position", num_classes=3)
+    maps = {name for name, _ in network.named_parameters() if name.endswith("position.map")}
+    assert maps
+    assert maps <= network.no_weight_decay()
+
+
 def test_a_router_of_positions_knows_no_content() -> None:
     torch.manual_seed(0)
     router = Router(6, 2, 4, gate_input="position")

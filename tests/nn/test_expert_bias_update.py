@@ -112,6 +112,14 @@ def test_where_a_batch_fails_everything_stays() -> None:
     reference.assert_same(dict(layer.state_dict()), before, rtol=0, atol=0)
 
 
+def test_without_a_batch_everything_stays() -> None:
+    layer = lopsided_layer()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with pytest.raises(ValueError, match="batches is empty"):
+        update_expert_bias(iter([]), layer)
+    reference.assert_same(dict(layer.state_dict()), before, rtol=0, atol=0)
+
+
 def test_networks_that_have_nothing_to_find_are_left_as_they_are() -> None:
     for network in (nn.Conv2d(3, 3, 1), PCELayer(3, 3, patch_size=2, balancing="none")):
         before = {name: tensor.clone() for name, tensor in network.state_dict().items()}

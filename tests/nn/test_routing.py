@@ -239,6 +239,22 @@ def test_router_equals_the_perceptron_on_the_extractors_output(gate_input: str) 
     torch.testing.assert_close(router.compute_logits(x), expected, rtol=1e-10, atol=1e-10)
 
 
+class _Third(Router):
+    """Logits of its own."""
+
+    def compute_logits(self, x: torch.Tensor) -> torch.Tensor:
+        return super().compute_logits(x) * 0 + torch.tensor([0.0, 1.0, 2.0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_router_may_have_logits_of_its_own(training: bool) -> None:
+    x = torch.randn(2, 3, 4, 4)
+    of_class, of_instance = _Third(3, 2, 3, balancing="none"), Router(3, 2, 3, balancing="none")
+    of_instance.compute_logits = lambda x: torch.tensor([[0.0, 1.0, 2.0]]).expand(8, 3)  # type: ignore[method-assign]
+    for router in (of_class, of_instance):
+        assert router.train(training)(x).expert_ids.flatten().tolist() == [2] * 8
+
+
 @pytest.mark.parametrize("gate_input", ["pixels", "flat"])
 def test_position_alone_can_route(gate_input: str) -> None:
     """On an empty image the content says nothing: the patches differ by both kinds of position, or not at all."""

@@ -365,6 +365,23 @@ def test_a_router_can_be_frozen_alone(kind: str) -> None:
         assert any(not torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_bias_moves_where_weights_are_no_parameters(frozen: bool) -> None:
+    """Within a pass DataParallel, and FSDP's first version, hold them as plain attributes."""
+    plain = make("PCELayer").train()
+    plain.router.requires_grad_(not frozen)
+    held = copy.deepcopy(plain)
+    for part in (held.router.hidden, held.router.logits):
+        for name, weight in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            setattr(part, name, weight * 1)
+    before = plain.router.expert_bias.clone()
+    for layer in (plain, held):
+        layer(batch(1))
+    assert torch.equal(held.router.expert_bias, plain.router.expert_bias)
+    assert torch.equal(plain.router.expert_bias, before) == frozen
+
+
 def test_a_pass_without_gradients_renews_the_bias_of_a_frozen_router() -> None:
     layer = make("PCELayer").requires_grad_(False).train()
     before = layer.router.expert_bias.clone()

@@ -199,6 +199,8 @@ def compare(
     )
     pairs |= dict(zip(own, zip(grads, exact_grads, strict=True), strict=True))
     for name, (ours, right) in pairs.items():
+        if not ours.numel():  # a perceptron without features of positions
+            continue
         allowed = tolerance(ours, right, terms[name], backend, mode, name == of_parts, winograd)
         difference = float((ours.detach().double() - right.detach()).abs().max())
         assert difference <= allowed, f"{name} {tuple(ours.shape)}: off by {difference:.2e}, allowed {allowed:.2e}"
@@ -432,18 +434,19 @@ def test_perceptron(shape: Any, backend: str, mode: Mode) -> None:
         "x": x,
         "weight": draw(hidden, channels + features, dtype=kind, scale=1 / math.sqrt(channels)),
         "bias": draw(hidden, dtype=kind),
+        "rows": draw(height, features, dtype=kind),
+        "columns": draw(width, features, dtype=kind),
     }
-    # Features of positions are constants.
-    lines = [draw(size, features, dtype=kind).detach() for size in (height, width)]
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
-        return [ops.patch_perceptron(x, weight, bias, *lines, side)]
+    def run(**inputs: Tensor) -> list[Tensor]:
+        return [ops.patch_perceptron(**inputs, patch_size=side)]
 
-    def naive(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
-        return [reference.patch_perceptron(x, weight, bias, *(line.to(x.dtype) for line in lines), side)]
+    def naive(**inputs: Tensor) -> list[Tensor]:
+        return [reference.patch_perceptron(*inputs.values(), side)]
 
     pixels = batch * height * width
     terms = {"0": channels + 2 * features, "x": hidden, "weight": pixels, "bias": pixels}
+    terms |= {"rows": batch * width + hidden, "columns": batch * height + hidden}
     terms = {name: ROUNDINGS**2 + n for name, n in terms.items()}
     compare(run, naive, inputs, terms, backend, mode)
 
@@ -466,6 +469,18 @@ def test_logits(shape: Any, balanced: bool, backend: str) -> None:
             for image in expected.chunk(batch):
                 image += per_expert - share * sum(image.clone()) / len(image)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_whose_bias_alone_has_a_gradient(backend: str) -> None:
+    """Each of an expert's logits has its bias once, and takes off the mean of its image's two times the share."""
+    first = (torch.randn(5, 4), torch.randn(5), torch.randn(2, 1), torch.randn(4, 1))
+    second, added = torch.randn(3, 5), torch.randn(3)
+    bias, share = torch.zeros(3, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+    plain = ops.patch_logits(torch.ones(1, 3, 2, 4), first, 2, second, added)
+    found = ops.patch_logits(torch.ones(1, 3, 2, 4), first, 2, second, added, bias, share)
+    (found * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    torch.testing.assert_close(bias.grad, torch.tensor([2.0, 4.0, 6.0]))
+    torch.testing.assert_close(share.grad, -(plain.sum(0) * torch.tensor([1.0, 2.0, 3.0])).sum())
 
 
 @pytest.mark.parametrize(("backend", "mode"), KINDS, indirect=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,10 @@ def test_kernels_compile_for_a_gpu(
         # Tensor cores multiply what is in 16 bits.
         if kernel.fn.__name__.startswith("convolve") and dtype.itemsize == 2:
             assert re.search(r"\b(wgmma|mma)\.", code.asm["ptx"]), kernel
+        # Channels that lie side by side are read and written together, 16 bytes at a time, from maps and kernels.
+        if kernel.fn.__name__ in ("convolve", "fold", "affine") and dtype.itemsize == 2 and channels % 16 == 0:
+            assert not re.search(r"\b(ld|st)\.global\S*\.b16\b", code.asm["ptx"]), kernel
+            assert re.search(r"\bst\.global\S*\.v4\b", code.asm["ptx"]), kernel
 
 
 # Before a GPU has been seen
@@ -269,14 +274,18 @@ def test_kernels_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
 @directly
 @pytest.mark.parametrize(
     ("capability", "compiler", "reason"),
-    [((7, 5), ["gcc"], "the kernels are for NVIDIA GPUs of compute capability 8.0"), ((9, 0), None, "Triton needs a")],
+    [
+        ((7, 5), "gcc", "the kernels are for NVIDIA GPUs of compute capability 8.0"),
+        ((9, 0), "c++", "Triton needs a C "),
+    ],
 )
 def test_gpus_without_what_it_takes_are_refused(
-    capability: tuple[int, int], compiler: list[str] | None, reason: str, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(library.build, "find_compiler", lambda: compiler)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name == compiler else None)
     with pytest.raises(ValueError, match=f"^PCENET_OPS=triton: {re.escape(reason)}"):
         library.use("triton")
 

@@ -14,9 +14,10 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pcenet.ops import reference, schemas
+from pcenet.ops import schemas
 from pcenet.ops.gpu import kernels
 
 PIXELS = 64  # that one program computes at least, and in one go
@@ -86,13 +87,15 @@ class Blocks(NamedTuple):
 
 def blocks_of(expert: Tensor, num_experts: int, slots: int) -> Blocks:
     """Sort patches by their ``expert`` ``[N]``, without looking at it from the processor."""
-    owner = torch.where(expert < 0, num_experts, expert)
-    sorted_ = reference.fill_slots(owner, num_experts + 1, slots)
-    number = torch.arange(sorted_.patch.shape[0], device=expert.device)
-    filled = sorted_.of_patch[sorted_.patch] == number
-    first = torch.searchsorted(sorted_.expert, torch.arange(num_experts + 1, device=expert.device))
-    patches = torch.where(filled, sorted_.patch, -1)
-    return Blocks(patches.int(), sorted_.expert.int(), first.int(), slots)
+    count = -(-expert.shape[0] // slots) + num_experts + 1
+    number = torch.arange(count * slots, device=expert.device)
+    owner, order = torch.where(expert < 0, num_experts, expert).sort(stable=True)
+    rank = torch.searchsorted(owner, number[: num_experts + 2])  # where each owner's patches begin, and the next one's
+    first = F.pad(((rank.diff() + slots - 1) // slots).cumsum(0), (1, 0))  # and its blocks
+    experts = torch.searchsorted(first[1:], number[:count], right=True).clamp(max=num_experts)
+    place = number.view(count, slots) + (rank[:-1] - first[:-1] * slots)[experts, None]
+    patches = torch.where(place < rank[1:][experts, None], order[place.clamp(max=len(order) - 1)], -1)
+    return Blocks(patches.flatten().int(), experts.int(), first[:-1].int(), slots)
 
 
 def tile(channels: int) -> int:

@@ -3,8 +3,8 @@
 Axes as in `pcenet.ops.functional`; maps are pixels ``[B, H, W, C]``. Patches lie in blocks of slots, each block of one
 expert (`pcenet.ops.gpu.Blocks`); E as a block's expert means nobody. Everything is summed in float32, in one order.
 
-Loads at places that are masked read place 0: pipelined loops are compiled to copies that look at the address even
-where nothing is copied.
+Places that are masked are computed as all others are, and never read: put elsewhere, they would hide from the
+compiler that channels lie side by side, and each would be read alone.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def own(table, expert, channel, channels, otherwise: tl.constexpr):
     """What an expert, or each of several, has for each channel; a constant where there is no table."""
     if table is not None:
         inside = channel < channels
-        values = tl.load(table + tl.where(inside, expert * channels + channel, 0), mask=inside, other=0.0)
+        values = tl.load(table + expert * channels + channel, mask=inside, other=0.0)
     else:
         values = otherwise
     return values
@@ -85,10 +85,10 @@ def convolve(
             for first in range(0, channels, INS):
                 channel = first + tl.arange(0, INS)
                 mask = reads[:, None] & (channel < channels)[None, :]
-                values = tl.load(x + tl.where(mask, start[:, None] + channel[None, :], 0), mask=mask, other=0.0)
+                values = tl.load(x + (start[:, None] + channel[None, :]), mask=mask, other=0.0)
                 mask = (channel < channels)[:, None] & (out_channel < outs)[None, :]
                 at = ((expert * KERNEL * KERNEL + tap) * channels + channel[:, None]) * outs + out_channel[None, :]
-                kernel = tl.load(weight + tl.where(mask, at, 0), mask=mask, other=0.0)
+                kernel = tl.load(weight + at, mask=mask, other=0.0)
                 sums = tl.dot(values, kernel, sums, input_precision=PRECISION)
     writes = (patch >= 0)[:, None] & (out_channel < outs)[None, :]
     if MARGIN:
@@ -96,7 +96,7 @@ def convolve(
     else:
         writes &= ((y < height) & (x_ < width))[:, None]
         pixel = (image * height + y) * width + x_
-    at = tl.where(writes, pixel[:, None] * outs + out_channel[None, :], 0)
+    at = pixel[:, None] * outs + out_channel[None, :]
     table = tl.minimum(expert, num_experts - 1)
     sums = sums * own(scale, table, out_channel, outs, 1.0) + own(shift, table, out_channel, outs, 0.0)
     if GELU:
@@ -128,9 +128,9 @@ def fold(
         covers &= (down >= 0) & (down < SIZE) & (right >= 0) & (right < SIZE)
         cell = ((image * rows + row) * columns + column) * (SIZE * SIZE) + down * SIZE + right
         mask = inside & covers[:, None]
-        at = tl.where(mask, cell[:, None] * channels + channel[None, :], 0)
+        at = cell[:, None] * channels + channel[None, :]
         sums += tl.load(windows + at, mask=mask, other=0.0).to(tl.float32)
-    at = tl.where(inside, pixel[:, None] * channels + channel[None, :], 0)
+    at = pixel[:, None] * channels + channel[None, :]
     tl.store(out + at, sums, mask=inside)
 
 
@@ -161,17 +161,17 @@ def convolve_weight(
             there = (patch >= 0) & (y < height) & (x_ < width)
             mask = there[:, None] & (out_channel < outs)[None, :]
             at = ((image * height + y) * width + x_)[:, None] * outs + out_channel[None, :]
-            grads = tl.load(grad + tl.where(mask, at, 0), mask=mask, other=0.0)
+            grads = tl.load(grad + at, mask=mask, other=0.0)
             reads = there & (y + dy >= 0) & (y + dy < height) & (x_ + dx >= 0) & (x_ + dx < width)
             if not NEIGHBOURS:
                 reads &= (row + dy >= 0) & (row + dy < SIDE) & (column + dx >= 0) & (column + dx < SIDE)
             mask = reads[:, None] & (channel < channels)[None, :]
             at = ((image * height + y + dy) * width + x_ + dx)[:, None] * channels + channel[None, :]
-            values = tl.load(x + tl.where(mask, at, 0), mask=mask, other=0.0)
+            values = tl.load(x + at, mask=mask, other=0.0)
             sums = tl.dot(tl.trans(grads), values, sums, input_precision=PRECISION)
     mask = (out_channel < outs)[:, None] & (channel < channels)[None, :]
     at = ((split * num_experts + expert).to(tl.int64) * outs + out_channel[:, None]) * (KERNEL * KERNEL) + tap
-    tl.store(out + tl.where(mask, at * channels + channel[None, :], 0), sums, mask=mask)
+    tl.store(out + at * channels + channel[None, :], sums, mask=mask)
 
 
 @triton.jit
@@ -183,7 +183,7 @@ def tile_of_map(experts, pixels, height, width, channels, rows, columns, side, R
     image, y, x = pixel // (height * width), pixel // width % height, pixel % width
     patch = tl.where(pixel < pixels, (image * rows + y // side) * columns + x // side, 0)
     expert = tl.load(experts + patch)[:, None]
-    at = tl.where(mask, pixel[:, None] * channels + channel[None, :], 0)
+    at = pixel[:, None] * channels + channel[None, :]
     return at, mask, patch, expert, channel[None, :]
 
 
@@ -252,7 +252,7 @@ def patch_moments(
     for first in range(0, SIDE * SIDE, ROWS):
         pixel, there = cells_of_patch(patch, first, height, width, rows, columns, SIDE, ROWS)
         mask = there[:, None] & (channel < channels)[None, :]
-        at = tl.where(mask, pixel[:, None] * channels + channel[None, :], 0)
+        at = pixel[:, None] * channels + channel[None, :]
         distance = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - origin[None, :]
         sums += tl.sum(tl.where(mask, distance, 0.0), 0)
         number += tl.sum(there.to(tl.int32), 0)
@@ -260,7 +260,7 @@ def patch_moments(
     for first in range(0, SIDE * SIDE, ROWS):
         pixel, there = cells_of_patch(patch, first, height, width, rows, columns, SIDE, ROWS)
         mask = there[:, None] & (channel < channels)[None, :]
-        at = tl.where(mask, pixel[:, None] * channels + channel[None, :], 0)
+        at = pixel[:, None] * channels + channel[None, :]
         distance = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - origin[None, :] - mean[None, :]
         squares += tl.sum(tl.where(mask, distance * distance, 0.0), 0)
     at = patch.to(tl.int64) * 2 * channels + channel
@@ -286,7 +286,7 @@ def affine_sums(
     for first in range(0, tl.where(expert >= 0, SIDE * SIDE, 0), ROWS):
         pixel, there = cells_of_patch(patch, first, height, width, rows, columns, SIDE, ROWS)
         mask = there[:, None] & (channel < channels)[None, :]
-        at = tl.where(mask, pixel[:, None] * channels + channel[None, :], 0)
+        at = pixel[:, None] * channels + channel[None, :]
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
         y = value * factor + term
@@ -321,6 +321,6 @@ def sum_by_expert(
         slot = first + tl.arange(0, ROWS)
         patch = tl.load(patches + tl.where(slot < last, slot, 0), mask=slot < last, other=-1)
         mask = (patch >= 0)[:, None] & (column < columns)[None, :]
-        at = tl.where(mask, patch.to(tl.int64)[:, None] * columns + column[None, :], 0)
+        at = patch.to(tl.int64)[:, None] * columns + column[None, :]
         sums += tl.sum(tl.load(values + at, mask=mask, other=0.0), 0)
     tl.store(out + (split * num_experts + expert) * columns + column, sums, mask=column < columns)
