@@ -29,6 +29,8 @@ PAGES = ("experiments.md", "trials.md")
 # Rows of the table of gains: the labels that a network has in the comparisons.
 KINDS = {
     "PCE": ("pce_nano", "pce_unet_nano"),
+    "PCE with 8 experts instead of 4": ("experts_8",),
+    "PCE with 16 experts": ("experts_16",),
     "PCE, routed by place alone": ("position_only",),
     "PCE, routed by content alone": ("content_only",),
     "the twin with a learned map of positions": ("dense_nano_position", "dense_unet_nano_position"),

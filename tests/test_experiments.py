@@ -110,6 +110,7 @@ def test_a_table_of_gains_by_hand(report: ModuleType, tmp_path: Path, monkeypatc
     scores = {
         "dense_nano": (0.70, 0.71, 0.72),
         "pce_nano": (0.71, 0.73, 0.75),
+        "experts_8": (0.73,),
         "position_only": (0.72, 0.70),
         "dense_nano_wide": (0.80,),
     }
@@ -121,7 +122,8 @@ def test_a_table_of_gains_by_hand(report: ModuleType, tmp_path: Path, monkeypatc
     (tmp_path / "results" / "x").mkdir(parents=True)
     (tmp_path / "results" / "x" / "comparison.json").write_text(json.dumps({"runs": runs}))
     monkeypatch.setattr(report, "HERE", tmp_path)
-    _, _, pce, by_place, by_content, position, _, wide = report.gains_table("x").splitlines()
+    _, _, pce, eight, _, by_place, by_content, position, _, wide = report.gains_table("x").splitlines()
+    assert eight.endswith("instead of 4 | +3.00 (1 seed) |")
     assert pce == "| PCE | +2.00 [-0.48, +4.48] |"
     assert by_place.endswith("| +0.50 (2 seeds) |")
     assert by_content.endswith("alone |  |")
