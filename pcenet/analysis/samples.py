@@ -39,7 +39,7 @@ def sample_sheet(report: CheckReport) -> Figure:
 def overlay(image: Image.Image, mask: Image.Image) -> Image.Image:
     """An image with its mask laid over it in the colours of the classes; pixels that do not count stay as they are."""
     colours = mask.copy()
-    colours.putpalette(palette(IGNORE))
+    colours.putpalette(palette(range(IGNORE)))
     counts = mask.point([255] * IGNORE + [0])
     return Image.composite(Image.blend(image, colours.convert("RGB"), OPACITY), image, counts)
 

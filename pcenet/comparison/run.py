@@ -118,7 +118,7 @@ def check_networks(config: CompareConfig, build: bool = False) -> None:
             check_model(options)
             if build:
                 with naming_model_args(options.model_args):
-                    build_model(options, num_classes=2)
+                    build_model(options, ["0", "1"])
         except ValueError as error:
             known = (
                 "" if label in config.variants or not config.variants else f"; variants: {', '.join(config.variants)}"

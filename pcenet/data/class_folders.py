@@ -36,7 +36,6 @@ from pcenet.data.tree import (
     is_image,
     is_unread,
     left_out,
-    names_of,
     split_notes,
     split_roots,
     unread_format,
@@ -106,7 +105,8 @@ def find_layout(names: Iterable[str], around: str = "") -> tuple[Layout, list[Fa
         unread = [unread_format("/".join(path)) for path in paths if is_unread(path)]
         return Layout((), {}), [*faults, *unread, Fault("", f"no images found. {expected}")]
     top = _single_top(paths)
-    roots = _split_folders(paths, top, faults)
+    named = _split_folders(paths, top, faults)
+    roots = {split: _inner(paths, root) for split, root in named.items()}
     strays: list[str] = []
     by_split = {
         split: _by_class(paths, root, faults, strays, around) for split, root in (roots or {"train": top}).items()
@@ -114,7 +114,7 @@ def find_layout(names: Iterable[str], around: str = "") -> tuple[Layout, list[Fa
     if not roots:
         _check_for_splits(paths, top, faults)
     _check_for_masks(by_split.values(), faults)
-    layout = layout_of(by_split, (*split_notes(roots), *left_out(strays, "class folders")))
+    layout = layout_of(by_split, (*split_notes(named), *left_out(strays, "class folders")))
     check_classes(by_split, layout.classes, faults, roots)
     return layout, faults
 
@@ -153,6 +153,14 @@ def _single_top(paths: list[Parts]) -> Parts:
     (top,) = tops
     below = {path[1].lower() for path in paths if len(path) > 2}
     return () if top.lower() in PLAIN_SPLITS and not below <= SPLIT_FOLDERS.keys() else (top,)
+
+
+def _inner(paths: list[Parts], folder: Parts) -> Parts:
+    """A folder, or the one in it that holds all of its images, in folders of its own: some archives come with
+    ``train/train/cats``."""
+    inside = [path[len(folder) :] for path in paths if path[: len(folder)] == folder and is_image(path)]
+    names = {path[0] for path in inside}
+    return (*folder, *names) if len(names) == 1 and all(len(path) > 2 for path in inside) else folder
 
 
 def _split_folders(paths: list[Parts], top: Parts, faults: list[Fault]) -> dict[Split, Parts]:
@@ -235,16 +243,21 @@ def _check_for_splits(paths: list[Parts], top: Parts, faults: list[Fault]) -> No
     """Folders that hold the same folders, or nearly, and no images of their own, may be splits instead of classes."""
     depth = len(top)
     images = [path for path in paths if is_image(path) and len(path) > depth + 1]
-    folders = sorted({path[: depth + 1] for path in images})
-    if not 1 < len(folders) <= _MOST_SPLITS or any(len(path) == depth + 2 for path in images):
+    folders = [_inner(images, folder) for folder in sorted({path[: depth + 1] for path in images})]
+    if not 1 < len(folders) <= _MOST_SPLITS or any(path[:-1] in folders for path in images):
         return
-    below = _folders_below(images, folders)
+    below = {folder: names for each in folders for folder, names in _folders_below(images, [each]).items()}
+    # A folder in a folder of the same name, without classes: images that nobody has sorted.
+    below = {folder: names for folder, names in below.items() if names != {one_form(folder[-1]).casefold()}}
+    if len(below) < 2:
+        return
     same = sorted(set.intersection(*below.values()))
     if len(same) > 1 and 2 * len(same) >= len(set.union(*below.values())):
         shown = ", ".join(f"'{name}'" for name in same[:_SHOWN]) + (", ..." if len(same) > _SHOWN else "")
+        around = ", ".join(f"'{'/'.join(folder[depth:])}'" for folder in below)
         text = (
-            f"the folders {names_of(folders)} hold the same folders, {shown}. If these are the classes, call the"
-            f" folders around them train, val and test; if {names_of(folders)} are, move them into a folder 'train'."
+            f"the folders {around} hold the same folders, {shown}. If these are the classes, call the folders around"
+            f" them train, val and test; if {around} are, move them into a folder 'train'."
         )
         faults.append(Fault("", text))
 
@@ -257,6 +270,9 @@ def _check_for_masks(by_split: Iterable[Files], faults: list[Fault]) -> None:
             files[name] += [key for _, key in found]
     names = {name.lower(): name for name in files}
     images, masks = (sorted(names[word] for word in names.keys() & words) for words in (IMAGE_WORDS, MASK_WORDS))
+    named_after = [(name, f"{name}{sign}masks") for name in names for sign in ("", "_", "-", " ")]
+    if len(names) == 2 and (pair := next((pair for pair in named_after if pair[1] in names), None)):
+        images, masks = [names[pair[0]]], [names[pair[1]]]
     stems = {
         name: {key.partition("/")[2].rpartition(".")[0] for key in files[name]}
         for name in (*images, *masks)

@@ -1,8 +1,9 @@
 """Folders of images and masks: how a tree for segmentation is understood.
 
-Two layouts, either of them inside one more folder if need be::
+Three layouts, each of them inside one more folder if need be::
 
     train/images/1.jpg   train/masks/1.png   val/images/2.jpg   val/masks/2.png      ...
+    images/train/1.jpg   masks/train/1.png   images/val/2.jpg   masks/val/2.png      ...
     images/1.jpg         masks/1.png                             the same as having "train" alone
 
 An image and its mask have the same name up to the suffix, folders below ``images`` and ``masks`` included. ``Images``
@@ -91,13 +92,17 @@ def find_pairs(names: Iterable[str], only: Split | None = None) -> tuple[PairLay
     paths = data_paths(names, faults)
     top = _single_top(paths)
     roots = _roots(paths, top, faults)
+    within = _splits_within(paths, top) if roots == {"train": top} else {}
+    places: dict[Split, tuple[Parts, Parts]] = {split: (root, ()) for split, root in roots.items()}
+    if within:
+        places = {split: (top, (name,)) for split, name in within.items()}
     strays: list[str] = []
     passed_over: list[Fault] = []
     splits = {
-        split: _pairs(paths, root, faults if only not in roots or split == only else passed_over, strays)
-        for split, root in roots.items()
+        split: _pairs(paths, *place, faults if only not in places or split == only else passed_over, strays)
+        for split, place in places.items()
     }
-    split_folders = {split: root for split, root in roots.items() if root != top}
+    split_folders = {split: (*root, *inner) for split, (root, inner) in places.items() if (*root, *inner) != top}
     notes = (*split_notes(split_folders), *left_out(strays, "folders of images and masks"))
     named = [path for path in ((CLASSES_FILE,), (*top, CLASSES_FILE)) if path in paths]
     return PairLayout(splits, "/".join(named[-1]) if named else None, notes), faults
@@ -128,9 +133,20 @@ def _roots(paths: list[Parts], top: Parts, faults: list[Fault]) -> dict[Split, P
     return split_roots(paths, named, faults) if named else {"train": top}
 
 
-def _pairs(paths: list[Parts], root: Parts, faults: list[Fault], strays: list[str]) -> list[Pair]:
-    """The images of one split that have a mask."""
-    folders = {name: _folder(paths, root, name, faults) for name in (IMAGES, MASKS)}
+def _splits_within(paths: list[Parts], top: Parts) -> dict[Split, str]:
+    """The folders of splits below ``images``, where all images lie in such folders, of at least two splits."""
+    depth = len(top)
+    inside = [path for path in paths if path[:depth] == top and is_image(path) and len(path) > depth + 1]
+    below = [path[depth + 1 :] for path in inside if path[depth].lower() == IMAGES]
+    names = sorted({path[0] if len(path) > 1 else "" for path in below})
+    splits = {SPLIT_FOLDERS[name.lower()]: name for name in names if name.lower() in SPLIT_FOLDERS}
+    return splits if 1 < len(splits) == len(names) else {}
+
+
+def _pairs(paths: list[Parts], root: Parts, inner: Parts, faults: list[Fault], strays: list[str]) -> list[Pair]:
+    """The images of one split that have a mask; ``inner`` is its folder within ``images`` and ``masks``, if any."""
+    found = {name: _folder(paths, root, name, faults) for name in (IMAGES, MASKS)}
+    folders = {name: folder and (*folder, *inner) for name, folder in found.items()}
     files = {name: _files(paths, folder, name, faults, strays) for name, folder in folders.items() if folder}
     if len(files) < 2:
         return []

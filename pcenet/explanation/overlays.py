@@ -75,7 +75,7 @@ def class_overlay(pixels: Tensor, classes: Tensor, opacity: float = 0.6) -> Imag
     numbers = Image.fromarray(classes.to(torch.uint8).cpu().numpy())
     mask = numbers.resize(image.size, Image.Resampling.NEAREST)
     counts = mask.point([255] * 255 + [0])
-    mask.putpalette(palette(255))
+    mask.putpalette(palette(range(255)))
     return Image.composite(Image.blend(image, mask.convert("RGB"), opacity), image, counts)
 
 

@@ -130,6 +130,7 @@ class Subject:
             "num_classes": model.num_classes,
             "class_names": model.class_names,
             "grey_range": None if model.grey_range is None else list(model.grey_range),
+            "mask_values": model.mask_values,
             "input_size": list(values["input_size"]),
             "preprocessing": {
                 name: list(value) if isinstance(value, tuple) else value

@@ -22,6 +22,7 @@ from pcenet.models.limits import (
     LARGEST_SIDE,
     check_class_names,
     check_image_shape,
+    check_mask_values,
     check_num_classes,
     check_pixel_classes,
     check_preprocessing,
@@ -54,7 +55,8 @@ class ExportedNet(nn.Module):
 
     Attributes:
         metadata: what the file carries.
-        task, class_names, num_classes, grey_range, pretrained_cfg: as those of the network that was exported.
+        task, class_names, num_classes, grey_range, mask_values, pretrained_cfg: as those of the network that was
+            exported.
         size_multiple: the sides of its images are multiples of it; None: it takes images of one size.
         output_names: logits first.
 
@@ -71,6 +73,7 @@ class ExportedNet(nn.Module):
         self.class_names: list[str] | None = self.metadata["class_names"]
         self.num_classes: int = self.metadata["num_classes"]
         self.grey_range: GreyRange | None = self.metadata.get("grey_range")  # which older files do not carry
+        self.mask_values: list[int] | None = self.metadata.get("mask_values")  # likewise
         self.pretrained_cfg: dict[str, Any] = self.metadata["preprocessing"]
         self.size_multiple: int | None = self.metadata["size_multiple"]
         self.output_names: list[str] = self.metadata["outputs"]
@@ -169,6 +172,8 @@ def read_metadata(carried: Mapping[str, str], path: str | Path) -> dict[str, Any
         if not isinstance(names, list) or names[:1] != ["logits"] or not all(isinstance(name, str) for name in names):
             raise ValueError(f"outputs {excerpt(names)} must be names, logits first")
         check_grey_range(metadata.get("grey_range"))
+        if metadata.get("mask_values") is not None:
+            check_mask_values(metadata["mask_values"], [], metadata["num_classes"])
         if not isinstance(metadata["fixed_batch"], bool):
             raise ValueError(f"fixed_batch {excerpt(metadata['fixed_batch'])} must be true or false")
     except (KeyError, TypeError, ValueError) as error:

@@ -48,9 +48,11 @@ class Network:
         Raises:
             ValueError: if the logits are not finite, so that they say nothing, or not as many as classes.
         """
-        weight = next(self.model.parameters(), images)  # an exported file has none
+        weight = next(self.model.parameters(), images)
         images = images.to(self.device, weight.dtype, memory_format=torch.channels_last)
-        with autocast(self.precision if weight.dtype == torch.float32 else "fp32", self.device):
+        # What a file holds is exported for float32.
+        cast = weight.dtype == torch.float32 and not isinstance(self.model, ExportedNet)
+        with autocast(self.precision if cast else "fp32", self.device):
             logits, records = answer(self.model, images, tta=self.tta)
         if logits.shape[1] != len(self.classes):
             raise ValueError(

@@ -54,8 +54,9 @@ class Predicted:
 def predict(config: PredictConfig) -> Predicted:
     """Predict all images and videos that ``config.inputs`` names; write ``predictions.csv`` and ``predictions.json``.
 
-    A segmentation network also leaves ``legend.png`` and, for each image and at its size, a mask whose pixel values are
-    class numbers and an overlay: the image under the classes' colours.
+    A segmentation network also leaves ``legend.png`` and, for each image and at its size, a mask and an overlay, the
+    image under the classes' colours. A mask's pixels have the values of the masks that the network was trained on, or
+    class numbers where these are unknown; ``mask_values`` in the JSON file has them by class.
 
     A file that cannot be read stops nothing: it is named at the end, on the terminal and in the JSON file. All results
     appear in the folder when they are complete; after an error none is there.
@@ -73,6 +74,7 @@ def predict(config: PredictConfig) -> Predicted:
     files, videos = ([file for file in found if file.is_video is kind] for kind in (False, True))
     folder = output_folder(config.out, "predictions")
     classes = list(model.class_names or map(str, range(model.num_classes)))
+    values = list(range(model.num_classes)) if model.mask_values is None else model.mask_values
     network = Network(model, classes, config.routing, device, precision, config.tta)
     batch_size = config.batch_size or eval_batch_size(model)
     windows = SlidingWindow(network, config.overlap, batch_size) if config.sliding_window else None
@@ -82,11 +84,11 @@ def predict(config: PredictConfig) -> Predicted:
         "tta": config.tta,
         "sliding_window": config.sliding_window,
         "classes": classes,
-    }
+    } | ({"mask_values": values} if model.task == "segment" else {})
     first: list[Row] = []
     predicted = 0
     with naming_dead_workers(), filling(folder) as place:
-        predictor = make_predictor(network, config, place, windows)
+        predictor = make_predictor(network, config, place, values, windows)
         transform, workers = image_transform(model, windows), resolve_workers(config.workers, device)
         batches = chain(
             read_batches(files, transform, batch_size=batch_size, workers=workers) if files else (),
@@ -106,7 +108,7 @@ def predict(config: PredictConfig) -> Predicted:
                 predicted += len(rows)
                 first += rows[: SHOWN - len(first)]
         if isinstance(predictor, Segmenter) and predicted:
-            write_picture(legend(classes), place / "legend.png")
+            write_picture(legend(classes, values), place / "legend.png")
     report(predictor.headings, first, Predicted(predicted, left_out, folder))
     return Predicted(predicted, left_out, folder)
 
@@ -150,12 +152,12 @@ def check_classifier(model: SavableModel | ExportedNet, name: str) -> None:
 
 
 def make_predictor(
-    network: Network, config: PredictConfig, folder: Path, windows: SlidingWindow | None
+    network: Network, config: PredictConfig, folder: Path, values: Sequence[int], windows: SlidingWindow | None
 ) -> Classifier | Segmenter:
     """What predicts for the network's task; to segment it writes pictures into ``folder``."""
     if network.model.task == "classify":
         return Classifier(network, config.top)
-    return Segmenter(network, folder, config.overlay_opacity, windows)
+    return Segmenter(network, folder, config.overlay_opacity, values, windows)
 
 
 def progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:

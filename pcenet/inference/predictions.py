@@ -118,7 +118,7 @@ class Segmentation:
         """
         assert self.source is not None
         colours = Image.fromarray(self.mask)
-        colours.putpalette(palette(len(self.classes)))
+        colours.putpalette(palette(range(len(self.classes))))
         return Image.blend(self.source.image(), colours.convert("RGB"), opacity)
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -33,12 +34,14 @@ class Segmenter:
         network: gives logits ``[B, len(network.classes), H, W]``.
         folder: where to.
         opacity: of the colours in the overlay, from 0 to 1.
+        values: the value of each class in the masks.
         windows: what predicts large images; None: they are made smaller, too.
     """
 
     network: Network
     folder: Path
     opacity: float
+    values: Sequence[int]
     windows: SlidingWindow | None = None
     names: OutputNames = field(default_factory=lambda: OutputNames(PICTURES))
 
@@ -63,8 +66,8 @@ class Segmenter:
         name = self.names.take(file)
         mask, overlay = f"{MASKS}/{name}{MASK}", f"{OVERLAYS}/{name}{OVERLAY}"
         picture = Image.fromarray(numbers.numpy())
-        picture.putpalette(palette(len(self.network.classes)))
-        write_picture(picture, self.folder / mask)
+        picture.putpalette(palette(range(len(self.network.classes))))
+        write_picture(self._mask(numbers), self.folder / mask)
         write_picture(Image.blend(image, picture.convert("RGB"), self.opacity), self.folder / overlay)
         counts = picture.histogram()[: len(self.network.classes)]
         shares = [count / numbers.numel() for count in counts]
@@ -76,6 +79,14 @@ class Segmenter:
         }
         shown = [file.file, largest(self.network.classes, shares)]
         return Row([file.file, mask, overlay, *shares], record | found.grids, shown)
+
+    def _mask(self, numbers: Tensor) -> Image.Image:
+        """Class numbers as a mask in the classes' values: with their colours, or grey where values have 16 bits."""
+        of_class = np.array(self.values, np.uint8 if max(self.values) < 256 else np.uint16)
+        picture = Image.fromarray(of_class[numbers.numpy()])
+        if of_class.dtype == np.uint8:
+            picture.putpalette(palette(self.values))
+        return picture
 
 
 @dataclass(frozen=True)

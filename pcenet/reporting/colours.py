@@ -54,15 +54,18 @@ def css(colour: Colour) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
-def palette(count: int) -> list[int]:
-    """The colours of ``count`` classes, as `PIL.Image.Image.putpalette` takes them."""
-    return list(chain.from_iterable(class_colours()[:count]))
+def palette(values: Sequence[int]) -> list[int]:
+    """The colours of classes whose pixels have these values, as `PIL.Image.Image.putpalette` takes them."""
+    colours: list[tuple[int, ...]] = [(0, 0, 0)] * (max(values) + 1)
+    for value, colour in zip(values, class_colours(), strict=False):
+        colours[value] = colour
+    return list(chain.from_iterable(colours))
 
 
-def legend(classes: Sequence[str]) -> Image.Image:
-    """A picture with a row per class: its colour, its number and its name."""
+def legend(classes: Sequence[str], values: Sequence[int]) -> Image.Image:
+    """A picture with a row per class: its colour, its value in masks and its name."""
     font = ImageFont.load_default(TEXT)
-    texts = [f"{number}  {shown(name)}" for number, name in enumerate(classes)]
+    texts = [f"{value}  {shown(name)}" for value, name in zip(values, classes, strict=True)]
     width = 3 * MARGIN + ROW + round(max(font.getlength(text) for text in texts))
     picture = Image.new("RGB", (width, len(texts) * ROW + MARGIN), "white")
     draw = ImageDraw.Draw(picture)

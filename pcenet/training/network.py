@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from pcenet.catalogue import check_network, networks
+from pcenet.catalogue import CONFIG, check_network, networks
 from pcenet.choices import did_you_mean
 from pcenet.models import (
     SavableModel,
@@ -23,13 +27,15 @@ from pcenet.models import (
     split_name,
     task_of,
 )
-from pcenet.models.hub import check_patches, check_tensors, read_weights
+from pcenet.models.hub import check_patches, check_tensors, read_config, read_weights
 from pcenet.models.limits import check_image_shape
 from pcenet.models.pretrained import WEIGHTS
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.finding import find_model
 from pcenet.runtime.memory import ran_out_of_memory
 
+log = logging.getLogger(__name__)
+OF_TRAINING = {"drop_rate", "drop_path_rate", "dropout", "capacity_factor"}  # arguments that change no prediction
 DECIDED_ELSEWHERE = {
     "num_classes": "the data decide it",
     "in_chans": "images are read as RGB",
@@ -73,12 +79,13 @@ def naming_model_args(values: dict[str, Any]) -> Iterator[None]:
         raise ValueError(f"model_args {values} make no network: {error}") from error
 
 
-def build_model(config: TrainConfig, num_classes: int, start: bool = True) -> SavableModel:
+def build_model(config: TrainConfig, classes: Sequence[str], start: bool = True) -> SavableModel:
     """The network before training; fresh weights depend on the state of torch's generator alone.
 
     Args:
         config: the options.
-        num_classes: of the data.
+        classes: the names of the data's classes. Weights of others, of as many others too, lend everything but the
+            classifier, where the names of theirs are known.
         start: load the weights that the options name; False where a checkpoint brings others anyway.
 
     Raises:
@@ -89,18 +96,21 @@ def build_model(config: TrainConfig, num_classes: int, start: bool = True) -> Sa
     if overlay:
         check_image_shape(overlay["input_size"])  # as when it will be loaded
     with naming_model_args(config.model_args):
-        model = create_network(
+        make = partial(
+            create_network,
             config.model_name,
-            pretrained=config.pretrained and start,
-            num_classes=num_classes,
+            num_classes=len(classes),
             drop_rate=config.drop,
             drop_path_rate=config.drop_path,
             pretrained_cfg_overlay=overlay,
             **config.model_args,
         )
+        model = make(pretrained=config.pretrained and start)
         check_patches(model)
+    if model.class_names is not None and model.class_names != list(classes):
+        model.load_state_dict({**model.state_dict(), **classifier_of(make(pretrained=False))})
     if config.init is not None and start:
-        start_from(model, config.init)
+        start_from(model, config.init, classes)
     if config.upcycle:
         assert isinstance(model, TimmNet)
         try:
@@ -110,8 +120,18 @@ def build_model(config: TrainConfig, num_classes: int, start: bool = True) -> Sa
     return model.to(memory_format=torch.channels_last)
 
 
-def start_from(model: SavableModel, name: str) -> None:
+def classifier_of(model: SavableModel) -> dict[str, Tensor]:
+    """The tensors of a network's last layer, by their names in its state."""
+    # Classifiers have timm's get_classifier, which their common base class does not declare.
+    last = model.get_submodule("head") if model.task == "segment" else model.get_classifier()  # type: ignore[operator]
+    classifier = {id(parameter) for parameter in last.parameters()}
+    return {key: each.detach() for key, each in model.state_dict(keep_vars=True).items() if id(each) in classifier}
+
+
+def start_from(model: SavableModel, name: str, classes: Sequence[str]) -> None:
     """Load the weights of a run or model folder into a network; a classifier of other classes keeps its own.
+
+    Arguments that change what the weights compute, such as another border, are the caller's to choose, and told of.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -119,15 +139,25 @@ def start_from(model: SavableModel, name: str) -> None:
     """
     folder, _ = find_model(name, "init")
     path = folder / WEIGHTS
-    weights, own = read_weights(path), model.state_dict(keep_vars=True)
-    # Classifiers have timm's get_classifier, which their common base class does not declare.
-    last = model.get_submodule("head") if model.task == "segment" else model.get_classifier()  # type: ignore[operator]
-    classifier = {id(parameter) for parameter in last.parameters()}
-    for key, tensor in own.items():
-        if id(tensor) in classifier and key in weights and weights[key].shape != tensor.shape:
-            weights[key] = tensor.detach()
+    weights = read_weights(path)
+    try:
+        about = read_config(folder / CONFIG)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"init: {folder / CONFIG} is no configuration of a PCE network: {error}") from error
+    names = about.get("label_names")
+    others = names is not None and names != list(classes)
+    for key, tensor in classifier_of(model).items():
+        if key in weights and (others or weights[key].shape != tensor.shape):
+            weights[key] = tensor
     check_tensors(weights, model, f"init: {path} does not fit the network", "give a run of the same network")
     model.load_state_dict(weights)
+    trained, own = about["model_args"], json.loads(json.dumps(model.model_args))
+    both = sorted(own.keys() & trained.keys() - OF_TRAINING)
+    if changed := [key for key in both if own[key] != trained[key]]:
+        theirs, ours = (json.dumps({key: arguments[key] for key in changed}) for arguments in (trained, own))
+        log.warning(
+            "init: the weights compute something else here: %s has --model-args '%s', not %s", name, theirs, ours
+        )
 
 
 def default_input_size(name: str) -> int | str:

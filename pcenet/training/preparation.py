@@ -120,7 +120,7 @@ def prepare(
     seed_everything(config.seed, workers=True, verbose=False)
     if config.pretrained and ":" in config.model_name and not checkpoints:
         say(f"getting the weights of {config.model_name}, from the Hugging Face Hub where they are not on this machine")
-    model = build_model(config, len(classes), start=not checkpoints)
+    model = build_model(config, classes, start=not checkpoints)
     with naming_model_args(config.model_args):
         cost = cost_of(model)
     task.tell_of_data(model, sources["train"], config.grey_range)

@@ -231,7 +231,7 @@ def finish(run: Run, rows: Sequence[Row], stopped: str | None, trackers: Tracker
     config, source = run.config, run.sources["val"]
     model = run.model
     if config.strategy == "fsdp":  # each process has parts of that one
-        model = build_model(config, len(source.classes))
+        model = build_model(config, source.classes)
         run.task.tell_of_data(model, source, config.grey_range)
     epoch = decide(lambda: keep_averaged(run, model, rows, stopped))
     share(list(model.state_dict().values()))

@@ -42,6 +42,18 @@ def test_split_folders_with_or_without_a_folder_around_them(val: str, top: str) 
     assert select(names, "test") == [(f"{top}test/cat/8.jpg", 0), (f"{top}test/dog/7.webp", 1)]
 
 
+@pytest.mark.parametrize("inner", ["train", "animals"])
+def test_splits_with_one_more_folder_around_the_classes(inner: str) -> None:
+    """As archives have them that were packed twice."""
+    names = [f"train/{inner}/{name}" for name in flat(cat=3, dog=3)] + ["test/cat/9.jpg", "test/dog/8.jpg"]
+    layout = read_layout(names, "set")
+    assert layout.classes == ("cat", "dog")
+    assert [item.name for item in layout.splits["test"]] == ["test/cat/9.jpg", "test/dog/8.jpg"]
+    assert [(item.key, item.label) for item in layout.splits["train"]][:1] == [("cat/0.jpg", 0)]
+    assert len(layout.splits["train"]) == 6
+    assert layout.notes == ()
+
+
 def test_a_class_may_be_called_train() -> None:
     layout = read_layout(flat(bus=3, train=3), "set")
     assert layout.classes == ("bus", "train")
@@ -232,6 +244,13 @@ def test_what_may_look_like_splits_and_is_none(names: list[str]) -> None:
         ),
         (["Training/1.jpg", "Testing/2.jpg"], ["'Training': it holds images, such as 'Training/1.jpg', but no class"]),
         (["Training/a/1.jpg", "Training/b/1.jpg", "Testing/a/1.jpg"], ["split 'test' has no folder for class 'b'"]),
+        (
+            [
+                *(f"{part}/{part}/{name}" for part in ("seg_train", "seg_test") for name in flat(sea=3, street=3)),
+                *("seg_pred/seg_pred/1.jpg", "seg_pred/seg_pred/2.jpg"),
+            ],
+            ["the folders 'seg_test/seg_test', 'seg_train/seg_train' hold the same folders, 'sea', 'street'"],
+        ),
     ],
 )
 def test_what_contradicts_the_guess_is_refused(names: list[str], parts: list[str]) -> None:
@@ -250,6 +269,13 @@ def test_images_and_masks_are_no_classes(folders: tuple[str, str], prefixes: tup
     names = [f"{prefix}{folder}/{index}.png" for prefix in prefixes for folder in folders for index in range(4)]
     with pytest.raises(DataError, match=r"are images and their masks, not classes\. .*--task segment"):
         read_layout(names, "set")
+
+
+def test_masks_that_are_named_after_their_images_folder_are_no_class() -> None:
+    names = [f"{folder}/{index}.png" for folder in ("Train", "train_masks") for index in range(4)]
+    with pytest.raises(DataError, match=r"the folders 'Train' and 'train_masks' are images and their masks"):
+        read_layout(names, "set")
+    assert read_layout(flat(with_mask=4, without_mask=4), "set").classes == ("with_mask", "without_mask")
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,27 @@ def test_split_folders_with_or_without_a_folder_around_them(val: str, top: str) 
         layout.select("test", "set")
 
 
+@pytest.mark.parametrize("top", ["", "camvid/"])
+def test_folders_of_splits_may_lie_within(top: str) -> None:
+    names = [f"{top}{kind}" for stem in ("train/a", "train/deep/b", "Valid/c") for kind in both(stem)]
+    layout = read_pairs([*names, f"{top}classes.txt"], "set")
+    assert {split: [pair.key for pair in pairs] for split, pairs in layout.splits.items()} == {
+        "train": ["a", "deep/b"],
+        "val": ["c"],
+    }
+    assert layout.splits["val"][0].mask == f"{top}masks/Valid/c.png"
+    assert layout.classes_file == f"{top}classes.txt"
+    assert [note.text for note in layout.notes] == ["folders are read as splits by their names: 'Valid' as val."]
+    with pytest.raises(DataError, match=r"'images/val/a\.jpg' has no mask: there is no 'masks/val/a\.png'"):
+        read_pairs([*both("train/a", "val/b"), "images/val/a.jpg"], "set")
+
+
+@pytest.mark.parametrize("stems", [("train/a", "b"), ("train/a", "night/b"), ("val/a", "val/b")])
+def test_within_images_other_folders_are_no_splits(stems: tuple[str, ...]) -> None:
+    more = [f"{stem}{number}" for stem in stems for number in range(10)]
+    assert set(read_pairs(both(*more), "set").splits) == {"train"}
+
+
 @pytest.mark.parametrize("prefix", ["", "camvid/", "train/", "camvid/train/"])
 def test_a_set_without_splits_is_split_by_the_rank_of_the_hashed_names(prefix: str) -> None:
     stems = [f"{number:02}" for number in range(20)]

@@ -9,6 +9,7 @@ import torch
 from pcenet.cli import main
 from pcenet.exporting.checks import CheckReport, margin_of, sent_to_one
 from pcenet.exporting.files import ExportedNet
+from pcenet.inference.network import Network
 from pcenet.models import create_network
 from pcenet.nn import Grid, record_routing
 from pcenet.nn.routing import route
@@ -112,6 +113,23 @@ def test_predict_takes_the_file(exported, tmp_path):
     assert results[0]["probability"] == pytest.approx(results[1]["probability"], abs=1e-5)
 
 
+def test_a_file_is_predicted_in_float32_whatever_the_precision():
+    """It was exported for that; autocast would change types within a program."""
+
+    class Program(ExportedNet):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+
+        def forward(self, images):
+            product = images.flatten(1) @ torch.ones(images[0].numel(), 3)
+            assert product.dtype == torch.float32
+            return product
+
+    network = Network(Program(), ["a", "b", "c"], False, torch.device("cpu"), "bf16")
+    logits, _ = network(torch.full((2, 3, 4, 4), 1.001))
+    torch.testing.assert_close(logits, torch.full((2, 3), 48.048))
+
+
 def test_the_file_is_not_overwritten(exported, capsys):
     _, folder = exported
     content = (folder / "net.onnx").read_bytes()
@@ -146,7 +164,7 @@ def test_a_file_that_segments_takes_pictures_of_any_shape(tmp_path, dynamic, pre
     torch.manual_seed(0)
     overlay = {"input_size": (3, 32, 48)}
     model = create_network("dense_unet_nano", num_classes=3, pretrained_cfg_overlay=overlay).eval()
-    model.class_names = ["a", "b", "c"]
+    model.class_names, model.mask_values, model.ignored_values = ["a", "b", "c"], [7, 0, 9], [255]
     model.save_pretrained(tmp_path / "model")
     file = tmp_path / "net.onnx"
     assert main(["export", str(tmp_path / "model"), "--dynamic", dynamic, "--out", str(file)]) == 0
@@ -166,7 +184,7 @@ def test_a_file_that_segments_takes_pictures_of_any_shape(tmp_path, dynamic, pre
     (tall,), (wide,) = ([mask for name, mask in masks.items() if name.startswith(key)] for key in ("tall", "wide"))
     assert tall.shape == (60, 50)
     assert wide.shape == (20, 50)
-    assert (tall == logits[0].argmax(0).numpy()).mean() > 0.999
+    assert (tall == np.array(model.mask_values)[logits[0].argmax(0).numpy()]).mean() > 0.999
 
 
 def test_a_program_of_open_sizes_has_no_pce_layers(exported, tmp_path, capsys):

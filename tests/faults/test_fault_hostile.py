@@ -303,7 +303,7 @@ def test_networks_that_go_with_no_image_are_refused(
 )
 def test_what_could_not_be_loaded_is_not_trained(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_model(TrainConfig(model="pce_nano", **changes), 2)
+        build_model(TrainConfig(model="pce_nano", **changes), ["0", "1"])
 
 
 @pytest.mark.faults("model: a pickle for weights")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -83,6 +84,29 @@ def test_masks_overlays_and_shares(
     output = capsys.readouterr().out
     assert "left out: pics/c.png" in output
     assert "3 predicted, 1 left out" in output
+
+
+@pytest.mark.parametrize("values", [[0, 100, 200, 7], [5, 4, 300, 2]])
+def test_masks_have_the_values_that_the_network_knows(
+    values: list[int],
+    segmenter_folder: Path,
+    noise: Callable[..., Image.Image],
+    encode: Callable[..., bytes],
+    lay_out: Callable[..., None],
+) -> None:
+    image = noise(0, 60, 40)
+    lay_out({"pics/a.png": encode(image)})
+    config = json.loads((segmenter_folder / "config.json").read_text()) | {"mask_values": values, "ignored_values": []}
+    shutil.copytree(segmenter_folder, "valued")
+    Path("valued/config.json").write_text(json.dumps(config))
+    assert main(["predict", "valued", "pics", *CPU]) == 0
+    numbers, found = expected(segmenter_folder, image), Image.open("predictions/masks/pics/a.png")
+    assert np.mean(np.asarray(found) != np.array(values)[numbers]) < 0.002
+    assert len(np.unique(numbers)) > 1
+    if max(values) < 256:
+        reverse = np.array([values.index(value) for value in np.asarray(found).flatten()]).reshape(40, 60)
+        assert np.array_equal(np.asarray(found.convert("RGB")), np.array(COLOURS)[reverse])
+    assert json.loads(Path("predictions/predictions.json").read_text())["mask_values"] == values
 
 
 def test_masks_agree_with_eval_for_any_batch(
@@ -180,10 +204,10 @@ def test_colours_differ_and_the_legend_shows_them() -> None:
     assert all(len(colour) == 3 and set(colour) <= set(range(256)) for colour in colours)
     # Among 24 classes no two are alike: a step in one channel of a quarter is seen.
     assert min(math.dist(a, b) for a, b in combinations(colours[:24], 2)) > 64
-    picture = legend(["sky", "a rather long name of a class"])
+    picture = legend(["sky", "a rather long name of a class"], [0, 1])
     array = np.asarray(picture).astype(int)
     for number in range(2):
         band = array[8 + 28 * number : 28 + 28 * number]
         assert (band == COLOURS[number]).all(-1).sum() > 300
         assert ((band == 0).all(-1)[:, 44:]).sum() > 10, "the name stands beside its colour"
-    assert legend(["x"]).width < picture.width
+    assert legend(["x"], [0]).width < picture.width
