@@ -119,10 +119,10 @@ def difference_text(difference: Mapping[str, Any] | None, digits: int) -> str:
     """A difference in points, with its confidence interval where there is one."""
     if difference is None:
         return ""
-    text = f"{100 * difference['mean']:+.{digits}f}"
+    text = f"{100 * difference['mean']:+z.{digits}f}"
     if difference["low"] is None:
         return text
-    return f"{text} [{100 * difference['low']:+.{digits}f}, {100 * difference['high']:+.{digits}f}]"
+    return f"{text} [{100 * difference['low']:+z.{digits}f}, {100 * difference['high']:+z.{digits}f}]"
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -55,12 +55,16 @@ def score_section(metrics: Values, evaluations: Sequence[Values], twin: Values |
     """
     val = metrics["val"]
     score = score_of(val)
-    rows = [
-        f"| {plain(each['data'])}, {in_words(each['split'], each.get('tta', False))} | {each['images']} "
-        f"| {in_prose(each[score], each['images'])} |"
-        for each in ({"data": data_of(metrics), "split": "val"} | dict(val), *evaluations)
-    ]
-    table = f"| data | images | {SCORES[score]} |\n|---|---|---|\n" + "\n".join(rows)
+    measured = ({"data": data_of(metrics), "split": "val"} | dict(val), *evaluations)
+    # What `pcenet eval` measured on the validation images stands in the place of what training did.
+    rows = {
+        f"{plain(each['data'])}, {in_words(each['split'], each.get('tta', False))}": (
+            f"{each['images']} | {in_prose(each[score], each['images'])}"
+        )
+        for each in measured
+    }
+    lines = (f"| {label} | {figures} |" for label, figures in rows.items())
+    table = "\n".join((f"| data | images | {SCORES[score]} |", "|---|---|---|", *lines))
     text = f"## Score\n\n{table}"
     if twin is not None:
         theirs = in_prose(twin["val"][score], val["images"])

@@ -20,7 +20,7 @@ from pcenet.comparison.config import CompareConfig
 from pcenet.comparison.report import make_report, write_report
 from pcenet.comparison.results import read_results
 from pcenet.comparison.run import status
-from pcenet.comparison.tables import label_sheet, router_sheet, run_sheet, warnings
+from pcenet.comparison.tables import difference_text, label_sheet, router_sheet, run_sheet, warnings
 from pcenet.runs.config import TrainConfig
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
@@ -369,3 +369,8 @@ def test_the_results_kept_here_can_be_read(capsys: pytest.CaptureFixture[str]) -
     first, second = (100 * (a - b) for a, b in zip(scores(names[0]), scores(names[1]), strict=True))
     half = 12.7062 * abs(first - second) / 2
     assert f"[{(first + second) / 2 - half:+.1f}, {(first + second) / 2 + half:+.1f}]" in shown
+
+
+def test_zero_has_no_minus() -> None:
+    """One image of few: the mean rounds to nothing, its interval does not."""
+    assert difference_text({"mean": -0.003, "low": -1.06, "high": -0.001}, 0) == "+0 [-106, +0]"

@@ -148,6 +148,17 @@ def test_beside_the_twin(ours: float, theirs: float, words: str) -> None:
     assert f"PCE is {words}, in one run of each." in score_section(metrics[0], (), metrics[1])
 
 
+def test_what_eval_measured_on_the_same_images_stands_once() -> None:
+    val = {"images": 101, "miou": 0.5}
+    again, other = (
+        {"data": "d", "split": split, "tta": False, "images": 101, "miou": 0.6} for split in ("val", "test")
+    )
+    text = score_section({"model": "m", "data": "/home/me/d", "val": val}, (again, other), None)
+    rows = [line for line in text.splitlines() if line.startswith("| d, ")]
+    assert len(rows) == 2
+    assert "60.0" in rows[0]
+
+
 def test_a_card_shows_no_loads_of_training_as_if_they_were_health() -> None:
     """Runs of a version that counted in training alone have even loads by construction."""
     even = {"load": [0.5, 0.5], "entropy": 1.0, "max_min": 1.0, "drop_rate": 0.0, "dead": []}
