@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,41 @@ from onnxscript import opset20 as op
 from onnxscript.optimizer import fold_constants, remove_unused_nodes
 from torch import Tensor, nn
 
-from pcenet.exporting.evaluation import trace
+from pcenet.exporting.evaluation import evaluation_form, trace
 
 OPSET = 20  # the first with Gelu
+
+
+def export_onnx(
+    model: nn.Module,
+    images: Tensor,
+    path: str | Path,
+    *,
+    output_names: Sequence[str] = ("output",),
+    dynamic_batch: bool = True,
+) -> None:
+    """Write a network of your own, with PCE layers among its parts, as an ONNX file of what it computes at evaluation.
+
+    What `torch.onnx.export` does alone, it cannot do with PCE layers. For networks of this package there is ``pcenet
+    export``, which compares the file with the network, too.
+
+    Args:
+        model: a network of one input whose output is a tensor, or several; in float32, on the processor. It is left as
+            it is.
+        images: its input ``[B, C, H, W]``, for the size and, where that is fixed, the batch.
+        path: the file; one that is there is replaced.
+        output_names: of its outputs, in their order. The input is called ``images``.
+        dynamic_batch: whether the file takes any number of images.
+
+    Raises:
+        ValueError: for a router that drops patches at evaluation.
+    """
+    form = evaluation_form(model, images)
+    shapes: dict[int, Any] = {}
+    if dynamic_batch:  # what is 1 in the example would be taken for always 1
+        images, shapes = torch.cat((images, images)), {0: torch.export.Dim("batch")}
+    graph = to_onnx(form, images, dynamic_shapes=shapes, output_names=output_names, metadata={})
+    ir.save(graph, path)
 
 
 def to_onnx(

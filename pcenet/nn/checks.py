@@ -68,7 +68,7 @@ def check_not_traced(x: object) -> None:
     if torch.jit.is_tracing():
         raise ValueError(
             "torch.jit.trace would keep the sizes of one input for all others: write the network to a file by "
-            "'pcenet export', or take torch.export.export"
+            "'pcenet export', one of your own by pcenet.exporting.onnx_writing.export_onnx, or take torch.export.export"
         )
     if isinstance(x, torch.fx.Proxy):
         raise ValueError(

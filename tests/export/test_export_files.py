@@ -11,7 +11,7 @@ from pcenet.exporting.checks import CheckReport, margin_of, sent_to_one
 from pcenet.exporting.files import ExportedNet
 from pcenet.inference.network import Network
 from pcenet.models import create_network
-from pcenet.nn import Grid, record_routing
+from pcenet.nn import Grid, PCEConv2d, PCELayer, record_routing
 from pcenet.nn.routing import route
 
 for package in ("onnx", "onnxscript"):
@@ -111,6 +111,23 @@ def test_predict_takes_the_file(exported, tmp_path):
         results.append(json.loads((out / "predictions.json").read_text())["predictions"][0])
     assert results[0]["label"] == results[1]["label"]
     assert results[0]["probability"] == pytest.approx(results[1]["probability"], abs=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_network_of_ones_own(tmp_path, dynamic):
+    from pcenet.exporting.onnx_writing import export_onnx
+
+    torch.manual_seed(0)
+    layers = PCELayer(8, 8, patch_size=2, num_experts=3), PCEConv2d(8, 5, patch_size=4)
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, padding=1), *layers).eval()
+    images = torch.randn(3, 4, 8, 8)
+    export_onnx(network, images[:1], tmp_path / "own.onnx", output_names=["map"], dynamic_batch=dynamic)
+    session = ort.InferenceSession(str(tmp_path / "own.onnx"))
+    assert [output.name for output in session.get_outputs()] == ["map"]
+    given = images if dynamic else images[:1]
+    (found,) = session.run(None, {"images": given.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(found, network(given), rtol=1e-4, atol=1e-5)
 
 
 def test_a_file_is_predicted_in_float32_whatever_the_precision():
