@@ -945,9 +945,7 @@ def test_nothing_of_a_transform_outlives_it(kind: str) -> None:
 @WITH_EXPERTS
 def test_tracing_is_refused_with_the_alternative(kind: str) -> None:
     model = make(kind).eval()
-    alternative = (
-        r"torch\.jit\.trace would keep .* 'pcenet export', .*export_onnx, or take torch\.export"
-    )
+    alternative = r"torch\.jit\.trace would keep .* 'pcenet export', .*export_onnx, or take torch\.export"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own: tracing is deprecated
         with pytest.raises(ValueError, match=alternative):
