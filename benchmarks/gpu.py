@@ -299,7 +299,7 @@ def run(step: Step, options: Options, left: float) -> dict[str, Any]:
             status: int | str = process.wait(min(step.seconds, left))
         except subprocess.TimeoutExpired:
             status = STOPPED
-        finally:  # with all that it has started, lest they compute on beside the next step
+        finally:  # kill its worker processes, too, or they would disturb the timing of the next step
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

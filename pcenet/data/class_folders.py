@@ -243,8 +243,11 @@ def _check_for_splits(paths: list[Parts], top: Parts, faults: list[Fault]) -> No
     """Folders that hold the same folders, or nearly, and no images of their own, may be splits instead of classes."""
     depth = len(top)
     images = [path for path in paths if is_image(path) and len(path) > depth + 1]
-    folders = [_inner(images, folder) for folder in sorted({path[: depth + 1] for path in images})]
-    if not 1 < len(folders) <= _MOST_SPLITS or any(path[:-1] in folders for path in images):
+    outer = sorted({path[: depth + 1] for path in images})
+    if not 1 < len(outer) <= _MOST_SPLITS:  # asked first: a set may have a thousand classes and a million images
+        return
+    folders = [_inner(images, folder) for folder in outer]
+    if any(path[:-1] in folders for path in images):
         return
     below = {folder: names for each in folders for folder, names in _folders_below(images, [each]).items()}
     # A folder in a folder of the same name, without classes: images that nobody has sorted.

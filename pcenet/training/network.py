@@ -84,8 +84,8 @@ def build_model(config: TrainConfig, classes: Sequence[str], start: bool = True)
 
     Args:
         config: the options.
-        classes: the names of the data's classes. Weights of others, of as many others too, lend everything but the
-            classifier, where the names of theirs are known.
+        classes: the names of the data's classes. If they differ from those of the weights, as far as these are known,
+            the classifier starts afresh, even if there are equally many.
         start: load the weights that the options name; False where a checkpoint brings others anyway.
 
     Raises:

@@ -60,7 +60,7 @@ def test_a_step_that_is_stopped_leaves_no_process_behind(tmp_path: Path, monkeyp
     done = script.run(script.Step("sleeps", 3, ["-c", child], triton=False), options, 60.0)
     assert done["status"] == script.STOPPED
     pid = int((tmp_path / "sleeps.log").read_text())
-    for _ in range(50):  # until whoever inherited it has taken note
+    for _ in range(50):  # the system takes a moment to remove a killed process
         state = Path(f"/proc/{pid}/stat")
         if not state.exists() or state.read_text().split()[2] == "Z":
             return

@@ -250,7 +250,7 @@ class _Third(Router):
 def test_a_router_may_have_logits_of_its_own(training: bool) -> None:
     x = torch.randn(2, 3, 4, 4)
     of_class, of_instance = _Third(3, 2, 3, balancing="none"), Router(3, 2, 3, balancing="none")
-    of_instance.compute_logits = lambda x: torch.tensor([[0.0, 1.0, 2.0]]).expand(8, 3)  # type: ignore[method-assign]
+    of_instance.compute_logits = lambda x: torch.tensor([[0.0, 1.0, 2.0]]).expand(8, 3)  # type: ignore[method-assign] # what is tested
     for router in (of_class, of_instance):
         assert router.train(training)(x).expert_ids.flatten().tolist() == [2] * 8
 
