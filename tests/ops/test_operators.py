@@ -412,6 +412,17 @@ def test_moments_far_from_zero(shape: Any, backend: str) -> None:
         torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=0)
 
 
+def test_moments_where_the_first_pixel_is_far_from_all_others(backend: str) -> None:
+    """Nor may one pixel decide what values are differences from: squares of 1000 deviations leave few digits."""
+    x = torch.randn(2, 5, 32, 32)
+    x[0, :, 0, 0] = -1000
+    expert = torch.zeros(128, dtype=torch.int64)
+    _, mean, variance = ops.expert_moments(x, expert, 4, 1)
+    pixels = x.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean[0].double(), pixels.mean(1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(variance[0].double(), pixels.var(1, correction=0), rtol=1e-5, atol=0)
+
+
 # S, size, C, D
 PERCEPTRONS = [
     (1, (2, 3, 5), 5, 16, 0),

@@ -493,16 +493,22 @@ std::tuple<Tensor, Tensor, Tensor> expert_moments(const Tensor &pixels, const Te
   Affine job = affine_of(pixels, pixels, expert, patch_size, num_experts, {}, {}, false, {}, {});
   const Grid &grid = job.grid;
   int64_t channels = job.channels;
-  // Sums are of differences from an expert's first pixel: those of the values themselves would cancel.
+  // Sums are of differences from the mean of some pixels, the first of each of an expert's first patches: those of the
+  // values themselves would cancel, and so would those from one pixel that lies far from all others.
+  constexpr int64_t some = 8;
   std::vector<float> centre(num_experts * channels);
-  std::vector<int64_t> count(num_experts);
+  std::vector<int64_t> count(num_experts), seen(num_experts);
   for (int64_t patch = 0; patch < patches_of(grid); patch++) {
     int64_t e = job.expert[patch], line = patch / grid.columns;
     if (e < 0) continue;
     int64_t top = line % grid.rows * grid.side, left = patch % grid.columns * grid.side;
-    if (!count[e]) {
+    if (seen[e] < some) {
       int64_t pixel = (line / grid.rows * grid.height + top) * grid.width + left;
-      for (int64_t c = 0; c < channels; c++) centre[e * channels + c] = number_of(job.x, job.bfloat16, pixel * channels + c);
+      float share = 1.0f / float(++seen[e]);
+      for (int64_t c = 0; c < channels; c++) {
+        float &mean = centre[e * channels + c];
+        mean += share * (number_of(job.x, job.bfloat16, pixel * channels + c) - mean);
+      }
     }
     count[e] += std::min<int64_t>(grid.side, grid.height - top) * std::min<int64_t>(grid.side, grid.width - left);
   }
