@@ -45,12 +45,14 @@ experiments: $(VENV)/installed
 	$(call COMPARE,controls-camvid,$(CAMVID)) --status
 	$(call COMPARE,finals-cifar10,$(CIFAR10)) --status
 	$(call COMPARE,equal-time-cifar10,$(CIFAR10)) --status
+	$(call COMPARE,variants-cifar10,$(CIFAR10)) --status
 	$(call COMPARE,finals-camvid,$(CAMVID)) --status
 	$(if $(wildcard $(TINY_IMAGENET)),$(call COMPARE,tiny-imagenet,$(TINY_IMAGENET)) --status)
 	$(call COMPARE,controls-cifar10,$(CIFAR10))
 	$(call COMPARE,controls-camvid,$(CAMVID))
 	$(call COMPARE,finals-cifar10,$(CIFAR10))
 	$(call COMPARE,equal-time-cifar10,$(CIFAR10))
+	$(call COMPARE,variants-cifar10,$(CIFAR10))
 	$(call COMPARE,finals-camvid,$(CAMVID))
 	$(if $(wildcard $(TINY_IMAGENET)),$(call COMPARE,tiny-imagenet,$(TINY_IMAGENET)))
 	$(BIN)/python experiments/report.py

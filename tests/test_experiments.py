@@ -132,31 +132,35 @@ def test_a_table_of_gains_by_hand(report: ModuleType, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("name", "networks"),
+    ("name", "seeds", "networks"),
     [
-        ("finals-cifar10", {"pce_nano", "candidate", "dense_nano_position", "dense_nano"}),
-        ("equal-time-cifar10", {"dense_nano"}),
-        ("finals-camvid", {"pce_unet_nano", "dense_unet_nano_position", "dense_unet_nano"}),
+        ("finals-cifar10", 5, {"pce_nano", "dense_nano_position", "dense_nano"}),
+        ("variants-cifar10", 3, {"candidate", "experts_16"}),
+        ("equal-time-cifar10", 3, {"dense_nano"}),
+        ("finals-camvid", 3, {"pce_unet_nano", "dense_unet_nano_position", "dense_unet_nano"}),
         (
             "tiny-imagenet",
+            3,
             {"pce_nano", "experts_8", "experts_16", "dense_nano_position", "dense_nano", "dense_nano_wide"},
         ),
         (
             "controls-cifar10",
+            3,
             {"pce_nano", "candidate", "candidate_by_place", "position_only", "content_only"}
             | {"dense_nano", "dense_nano_position", "dense_nano_condconv", "dense_nano_wide"},
         ),
         (
             "controls-camvid",
+            3,
             {"pce_unet_nano", "dense_unet_nano", "dense_unet_nano_position", "position_only", "content_only"},
         ),
     ],
 )
-def test_the_recipes_are_valid_and_three_seeds_of_each_network(name: str, networks: set[str]) -> None:
+def test_the_recipes_are_valid_and_so_many_seeds_of_each_network(name: str, seeds: int, networks: set[str]) -> None:
     values = yaml.safe_load((ROOT / "experiments" / f"{name}.yaml").read_text(encoding="utf-8"))
     own = {key: values.pop(key) for key in ("models", "seeds", "baseline", "variants") if key in values}
     config = CompareConfig(**own, recipe=TrainConfig(**values))
-    assert [(run.label, run.seed) for run in config.runs] == [(m, s) for s in range(3) for m in own["models"]]
+    assert [(run.label, run.seed) for run in config.runs] == [(m, s) for s in range(seeds) for m in own["models"]]
     assert set(own["models"]) == networks
 
 
