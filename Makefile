@@ -9,7 +9,7 @@ CAMVID ?= camvid.zip
 TINY_IMAGENET ?= tiny-imagenet-32.zip
 COMPARE = $(BIN)/pcenet compare --config experiments/$(1).yaml --data $(2) --out experiments/results/$(1)
 
-.PHONY: help demo bench experiments docs test test-faults test-speed test-triton gpu examples audit lint dist clean
+.PHONY: help demo bench experiments docs test test-faults test-speed test-triton test-arm64 gpu examples audit lint dist clean
 
 help:
 	@echo "make demo   who does what in a street scene, whether it matters, and a training (3 minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-faults   kill, fill, damage, deceive: each fault of docs/reliability.md with its outcome (minutes)"
 	@echo "make test-speed   whether a layer has become slow; run it alone (a minute)"
 	@echo "make test-triton  the kernels for GPUs, in Triton's interpreter and its compiler, without one (two minutes)"
+	@echo "make test-arm64   the kernels for arm64 under emulation, on Debian 12 (ten minutes, see .ci/arm64)"
 	@echo "make gpu CIFAR10=...   all that is to be known of a GPU, on a machine with one (eight minutes)"
 	@echo "make audit  known vulnerabilities of the locked versions (needs the internet)"
 	@echo "make dist   sdist and wheel, with compiled kernels where a C++ compiler is, tried in an empty virtual environment"
@@ -75,6 +76,9 @@ test-faults: $(VENV)/installed
 
 test-speed: $(VENV)/installed
 	$(BIN)/python benchmarks/guard.py
+
+test-arm64:
+	.ci/arm64
 
 test-triton: $(VENV)/installed
 	TRITON_INTERPRET=1 PCENET_OPS=triton $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/ops/test_operators.py tests/ops/test_triton.py
