@@ -225,7 +225,7 @@ def _check_worth_loading() -> None:
     names = build.sets_here()
     if names and not any(build.SETS[name].proven for name in names):
         raise build.BuildError(
-            f"the kernels for this kind of processor have run under emulation alone; {VARIABLE}={names[0]} turns them on"
+            f"the kernels for this processor have run under emulation alone; {VARIABLE}={names[0]} turns them on"
         )
 
 

@@ -129,7 +129,7 @@ def test_what_never_ran_anywhere_runs_by_name_alone(kernels: library.Library, mo
     chosen = library.use("auto")
     assert chosen.instructions is None
     assert chosen.reason == (
-        f"the kernels for this kind of processor have run under emulation alone; PCENET_OPS={best} turns them on"
+        f"the kernels for this processor have run under emulation alone; PCENET_OPS={best} turns them on"
     )
     assert library.use(kernels.runnable[0]).instructions == kernels.runnable[0]
 
