@@ -40,7 +40,8 @@ class InstructionSet(NamedTuple):
     Attributes:
         machine: the kind of processor, as ``platform.machine()`` calls it.
         flags: exactly what the unit's check at load time looks for.
-        proven: its tests ran on some processor, not just under emulation; else it runs only where ``PCENET_OPS`` names it.
+        proven: its tests ran on some processor, not just under emulation; what is not runs only where ``PCENET_OPS``
+            names it.
     """
 
     machine: str
