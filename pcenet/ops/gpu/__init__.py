@@ -22,6 +22,7 @@ from pcenet.ops.gpu import kernels
 
 PIXELS = 64  # that one program computes at least, and in one go
 WARPS = 4  # with 8, Inductor's convolutions of this kind were miscompiled (pytorch/pytorch#173068)
+SOME = 64  # pixels, at most, that tell where about the values of a map lie
 PROGRAMS = 512  # that keep a large GPU busy: sums with few results are split into as many
 
 
@@ -255,17 +256,19 @@ def _sum_by_expert(values: Tensor, blocks: Blocks, experts: int) -> Tensor:
 
 
 def expert_moments(x: Tensor, expert: Tensor, side: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `pcenet.ops.expert_moments`. (A first pixel that is not finite makes all of them NaN.)
+    """See `pcenet.ops.expert_moments`. (A pixel that is not finite may make all of them NaN.)
 
     Each patch has its own mean, from which its pixels' distances are squared; patches are merged by Chan's rule (Chan,
-    Golub and LeVeque, 1983), and means are distances from the first pixel, so that a large mean does not swallow a
-    small variance.
+    Golub and LeVeque, 1983), and means are distances from the mean of some pixels, so that a large mean does not
+    swallow a small variance.
     """
     grid = map_of(x, side)
     check_expert(expert, grid)
     blocks = blocks_of(expert, experts, 1)
     own = x.new_empty((grid.patches, 2, grid.channels), dtype=torch.float32)
-    _in_patches(kernels.patch_moments, (x,), (own,), side)
+    pixels = x.flatten(0, 2)
+    origin = pixels[:: -(-len(pixels) // SOME)].float().mean(0)
+    _in_patches(kernels.patch_moments, (x,), (own,), side, origin)
     # The pixels of each patch, fewer at the edges of a map.
     lines = [
         (size - torch.arange(0, size, side, device=x.device)).clamp(max=side) for size in (grid.height, grid.width)
@@ -276,7 +279,7 @@ def expert_moments(x: Tensor, expert: Tensor, side: int, experts: int) -> tuple[
     count, mean = total[:, :1], total[:, 1:] / total[:, :1].clamp(min=1)
     away = sums / number - mean.index_select(0, expert.clamp(min=0))
     variance = _sum_by_expert(squares + number * away.square(), blocks, experts) / count.clamp(min=1)
-    mean = torch.where(count > 0, mean + x[0, 0, 0].float(), 0.0)
+    mean = torch.where(count > 0, mean + origin, 0.0)
     return count[:, 0].clone(), mean, variance
 
 

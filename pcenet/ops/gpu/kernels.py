@@ -241,19 +241,19 @@ def cells_of_patch(patch, first, height, width, rows, columns, SIDE: tl.constexp
 
 @triton.jit
 def patch_moments(
-    x, out, height, width, channels, rows, columns, SIDE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr
+    x, out, origin, height, width, channels, rows, columns, SIDE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr
 ):
     """Of one patch, by channel, the sum and the squared distances from its mean: ``out`` ``[N, 2, C]``. Sums are of
-    distances from the map's first pixel, which leaves more digits where all values are far from zero."""
+    distances from ``origin`` ``[C]``, which leaves more digits where all values are far from zero."""
     patch = tl.program_id(0)
     channel = tl.program_id(1) * OUTS + tl.arange(0, OUTS)
-    origin = tl.load(x + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    start = tl.load(origin + channel, mask=channel < channels, other=0.0)
     sums, number = tl.zeros((OUTS,), dtype=tl.float32), 0
     for first in range(0, SIDE * SIDE, ROWS):
         pixel, there = cells_of_patch(patch, first, height, width, rows, columns, SIDE, ROWS)
         mask = there[:, None] & (channel < channels)[None, :]
         at = pixel[:, None] * channels + channel[None, :]
-        distance = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - origin[None, :]
+        distance = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - start[None, :]
         sums += tl.sum(tl.where(mask, distance, 0.0), 0)
         number += tl.sum(there.to(tl.int32), 0)
     mean, squares = sums / number, tl.zeros((OUTS,), dtype=tl.float32)
@@ -261,7 +261,7 @@ def patch_moments(
         pixel, there = cells_of_patch(patch, first, height, width, rows, columns, SIDE, ROWS)
         mask = there[:, None] & (channel < channels)[None, :]
         at = pixel[:, None] * channels + channel[None, :]
-        distance = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - origin[None, :] - mean[None, :]
+        distance = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - start[None, :] - mean[None, :]
         squares += tl.sum(tl.where(mask, distance * distance, 0.0), 0)
     at = patch.to(tl.int64) * 2 * channels + channel
     tl.store(out + at, sums, mask=channel < channels)
