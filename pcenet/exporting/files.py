@@ -55,7 +55,7 @@ class ExportedNet(nn.Module):
 
     Attributes:
         metadata: what the file carries.
-        task, class_names, num_classes, grey_range, mask_values, pretrained_cfg: those of the exported network.
+        task, class_names, num_classes, grey_range, mask_values, pretrained_cfg: copied from the exported network.
         size_multiple: the sides of its images are multiples of it; None: it takes images of one size.
         output_names: logits first.
 

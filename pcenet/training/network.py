@@ -84,8 +84,8 @@ def build_model(config: TrainConfig, classes: Sequence[str], start: bool = True)
 
     Args:
         config: the options.
-        classes: the names of the data's classes. If they differ from those of the weights, as far as these are known,
-            the classifier starts afresh, even if there are equally many.
+        classes: the class names of the data. Where the weights were trained on others, and say so, the classifier is
+            initialised anew, even if the number of classes is the same.
         start: load the weights that the options name; False where a checkpoint brings others anyway.
 
     Raises:

@@ -495,14 +495,14 @@ std::tuple<Tensor, Tensor, Tensor> expert_moments(const Tensor &pixels, const Te
   int64_t channels = job.channels;
   // Sums are of differences from the mean of some pixels, the first of each of an expert's first patches: those of the
   // values themselves would cancel, and so would those from one pixel that lies far from all others.
-  constexpr int64_t some = 8;
+  constexpr int64_t sampled = 8;
   std::vector<float> centre(num_experts * channels);
   std::vector<int64_t> count(num_experts), seen(num_experts);
   for (int64_t patch = 0; patch < patches_of(grid); patch++) {
     int64_t e = job.expert[patch], line = patch / grid.columns;
     if (e < 0) continue;
     int64_t top = line % grid.rows * grid.side, left = patch % grid.columns * grid.side;
-    if (seen[e] < some) {
+    if (seen[e] < sampled) {
       int64_t pixel = (line / grid.rows * grid.height + top) * grid.width + left;
       float share = 1.0f / float(++seen[e]);
       for (int64_t c = 0; c < channels; c++) {

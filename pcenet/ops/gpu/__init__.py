@@ -22,7 +22,7 @@ from pcenet.ops.gpu import kernels
 
 PIXELS = 64  # that one program computes at least, and in one go
 WARPS = 4  # with 8, Inductor's convolutions of this kind were miscompiled (pytorch/pytorch#173068)
-SOME = 64  # pixels, at most, that tell where about the values of a map lie
+SAMPLED = 64  # pixels, at least, whose mean tells where the values of a map lie
 PROGRAMS = 512  # that keep a large GPU busy: sums with few results are split into as many
 
 
@@ -267,7 +267,7 @@ def expert_moments(x: Tensor, expert: Tensor, side: int, experts: int) -> tuple[
     blocks = blocks_of(expert, experts, 1)
     own = x.new_empty((grid.patches, 2, grid.channels), dtype=torch.float32)
     pixels = x.flatten(0, 2)
-    origin = pixels[:: -(-len(pixels) // SOME)].float().mean(0)
+    origin = pixels[:: max(1, len(pixels) // SAMPLED)].float().mean(0)
     _in_patches(kernels.patch_moments, (x,), (own,), side, origin)
     # The pixels of each patch, fewer at the edges of a map.
     lines = [
