@@ -21,7 +21,7 @@ help:
 	@echo "make test-faults   kill, fill, damage, deceive: each fault of docs/reliability.md with its outcome (minutes)"
 	@echo "make test-speed   whether a layer has become slow; run it alone (a minute)"
 	@echo "make test-triton  the kernels for GPUs, in Triton's interpreter and its compiler, without one (two minutes)"
-	@echo "make test-arm64   the kernels for arm64 under emulation, on Debian 12 (ten minutes, see .ci/arm64)"
+	@echo "make test-arm64   the kernels for arm64 under emulation, on Debian 12 (six minutes, see .ci/arm64)"
 	@echo "make gpu CIFAR10=...   all that is to be known of a GPU, on a machine with one (eight minutes)"
 	@echo "make audit  known vulnerabilities of the locked versions (needs the internet)"
 	@echo "make dist   sdist and wheel, with compiled kernels where a C++ compiler is, tried in an empty virtual environment"
