@@ -26,7 +26,7 @@ import pcenet
 if TYPE_CHECKING:
     import torch
 
-MODULES = {"pillow": "PIL", "huggingface-hub": "huggingface_hub"}  # where a module is not named like its package
+MODULES = {"pillow": "PIL", "pyyaml": "yaml"}  # where a module is not named like its package
 GATHERED = ("all", "dev")  # extras that a user has no need of: the former repeats others
 ROUNDS = 5
 SHAPE = (16, 64, 32, 32)  # of the map that is convolved: images, channels, rows, columns
@@ -87,7 +87,7 @@ def install_command(extra: str | None) -> str:
 def broken(names: list[str]) -> Iterator[tuple[str, str]]:
     """Of some installed packages those that cannot be imported, with the reason."""
     for name in names:
-        if (reason := import_error(MODULES.get(name, name))) is not None:
+        if (reason := import_error(MODULES.get(name, name.replace("-", "_")))) is not None:
             yield name, reason
 
 

@@ -54,6 +54,13 @@ def test_the_whole_report(declared: None, quick: None, capsys: pytest.CaptureFix
     assert all(speed > 0 for speed in report["compute"]["convolution"].values())
 
 
+def test_what_a_working_installation_has_is_not_called_broken() -> None:
+    """What pcenet cannot do without, under the names of its modules: the tests would not run without it."""
+    names = [name for name, extra in doctor.requirements().items() if extra is None]
+    assert {"pyyaml", "typing-extensions", "pillow"} <= set(names)
+    assert dict(doctor.broken(names)) == {}
+
+
 def test_text_to_paste_without_a_users_paths(
     declared: None, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
