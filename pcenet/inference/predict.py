@@ -174,7 +174,7 @@ def progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
             if bar and task is not None:
                 bar.update(task, completed=done)
             elif total and done * STEPS // total > before * STEPS // total:  # else no video says how long it is
-                say(f"predicted {done} of {total} images")
+                say(f"{done} of {total} images done")  # those left out, too
 
 
 def report(headings: Sequence[str], rows: list[Row], result: Predicted) -> None:

@@ -80,7 +80,7 @@ def test_files_folders_and_archives_with_their_labels(
         labels.add(record["label"])
     assert len(labels) > 1, "the network must tell the images apart for this test to mean something"
     output = capsys.readouterr().out
-    assert "predicted 5 of 5 images" in output
+    assert "5 of 5 images done" in output
     assert "5 predicted, 0 left out\nwrote predictions\n" in output
     assert "more.zip/x/three.png" in output
 

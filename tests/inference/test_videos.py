@@ -83,7 +83,7 @@ def test_each_frame_has_a_row_with_its_time(
     assert [row["time"] for row in rows] == ["", "0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
     assert [row["label"] for row in rows] == [image["label"], *(each["label"] for each in found)]
     output = capsys.readouterr().out
-    assert "predicted 7 of 7 images" in output
+    assert "7 of 7 images done" in output
     assert "7 predicted, 1 left out" in output
     assert "pics/clips/a.mov at 0.20 s" in output
 
