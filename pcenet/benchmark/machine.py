@@ -13,7 +13,7 @@ import torch
 
 import pcenet
 from pcenet.ops import backend
-from pcenet.runtime.device import instruction_set, processor_name, resolve_precision
+from pcenet.runtime.device import capabilities, instruction_set, processor_name, resolve_precision
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -39,10 +39,13 @@ def other_work() -> str | None:
 
 
 def kind_of(device: torch.device) -> str:
-    """Machines whose figures may be compared: ``"AVX2"``, ``"AVX-512"``, ``"AVX-512 + bfloat16"``; a GPU's
-    name."""
+    """Machines whose figures may be compared: ``"AVX2"``, ``"AVX-512"``, ``"AVX-512 + bfloat16"``, ``"AVX-512 + AMX"``,
+    which torch's convolutions in bfloat16 use; a GPU's name."""
     name = instruction_set() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return f"{name} + bfloat16" if resolve_precision("auto", device) == "bf16" else name
+    if resolve_precision("auto", device) != "bf16":
+        return name
+    has_tiles = device.type == "cpu" and capabilities().get("amx_bf16", False)
+    return f"{name} + {'AMX' if has_tiles else 'bfloat16'}"
 
 
 def as_file_name(kind: str) -> str:

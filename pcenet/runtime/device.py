@@ -59,9 +59,13 @@ def resolve_precision(name: Precision, device: torch.device) -> Precision:
     elif device.type == "mps":
         native = False  # never tried
     else:
-        capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
-        native = any(capabilities.get(key, False) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+        native = any(capabilities().get(key, False) for key in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bf16" if native else "fp32"
+
+
+def capabilities() -> Mapping[str, Any]:
+    """What torch knows of the processor by name; nothing in a torch that cannot be asked."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def resolve_workers(workers: int | None, device: torch.device, count: int = 1) -> int:

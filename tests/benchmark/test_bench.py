@@ -104,19 +104,21 @@ def test_the_time_to_compile_is_judged_in_seconds(seconds: float, holds: bool) -
 
 
 @pytest.mark.parametrize(
-    ("level", "architecture", "precision", "kind", "file"),
+    ("level", "architecture", "precision", "tiles", "kind", "file"),
     [
-        ("AVX2", "x86_64", "fp32", "AVX2", "avx2"),
-        ("AVX512", "x86_64", "fp32", "AVX-512", "avx-512"),
-        ("AVX512", "x86_64", "bf16", "AVX-512 + bfloat16", "avx-512-bfloat16"),
-        ("DEFAULT", "x86_64", "fp32", "x86_64", "x86-64"),
-        ("DEFAULT", "aarch64", "bf16", "NEON + bfloat16", "neon-bfloat16"),
+        ("AVX2", "x86_64", "fp32", False, "AVX2", "avx2"),
+        ("AVX512", "x86_64", "fp32", False, "AVX-512", "avx-512"),
+        ("AVX512", "x86_64", "bf16", False, "AVX-512 + bfloat16", "avx-512-bfloat16"),
+        ("AVX512", "x86_64", "bf16", True, "AVX-512 + AMX", "avx-512-amx"),
+        ("DEFAULT", "x86_64", "fp32", False, "x86_64", "x86-64"),
+        ("DEFAULT", "aarch64", "bf16", False, "NEON + bfloat16", "neon-bfloat16"),
     ],
 )
 def test_kinds_of_processors(
-    level: str, architecture: str, precision: str, kind: str, file: str, monkeypatch: pytest.MonkeyPatch
+    level: str, architecture: str, precision: str, tiles: bool, kind: str, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles})
     monkeypatch.setattr("platform.machine", lambda: architecture)
     monkeypatch.setattr(machine, "resolve_precision", lambda _name, _device: precision)
     assert machine.kind_of(torch.device("cpu")) == kind
