@@ -52,8 +52,10 @@ class InstructionSet(NamedTuple):
 AVX2 = ("-mavx2", "-mfma")
 BFLOAT16 = "-mavx512bf16"
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+AMX = ("-mamx-tile", "-mamx-bf16")
 # Every unit isa_NAME.cpp has its line here; all other units run anywhere and get no flags of their own.
 SETS = {
+    "avx512_amx": InstructionSet("x86_64", (*AVX2, *AVX512, BFLOAT16, *AMX), proven=True),
     "avx512_bf16": InstructionSet("x86_64", (*AVX2, *AVX512, BFLOAT16), proven=True),
     "avx512": InstructionSet("x86_64", (*AVX2, *AVX512), proven=True),
     "avx2": InstructionSet("x86_64", AVX2, proven=True),

@@ -170,7 +170,7 @@ def tolerance(
     rounded = torch.finfo(found.dtype).eps / 2 * largest if found.dtype.itemsize == 2 else 0.0
     if backend == "triton" and of_parts:
         rounded *= 3
-    if winograd and backend == "avx512_bf16" and mode.maps == torch.bfloat16:
+    if winograd and backend in ("avx512_bf16", "avx512_amx") and mode.maps == torch.bfloat16:
         rounded = 3 * torch.finfo(torch.bfloat16).eps / 2 * largest
     return 2 * torch.finfo(sums).eps * math.sqrt(terms) * largest + rounded
 

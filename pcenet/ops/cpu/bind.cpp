@@ -5,6 +5,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -56,12 +62,24 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Linux gives a process tile registers when it asks for them, and with it all threads and processes that it starts.
+bool has_amx() {
+  constexpr unsigned tiles = 1u << 24, bfloat16 = 1u << 22;
+  constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & tiles) && (d & bfloat16) &&
+         syscall(SYS_arch_prctl, request, tile_data) == 0;
+}
 #endif
 
 // The best first. __builtin_cpu_supports asks both the processor and the system, which has to save wide registers.
 const InstructionSet SETS[] = {
 #if defined(__x86_64__)
-    {&avx512_bf16_kernels, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {&avx512_amx_kernels, has_amx},
+    {&avx512_bf16_kernels, has_avx512_bf16},
     {&avx512_kernels, has_avx512},
     {&avx2_kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #elif defined(__aarch64__)

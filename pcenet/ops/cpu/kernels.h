@@ -125,6 +125,6 @@ struct Kernels {
   float (*border)(const int32_t *leads, int64_t count, int64_t share);
 };
 
-extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels, neon_kernels;
+extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels, avx512_amx_kernels, neon_kernels;
 
 }  // namespace pcenet

@@ -22,6 +22,14 @@ typedef int32_t Integers __attribute__((vector_size(4 * VECTOR)));
 constexpr int WIDTH = 2;  // vectors of a panel
 constexpr int PANEL = WIDTH * VECTOR;
 
+// AMX: registers of up to 16 rows and 16 columns of pairs, or of sums.
+#ifdef __AMX_BF16__
+constexpr bool HAS_TILES = true;
+#else
+constexpr bool HAS_TILES = false;
+#endif
+constexpr int SIDE = 16;
+
 inline Vector load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
 inline void store(float *p, Vector v) { *reinterpret_cast<Unaligned *>(p) = v; }
 inline Vector all(float value) { return value - Vector{}; }  // a broadcast alone: what is less 0 stays as it is
@@ -465,15 +473,18 @@ template <class E = float>
 struct Rows {
   E *data;
   int64_t stride, step;  // from row to row, from point to point
+  int unit = 1;  // zeros fill them up to a multiple of it
   E *at(int point, int tile) const { return data + point * step + tile * stride; }
 };
+
+constexpr int MOST_TILES = 96;
 
 // Tiles of a chunk: so many that the points of both sides stay in the second cache, and enough for each number of the
 // kernel that is read to be used often.
 template <class Scheme>
 int chunk_size(int ins, int outs) {
   constexpr int64_t budget = 1 << 17;
-  return int(most(48, least(96, budget / (Scheme::points * (row_stride(ins) + row_stride(outs)))))) / TILE * TILE;
+  return int(most(48, least(MOST_TILES, budget / (Scheme::points * (row_stride(ins) + row_stride(outs)))))) / TILE * TILE;
 }
 
 // What a thread has of scratch, taken piece by piece.
@@ -510,7 +521,7 @@ template <class Map, int SIDE, class T, class E>
 void bring_squares(const Grid &grid, const T *map, int channels, int first, int end, const Tile *tiles, int count,
                    Box Tile::*box, const T *zeros, const Rows<E> &rows) {
   constexpr int cells = SIDE * SIDE, together = NUMBERS<E>;
-  for (int t = 0; t < count; t += together) {
+  for (int t = 0; t < round_up(count, rows.unit * together); t += together) {
     const T *cell[together * cells];
     for (int i = 0; i < together; i++)
       if (t + i < count)
@@ -705,12 +716,84 @@ inline void with_columns(int own, const What &what) {
   else what(std::integral_constant<int, WIDTH>());
 }
 
+#ifdef __AMX_BF16__
+// Of tile registers 0 and 1 have sums, 2 rows, 3 and 4 columns of what these are multiplied by.
+
+// What lies here is stored before registers are loaded, of which g++ knows no more than an address.
+inline void written(const void *memory) { __asm__ volatile("" ::"r"(memory) : "memory"); }
+
+// In a thread's registers, as long as this lives; none where the pairs of a row cannot be cut into equal parts.
+struct TileRegisters {
+  int depth = SIDE;  // pairs at a time
+
+  TileRegisters(int length, bool pairs) {
+    while (depth > 4 && length % depth) depth--;
+    if (!pairs || length % depth) depth = 0;
+    if (!depth) return;
+    struct {
+      uint8_t palette, start, reserved[14];
+      uint16_t bytes[SIDE];
+      uint8_t rows[SIDE];
+    } shapes = {1, 0, {}, {64, 64, uint16_t(4 * depth), 64, 64}, {SIDE, SIDE, SIDE, uint8_t(depth), uint8_t(depth)}};
+    written(&shapes);
+    _tile_loadconfig(&shapes);
+  }
+  ~TileRegisters() {
+    if (depth) _tile_release();
+  }
+  TileRegisters(const TileRegisters &) = delete;
+};
+
+// As multiply_rows, for `count` rows.
+template <int COLUMNS>
+void multiply_in_registers(const Product<Pair> *products, int count, int p, const Pair *packed, int length, int depth,
+                           bool adds, int own) {
+  alignas(64) Pair beside[SIDE * SIDE] = {};
+  alignas(64) float found[SIDE * PANEL];
+  for (int first = 0; first < count; first += SIDE, products += SIDE) {
+    int rows = least(SIDE, count - first);
+    int64_t step = rows > 1 ? products[1].row - products[0].row : 0;
+    bool even = rows == SIDE;
+    for (int r = 1; even && r < rows; r++) even = products[r].row - products[r - 1].row == step;
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int i = 0; i < length; i += depth) {
+      const Pair *from = even ? products[0].row + i : beside, *columns = packed + i * PANEL, *behind = columns + VECTOR;
+      for (int r = 0; !even && r < rows; r++)
+        _mm512_store_si512(beside + r * SIDE, _mm512_maskz_loadu_epi32(__mmask16((1u << depth) - 1), products[r].row + i));
+      written(beside);
+      _tile_loadd(2, from, (even ? step : SIDE) * sizeof(Pair));
+      _tile_loadd(3, columns, PANEL * sizeof(Pair));
+      _tile_dpbf16ps(0, 2, 3);
+      if (COLUMNS == 1) continue;
+      _tile_loadd(4, behind, PANEL * sizeof(Pair));
+      _tile_dpbf16ps(1, 2, 4);
+    }
+    _tile_stored(0, found, PANEL * sizeof(float));
+    if (COLUMNS > 1) _tile_stored(1, found + VECTOR, PANEL * sizeof(float));
+    for (int r = 0; r < rows; r++)
+      for (int v = 0; v < COLUMNS; v++) {
+        float *to = products[r].to + p * PANEL + v * VECTOR;
+        Vector sums = load(found + r * PANEL + v * VECTOR);
+        if (adds) sums += load_some(to, own - v * VECTOR);
+        store_some(to, sums, own - v * VECTOR);
+      }
+  }
+}
+#else
+struct TileRegisters {
+  static constexpr int depth = 0;
+  TileRegisters(int, bool) {}
+};
+#endif
+
 // Products by what they are multiplied with: a part of each panel, `length` rows from `start` on.
 template <class E = float>
 struct Points {
   static constexpr int most = 16;
   Product<E> *products;  // [point][room]
   int room, counts[most], start[most], length[most];
+  int depth = 0;  // of tile registers, where they are to multiply
   void add(int point, const E *row, float *to) { products[point * room + counts[point]++] = {row, to}; }
 };
 
@@ -722,6 +805,13 @@ void multiply_points(const Points<E> &points, const E *packed, int64_t size, boo
   for (int k = Points<E>::most - 1; k >= 0; k--)
     for (int p = 0; points.counts[k] && p < panels(width); p++)
       with_columns(width - p * PANEL, [&](auto columns) {
+#ifdef __AMX_BF16__
+        if constexpr (NUMBERS<E> > 1)
+          if (points.depth)
+            return multiply_in_registers<decltype(columns)::value>(
+                points.products + k * points.room, points.counts[k], p, packed + p * size + int64_t(points.start[k]) * PANEL,
+                points.length[k], points.depth, adds, width - p * PANEL);
+#endif
         in_tiles(points.counts[k], [&](int first, auto rows) {
           multiply_rows<decltype(rows)::value, decltype(columns)::value>(
               points.products + k * points.room + first, p, packed + p * size + int64_t(points.start[k]) * PANEL,
@@ -810,7 +900,7 @@ struct Memory {
     packed = room.take<E>(panels(outs) * number * rows_of_point<Scheme>(length) * PANEL);
     taps = room.take(int64_t(Scheme::taps) * ins * PANEL);
     zeros = room.take<T>(ins);
-    tiles = Scheme::sums ? 96 : chunk_size<Scheme>(ins, outs);
+    tiles = Scheme::sums ? MOST_TILES : chunk_size<Scheme>(ins, outs);
     tile = room.take<Tile>(tiles);
     points.products = room.take<Product<E>>(points.most * tiles), points.room = tiles;
     if (!Scheme::sums) rows = take_rows<T>(room, number, tiles, ins);
@@ -875,6 +965,8 @@ void convolve_in_tiles(const Convolution &job, int expert, int64_t first, int64_
   int width = Scheme::sums && !forward ? channel_end - channel : round_up(channel_end - channel, VECTOR);
   std::memset(memory.zeros, 0, ins * sizeof(T));
   if (!packed) pack_kernel<Scheme, T>(job, expert, panel, panel_end, memory.taps, memory.packed);
+  TileRegisters registers(memory.length, NUMBERS<Element<T>> > 1);
+  memory.points.depth = registers.depth;
   Walk walk = {job.grid, job.order, first, last, job.neighbours, Scheme::side};
   while (int count = walk.next(memory.tile, memory.tiles)) {
     if (!Scheme::sums) {
@@ -1027,13 +1119,16 @@ struct SumsMemory {
   Rows<> sums;
 
   SumsMemory(const WeightGrad &job, int outs, Room &room) {
+    constexpr int unit = together > 1 && HAS_TILES ? SIDE : 1;
     tiles = chunk_size<Scheme>(job.in_channels, outs);
     tile = room.take<Tile>(tiles);
     zeros = room.take<T>(most(job.in_channels, job.out_channels));
-    windows = take_rows<Element<T>>(room, Scheme::points, (tiles + together - 1) / together, job.in_channels);
-    grads = take_rows<Element<T>>(room, Scheme::sums ? 1 : Scheme::points, (tiles + together - 1) / together, outs);
+    int elements = round_up((tiles + together - 1) / together, unit);
+    windows = take_rows<Element<T>>(room, Scheme::points, elements, job.in_channels);
+    grads = take_rows<Element<T>>(room, Scheme::sums ? 1 : Scheme::points, elements, outs);
+    windows.unit = grads.unit = unit;
     if (Scheme::sums) grads.step = 0;
-    sums = take_rows(room, Scheme::points, outs, job.in_channels);
+    sums = take_rows(room, Scheme::points, round_up(outs, unit), job.in_channels);
   }
 };
 
@@ -1058,6 +1153,41 @@ inline void multiply_pairs(const E *grads, int64_t grads_stride, const E *x, int
     for (int v = 0; v < COLUMNS; v++) store(to + r * stride + v * VECTOR, sums[r][v]);
 }
 
+#ifdef __AMX_BF16__
+// As multiply_pairs, for `outs` output channels and all input channels; `count` is a multiple of SIDE.
+void multiply_pairs_in_registers(const Pair *grads, int64_t grads_stride, const Pair *x, int64_t x_stride, int count, int outs,
+                                 int ins, bool adds, float *to, int64_t stride) {
+  alignas(64) float turned[(MOST_TILES / 2 + PANEL - 1) / PANEL][SIDE * PANEL];  // gradients by channel
+  for (int o = 0; o < outs; o += SIDE, grads += SIDE, to += SIDE * stride) {
+    for (int i = 0; i < count; i += 8)
+      for (int k = 0; k < SIDE; k += 8)
+        transpose_eight(reinterpret_cast<const float *>(grads + i * grads_stride + k), grads_stride, nullptr, 0,
+                        turned[i / PANEL] + k * PANEL + i % PANEL);
+    written(turned);
+    for (int c = 0; c < ins; c += PANEL) {
+      float *sums = to + c, *behind = sums + VECTOR;
+      _tile_zero(0);
+      _tile_zero(1);
+      if (adds) {
+        _tile_loadd(0, sums, stride * sizeof(float));
+        _tile_loadd(1, behind, stride * sizeof(float));
+      }
+      for (int i = 0; i < count; i += SIDE) {
+        const float *from = turned[i / PANEL] + i % PANEL;
+        const Pair *columns = x + i * x_stride + c, *more = columns + VECTOR;
+        _tile_loadd(2, from, PANEL * sizeof(float));
+        _tile_loadd(3, columns, x_stride * sizeof(Pair));
+        _tile_loadd(4, more, x_stride * sizeof(Pair));
+        _tile_dpbf16ps(0, 2, 3);
+        _tile_dpbf16ps(1, 2, 4);
+      }
+      _tile_stored(0, sums, stride * sizeof(float));
+      _tile_stored(1, behind, stride * sizeof(float));
+    }
+  }
+}
+#endif
+
 // The sums as gradients of taps, [out][tap][in].
 template <class Scheme>
 void write_taps(const WeightGrad &job, int outs, const Rows<> &sums, float *grad_weight) {
@@ -1078,16 +1208,25 @@ template <class Scheme, class T>
 void sum_in_tiles(const WeightGrad &job, int64_t first, int64_t last, int out, int out_end, float *grad_weight) {
   int outs = out_end - out, ins = job.in_channels;
   auto memory = in_scratch([&](Room &room) { return SumsMemory<Scheme, T>(job, outs, room); });
+  TileRegisters registers(SIDE, memory.together > 1);
   bool adds = false;
   std::memset(memory.zeros, 0, most(ins, job.out_channels) * sizeof(T));
   Walk walk = {job.grid, job.order, first, last, job.neighbours, Scheme::side};
   while (int count = walk.next(memory.tile, memory.tiles)) {
-    int elements = (count + memory.together - 1) / memory.together;
+    int elements = round_up((count + memory.together - 1) / memory.together, memory.windows.unit);
     bring_windows<Scheme>(job.grid, static_cast<const T *>(job.in), ins, 0, ins, memory.tile, count, memory.zeros,
                           memory.windows);
     bring_pixels<Scheme>(job.grid, static_cast<const T *>(job.grad), job.out_channels, out, out_end, memory.tile, count,
                          memory.zeros, memory.grads);
-    for (int k = 0; k < Scheme::points; k++)
+    for (int k = 0; k < Scheme::points; k++) {
+#ifdef __AMX_BF16__
+      if constexpr (memory.together > 1) {
+        multiply_pairs_in_registers(memory.grads.at(k, 0), memory.grads.stride, memory.windows.at(k, 0),
+                                    memory.windows.stride, elements, outs, ins, adds, memory.sums.at(k, 0),
+                                    memory.sums.stride);
+        continue;
+      }
+#endif
       for (int c = 0; c < ins; c += PANEL)
         with_columns(ins - c, [&](auto columns) {
           in_tiles(outs, [&](int o, auto rows) {
@@ -1096,6 +1235,7 @@ void sum_in_tiles(const WeightGrad &job, int64_t first, int64_t last, int out, i
                 elements, adds, memory.sums.at(k, o) + c, memory.sums.stride);
           });
         });
+    }
     adds = true;
   }
   write_taps<Scheme>(job, outs, memory.sums, grad_weight);
