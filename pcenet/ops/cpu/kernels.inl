@@ -466,7 +466,11 @@ inline void bring(const T *const *cell, int channels, E *to, int64_t step) {
 int panels(int channels) { return (channels + PANEL - 1) / PANEL; }
 
 // Rows of so many channels, whole panels: an odd number of cache lines, so that several do not share a place in it.
-int64_t row_stride(int channels) { return (int64_t(round_up(channels, PANEL)) + 15) / 16 / 2 * 32 + 16; }
+template <class E = float>
+int64_t row_stride(int channels) {
+  constexpr int64_t line = 64 / sizeof(E);
+  return ((round_up(channels, PANEL) + line - 1) / line | 1) * line;
+}
 
 // Rows [point][tile][channel] of the tiles of a chunk, or of pairs of tiles.
 template <class E = float>
@@ -512,7 +516,7 @@ auto in_scratch(const Take &take) {
 
 template <class E = float>
 Rows<E> take_rows(Room &room, int points, int tiles, int channels) {
-  int64_t stride = row_stride(channels), step = tiles * stride + 16;
+  int64_t stride = row_stride<E>(channels), step = tiles * stride + 16;
   return {room.take<E>(points * step), stride, step};
 }
 
@@ -747,36 +751,36 @@ struct TileRegisters {
 // As multiply_rows, for `count` rows.
 template <int COLUMNS>
 void multiply_in_registers(const Product<Pair> *products, int count, int p, const Pair *packed, int length, int depth,
-                           bool adds, int own) {
+                           bool whole, bool adds, int own) {
   alignas(64) Pair beside[SIDE * SIDE] = {};
   alignas(64) float found[SIDE * PANEL];
+  whole = whole && count > 1;
+  int64_t step = whole ? products[1].row - products[0].row : SIDE, apart = whole ? products[1].to - products[0].to : PANEL;
   for (int first = 0; first < count; first += SIDE, products += SIDE) {
     int rows = least(SIDE, count - first);
-    int64_t step = rows > 1 ? products[1].row - products[0].row : 0;
-    bool even = rows == SIDE;
-    for (int r = 1; even && r < rows; r++) even = products[r].row - products[r - 1].row == step;
     _tile_zero(0);
     _tile_zero(1);
     for (int i = 0; i < length; i += depth) {
-      const Pair *from = even ? products[0].row + i : beside, *columns = packed + i * PANEL, *behind = columns + VECTOR;
-      for (int r = 0; !even && r < rows; r++)
+      const Pair *from = whole ? products[0].row + i : beside, *columns = packed + i * PANEL, *behind = columns + VECTOR;
+      for (int r = 0; !whole && r < rows; r++)
         _mm512_store_si512(beside + r * SIDE, _mm512_maskz_loadu_epi32(__mmask16((1u << depth) - 1), products[r].row + i));
       written(beside);
-      _tile_loadd(2, from, (even ? step : SIDE) * sizeof(Pair));
+      _tile_loadd(2, from, step * sizeof(Pair));
       _tile_loadd(3, columns, PANEL * sizeof(Pair));
       _tile_dpbf16ps(0, 2, 3);
       if (COLUMNS == 1) continue;
       _tile_loadd(4, behind, PANEL * sizeof(Pair));
       _tile_dpbf16ps(1, 2, 4);
     }
-    _tile_stored(0, found, PANEL * sizeof(float));
-    if (COLUMNS > 1) _tile_stored(1, found + VECTOR, PANEL * sizeof(float));
-    for (int r = 0; r < rows; r++)
+    float *sums = whole ? products[0].to + p * PANEL : found, *more = sums + VECTOR;
+    _tile_stored(0, sums, apart * sizeof(float));
+    if (COLUMNS > 1) _tile_stored(1, more, apart * sizeof(float));
+    for (int r = 0; !whole && r < rows; r++)
       for (int v = 0; v < COLUMNS; v++) {
         float *to = products[r].to + p * PANEL + v * VECTOR;
-        Vector sums = load(found + r * PANEL + v * VECTOR);
-        if (adds) sums += load_some(to, own - v * VECTOR);
-        store_some(to, sums, own - v * VECTOR);
+        Vector sum = load(found + r * PANEL + v * VECTOR);
+        if (adds) sum += load_some(to, own - v * VECTOR);
+        store_some(to, sum, own - v * VECTOR);
       }
   }
 }
@@ -794,6 +798,7 @@ struct Points {
   Product<E> *products;  // [point][room]
   int room, counts[most], start[most], length[most];
   int depth = 0;  // of tile registers, where they are to multiply
+  bool whole = false;  // whether rows lie in equal steps, results too, with room for a multiple of SIDE
   void add(int point, const E *row, float *to) { products[point * room + counts[point]++] = {row, to}; }
 };
 
@@ -810,7 +815,7 @@ void multiply_points(const Points<E> &points, const E *packed, int64_t size, boo
           if (points.depth)
             return multiply_in_registers<decltype(columns)::value>(
                 points.products + k * points.room, points.counts[k], p, packed + p * size + int64_t(points.start[k]) * PANEL,
-                points.length[k], points.depth, adds, width - p * PANEL);
+                points.length[k], points.depth, points.whole, adds, width - p * PANEL);
 #endif
         in_tiles(points.counts[k], [&](int first, auto rows) {
           multiply_rows<decltype(rows)::value, decltype(columns)::value>(
@@ -903,8 +908,10 @@ struct Memory {
     tiles = Scheme::sums ? MOST_TILES : chunk_size<Scheme>(ins, outs);
     tile = room.take<Tile>(tiles);
     points.products = room.take<Product<E>>(points.most * tiles), points.room = tiles;
-    if (!Scheme::sums) rows = take_rows<T>(room, number, tiles, ins);
-    results = take_rows(room, Scheme::sums ? 1 : number, tiles, outs);
+    int whole = HAS_TILES ? round_up(tiles, SIDE) : tiles;
+    if (!Scheme::sums) rows = take_rows<T>(room, number, whole, ins);
+    results = take_rows(room, Scheme::sums ? 1 : number, whole, outs);
+    points.whole = HAS_TILES && !Scheme::sums;
   }
 };
 
