@@ -151,7 +151,7 @@ def test_better_sets_that_do_not_run(kernels: library.Library, monkeypatch: pyte
 @pytest.mark.parametrize("wrong", ["avx", "AVX2", "required ", "cuda"])
 def test_a_wrong_value_lists_what_there_is(wrong: str, undecided: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PCENET_OPS", wrong)
-    names = "auto, required, reference, triton, avx512_bf16, avx512, avx2, neon"
+    names = "auto, required, reference, triton, avx512_amx, avx512_bf16, avx512, avx2, neon"
     with pytest.raises(ValueError, match=f"^PCENET_OPS={wrong}: there is {names}$"):
         ops.backend()
 

@@ -22,13 +22,12 @@ typedef int32_t Integers __attribute__((vector_size(4 * VECTOR)));
 constexpr int WIDTH = 2;  // vectors of a panel
 constexpr int PANEL = WIDTH * VECTOR;
 
-// AMX: registers of up to 16 rows and 16 columns of pairs, or of sums.
+constexpr int SIDE = 16;  // rows of an AMX tile register, and numbers in each
 #ifdef __AMX_BF16__
-constexpr bool HAS_TILES = true;
+constexpr bool HAS_AMX = true;
 #else
-constexpr bool HAS_TILES = false;
+constexpr bool HAS_AMX = false;
 #endif
-constexpr int SIDE = 16;
 
 inline Vector load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
 inline void store(float *p, Vector v) { *reinterpret_cast<Unaligned *>(p) = v; }
@@ -174,6 +173,8 @@ constexpr bool TAKES_BFLOAT16 = false;
 
 template <class T>
 using Element = typename ElementOf<T>::type;
+template <class E>
+constexpr int UNIT = HAS_AMX && NUMBERS<E> > 1 ? SIDE : 1;  // rows that are multiplied together, however few are needed
 
 // Calls what(number) with a number of a map's type.
 template <class What>
@@ -477,7 +478,7 @@ template <class E = float>
 struct Rows {
   E *data;
   int64_t stride, step;  // from row to row, from point to point
-  int unit = 1;  // zeros fill them up to a multiple of it
+  int unit = 1;  // their number is a multiple of it: zeros follow what there is
   E *at(int point, int tile) const { return data + point * step + tile * stride; }
 };
 
@@ -721,25 +722,24 @@ inline void with_columns(int own, const What &what) {
 }
 
 #ifdef __AMX_BF16__
-// Of tile registers 0 and 1 have sums, 2 rows, 3 and 4 columns of what these are multiplied by.
+// The compiler does not know what registers are loaded from: this says that it is read.
+inline void is_read(const void *memory) { __asm__ volatile("" ::"r"(memory) : "memory"); }
 
-// What lies here is stored before registers are loaded, of which g++ knows no more than an address.
-inline void written(const void *memory) { __asm__ volatile("" ::"r"(memory) : "memory"); }
-
-// In a thread's registers, as long as this lives; none where the pairs of a row cannot be cut into equal parts.
+// A thread's AMX registers, in use as long as this lives: 0 and 1 for sums, 2 for rows of pairs, 3 and 4 for the columns
+// that these are multiplied by.
 struct TileRegisters {
-  int depth = SIDE;  // pairs at a time
+  int depth = 0;  // pairs of a row at a time, an equal part of its length; 0: there is none, and vectors have to multiply
 
   TileRegisters(int length, bool pairs) {
-    while (depth > 4 && length % depth) depth--;
-    if (!pairs || length % depth) depth = 0;
+    for (int part = SIDE; pairs && part > 4 && !depth; part--)
+      if (length % part == 0) depth = part;
     if (!depth) return;
     struct {
       uint8_t palette, start, reserved[14];
       uint16_t bytes[SIDE];
       uint8_t rows[SIDE];
     } shapes = {1, 0, {}, {64, 64, uint16_t(4 * depth), 64, 64}, {SIDE, SIDE, SIDE, uint8_t(depth), uint8_t(depth)}};
-    written(&shapes);
+    is_read(&shapes);
     _tile_loadconfig(&shapes);
   }
   ~TileRegisters() {
@@ -748,23 +748,23 @@ struct TileRegisters {
   TileRegisters(const TileRegisters &) = delete;
 };
 
-// As multiply_rows, for `count` rows.
+// As multiply_rows, for `count` rows. Those that are not whole are copied into equal steps, and so are their results.
 template <int COLUMNS>
 void multiply_in_registers(const Product<Pair> *products, int count, int p, const Pair *packed, int length, int depth,
                            bool whole, bool adds, int own) {
-  alignas(64) Pair beside[SIDE * SIDE] = {};
+  alignas(64) Pair copied[SIDE * SIDE] = {};
   alignas(64) float found[SIDE * PANEL];
   whole = whole && count > 1;
   int64_t step = whole ? products[1].row - products[0].row : SIDE, apart = whole ? products[1].to - products[0].to : PANEL;
   for (int first = 0; first < count; first += SIDE, products += SIDE) {
-    int rows = least(SIDE, count - first);
+    int rows = whole ? 0 : least(SIDE, count - first);  // to be copied
     _tile_zero(0);
     _tile_zero(1);
     for (int i = 0; i < length; i += depth) {
-      const Pair *from = whole ? products[0].row + i : beside, *columns = packed + i * PANEL, *behind = columns + VECTOR;
-      for (int r = 0; !whole && r < rows; r++)
-        _mm512_store_si512(beside + r * SIDE, _mm512_maskz_loadu_epi32(__mmask16((1u << depth) - 1), products[r].row + i));
-      written(beside);
+      const Pair *from = whole ? products[0].row + i : copied, *columns = packed + i * PANEL, *behind = columns + VECTOR;
+      for (int r = 0; r < rows; r++)
+        _mm512_store_si512(copied + r * SIDE, _mm512_maskz_loadu_epi32(__mmask16((1u << depth) - 1), products[r].row + i));
+      is_read(copied);
       _tile_loadd(2, from, step * sizeof(Pair));
       _tile_loadd(3, columns, PANEL * sizeof(Pair));
       _tile_dpbf16ps(0, 2, 3);
@@ -775,7 +775,7 @@ void multiply_in_registers(const Product<Pair> *products, int count, int p, cons
     float *sums = whole ? products[0].to + p * PANEL : found, *more = sums + VECTOR;
     _tile_stored(0, sums, apart * sizeof(float));
     if (COLUMNS > 1) _tile_stored(1, more, apart * sizeof(float));
-    for (int r = 0; !whole && r < rows; r++)
+    for (int r = 0; r < rows; r++)
       for (int v = 0; v < COLUMNS; v++) {
         float *to = products[r].to + p * PANEL + v * VECTOR;
         Vector sum = load(found + r * PANEL + v * VECTOR);
@@ -797,8 +797,8 @@ struct Points {
   static constexpr int most = 16;
   Product<E> *products;  // [point][room]
   int room, counts[most], start[most], length[most];
-  int depth = 0;  // of tile registers, where they are to multiply
-  bool whole = false;  // whether rows lie in equal steps, results too, with room for a multiple of SIDE
+  int depth = 0;       // of tile registers, where they are to multiply
+  bool whole = false;  // whether rows lie in equal steps, and so do results, with room for a multiple of UNIT
   void add(int point, const E *row, float *to) { products[point * room + counts[point]++] = {row, to}; }
 };
 
@@ -908,10 +908,10 @@ struct Memory {
     tiles = Scheme::sums ? MOST_TILES : chunk_size<Scheme>(ins, outs);
     tile = room.take<Tile>(tiles);
     points.products = room.take<Product<E>>(points.most * tiles), points.room = tiles;
-    int whole = HAS_TILES ? round_up(tiles, SIDE) : tiles;
+    int whole = round_up(tiles, UNIT<E>);
     if (!Scheme::sums) rows = take_rows<T>(room, number, whole, ins);
     results = take_rows(room, Scheme::sums ? 1 : number, whole, outs);
-    points.whole = HAS_TILES && !Scheme::sums;
+    points.whole = !Scheme::sums;
   }
 };
 
@@ -1126,7 +1126,7 @@ struct SumsMemory {
   Rows<> sums;
 
   SumsMemory(const WeightGrad &job, int outs, Room &room) {
-    constexpr int unit = together > 1 && HAS_TILES ? SIDE : 1;
+    constexpr int unit = UNIT<Element<T>>;
     tiles = chunk_size<Scheme>(job.in_channels, outs);
     tile = room.take<Tile>(tiles);
     zeros = room.take<T>(most(job.in_channels, job.out_channels));
@@ -1161,7 +1161,7 @@ inline void multiply_pairs(const E *grads, int64_t grads_stride, const E *x, int
 }
 
 #ifdef __AMX_BF16__
-// As multiply_pairs, for `outs` output channels and all input channels; `count` is a multiple of SIDE.
+// As multiply_pairs, for `outs` output channels and all input channels; `count` is a multiple of UNIT.
 void multiply_pairs_in_registers(const Pair *grads, int64_t grads_stride, const Pair *x, int64_t x_stride, int count, int outs,
                                  int ins, bool adds, float *to, int64_t stride) {
   alignas(64) float turned[(MOST_TILES / 2 + PANEL - 1) / PANEL][SIDE * PANEL];  // gradients by channel
@@ -1170,7 +1170,7 @@ void multiply_pairs_in_registers(const Pair *grads, int64_t grads_stride, const 
       for (int k = 0; k < SIDE; k += 8)
         transpose_eight(reinterpret_cast<const float *>(grads + i * grads_stride + k), grads_stride, nullptr, 0,
                         turned[i / PANEL] + k * PANEL + i % PANEL);
-    written(turned);
+    is_read(turned);
     for (int c = 0; c < ins; c += PANEL) {
       float *sums = to + c, *behind = sums + VECTOR;
       _tile_zero(0);
