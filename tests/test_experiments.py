@@ -152,7 +152,8 @@ def test_a_table_of_gains_by_hand(report: ModuleType, tmp_path: Path, monkeypatc
         (
             "controls-camvid",
             3,
-            {"pce_unet_nano", "dense_unet_nano", "dense_unet_nano_position", "position_only", "content_only"},
+            {"pce_unet_nano", "dense_unet_nano", "dense_unet_nano_position", "dense_unet_nano_wide"}
+            | {"position_only", "content_only"},
         ),
     ],
 )
