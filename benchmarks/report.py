@@ -46,7 +46,7 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     rows = []
     for result in results:
         about = result["machine"]
-        cells = [f"{about['processor']}, {about['kind']}, {about['threads']} threads"]
+        cells = [f"{about['processor']}, {about['kind']}"]
         for pattern in SUMMARY.values():
             ratios = [r["ratio"] for r in result["records"] if re.fullmatch(pattern, r["line"] or "")]
             cells.append(f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}" if ratios else "")

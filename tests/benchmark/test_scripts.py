@@ -131,7 +131,7 @@ def test_the_summary_and_the_twins_by_hand() -> None:
         ],
     }
     # Geometric mean of 1 and 4; the network was not measured.
-    assert report.summary([result]).splitlines()[-1] == "| Chip, AVX2, 2 threads | 2.00 | 3.00 | | | 1.10 |"
+    assert report.summary([result]).splitlines()[-1] == "| Chip, AVX2 | 2.00 | 3.00 | | | 1.10 |"
     assert report.twins([result]).splitlines()[2:] == [
         "| a, step, fp32 | 8.0 |",
         "| a, step, bf16 | 10.0 |",
