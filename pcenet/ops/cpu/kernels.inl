@@ -22,7 +22,7 @@ typedef int32_t Integers __attribute__((vector_size(4 * VECTOR)));
 constexpr int WIDTH = 2;  // vectors of a panel
 constexpr int PANEL = WIDTH * VECTOR;
 
-constexpr int SIDE = 16;  // rows of an AMX tile register, and numbers in each
+constexpr int REGISTER = 16;  // rows of an AMX tile register, and numbers in each
 #ifdef __AMX_BF16__
 constexpr bool HAS_AMX = true;
 #else
@@ -174,7 +174,7 @@ constexpr bool TAKES_BFLOAT16 = false;
 template <class T>
 using Element = typename ElementOf<T>::type;
 template <class E>
-constexpr int UNIT = HAS_AMX && NUMBERS<E> > 1 ? SIDE : 1;  // rows that are multiplied together, however few are needed
+constexpr int UNIT = HAS_AMX && NUMBERS<E> > 1 ? REGISTER : 1;  // rows that are multiplied together, however few are needed
 
 // Calls what(number) with a number of a map's type.
 template <class What>
@@ -473,12 +473,11 @@ int64_t row_stride(int channels) {
   return ((round_up(channels, PANEL) + line - 1) / line | 1) * line;
 }
 
-// Rows [point][tile][channel] of the tiles of a chunk, or of pairs of tiles.
+// Rows [point][tile][channel] of the tiles of a chunk, or of pairs of tiles: a multiple of UNIT, zeros following what there is.
 template <class E = float>
 struct Rows {
   E *data;
   int64_t stride, step;  // from row to row, from point to point
-  int unit = 1;  // their number is a multiple of it: zeros follow what there is
   E *at(int point, int tile) const { return data + point * step + tile * stride; }
 };
 
@@ -526,7 +525,7 @@ template <class Map, int SIDE, class T, class E>
 void bring_squares(const Grid &grid, const T *map, int channels, int first, int end, const Tile *tiles, int count,
                    Box Tile::*box, const T *zeros, const Rows<E> &rows) {
   constexpr int cells = SIDE * SIDE, together = NUMBERS<E>;
-  for (int t = 0; t < round_up(count, rows.unit * together); t += together) {
+  for (int t = 0; t < round_up(count, UNIT<E> * together); t += together) {
     const T *cell[together * cells];
     for (int i = 0; i < together; i++)
       if (t + i < count)
@@ -731,14 +730,14 @@ struct TileRegisters {
   int depth = 0;  // pairs of a row at a time, an equal part of its length; 0: there is none, and vectors have to multiply
 
   TileRegisters(int length, bool pairs) {
-    for (int part = SIDE; pairs && part > 4 && !depth; part--)
+    for (int part = REGISTER; pairs && part > 4 && !depth; part--)
       if (length % part == 0) depth = part;
     if (!depth) return;
     struct {
       uint8_t palette, start, reserved[14];
-      uint16_t bytes[SIDE];
-      uint8_t rows[SIDE];
-    } shapes = {1, 0, {}, {64, 64, uint16_t(4 * depth), 64, 64}, {SIDE, SIDE, SIDE, uint8_t(depth), uint8_t(depth)}};
+      uint16_t bytes[REGISTER];
+      uint8_t rows[REGISTER];
+    } shapes = {1, 0, {}, {64, 64, uint16_t(4 * depth), 64, 64}, {REGISTER, REGISTER, REGISTER, uint8_t(depth), uint8_t(depth)}};
     is_read(&shapes);
     _tile_loadconfig(&shapes);
   }
@@ -752,18 +751,18 @@ struct TileRegisters {
 template <int COLUMNS>
 void multiply_in_registers(const Product<Pair> *products, int count, int p, const Pair *packed, int length, int depth,
                            bool whole, bool adds, int own) {
-  alignas(64) Pair copied[SIDE * SIDE] = {};
-  alignas(64) float found[SIDE * PANEL];
+  alignas(64) Pair copied[REGISTER * REGISTER] = {};
+  alignas(64) float found[REGISTER * PANEL];
   whole = whole && count > 1;
-  int64_t step = whole ? products[1].row - products[0].row : SIDE, apart = whole ? products[1].to - products[0].to : PANEL;
-  for (int first = 0; first < count; first += SIDE, products += SIDE) {
-    int rows = whole ? 0 : least(SIDE, count - first);  // to be copied
+  int64_t step = whole ? products[1].row - products[0].row : REGISTER, apart = whole ? products[1].to - products[0].to : PANEL;
+  for (int first = 0; first < count; first += REGISTER, products += REGISTER) {
+    int rows = whole ? 0 : least(REGISTER, count - first);  // to be copied
     _tile_zero(0);
     _tile_zero(1);
     for (int i = 0; i < length; i += depth) {
       const Pair *from = whole ? products[0].row + i : copied, *columns = packed + i * PANEL, *behind = columns + VECTOR;
       for (int r = 0; r < rows; r++)
-        _mm512_store_si512(copied + r * SIDE, _mm512_maskz_loadu_epi32(__mmask16((1u << depth) - 1), products[r].row + i));
+        _mm512_store_si512(copied + r * REGISTER, _mm512_maskz_loadu_epi32(__mmask16((1u << depth) - 1), products[r].row + i));
       is_read(copied);
       _tile_loadd(2, from, step * sizeof(Pair));
       _tile_loadd(3, columns, PANEL * sizeof(Pair));
@@ -1133,7 +1132,6 @@ struct SumsMemory {
     int elements = round_up((tiles + together - 1) / together, unit);
     windows = take_rows<Element<T>>(room, Scheme::points, elements, job.in_channels);
     grads = take_rows<Element<T>>(room, Scheme::sums ? 1 : Scheme::points, elements, outs);
-    windows.unit = grads.unit = unit;
     if (Scheme::sums) grads.step = 0;
     sums = take_rows(room, Scheme::points, round_up(outs, unit), job.in_channels);
   }
@@ -1164,10 +1162,10 @@ inline void multiply_pairs(const E *grads, int64_t grads_stride, const E *x, int
 // As multiply_pairs, for `outs` output channels and all input channels; `count` is a multiple of UNIT.
 void multiply_pairs_in_registers(const Pair *grads, int64_t grads_stride, const Pair *x, int64_t x_stride, int count, int outs,
                                  int ins, bool adds, float *to, int64_t stride) {
-  alignas(64) float turned[(MOST_TILES / 2 + PANEL - 1) / PANEL][SIDE * PANEL];  // gradients by channel
-  for (int o = 0; o < outs; o += SIDE, grads += SIDE, to += SIDE * stride) {
+  alignas(64) float turned[(MOST_TILES / 2 + PANEL - 1) / PANEL][REGISTER * PANEL];  // gradients by channel
+  for (int o = 0; o < outs; o += REGISTER, grads += REGISTER, to += REGISTER * stride) {
     for (int i = 0; i < count; i += 8)
-      for (int k = 0; k < SIDE; k += 8)
+      for (int k = 0; k < REGISTER; k += 8)
         transpose_eight(reinterpret_cast<const float *>(grads + i * grads_stride + k), grads_stride, nullptr, 0,
                         turned[i / PANEL] + k * PANEL + i % PANEL);
     is_read(turned);
@@ -1179,7 +1177,7 @@ void multiply_pairs_in_registers(const Pair *grads, int64_t grads_stride, const 
         _tile_loadd(0, sums, stride * sizeof(float));
         _tile_loadd(1, behind, stride * sizeof(float));
       }
-      for (int i = 0; i < count; i += SIDE) {
+      for (int i = 0; i < count; i += REGISTER) {
         const float *from = turned[i / PANEL] + i % PANEL;
         const Pair *columns = x + i * x_stride + c, *more = columns + VECTOR;
         _tile_loadd(2, from, PANEL * sizeof(float));
@@ -1215,12 +1213,12 @@ template <class Scheme, class T>
 void sum_in_tiles(const WeightGrad &job, int64_t first, int64_t last, int out, int out_end, float *grad_weight) {
   int outs = out_end - out, ins = job.in_channels;
   auto memory = in_scratch([&](Room &room) { return SumsMemory<Scheme, T>(job, outs, room); });
-  TileRegisters registers(SIDE, memory.together > 1);
+  TileRegisters registers(REGISTER, memory.together > 1);
   bool adds = false;
   std::memset(memory.zeros, 0, most(ins, job.out_channels) * sizeof(T));
   Walk walk = {job.grid, job.order, first, last, job.neighbours, Scheme::side};
   while (int count = walk.next(memory.tile, memory.tiles)) {
-    int elements = round_up((count + memory.together - 1) / memory.together, memory.windows.unit);
+    int elements = round_up((count + memory.together - 1) / memory.together, UNIT<Element<T>>);
     bring_windows<Scheme>(job.grid, static_cast<const T *>(job.in), ins, 0, ins, memory.tile, count, memory.zeros,
                           memory.windows);
     bring_pixels<Scheme>(job.grid, static_cast<const T *>(job.grad), job.out_channels, out, out_end, memory.tile, count,
