@@ -212,21 +212,15 @@ class ConvExperts(nn.Module):
             ValueError: if there is no such expert, or a tensor of the block is missing or has another shape; for
                 experts that have been pruned or parametrised.
         """
-        self._check_expert(expert)
-        ours = self._tensors_of(expert)
-        # What stands in the place of dropout is no expert's own.
+        own = self.to_sequential(expert)
+        own[3] = nn.Identity()  # what stands in the place of dropout is no expert's own
         theirs = {name: tensor for name, tensor in block.state_dict().items() if not name.startswith("3.")}
-        if ours.keys() != theirs.keys():
+        try:
+            own.load_state_dict(theirs)
+        except RuntimeError as error:
             raise ValueError(
-                f"block does not fit expert {expert}: it has the tensors {sorted(theirs)} where {sorted(ours)} are "
-                f"expected; build the block like to_sequential({expert})"
-            )
-        for name, tensor in ours.items():
-            if tensor.shape != theirs[name].shape:
-                raise ValueError(
-                    f"block does not fit expert {expert}: found a tensor of shape {tuple(theirs[name].shape)} where "
-                    f"{tuple(tensor.shape)} is expected; build the block like to_sequential({expert})"
-                )
+                f"block does not fit expert {expert}; build it like to_sequential({expert}): {error}"
+            ) from error
         for conv in (self.conv1, self.conv2):
             check_stored(conv, "difference" if isinstance(conv, SharedConv2d) else "weight")
         for norm in (self.norm1, self.norm2):
@@ -235,7 +229,7 @@ class ConvExperts(nn.Module):
         self.conv1.assign(expert, theirs["0.weight"])
         self.conv2.assign(expert, theirs["4.weight"])
         with torch.no_grad():
-            for name, tensor in ours.items():
+            for name, tensor in self._tensors_of(expert).items():
                 tensor.copy_(theirs[name])
 
     def _tensors_of(self, expert: int) -> dict[str, Tensor]:

@@ -17,7 +17,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT
 from typing import NamedTuple
 
 SOURCES = Path(__file__).parent / "cpu"
@@ -236,33 +239,23 @@ def compile_library(folder: Path, compiler: Sequence[str], sources: Path = SOURC
     flags = units(sources)
     objects = {name: str(folder.resolve() / f"{name}.o") for name in flags}
     library = folder / LIBRARY
-    _run([[*common, *flags[name], "-c", name, "-o", objects[name]] for name in flags], folder, sources)
-    _run([[*compiler, *objects.values(), "-o", str(library.resolve()), f"-L{torch / 'lib'}", *LINK]], folder, sources)
+    _run([[*common, *flags[name], "-c", name, "-o", objects[name]] for name in flags], sources)
+    _run([[*compiler, *objects.values(), "-o", str(library.resolve()), f"-L{torch / 'lib'}", *LINK]], sources)
     return library
 
 
-def _run(commands: Sequence[Sequence[str]], folder: Path, sources: Path) -> None:
+def _run(commands: Sequence[Sequence[str]], sources: Path) -> None:
     """Run commands at the same time, within the sources so that no path of the machine enters the library."""
-    end = time.monotonic() + LIMIT
-    running: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryFile(dir=folder) as output:
-        try:
-            for command in commands:
-                running.append(
-                    subprocess.Popen(
-                        command, cwd=sources, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-                    )
-                )
-            codes = [process.wait(end - time.monotonic()) for process in running]
-        except OSError as error:
-            raise CompilerError(f"{shlex.join(commands[0])}\n{error}") from error
-        except subprocess.TimeoutExpired as error:
-            raise CompilerError(f"{shlex.join(error.cmd)}\ntook more than {LIMIT:.0f} s") from error
-        finally:
-            for process in running:
-                process.kill()
-                process.wait()
-        if any(codes):
-            output.seek(0)
-            said = output.read().decode(errors="replace")
-            raise CompilerError("\n".join([*map(shlex.join, commands), f"exit codes {codes}", said]))
+    run = partial(
+        subprocess.run, cwd=sources, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, errors="replace", timeout=LIMIT
+    )
+    try:
+        with ThreadPoolExecutor(len(commands)) as pool:
+            done = list(pool.map(run, commands))
+    except OSError as error:
+        raise CompilerError(f"{shlex.join(commands[0])}\n{error}") from error
+    except subprocess.TimeoutExpired as error:
+        raise CompilerError(f"{shlex.join(error.cmd)}\ntook more than {LIMIT:.0f} s") from error
+    if any(process.returncode for process in done):
+        said = [f"{shlex.join(p.args)}\nexit code {p.returncode}\n{p.stdout}" for p in done]
+        raise CompilerError("\n".join(said))

@@ -22,7 +22,7 @@ def synchronised(model: nn.Module, config: TrainConfig, device: torch.device) ->
     """
     if config.sync_batch_norm:
         model = convert_sync_batchnorm(model)
-    model = synchronise(model, batch_norm=config.sync_batch_norm)
+    synchronise(model)
     if device.type == "cpu":
         layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
         for layer in layers:

@@ -90,7 +90,6 @@ def start(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     found = {statistics: half_of_the_training(rank, statistics) for statistics in STATISTICS}
-    found["converted"] = half_of_the_training(rank, "batch", convert=True)
     found["float32"] = half_of_the_training(rank, "batch", dtype=torch.float32)
     found["attached"] = half_of_the_training(rank, "running", attach=True)
     torch.save(found | {"sums": sums_and_rows(rank)}, f"{folder}/{rank}.pt")
@@ -98,14 +97,12 @@ def start(rank: int, folder: str) -> None:
 
 
 def half_of_the_training(
-    rank: int, statistics: str, attach: bool = False, convert: bool = False, dtype: torch.dtype = torch.float64
+    rank: int, statistics: str, attach: bool = False, dtype: torch.dtype = torch.float64
 ) -> dict[str, Any]:
     x, counts = (part.chunk(2)[rank] for part in images())
-    x, network = x.to(dtype), build(statistics, dtype)
-    if convert:
-        network = synchronise(nn.SyncBatchNorm.convert_sync_batchnorm(network))
-    else:
-        network = synchronise(network, batch_norm=statistics == "batch")
+    x, network = x.to(dtype), synchronise(build(statistics, dtype))
+    if statistics == "batch":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if attach:
         attach_aux_losses(network, balance=0.1, z=0.01)
     wrapped = DistributedDataParallel(network)
@@ -121,9 +118,9 @@ def sums_and_rows(rank: int) -> dict[str, Any]:
     return {"total": total.detach(), "gradient": x.grad, "rows": gather_rows(x[None]), "processes": process_count()}
 
 
-@pytest.mark.parametrize(("statistics", "found"), [("running", "running"), ("batch", "batch"), ("batch", "converted")])
-def test_two_processes_train_as_one(statistics: str, found: str, halves: list[dict[str, Any]]) -> None:
-    """With statistics that `synchronise`, or torch's own conversion, makes those of both."""
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_two_processes_train_as_one(statistics: str, halves: list[dict[str, Any]]) -> None:
+    """With running statistics, or with those that torch's conversion makes those of both."""
     expected = train(build(statistics), *images(), processes=1)
     assert {name for name, g in expected["gradients"].items() if g.abs().max() > 1e-6} >= {
         "0.router.hidden.weight",
@@ -132,9 +129,9 @@ def test_two_processes_train_as_one(statistics: str, found: str, halves: list[di
     }
     for half in halves:
         for name, gradient in expected["gradients"].items():
-            assert (half[found]["gradients"][name] - gradient).abs().max() < 1e-10, name
+            assert (half[statistics]["gradients"][name] - gradient).abs().max() < 1e-10, name
         for name, value in expected["state"].items():
-            assert (half[found]["state"][name] - value).abs().max() < 1e-8, name
+            assert (half[statistics]["state"][name] - value).abs().max() < 1e-8, name
 
 
 def test_two_processes_train_as_one_in_float32(halves: list[dict[str, Any]]) -> None:
@@ -179,22 +176,12 @@ def test_sums_and_rows_by_hand(halves: list[dict[str, Any]]) -> None:
     assert process_count() == 1
 
 
-def test_ordinary_batch_norms_are_converted_once_and_others_refused() -> None:
-    class WithActivation(nn.BatchNorm2d):
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input).relu()
-
-    network = nn.Sequential(nn.Sequential(nn.BatchNorm2d(3)), nn.BatchNorm1d(3))
+def test_batch_norms_are_not_touched() -> None:
+    network = nn.Sequential(PCELayer(3, 4, patch_size=2), nn.BatchNorm2d(4))
+    before = [type(module) for module in network.modules()]
     assert synchronise(network) is network
-    assert not isinstance(network[1], nn.SyncBatchNorm)
-    assert synchronise(network, batch_norm=True) is network
-    converted = [network[0][0], network[1]]
-    assert [type(module) for module in converted] == [nn.SyncBatchNorm] * 2
-    synchronise(network, batch_norm=True)
-    assert [network[0][0], network[1]] == converted
-    assert isinstance(synchronise(nn.BatchNorm3d(2), batch_norm=True), nn.SyncBatchNorm)
-    with pytest.raises(ValueError, match=r"batch_norm: 0 is a WithActivation, .* timm\.layers"):
-        synchronise(nn.Sequential(WithActivation(3)), batch_norm=True)
+    assert [type(module) for module in network.modules()] == before
+    assert not network[0].experts.norm1.synchronised
 
 
 def test_a_part_with_the_load_of_the_whole() -> None:

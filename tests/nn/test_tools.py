@@ -35,7 +35,6 @@ from pcenet.nn import (
     aux_loss,
     record_routing,
     routers_of,
-    synchronise,
 )
 from pcenet.nn.experts import double_conv
 from pcenet.nn.stacked import SharedConv2d, StackedBatchNorm, StackedConv2d
@@ -238,12 +237,12 @@ def test_timms_moving_average(kind: str) -> None:
 
 
 @WITH_STATISTICS
-@pytest.mark.parametrize("convert", [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm, synchronise])
+@pytest.mark.parametrize("convert", [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm])
 def test_synchronised_statistics_of_one_process_are_its_own(kind: str, convert: Callable[..., nn.Module]) -> None:
     model = make(kind)
     twin = copy.deepcopy(model)
     names = model.state_dict().keys()
-    converted = convert(twin, batch_norm=True) if convert is synchronise else convert(twin)
+    converted = convert(twin)
     assert converted.state_dict().keys() == names
     for norm in batch_norms(converted).values():
         assert isinstance(norm, nn.SyncBatchNorm) or norm.synchronised

@@ -104,7 +104,7 @@ def test_a_failure_is_remembered_for_a_day(cache: Path, tiny: Path, program: Cal
     assert fail() == 1
     [log] = build.cache_folder(tiny).glob("failed-*.log")
     assert "no such thing" in log.read_text()
-    assert "exit codes [3]" in log.read_text()
+    assert "exit code 3" in log.read_text()
     assert fail(again=True) == 2
     a_day_ago = time.time() - DAY - 1
     os.utime(log, (a_day_ago, a_day_ago))

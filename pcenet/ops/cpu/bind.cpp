@@ -128,13 +128,10 @@ void check_sizes(const Tensor &tensor, const char *name, const Sizes &sizes) {
   STD_TORCH_CHECK(std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()), name, " must be [", wanted, "]");
 }
 
-const float *floats(const Tensor &tensor, const char *name, const Sizes &sizes) {
-  check_sizes(tensor, name, sizes);
-  return floats(tensor, name);
-}
-
 const float *floats(const Maybe &tensor, const char *name, const Sizes &sizes) {
-  return tensor ? floats(*tensor, name, sizes) : nullptr;
+  if (!tensor) return nullptr;
+  check_sizes(*tensor, name, sizes);
+  return floats(*tensor, name);
 }
 
 bool is_bfloat16(const Tensor &map) { return map.scalar_type() == ScalarType::BFloat16; }
@@ -148,14 +145,11 @@ const void *numbers(const Tensor &map, const char *name) {
 }
 
 // The same of a map that belongs to another: of its type, or in float32.
-const void *numbers(const Tensor &map, const char *name, const Sizes &sizes, const Tensor &other) {
-  STD_TORCH_CHECK(!is_bfloat16(map) || is_bfloat16(other), name, " is in bfloat16, and the map that it belongs to is not");
-  check_sizes(map, name, sizes);
-  return numbers(map, name);
-}
-
 const void *numbers(const Maybe &map, const char *name, const Sizes &sizes, const Tensor &other) {
-  return map ? numbers(*map, name, sizes, other) : nullptr;
+  if (!map) return nullptr;
+  STD_TORCH_CHECK(!is_bfloat16(*map) || is_bfloat16(other), name, " is in bfloat16, and the map that it belongs to is not");
+  check_sizes(*map, name, sizes);
+  return numbers(*map, name);
 }
 
 float number_of(const void *map, bool bfloat16, int64_t i) {

@@ -214,15 +214,15 @@ inline Vector exp_of_minus(Vector x) {
   return p * power;
 }
 
-// For the normal distribution: its density without the factor, and the chance of less than -|x|, to 1e-7 (Abramowitz and
-// Stegun, 7.1.26).
-struct Normal {
-  Vector density, tail;
-};
-
 inline Vector absolute(Vector x) { return x < 0.0f ? -x : x; }
 
-inline Normal normal(Vector x) {
+// GELU and its derivative; what a caller leaves unused is not computed.
+struct Gelu {
+  Vector value, slope;
+};
+
+// By the normal distribution's density and the chance of less than -|x|, to 1e-7 (Abramowitz and Stegun, 7.1.26).
+inline Gelu gelu_and_slope(Vector x) {
   Vector e = exp_of_minus(0.5f * x * x);
   Vector t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * absolute(x));
   Vector p = all(0.5f * 1.061405429f);
@@ -230,26 +230,16 @@ inline Normal normal(Vector x) {
   p = p * t + 0.5f * 1.421413741f;
   p = p * t - 0.5f * 0.284496736f;
   p = p * t + 0.5f * 0.254829592f;
-  return {e, p * t * e};
-}
-
-inline Vector gelu(Vector x) {
-  Vector tail = normal(x).tail;
-  return x * (x < 0.0f ? tail : 1.0f - tail);
-}
-
-// GELU and its derivative.
-struct Gelu {
-  Vector value, slope;
-};
-
-inline Gelu gelu_and_slope(Vector x) {
-  Normal n = normal(x);
-  Vector below = x < 0.0f ? n.tail : 1.0f - n.tail;
-  return {x * below, below + x * n.density * 0.39894228f};
+  Vector tail = p * t * e, below = x < 0.0f ? tail : 1.0f - tail;
+  return {x * below, below + x * e * 0.39894228f};
 }
 
 // Not gelu_and_slope(x).slope where it is needed: within a lambda g++ 12 ends with an internal error.
+inline Vector gelu(Vector x) {
+  Gelu both = gelu_and_slope(x);
+  return both.value;
+}
+
 inline Vector slope_of_gelu(Vector x) {
   Gelu both = gelu_and_slope(x);
   return both.slope;
@@ -393,7 +383,7 @@ struct Box {
 
 struct Tile {
   int64_t pixel;  // its first
-  int patch, y, x;  // where in the patch
+  int patch;
   Box reads, owns;  // the cells that it may read, and those of its pixels that lie on the map
 };
 
@@ -419,7 +409,7 @@ int Walk::next(Tile *tiles, int most) {
     for (; y < place.height; y += side, x = 0)
       for (; x < place.width; x += side) {
         if (count == most) return count;
-        tiles[count++] = {first + y * grid.width + x, order[position], y, x,
+        tiles[count++] = {first + y * grid.width + x, order[position],
                           {all.top - y, all.bottom - y, all.left - x, all.right - x},
                           {0, place.height - y, 0, place.width - x}};
       }
