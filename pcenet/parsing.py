@@ -88,14 +88,16 @@ def parse_values(command: str, entries: dict[str, Entry], arguments: list[str]) 
     """
     known = ["-h", "--help", "--help-all", "--config", PRINT_CONFIG, *(option_name(name) for name in entries)]
     spellings = {name: name for name in known}
-    words = [respell(word, spellings) for word in arguments]
+    end = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is no option
+    words = [*(respell(word, spellings) for word in arguments[:end]), *arguments[end:]]
     check_config_files(words)
     if "--help-all" in words:
         parser = config_parser(command, entries, everything=True)
         parser.print_help()
         parser.exit()
     try:
-        parser = config_parser(command, entries)
+        # jsonargparse prints no option that help hides.
+        parser = config_parser(command, entries, everything=PRINT_CONFIG in words)
         values = parser.parse_args(words).as_dict()
         given = parser.parse_args(words, defaults=False).as_dict() if "task" in entries else {}
     except argparse.ArgumentError as error:

@@ -21,6 +21,7 @@ OF_A_RUN = (
 # What must be the same for all runs: where what is scored differs, scores say nothing about each other, and torch keeps
 # the number of threads from one run to the next.
 OF_ALL_RUNS = ("task", "data", "classes", "ignore_index", "overfit", "device", "workers", "threads")
+MAPPINGS = ("model_args", "upcycle_args")
 OF_A_VARIANT = tuple(item.name for item in fields(TrainConfig) if item.name not in OF_A_RUN + OF_ALL_RUNS)
 
 
@@ -70,7 +71,7 @@ class CompareConfig:
         dict[str, Any],
         Option(
             "Changes of the recipe by label, such as {wide: {model: pce_nano, lr: 0.002}}; without a model there it is "
-            "--model."
+            "--model. model_args and upcycle_args are added to the recipe's."
         ),
     ] = field(default_factory=dict)
     baseline: Annotated[
@@ -133,7 +134,11 @@ class CompareConfig:
         Raises:
             ValueError: for a value that breaks its rule, naming the field.
         """
-        changes = (self.variants[label] or {}) if label in self.variants else {"model": label}
+        changes = dict((self.variants[label] or {}) if label in self.variants else {"model": label})
+        for name in MAPPINGS:  # which a variant adds to, key by key, and does not replace
+            own, common = changes.get(name), getattr(self.recipe, name)
+            if isinstance(own, Mapping) and common:
+                changes[name] = {**common, **own}
         out = self.folder / f"{folder_name(label)}-{seed}"
         return replace(self.recipe, **changes, seed=seed, out=str(out), resume="auto")
 

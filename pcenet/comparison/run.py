@@ -16,16 +16,17 @@ from pcenet.comparison.config import CompareConfig, PlannedRun
 from pcenet.comparison.report import Report, make_report, write_report
 from pcenet.comparison.results import finished, rows_file
 from pcenet.comparison.tables import Sheet, sheets, warnings
+from pcenet.data.fingerprint import Fingerprint, difference, fingerprint
 from pcenet.models import twin_of
 from pcenet.reporting.tables import console
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder, check_same
 from pcenet.runs.locks import is_locked, locked
-from pcenet.runs.records import read_rows
+from pcenet.runs.records import fingerprint_of, read_rows
 from pcenet.runtime.device import resolve_device
 from pcenet.texts import say
 from pcenet.training.network import build_model, check_model, naming_model_args
-from pcenet.training.preparation import resolve
+from pcenet.training.preparation import open_sources, resolve
 from pcenet.training.run import train
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,11 @@ def compare(config: CompareConfig) -> Report:
 
     Raises:
         ValueError: before anything is trained, for options that make no network, or differ from those of a run that
-            is there; at the end, if runs failed, naming the first.
+            is there, and for data that do; at the end, if runs failed, naming the first.
     """
     check_networks(config, build=True)
     check_begun(config)
+    check_data_now(config)
     baseline = baseline_of(config)
     config.folder.mkdir(parents=True, exist_ok=True)
     failed: dict[str, ValueError] = {}
@@ -64,7 +66,8 @@ def status(config: CompareConfig) -> Report:
     """``pcenet compare --status``: show what is done, what is left and the figures so far; nothing is written.
 
     Raises:
-        ValueError: for unknown networks, or options that differ from those of a run that is there.
+        ValueError: for unknown networks, or options that differ from those of a run that is there, and where finished
+            runs were not made with the same data.
     """
     check_networks(config)
     check_begun(config)
@@ -127,7 +130,8 @@ def check_networks(config: CompareConfig, build: bool = False) -> None:
 
 
 def check_begun(config: CompareConfig) -> None:
-    """Raise a ``ValueError`` naming the first run in the comparison's folder that was started with other options."""
+    """Raise a ``ValueError`` naming the first run in the comparison's folder that was started with other options, or
+    two that were finished with different images."""
     device = resolve_device(config.recipe.device)
     for run in config.runs:
         folder = RunFolder(run.config.folder)
@@ -137,6 +141,30 @@ def check_begun(config: CompareConfig) -> None:
                 expected = as_elsewhere(expected, saved, run.config.precision)
             way_out = "change the options back, or choose another label or another folder with --out"
             check_same(saved, expected, str(folder.path), way_out)
+    known = fingerprints(config)
+    for name, own in known.items():
+        first, of_first = next(iter(known.items()))
+        if changed := difference(of_first, own):
+            way_out = f"remove {config.folder / first} or {config.folder / name} to train it anew"
+            raise ValueError(f"{name} was not trained with the data of {first}: {changed}; {way_out}")
+
+
+def fingerprints(config: CompareConfig) -> dict[str, Fingerprint]:
+    """By what the runs that are finished know their data again, by their names; without those that did not note it."""
+    paths = {run.name: RunFolder(run.config.folder).metrics for run in config.runs if finished(run.config.folder)}
+    found = {name: fingerprint_of(path) for name, path in paths.items()}
+    return {name: known for name, known in found.items() if known}
+
+
+def check_data_now(config: CompareConfig) -> None:
+    """Raise a ``ValueError`` if runs are left to train, and the data have changed since others were finished."""
+    known = fingerprints(config)
+    if not known or all(finished(run.config.folder) for run in config.runs):
+        return
+    name, before = next(iter(known.items()))
+    if changed := difference(before, fingerprint(open_sources(config.runs[0].config))):
+        way_out = "put them back, or choose another folder with --out"
+        raise ValueError(f"{config.recipe.data} has changed since {name} was trained: {changed}; {way_out}")
 
 
 def as_elsewhere(expected: TrainConfig, saved: TrainConfig, precision: Precision) -> TrainConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,33 @@ def data_of(metrics: Values) -> str:
     return Path(metrics["data"]).name
 
 
+def by_label(metrics: Values, evaluations: Sequence[Values]) -> dict[str, Values]:
+    """What was measured, by the names of images and split: on the validation images by training, unless `pcenet eval`
+    was asked again; and all else that that was asked. Other images of a name have a number behind it.
+
+    Args:
+        metrics: the run's ``metrics.json``.
+        evaluations: its ``eval-*.json``.
+    """
+    own = {"data": data_of(metrics), "split": "val", "router": recorded_health(metrics)[0]} | dict(metrics["val"])
+    known = metrics.get("fingerprint", {}).get("val")
+    again = [each for each in evaluations if is_again(each, own, known)]
+    found: dict[str, Values] = {}
+    for each in [*(again[-1:] or [own]), *(each for each in evaluations if each not in again)]:
+        name, measured = plain(each["data"]), in_words(each["split"], each.get("tta", False))
+        names = (name if number == 1 else f"{name} ({number})" for number in count(1))
+        found[next(label for label in (f"{n}, {measured}" for n in names) if label not in found)] = each
+    return found
+
+
+def is_again(evaluation: Values, own: Values, known: Any) -> bool:
+    """Whether an evaluation is of the validation images of training: by their number alone where no more is noted."""
+    if (evaluation["data"], evaluation["split"]) != (own["data"], "val") or evaluation.get("tta", False):
+        return False
+    images = evaluation.get("fingerprint", {}).get("val")
+    return bool(images == known if images and known else evaluation["images"] == own["images"])
+
+
 def score_section(metrics: Values, evaluations: Sequence[Values], twin: Values | None) -> str:
     """The scores, of validation and of what ``pcenet eval`` measured, and the twin's beside the former.
 
@@ -55,15 +83,10 @@ def score_section(metrics: Values, evaluations: Sequence[Values], twin: Values |
     """
     val = metrics["val"]
     score = score_of(val)
-    measured = ({"data": data_of(metrics), "split": "val"} | dict(val), *evaluations)
-    # What `pcenet eval` measured on the validation images stands in the place of what training did.
-    rows = {
-        f"{plain(each['data'])}, {in_words(each['split'], each.get('tta', False))}": (
-            f"{each['images']} | {in_prose(each[score], each['images'])}"
-        )
-        for each in measured
-    }
-    lines = (f"| {label} | {figures} |" for label, figures in rows.items())
+    lines = (
+        f"| {label} | {each['images']} | {in_prose(each[score], each['images'])} |"
+        for label, each in by_label(metrics, evaluations).items()
+    )
     table = "\n".join((f"| data | images | {SCORES[score]} |", "|---|---|---|", *lines))
     text = f"## Score\n\n{table}"
     if twin is not None:
@@ -111,14 +134,13 @@ def routing_section(metrics: Values, evaluations: Sequence[Values], picture: boo
     Returns:
         The section; empty where there is nothing to show, as for a dense network.
     """
-    health, training = recorded_health(metrics)
+    training = recorded_health(metrics)[1]
     if not training:
         return ""
-    columns = {} if health is None else {f"{plain(data_of(metrics))}, val": health}
-    columns |= {
-        f"{plain(each['data'])}, {each['split']}": each["router"]
-        for each in evaluations
-        if each["router"].keys() >= training.keys()
+    columns = {
+        label: each["router"]
+        for label, each in by_label(metrics, evaluations).items()
+        if each["router"] and each["router"].keys() >= training.keys() and not each.get("tta", False)
     }
     rows = [
         f"| `{layer}` | " + " | ".join(", ".join(map(rounded, router[layer]["load"])) for router in columns.values())

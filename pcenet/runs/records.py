@@ -17,6 +17,7 @@ from pcenet.runs.schemas import (
     TEXT,
     Each,
     Maybe,
+    Rule,
     Schema,
     or_none,
     read_json,
@@ -35,11 +36,20 @@ BEFORE: dict[str, Any] = {"load": [NUMBER], "entropy": NUMBER, "max_min": or_non
 HEALTH = {**BEFORE, "dead": COUNT, "dead_experts": [COUNT]}
 
 
+FINGERPRINT = Each(  # see pcenet.data.fingerprint
+    Rule(
+        "a number of images and a digest",
+        lambda value: isinstance(value, list) and len(value) == 2 and COUNT.holds(value[0]) and TEXT.holds(value[1]),
+    )
+)
+
+
 def metrics_of(score: str) -> dict[str, Any]:
     """What ``metrics.json`` has to hold, of a run with this figure of merit."""
     return {
         "task": Maybe(TEXT),  # and data: versions before 0.1 did not write them
         "data": Maybe(TEXT),
+        "fingerprint": Maybe(FINGERPRINT),
         "model": Maybe(TEXT),
         "epochs": COUNT,
         "weights_of_epoch": Maybe(COUNT),
@@ -56,7 +66,14 @@ def metrics_of(score: str) -> dict[str, Any]:
 def evaluation_of(score: str) -> Schema:
     """What a file of ``pcenet eval`` has to hold, of a network with this figure of merit."""
     texts = dict.fromkeys(("source", "data", "split"), TEXT)
-    return {**texts, "tta": Maybe(BOOLEAN), "images": COUNT, score: NUMBER, "router": Each(BEFORE)}
+    return {
+        **texts,
+        "tta": Maybe(BOOLEAN),
+        "fingerprint": Maybe(FINGERPRINT),
+        "images": COUNT,
+        score: NUMBER,
+        "router": Each(BEFORE),
+    }
 
 
 def read_record(path: Path, schema: Schema = ANYTHING) -> Any:
@@ -70,6 +87,15 @@ def read_record(path: Path, schema: Schema = ANYTHING) -> Any:
         return read_json(path, schema)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
+
+
+def fingerprint_of(path: Path) -> dict[str, list[Any]]:
+    """By what a finished run knows its data again, from ``metrics.json``; empty where it did not note it, or the file
+    cannot be read, which is for those to say who need its figures."""
+    try:
+        return dict(read_record(path, {"fingerprint": Maybe(FINGERPRINT)}).get("fingerprint", {}))
+    except (ValueError, OSError):
+        return {}
 
 
 def read_rows(path: Path) -> tuple[Row, ...]:

@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pcenet.data as data
 from pcenet.choices import TaskName
+from pcenet.data.fingerprint import difference, fingerprint
 from pcenet.models import SavableModel, load_model
 from pcenet.models.preprocessing import image_size
 from pcenet.runs.config import EvalConfig
 from pcenet.runs.finding import find_model
 from pcenet.runs.folder import RunFolder
 from pcenet.runs.health import complaint
-from pcenet.runs.records import read_record
-from pcenet.runs.schemas import TEXT
+from pcenet.runs.records import fingerprint_of, read_record
+from pcenet.runs.schemas import ANYTHING
 from pcenet.runtime.device import resolve_device, resolve_precision, resolve_workers, set_precision, set_threads
 from pcenet.tasks import Task, get_task
 from pcenet.tasks.classes import check_same_classes
@@ -65,7 +66,8 @@ def evaluate(config: EvalConfig) -> Any:
     measured = f"{config.split}-tta" if config.tta else config.split
     # In a run's folder there are figures of that run alone, by whatever path it was named.
     own = run is not None and out.resolve() == run.path.resolve()
-    of = {"source": trained.data} | ({} if own else {"run": config.run})
+    images = fingerprint({config.split: source})
+    of = {"source": trained.data, "fingerprint": images} | ({} if own else {"run": config.run})
     path = result_path(out, Path(source.name).stem, of, measured)
     about = {"model": model.pretrained_cfg["architecture"], "data": source.name, "split": config.split}
     write_json(path, about | of | {"tta": config.tta} | asdict(result))
@@ -119,11 +121,33 @@ def open_trained(config: EvalConfig) -> Trained:
     model.grey_range = config.grey_range or model.grey_range
     task = get_task(model.task)
     source = open_data(config, name, model, run)
+    if config.data is None and run is not None:
+        tell_of_other_data(config, model, run, name, source)
     check_against_network(model, source, config.run)
     return Trained(model, model_folder, run, task, source, name)
 
 
+def tell_of_other_data(config: EvalConfig, model: SavableModel, run: RunFolder, name: str, source: Any) -> None:
+    """Warn where a run's data are not those that it was trained with: a relative path may lead elsewhere from here."""
+    known = fingerprint_of(run.metrics)
+    found = {config.split: source}
+    if known and config.split not in known:
+        found = {split: open_split(config, name, model, run, split) for split in get_args(data.Split) if split in known}
+    if changed := difference(known, fingerprint(found)):
+        log.warning(
+            "%s is not what %s was trained with: %s; if that lies elsewhere, give --data", name, run.path, changed
+        )
+
+
 def open_data(config: EvalConfig, name: str, model: SavableModel, run: RunFolder | None) -> Any:
+    """One split of a data set for a trained network, as `open_split` gives it; what is to be noted is logged."""
+    source = open_split(config, name, model, run, config.split)
+    for note in source.notes:
+        log.warning("%s: %s", name, note.text)
+    return source
+
+
+def open_split(config: EvalConfig, name: str, model: SavableModel, run: RunFolder | None, split: data.Split) -> Any:
     """One split of the data set ``name`` for a trained network.
 
     Mask values have the names that ``config`` gives them, else those of the data's own file, else those that the
@@ -135,10 +159,7 @@ def open_data(config: EvalConfig, name: str, model: SavableModel, run: RunFolder
     if model.task == "segment" and model.mask_values is None and run is not None and not given:
         trained = run.read_config()
         config = replace(config, classes=trained.classes, ignore_index=trained.ignore_index)
-    source = get_task(model.task).open(config, name, config.split, model)
-    for note in source.notes:
-        log.warning("%s: %s", name, note.text)
-    return source
+    return get_task(model.task).open(config, name, split, model)
 
 
 def check_against_network(model: SavableModel, source: Any, name: str) -> None:
@@ -163,18 +184,18 @@ def check_against_network(model: SavableModel, source: Any, name: str) -> None:
         raise ValueError(f"{error}; {way_out}") from error
 
 
-def result_path(folder: Path, data_name: str, of: Mapping[str, str], measured: str) -> Path:
-    """``eval-<data>-<measured>.json`` in ``folder``; numbered where the figures of another source or network have that
-    name, of which ``of`` tells."""
+def result_path(folder: Path, data_name: str, of: Mapping[str, Any], measured: str) -> Path:
+    """``eval-<data>-<measured>.json`` in ``folder``; numbered where the figures of another source, other images or
+    another network have that name, of which ``of`` tells."""
     stems = (data_name if number == 1 else f"{data_name}-{number}" for number in count(1))
     paths = (folder / f"eval-{stem}-{measured}.json" for stem in stems)
     return next(path for path in paths if not path.exists() or is_written_for(path, of))
 
 
-def is_written_for(path: Path, of: Mapping[str, str]) -> bool:
-    """Whether a file is one of `evaluate`, with figures of this source and network."""
+def is_written_for(path: Path, of: Mapping[str, Any]) -> bool:
+    """Whether a file is one of `evaluate`, with figures of this source, these images and this network."""
     try:
-        found = read_record(path, dict.fromkeys(of, TEXT))
+        found = read_record(path, dict.fromkeys(of, ANYTHING))
     except (ValueError, OSError):
         return False
     return all(found[key] == value for key, value in of.items())

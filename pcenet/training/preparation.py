@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import pcenet.data as data
 from pcenet import ops
+from pcenet.data.fingerprint import Fingerprint, fingerprint
 from pcenet.models import SavableModel
 from pcenet.models.preprocessing import cost_of
 from pcenet.ops.build import find_compiler
@@ -26,7 +27,7 @@ from pcenet.tasks import Task, get_task
 from pcenet.tasks.classes import check_same_classes
 from pcenet.texts import say
 from pcenet.training.network import build_model, check_model, default_input_size, naming_model_args
-from pcenet.training.resume import Fingerprint, Position, fingerprint, first_intact, position_of
+from pcenet.training.resume import Position, first_intact, position_of
 
 log = logging.getLogger(__name__)
 
@@ -107,10 +108,7 @@ def prepare(
     if config.compile and find_compiler() is None:
         raise ValueError("compile: torch.compile needs a C++ compiler; install g++, or leave --compile out")
     task = get_task(config.task)
-    sources: dict[data.Split, Any] = {
-        "train": task.open(config, config.data, "train"),
-        "val": task.open(config, config.data, "val"),
-    }
+    sources = open_sources(config)
     classes = sources["train"].classes
     check_same_classes(classes, sources["val"].classes, "train", "val")
     known = fingerprint(sources)
@@ -146,6 +144,16 @@ def prepare(
             lambda path: position_of(path, folder, config, classes, known, model, len(loaders["train"])),
         )
     return Run(config, task, folder, device, ranks, workers, sources, model, cost, loaders, checkpoint, position, known)
+
+
+def open_sources(config: TrainConfig) -> dict[data.Split, Any]:
+    """The images for training and validation, all of them.
+
+    Raises:
+        ValueError: for faulty data.
+    """
+    splits: tuple[data.Split, ...] = ("train", "val")
+    return {split: get_task(config.task).open(config, config.data, split) for split in splits}
 
 
 def choose_images(sources: dict[data.Split, Any], config: TrainConfig, batches: int | None) -> dict[data.Split, Any]:

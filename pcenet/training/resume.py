@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
+from pcenet.data.fingerprint import Fingerprint, difference
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import ELSEWHERE, RunFolder, check_same, differences, saved_config
 from pcenet.tasks import get_task
@@ -21,8 +21,6 @@ from pcenet.training.optimizer import make_optimizer
 
 T = TypeVar("T")
 AFRESH = "start afresh without --resume"
-
-Fingerprint = dict[str, list[Any]]
 
 log = logging.getLogger(__name__)
 
@@ -44,30 +42,11 @@ class Position:
     changed: tuple[str, ...] = ()
 
 
-def fingerprint(sources: Mapping[Any, Any]) -> Fingerprint:
-    """The number of images of each split and a digest of their names and labels: by these, data are known again."""
-    found: Fingerprint = {}
-    for split, source in sources.items():
-        labels = getattr(source, "labels", None)
-        names = hashlib.blake2b(digest_size=16)
-        for index in range(len(source)):
-            label = "" if labels is None else int(labels[index])
-            names.update(f"{source.file_name(index)}\0{label}\0".encode(errors="surrogateescape"))
-        found[split] = [len(source), names.hexdigest()]
-    return found
-
-
 def check_data_same(saved: Fingerprint, found: Fingerprint, where: str, name: str) -> None:
     """Raise a ``ValueError`` that says how the data differ from those that a run has seen, if they do."""
-    for split, (count, names) in found.items():
-        before, known = saved.get(split, [0, ""])
-        if before != count:
-            difference = f"{split} had {before} images and has {count}"
-        elif names != known:
-            difference = f"{split} has as many images, but not the same file names or labels"
-        else:
-            continue
-        raise ValueError(f"resume: the data of {where} have changed: {name}: {difference}; put them back, or {AFRESH}")
+    if changed := difference(saved, found):
+        way_out = "put them back, or start afresh in another folder, with --out"
+        raise ValueError(f"resume: the data of {where} have changed: {name}: {changed}; {way_out}")
 
 
 def first_intact(candidates: Sequence[Path], config: TrainConfig, judge: Callable[[Path], T]) -> tuple[Path, T]:

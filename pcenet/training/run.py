@@ -18,6 +18,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 import pcenet.data as data
 from pcenet import ops
+from pcenet.data.fingerprint import fingerprint
 from pcenet.models import SavableModel, TimmNet
 from pcenet.ops.library import REFERENCE_COST
 from pcenet.reporting.plots import drawing, pictures_of, png_of
@@ -25,6 +26,7 @@ from pcenet.reporting.tables import console, router_table, training_table
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder, images_per_step
 from pcenet.runs.health import EVALUATED, TRAINED, complaint, training_of
+from pcenet.runs.records import fingerprint_of
 from pcenet.runtime.device import environment, resolve_device, set_threads
 from pcenet.runtime.distributed import agreeing, decide, share, together
 from pcenet.runtime.launcher import ranks_of_environment
@@ -34,8 +36,9 @@ from pcenet.training.checkpoints import DamagedError, read_checkpoint
 from pcenet.training.figures import Row
 from pcenet.training.loop import Trainer
 from pcenet.training.network import build_model
-from pcenet.training.preparation import Run, prepare, resolve, steps_per_epoch
+from pcenet.training.preparation import Run, open_sources, prepare, resolve, steps_per_epoch
 from pcenet.training.progress import RunBar
+from pcenet.training.resume import check_data_same
 from pcenet.training.sheets import prediction_sheet, training_sheet
 from pcenet.training.trackers import Trackers, check_tracker, tracking
 from pcenet.writing import write_atomically, write_bytes, write_json
@@ -91,6 +94,7 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
             stack.enter_context(silent())
         begun, finished, checkpoints = decide(lambda: enter(folder, config, stack))
         if finished:
+            decide(lambda: check_data_of_finished(folder, config))
             say(f"{folder.path} is finished; nothing to do")
             return folder
         with agreeing():
@@ -109,6 +113,16 @@ def train(config: TrainConfig, batches: int | None = None) -> RunFolder:
             command = "explain" if run.cost["router_multiply_adds"] else "eval"
             say(f"next: pcenet {command} {shlex.quote(str(folder.path))}")
     return folder
+
+
+def check_data_of_finished(folder: RunFolder, config: TrainConfig) -> None:
+    """Raise a ``ValueError`` that says how the data have changed since a run was finished, if that can be told."""
+    saved = fingerprint_of(folder.metrics)
+    try:
+        found = fingerprint(open_sources(config)) if saved else {}
+    except (ValueError, OSError):  # of data that are no longer here
+        return
+    check_data_same(saved, found, str(folder.path), config.data)
 
 
 def enter(folder: RunFolder, config: TrainConfig, stack: ExitStack) -> tuple[bool, bool, list[Path]]:
@@ -320,6 +334,7 @@ def summary(run: Run, rows: Sequence[Row], stopped: str | None, result: Any) -> 
         "task": run.config.task,
         "model": run.config.model,
         "data": run.config.data,
+        "fingerprint": run.fingerprint,
         "seed": run.config.seed,
         "epochs": len(rows),
         "steps": int(rows[-1]["step"]),

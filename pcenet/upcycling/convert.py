@@ -72,7 +72,7 @@ def upcycle(
         patch_size: patch side in pixels of the finest map that is converted. On a map with half the side it is half as
             large, so that patches shrink with depth and cover the same part of the image; where a patch would be no
             whole number of pixels, the convolution is left alone. None: one pixel of the coarsest map, and at least 2
-            of the finest.
+            of the finest; in a second call the scale of the first.
         gate: ``"straight_through"`` or ``"prob"``, under which the network does not start as what it was.
         perturbation: standard deviation of noise on each expert's kernel, by that of its values; 0: all start equal.
         freeze: ``"dense"`` trains routers and experts alone, ``"pretrained"`` of these only what is new: routers and
@@ -121,7 +121,9 @@ def upcycle(
     found, output = survey(model, arguments)
     chosen, chosen_by = _choose(found, layers)
     left = {entry.name: entry.reason or "not among the layers that were chosen" for entry in found}
-    plan, too_small = _plan(chosen, patch_size)
+    sizes = {layer.name: layer.patch_size for layer in before.converted} if isinstance(before, Upcycling) else {}
+    there = [(max(entry.map_size), sizes[entry.name]) for entry in found if entry.name in sizes]
+    plan, too_small = _plan(chosen, patch_size, there)
     same = gate == "straight_through" and perturbation == 0
     work = _Work(model, options, perturbation, arguments, output if same else None)
     done, broken = work.convert(plan)
@@ -209,15 +211,31 @@ def _grouped(entries: list[Found]) -> list[list[Found]]:
     return list(groups.values())
 
 
-def _plan(groups: list[list[Found]], patch_size: int | None) -> tuple[list[list[Converted]], dict[str, str]]:
-    """Patch sizes by the sizes of the maps, and what is left alone because a patch would be too small."""
+def _plan(
+    groups: list[list[Found]], patch_size: int | None, there: Sequence[tuple[int, int]]
+) -> tuple[list[list[Converted]], dict[str, str]]:
+    """Patch sizes by the sizes of the maps, and what is left alone because a patch would be too small.
+
+    Args:
+        groups: what is to be converted.
+        patch_size: of the finest map; None: by the sizes of the maps, or by what was converted before.
+        there: sides of the maps and patches of what was converted before, whose scale goes on.
+    """
     sides = [max(group[0].map_size) for group in groups]
     if not sides:
         return [], {}
-    finest, coarsest = max(sides), min(sides)
+    finest, coarsest = max([*sides, *(side for side, _ in there)]), min(sides)
     # Maps are halved upwards: 7 follows 13, so that their ratio is rounded to a power of two.
     halvings = [round(math.log2(finest / side)) for side in sides]
     size = max(SMALLEST_PATCH, 2 ** round(math.log2(finest / coarsest))) if patch_size is None else patch_size
+    if there:
+        side, own = there[0]
+        size = own << round(math.log2(finest / side))
+        if patch_size not in (None, size):
+            raise ValueError(
+                f"patch_size={patch_size}: the patches of the layers that were converted before are as large as {size} "
+                "pixels of the finest map; give that, or leave it out"
+            )
     plan: list[list[Converted]] = []
     left: dict[str, str] = {}
     for group, times in zip(groups, halvings, strict=True):

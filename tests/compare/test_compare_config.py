@@ -49,6 +49,14 @@ def test_every_field_explains_itself() -> None:
     assert all(len(option.help) > 10 for _, option in options_of(CompareConfig).values())
 
 
+def test_a_variant_adds_to_the_recipes_mappings() -> None:
+    recipe = TrainConfig(model_args={"widths": [8, 8, 8], "num_experts": 4})
+    variants = {"two": {"model_args": {"num_experts": 2}}, "none": {"model_args": {}}, "other": {"lr": 0.1}}
+    config = CompareConfig(variants=variants, recipe=recipe)
+    assert config.options("two", 0).model_args == {"widths": [8, 8, 8], "num_experts": 2}
+    assert [config.options(label, 0).model_args for label in ("none", "other")] == [recipe.model_args] * 2
+
+
 @pytest.mark.parametrize(
     ("labels", "baseline"),
     [

@@ -119,6 +119,38 @@ def test_runs_of_a_seed_see_the_same_images_in_the_same_order(done: Done) -> Non
     assert not set(done.batches["quick-0"]) & set(done.batches["quick-1"])
 
 
+def test_data_that_changed_between_runs_are_refused(copy: CompareConfig, pictures: Path, trained: list[str]) -> None:
+    """Before anything is trained: pairs of runs that saw different images say nothing."""
+    other = copy.folder.parent / pictures.name
+    shutil.copytree(pictures, other)
+    image = other / "train" / "red" / "0.png"
+    shutil.copy(image, image.with_name("00.png"))
+    unfinish(copy, "quick-1")
+    grown = replace(copy, recipe=replace(copy.recipe, data=str(other)))
+    for run in copy.runs[:3]:
+        path = run.config.folder / "config.yaml"
+        path.write_text(path.read_text().replace(f"data: {pictures}", f"data: {other}"))
+    message = "has changed since dense_nano-0 was trained: train had 24 images and has 25; put them back, or"
+    with pytest.raises(ValueError, match=message):
+        compare(grown)
+    assert trained == []
+    status(grown)  # which looks at no image
+
+
+def test_runs_that_saw_other_images_are_not_compared(copy: CompareConfig) -> None:
+    path = copy.folder / "quick-0" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["fingerprint"]["val"][0] += 1
+    path.write_text(json.dumps(metrics))
+    with pytest.raises(
+        ValueError, match="quick-0 was not trained with the data of dense_nano-0: val had 12 images and"
+    ):
+        status(copy)
+    del metrics["fingerprint"]
+    path.write_text(json.dumps(metrics))
+    status(copy)  # of a version that did not note it nothing can be told
+
+
 def test_a_run_after_others_is_the_run_alone(done: Done, tmp_path: Path) -> None:
     last = done.config.runs[-1]
     alone = train(replace(last.config, out=str(tmp_path / "alone")))

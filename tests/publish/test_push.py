@@ -159,6 +159,18 @@ def test_what_eval_measured_on_the_same_images_stands_once() -> None:
     assert "60.0" in rows[0]
 
 
+def test_other_images_of_the_same_name_have_a_row_of_their_own() -> None:
+    """As many or not: by their fingerprints they are others, and the run's own score stays."""
+    metrics = {"model": "m", "data": "a/d", "fingerprint": {"val": [24, "x"]}, "val": {"images": 24, "top1": 1.0}}
+    other = {"data": "d", "split": "val", "images": 24, "top1": 0.25, "fingerprint": {"val": [24, "y"]}}
+    rows = [line for line in score_section(metrics, (other,), None).splitlines() if ", val" in line]
+    assert [row.split("|")[1:3] for row in rows] == [[" d, val ", " 24 "], [" d (2), val ", " 24 "]]
+    assert ["100" in row for row in rows] == [True, False]
+    again = other | {"top1": 0.5, "fingerprint": {"val": [24, "x"]}}
+    rows = [line for line in score_section(metrics, (other, again), None).splitlines() if ", val" in line]
+    assert ["50" in row for row in rows] == [True, False], "what was measured again stands for the run's own"
+
+
 def test_a_card_shows_no_loads_of_training_as_if_they_were_health() -> None:
     """Runs of a version that counted in training alone have even loads by construction."""
     even = {"load": [0.5, 0.5], "entropy": 1.0, "max_min": 1.0, "drop_rate": 0.0, "dead": []}

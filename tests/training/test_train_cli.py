@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pcenet.cli import COMMANDS, main
 from pcenet.comparison.config import OF_A_RUN
 from pcenet.runs.config import COMMON, GROUPS, TrainConfig
 from pcenet.training.loop import Trainer
+from pcenet.training.run import train
 
 Start = Callable[..., TrainConfig]
 
@@ -162,6 +164,23 @@ def test_options_take_hyphens_and_underscores(spelling: list[str], capsys: pytes
     assert yaml.safe_load(capsys.readouterr().out)["batch_size"] == 7
 
 
+def test_print_config_leaves_no_option_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that --help hides too: else the file that it gives trains something else."""
+    given = {"mixup": 0.2, "balance": 0.1, "weight_decay": 0.3, "schedule": "poly", "max_time": "1:30:00"}
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    for command in ("train", "compare"):
+        assert main([command, *words, "--print-config"]) == 0
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert printed | given == printed
+    assert main(["train", "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out).keys() == {field.name for field in fields(TrainConfig)}
+
+
+def test_what_follows_two_hyphens_is_no_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "nowhere", "--", "-dash.png"]) == 2
+    assert "nowhere is no run folder" in capsys.readouterr().err
+
+
 def test_printed_config_can_be_loaded_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--lr", "1e-5", "--data", "some dir/x: y", "--threads", "2", "--print_config"]) == 0
     printed = capsys.readouterr().out
@@ -209,6 +228,30 @@ def test_train_then_eval_then_train_from_its_own_config(
     outside = json.loads((out / "eval-pictures-val.json").read_text())
     assert outside.pop("run") == str(config.folder / "model")  # there, figures of any network may lie
     assert outside == result
+
+
+def test_eval_tells_of_data_that_the_run_was_not_trained_with(
+    start: Start, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A relative path leads elsewhere from another folder: to other images, whose figures take no file's place."""
+    for place in ("here", "there"):
+        shutil.copytree(pictures, tmp_path / place / "pictures")
+    image = tmp_path / "there" / "pictures" / "val" / "red" / "0.png"
+    shutil.copy(image, image.with_name("00.png"))
+    monkeypatch.chdir(tmp_path / "here")
+    run = train(start("run", data="pictures", epochs=1)).path
+    command = ["eval", str(run), "--device", "cpu", "--workers", "0"]
+    assert main(command) == 0
+    figures = (run / "eval-pictures-val.json").read_bytes()
+    assert "not what" not in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path / "there")
+    changed = f"pictures is not what {run} was trained with: val had 12 images and has 13; if that lies elsewhere"
+    assert main(command) == 0
+    assert changed in " ".join(capsys.readouterr().err.split())
+    assert (run / "eval-pictures-val.json").read_bytes() == figures
+    assert json.loads((run / "eval-pictures-2-val.json").read_text())["images"] == 13
+    assert main([*command, "--split", "train"]) == 0
+    assert "not what" not in capsys.readouterr().err, "these are the same in both"
 
 
 def test_eval_refuses_other_classes_and_names_them(

@@ -185,6 +185,31 @@ def test_resume_auto_on_a_finished_run_does_nothing(finished: RunFolder, capsys:
     assert contents(finished.path) == before
 
 
+def test_a_finished_run_is_not_handed_out_for_other_data(
+    start: Start, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who adds pictures and runs the cell again must not get the network of before."""
+    own = tmp_path / "own"
+    shutil.copytree(pictures, own)
+    config = start("grown", data=str(own), epochs=1, resume="auto")
+    folder = train(config)
+    before = contents(folder.path)
+    image = own / "train" / "red" / "0.png"
+    shutil.copy(image, image.with_name("00.png"))
+    with pytest.raises(
+        ValueError, match=r"grown have changed: .*own: train had 24 images and has 25; put them back, or"
+    ):
+        train(config)
+    image.with_name("00.png").unlink()
+    image.rename(image.with_name("9.png"))
+    with pytest.raises(ValueError, match="train has as many images, but not the same file names or labels"):
+        train(config)
+    shutil.rmtree(own)
+    train(config)
+    assert "is finished; nothing to do" in capsys.readouterr().out, "of data that are gone nothing can be told"
+    assert contents(folder.path) == before
+
+
 @pytest.mark.parametrize("resume", ["auto", "died/checkpoints/../checkpoints/step-00000006"])
 def test_a_run_that_died_before_its_summary_is_completed(
     finished: RunFolder, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str

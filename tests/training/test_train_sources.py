@@ -13,10 +13,10 @@ from pcenet import cli
 from pcenet.app.config import AppConfig
 from pcenet.app.server import open_samples
 from pcenet.data import open_source
+from pcenet.data.fingerprint import fingerprint
 from pcenet.models import load_model
 from pcenet.runs.config import TrainConfig
 from pcenet.runs.folder import RunFolder
-from pcenet.training.resume import fingerprint
 from pcenet.training.run import train
 
 Start = Callable[..., TrainConfig]

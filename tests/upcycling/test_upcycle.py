@@ -179,6 +179,25 @@ def test_what_patches_do_not_fit_is_left_alone() -> None:
     assert model.upcycling.left["layer4.1.conv2"] == reason
 
 
+def test_a_second_call_keeps_the_scale_of_patches() -> None:
+    """layer4's maps have 2x2 pixels and layer3's 4x4: patches of 2 and of 4 cover the same part of the image."""
+
+    def sizes(*calls: dict[str, Any]) -> dict[str, int]:
+        model = resnet18()
+        for options in calls:
+            pcenet.upcycle(model, example=EXAMPLE, **options)
+        return {layer.name.split(".")[0]: layer.patch_size for layer in model.upcycling.converted}
+
+    assert sizes({"layers": "layer4"}, {"layers": "layer3"}) == {"layer3": 4, "layer4": 2}
+    assert sizes({"layers": "layer3"}, {"layers": "layer4"}) == {"layer3": 2, "layer4": 1}
+    assert sizes({"layers": ["layer3", "layer4"]}) == {"layer3": 2, "layer4": 1}
+    assert sizes({"layers": "layer4"}, {"layers": "layer3", "patch_size": 4}) == {"layer3": 4, "layer4": 2}
+    with pytest.raises(
+        ValueError, match=r"patch_size=2: the patches .* before are as large as 4 pixels of the finest map"
+    ):
+        sizes({"layers": "layer4"}, {"layers": "layer3", "patch_size": 2})
+
+
 def test_a_second_time_changes_nothing() -> None:
     model = pcenet.upcycle(resnet18(), example=EXAMPLE)
     before = {name: id(module) for name, module in model.named_modules()}
