@@ -53,9 +53,7 @@ SOURCES: dict[TaskName, tuple[str, ...]] = {
 
 def task_of_source(source: str | Path) -> TaskName | None:
     """What a data set of a name of its own is made for; None for a path."""
-    if source in SOURCES["segment"] and not os.path.exists(source):
-        return "segment"
-    return "classify" if source in SOURCES["classify"] else None
+    return next((task for task, names in SOURCES.items() if source in names), None)
 
 
 def fault_of_source(source: str | Path, names: Sequence[str] | None = None) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 Augment = Literal["auto", "crop", "resized_crop", "randaugment", "none"]
 Split = Literal["train", "val", "test"]
+Part = Literal["train", "val", "test", "all"]  # what can be measured of a set; all: whatever the split
 TaskName = Literal["classify", "segment"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "bf16", "fp16", "fp32", "tf32"]

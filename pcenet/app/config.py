@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from pcenet.choices import Split
+from pcenet.choices import Part
 from pcenet.runs.options import (
     ClassesOption,
     DeviceOption,
@@ -38,7 +38,7 @@ class AppConfig:
             "Images to offer as samples, as in `pcenet train`. Default: the run's own images, if they can be opened."
         ),
     ] = None
-    split: Annotated[Split, Option("Which part of these images.")] = "val"
+    split: Annotated[Part, Option("Which part of these images; all: whatever the split.")] = "val"
     classes: ClassesOption = None
     ignore_index: IgnoreIndexOption = None
     grey_range: GreyRangeOption = None

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pcenet.choices import Split
+from pcenet.choices import Part
 from pcenet.scenes import SceneObject
 
 L = TypeVar("L")
@@ -49,17 +49,19 @@ class Source(ABC):
 
     Args:
         name: the name of the set, or the last component of its path, such as ``"cifar10.zip"``.
-        split: ``"train"``, ``"val"`` or ``"test"``.
+        split: ``"train"``, ``"val"`` or ``"test"``; of files also ``"all"``.
         classes: class names, by class number; the same for all splits of a set.
         horizontal_flip: whether a mirrored image keeps its meaning (it does not for digits).
 
     Attributes:
         notes: what was guessed of the set as a whole, and what of it was passed over.
+        held_out: whether the set comes without this split, and it is a part of the images for training.
     """
 
     notes: tuple[Fault, ...] = ()
+    held_out = False
 
-    def __init__(self, name: str, split: Split, classes: Sequence[str], *, horizontal_flip: bool = True) -> None:
+    def __init__(self, name: str, split: Part, classes: Sequence[str], *, horizontal_flip: bool = True) -> None:
         self.name = name
         self.split = split
         self.classes = tuple(classes)
@@ -89,7 +91,7 @@ class ImageSource(Source):
     def __init__(
         self,
         name: str,
-        split: Split,
+        split: Part,
         classes: Sequence[str],
         labels: Sequence[int],
         *,

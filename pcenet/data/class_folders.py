@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-from pcenet.choices import Split
+from pcenet.choices import Part, Split
 from pcenet.data.base import Fault
 from pcenet.data.names import bare, difference, look, nearly, one_form
 from pcenet.data.splits import hold_out, select_split
@@ -69,8 +69,8 @@ class Layout:
     splits: Mapping[Split, list[Item]]
     notes: tuple[Fault, ...] = ()
 
-    def select(self, split: Split, where: str) -> list[Item]:
-        """The files of one split; held out of ``train`` where the set comes without (see above).
+    def select(self, split: Part, where: str) -> list[Item]:
+        """The files of one split, held out of ``train`` where the set comes without (see above), or of all.
 
         Raises:
             DataError: there is no such split and none to hold it out of; ``where`` names the set.

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from pcenet.choices import GreyRange, Split
+from pcenet.choices import GreyRange, Part, Split
 from pcenet.data.base import DataError, Fault, ImageSource, faultless
 from pcenet.data.class_folders import Layout, find_layout
 from pcenet.data.images import decode_image
 from pcenet.data.limits import LARGEST_FILE, file_fault
 from pcenet.data.mask_folders import PairLayout, find_pairs
 from pcenet.data.names import is_visible
+from pcenet.data.splits import held_out_parts
 from pcenet.reading import check_regular
 
 
@@ -223,13 +224,14 @@ def _digest(entries: list[zipfile.ZipInfo]) -> bytes:
 class FileSource(ImageSource):
     """One split of a tree of image files with a class each."""
 
-    def __init__(self, tree: FileTree, split: Split, grey_range: GreyRange | None = None) -> None:
+    def __init__(self, tree: FileTree, split: Part, grey_range: GreyRange | None = None) -> None:
         layout = faultless(tree.find_layout(tree.names()), str(tree.path))
         items = layout.select(split, str(tree.path))
         super().__init__(
             os.path.basename(os.path.abspath(tree.path)), split, layout.classes, [item.label for item in items]
         )
         self.notes = layout.notes
+        self.held_out = split in held_out_parts(layout.splits)
         self._tree = tree
         self._names = [item.name for item in items]
         self._grey_range = grey_range

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pcenet.choices import Split
+from pcenet.choices import Part, Split
 from pcenet.data.base import Fault
 from pcenet.data.names import bare, difference, nearly, one_form
 from pcenet.data.splits import hold_out_alike, select_split
@@ -63,8 +63,8 @@ class PairLayout:
     classes_file: str | None
     notes: tuple[Fault, ...] = ()
 
-    def select(self, split: Split, where: str) -> list[Pair]:
-        """The pairs of one split; held out of ``train`` where the set comes without.
+    def select(self, split: Part, where: str) -> list[Pair]:
+        """The pairs of one split, held out of ``train`` where the set comes without, or of all.
 
         Raises:
             DataError: there is no such split and none to hold it out of; ``where`` names the set.

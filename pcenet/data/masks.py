@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from pcenet.choices import NOTHING_IGNORED, GreyRange, IgnoreIndex, Split
+from pcenet.choices import NOTHING_IGNORED, GreyRange, IgnoreIndex, Part
 from pcenet.data.base import IGNORE, DataError, SegmentationSource, faultless
 from pcenet.data.files import FileTree
 from pcenet.data.grey import packing
@@ -18,6 +18,7 @@ from pcenet.data.images import decode, decode_image
 from pcenet.data.limits import LARGEST_FILE
 from pcenet.data.mask_folders import Pair, PairLayout
 from pcenet.data.names import one_form
+from pcenet.data.splits import held_out_parts
 from pcenet.reading import check_regular
 
 SPREAD = {"L;2": 85, "L;4": 17}  # by raw mode: the factor by which Pillow spreads grey over 0 to 255
@@ -95,7 +96,7 @@ class PairSource(SegmentationSource):
     def __init__(
         self,
         tree: FileTree,
-        split: Split,
+        split: Part,
         pairs: Sequence[Pair],
         classes: MaskClasses,
         grey_range: GreyRange | None = None,
@@ -144,7 +145,7 @@ class PairSource(SegmentationSource):
 
 def open_pairs(
     tree: FileTree,
-    split: Split,
+    split: Part,
     *,
     classes: Sequence[str] | str | None,
     ignore_index: IgnoreIndex,
@@ -154,10 +155,11 @@ def open_pairs(
     """Open one split of a tree; arguments and errors as for ``pcenet.data.open_segmentation_source``."""
     where = str(tree.path)
     # A trained network knows the classes: only what is measured need have masks.
-    layout = faultless(tree.find_pairs(tree.names(), None if known is None else split), where)
+    layout = faultless(tree.find_pairs(tree.names(), None if known is None or split == "all" else split), where)
     pairs = layout.select(split, where)
     source = PairSource(tree, split, pairs, mask_classes(tree, layout, classes, ignore_index, known), grey_range)
     source.notes = layout.notes
+    source.held_out = split in held_out_parts(layout.splits)
     return source
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import get_args
 
 from pcenet.catalogue import fault_of_source, task_of_source
-from pcenet.choices import GreyRange, IgnoreIndex, Split, TaskName, check_grey_range, did_you_mean
+from pcenet.choices import GreyRange, IgnoreIndex, Part, Split, TaskName, check_grey_range, did_you_mean
 from pcenet.data.arrays import KNOWN_SOURCES
 from pcenet.data.base import DataError, ImageSource, SegmentationSource
 from pcenet.data.files import FileSource, FileTree, FolderTree, ZipTree
@@ -18,6 +20,8 @@ from pcenet.data.saved import SavedTree, is_saved
 from pcenet.data.scenes import NAME, SceneSource
 
 KNOWN_SEGMENTATION_SOURCES: Mapping[str, Callable[[Split], SegmentationSource]] = {NAME: SceneSource}
+
+log = logging.getLogger(__name__)
 
 SOURCE_NAMES = tuple(KNOWN_SOURCES)
 SEGMENTATION_SOURCE_NAMES = tuple(KNOWN_SEGMENTATION_SOURCES)
@@ -35,7 +39,7 @@ __all__ = [
 
 
 def open_source(
-    source: str | Path, split: Split, *, root: Path | None = None, grey_range: GreyRange | None = None
+    source: str | Path, split: Part, *, root: Path | None = None, grey_range: GreyRange | None = None
 ) -> ImageSource:
     """Open one split of a data set.
 
@@ -44,7 +48,7 @@ def open_source(
             path of a folder or ``.zip`` of images (see ``pcenet.data.class_folders``), of a ``.csv`` that lists images
             (``pcenet.data.lists``), or of a folder of the library datasets (``pcenet.data.saved``). A name goes before
             a path; write ``./digits`` for a folder of that name.
-        split: ``"train"``, ``"val"`` or ``"test"``.
+        split: ``"train"``, ``"val"`` or ``"test"``; of a path also ``"all"``, the images of all splits.
         root: the folder for downloads; by default ``default_root()``.
         grey_range: of a folder or archive, see ``pcenet.data.images.decode_image``.
 
@@ -55,14 +59,14 @@ def open_source(
     check_split(split)
     check_grey_range(grey_range)
     if isinstance(source, str) and source in KNOWN_SOURCES:
-        return KNOWN_SOURCES[source](split, root or default_root())
+        return KNOWN_SOURCES[source](_own_split(source, split), root or default_root())
     _check_task(source, SEGMENTATION_SOURCE_NAMES, "segment")
     return FileSource(open_tree(source, SOURCE_NAMES), split, grey_range)
 
 
 def open_segmentation_source(
     source: str | Path,
-    split: Split,
+    split: Part,
     *,
     classes: Sequence[str] | str | None = None,
     ignore_index: IgnoreIndex = None,
@@ -75,7 +79,7 @@ def open_segmentation_source(
         source: ``"scenes"`` (drawn when asked for, see `SceneSource`), or the path of a folder or ``.zip`` of images
             and masks (see ``pcenet.data.mask_folders``), or of a ``.csv`` that lists them (``pcenet.data.lists``). A
             name goes before a path; write ``./scenes`` for a folder of that name.
-        split: ``"train"``, ``"val"`` or ``"test"``.
+        split: ``"train"``, ``"val"`` or ``"test"``; of a path also ``"all"``, the images of all splits.
         classes: the name of each mask value, from 0 on, or the path of a text file with a name per line. By default
             the file ``classes.txt`` of the set; else the values in the masks that came for training, all of which
             are read for this, are the classes, named ``"0"``, ``"1"``, ...
@@ -93,7 +97,7 @@ def open_segmentation_source(
     check_split(split)
     check_grey_range(grey_range)
     if isinstance(source, str) and source in KNOWN_SEGMENTATION_SOURCES:
-        known = KNOWN_SEGMENTATION_SOURCES[source](split)
+        known = KNOWN_SEGMENTATION_SOURCES[source](_own_split(source, split))
         if classes is not None or ignore_index is not None:
             raise DataError(
                 f"classes and ignore_index are for folders and archives; the data source '{source}' has classes of its"
@@ -125,9 +129,26 @@ def task_for(source: str | Path) -> TaskName:
 
 def check_split(split: str) -> None:
     """Raise a ``DataError`` unless ``split`` is one."""
-    splits = get_args(Split)
+    splits = get_args(Part)
     if split not in splits:
         raise DataError(f"split must be one of {', '.join(splits)}, not '{split}'{did_you_mean(split, splits)}")
+
+
+def _own_split(source: str, split: Part) -> Split:
+    """A split of a set with a name of its own; tells of a folder or file of that name, which may have been meant."""
+    if split == "all":
+        raise DataError(
+            f"split 'all' is for folders, archives and lists: '{source}' comes in {', '.join(get_args(Split))}"
+        )
+    _tell_of_namesake(source, os.path.abspath(source))
+    return split
+
+
+@lru_cache
+def _tell_of_namesake(source: str, path: str) -> None:
+    """A line for each name and path, once."""
+    if os.path.exists(path):
+        log.warning("%s is the data set that pcenet knows by this name; for the images here write ./%s", source, source)
 
 
 def _check_task(source: str | Path, names: Sequence[str], task: TaskName) -> None:

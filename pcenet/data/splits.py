@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
-from pcenet.choices import Split
+from pcenet.choices import Part, Split
 from pcenet.data.base import DataError
 
 T = TypeVar("T")
@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 def select_split(
     splits: Mapping[Split, list[T]],
-    split: Split,
+    split: Part,
     hold_out: Callable[[list[T], list[Split]], Mapping[str, list[int]]],
     *,
     where: str,
 ) -> list[T]:
-    """The items of one split; held out of ``"train"`` where the set comes without ``"val"``.
+    """The items of one split, held out of ``"train"`` where the set comes without ``"val"``; ``"all"``: of all splits.
 
     Args:
         splits: the splits that the set comes with.
@@ -30,6 +30,8 @@ def select_split(
     Raises:
         DataError: there is no such split and none to hold it out of.
     """
+    if split == "all":
+        return [item for items in splits.values() for item in items]
     parts = held_out_parts(splits)
     if parts and split in ("train", *parts):
         items = splits["train"]

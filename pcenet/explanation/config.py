@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from pcenet.choices import Split
+from pcenet.choices import Part
 from pcenet.runs.config import EvalConfig
 from pcenet.runs.options import (
     ClassesOption,
@@ -31,7 +31,7 @@ class ExplainConfig:
 
     run: RunOption
     data: Annotated[str | None, Option("Images, as in `pcenet train`. Default: those of the run.")] = None
-    split: Annotated[Split, Option("Which part of the images.")] = "val"
+    split: Annotated[Part, Option("Which part of the images; all: whatever the split.")] = "val"
     classes: ClassesOption = None
     ignore_index: IgnoreIndexOption = None
     grey_range: GreyRangeOption = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pcenet.choices import Split
+from pcenet.choices import Part
 from pcenet.runs.options import Option, RunOption, ThreadsOption, check
 
 Format = Literal["onnx", "pt2"]
@@ -44,7 +44,7 @@ class ExportConfig:
         ),
     ] = False
     data: Annotated[str | None, Option("For --int8: images, as in `pcenet train`.")] = None
-    split: Annotated[Split, Option("For --int8: which part of the images.")] = "val"
+    split: Annotated[Part, Option("For --int8: which part of the images.")] = "val"
     threads: ThreadsOption = None
 
     def __post_init__(self) -> None:

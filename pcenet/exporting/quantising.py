@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pcenet.choices import Split
+from pcenet.choices import Part
 from pcenet.exporting.files import METADATA, ExportedNet, require
 from pcenet.runs.config import EvalConfig
 from pcenet.tasks.evaluation import Trained, eval_batch_size, open_trained
@@ -35,7 +35,7 @@ class Int8:
     after: float
 
 
-def quantise(path: Path, run: str, data: str, split: Split, threads: int | None) -> Int8:
+def quantise(path: Path, run: str, data: str, split: Part, threads: int | None) -> Int8:
     """Give a file int8 weights where matrices are multiplied, in place; it carries what `Int8` says.
 
     onnxruntime's dynamic quantisation: weights by output channel, activations by their range at the time. Routers,

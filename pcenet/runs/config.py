@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pcenet.choices import Augment, Split, TaskName
+from pcenet.choices import Augment, Part, TaskName
 from pcenet.runs.options import (
     ClassesOption,
     DeviceOption,
@@ -404,7 +404,7 @@ class EvalConfig:
 
     run: RunOption
     data: Annotated[str | None, Option("Images, as in `pcenet train`. Default: those of the run.")] = None
-    split: Annotated[Split, Option("Which part of the images.")] = "val"
+    split: Annotated[Part, Option("Which part of the images; all: whatever the split.")] = "val"
     classes: ClassesOption = None
     ignore_index: IgnoreIndexOption = None
     grey_range: GreyRangeOption = None

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pcenet.choices import GreyRange, Precision, Split
+from pcenet.choices import GreyRange, Part, Precision
 from pcenet.models import SavableModel
 from pcenet.models.limits import check_class_names
 from pcenet.runs.config import EvalConfig, TrainConfig
@@ -67,7 +67,7 @@ class Task(ABC):
 
     @abstractmethod
     def open(
-        self, config: TrainConfig | EvalConfig, name: str, split: Split, trained: SavableModel | None = None
+        self, config: TrainConfig | EvalConfig, name: str, split: Part, trained: SavableModel | None = None
     ) -> Any:
         """One split of the data set ``name``, with ``name``, ``classes`` and a length; what the data do not say of
         their classes a trained network does."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import pcenet.data as data
-from pcenet.choices import Precision
+from pcenet.choices import Part, Precision
 from pcenet.models import SavableModel
 from pcenet.models.preprocessing import image_side, preprocessing
 from pcenet.nn import RoutingStatistics
@@ -92,7 +92,7 @@ class Classification(Task):
     objective = ClassificationObjective
 
     def open(
-        self, config: TrainConfig | EvalConfig, name: str, split: data.Split, trained: SavableModel | None = None
+        self, config: TrainConfig | EvalConfig, name: str, split: Part, trained: SavableModel | None = None
     ) -> data.ImageSource:
         """One split of a labelled data set."""
         return data.open_source(name, split, grey_range=config.grey_range)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pcenet.data as data
-from pcenet.choices import TaskName
+from pcenet.choices import Part, TaskName
 from pcenet.data.fingerprint import difference, fingerprint
 from pcenet.models import SavableModel, load_model
 from pcenet.models.preprocessing import image_size
@@ -123,6 +123,13 @@ def open_trained(config: EvalConfig) -> Trained:
     source = open_data(config, name, model, run)
     if config.data is None and run is not None:
         tell_of_other_data(config, model, run, name, source)
+    elif source.held_out:
+        log.warning(
+            "%s is not divided: its %s is a part held out of it, %d images; --split all takes all of them",
+            name,
+            config.split,
+            len(source),
+        )
     check_against_network(model, source, config.run)
     return Trained(model, model_folder, run, task, source, name)
 
@@ -147,7 +154,7 @@ def open_data(config: EvalConfig, name: str, model: SavableModel, run: RunFolder
     return source
 
 
-def open_split(config: EvalConfig, name: str, model: SavableModel, run: RunFolder | None, split: data.Split) -> Any:
+def open_split(config: EvalConfig, name: str, model: SavableModel, run: RunFolder | None, split: Part) -> Any:
     """One split of the data set ``name`` for a trained network.
 
     Mask values have the names that ``config`` gives them, else those of the data's own file, else those that the

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import pcenet.data as data
-from pcenet.choices import GreyRange, Precision
+from pcenet.choices import GreyRange, Part, Precision
 from pcenet.data import IGNORE
 from pcenet.models import SavableModel
 from pcenet.models.preprocessing import image_size, preprocessing
@@ -108,7 +108,7 @@ class Segmentation(Task):
     objective = SegmentationObjective
 
     def open(
-        self, config: TrainConfig | EvalConfig, name: str, split: data.Split, trained: SavableModel | None = None
+        self, config: TrainConfig | EvalConfig, name: str, split: Part, trained: SavableModel | None = None
     ) -> data.SegmentationSource:
         """One split of a data set of images and masks."""
         return data.open_segmentation_source(

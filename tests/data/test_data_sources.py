@@ -360,17 +360,44 @@ def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
         open_source(tmp_path / "cat.zip", "train")
 
 
-def test_a_name_goes_before_a_path(make_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_goes_before_a_path(
+    make_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     make_tree("digits", {"odd": 3, "even": 3})
     monkeypatch.chdir(tmp_path)
     assert len(open_source("digits", "train").classes) == 10
+    assert len(open_source("digits", "val").classes) == 10
+    said = "digits is the data set that pcenet knows by this name; for the images here write ./digits"
+    assert [record.getMessage() for record in caplog.records] == [said], "once"
     assert open_source("./digits", "train").classes == ("even", "odd")
     assert open_source(Path("digits"), "train").classes == ("even", "odd")
 
 
+def test_the_task_of_a_name_is_that_of_the_set_that_is_opened(
+    make_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tree("scenes", {"indoor": 2, "outdoor": 2})
+    monkeypatch.chdir(tmp_path)
+    assert (task_for("scenes"), task_for("./scenes")) == ("segment", "classify")
+
+
 def test_an_unknown_split_suggests_the_nearest() -> None:
-    with pytest.raises(DataError, match=r"train, val, test, not 'vall'; did you mean 'val'\?"):
+    with pytest.raises(DataError, match=r"train, val, test, all, not 'vall'; did you mean 'val'\?"):
         open_source("digits", "vall")
+
+
+def test_all_images_whatever_their_split(make_tree: Tree, tmp_path: Path) -> None:
+    make_tree("whole", {"cat": 5, "dog": 4})
+    make_tree("parts", {"train/cat": 3, "train/dog": 3, "val/cat": 2, "val/dog": 1})
+    whole, parts = (open_source(tmp_path / name, "all") for name in ("whole", "parts"))
+    assert sorted(whole.labels) == [0] * 5 + [1] * 4
+    assert sorted(parts.labels) == [0] * 5 + [1] * 4
+    assert [open_source(tmp_path / "whole", split).held_out for split in ("train", "val", "test", "all")] == [
+        *(False, True, True, False)
+    ]
+    assert not open_source(tmp_path / "parts", "val").held_out
+    with pytest.raises(DataError, match="split 'all' is for folders, archives and lists: 'digits' comes in train, val"):
+        open_source("digits", "all")
 
 
 def test_the_default_root_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ WRONG = [
     ("eval", "the following arguments are required: run"),
     ("eval nowhere", "nowhere is no run folder or model folder"),
     ("eval unfinished", "training has not finished there"),
-    ("eval . --split tset", "split 'tset' is not one of train, val, test; did you mean 'test'?"),
+    ("eval . --split tset", "split 'tset' is not one of train, val, test, all; did you mean 'test'?"),
     ("models --jsno", "unknown option '--jsno'; did you mean '--json'?"),
 ]
 
@@ -252,6 +252,24 @@ def test_eval_tells_of_data_that_the_run_was_not_trained_with(
     assert json.loads((run / "eval-pictures-2-val.json").read_text())["images"] == 13
     assert main([*command, "--split", "train"]) == 0
     assert "not what" not in capsys.readouterr().err, "these are the same in both"
+
+
+def test_eval_of_new_pictures_says_that_it_measures_a_tenth_of_them(
+    start: Start, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(start("run", epochs=1)).path
+    shutil.copytree(pictures / "train", tmp_path / "new")  # 8 of each of 3 classes, no splits
+    command = ["eval", str(run), "--data", str(tmp_path / "new"), "--device", "cpu", "--workers", "0"]
+    assert main(command) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "new is not divided: its val is a part held out of it, 3 images; --split all takes all of them" in said
+    assert json.loads((run / "eval-new-val.json").read_text())["images"] == 3
+    assert main([*command, "--split", "all"]) == 0
+    assert "not divided" not in capsys.readouterr().err
+    result = json.loads((run / "eval-new-all.json").read_text())
+    assert sum(map(sum, result["confusion"])) == result["images"] == 24
+    assert main([*command[:2], *command[4:]]) == 0
+    assert "not divided" not in capsys.readouterr().err, "of the run's own images it is known"
 
 
 def test_eval_refuses_other_classes_and_names_them(
