@@ -49,6 +49,7 @@ experiments: $(VENV)/installed
 	$(call COMPARE,variants-cifar10,$(CIFAR10)) --status
 	$(call COMPARE,finals-camvid,$(CAMVID)) --status
 	$(if $(wildcard $(TINY_IMAGENET)),$(call COMPARE,tiny-imagenet,$(TINY_IMAGENET)) --status)
+	$(if $(wildcard $(TINY_IMAGENET)),$(call COMPARE,equal-time-tiny-imagenet,$(TINY_IMAGENET)) --status)
 	$(call COMPARE,controls-cifar10,$(CIFAR10))
 	$(call COMPARE,controls-camvid,$(CAMVID))
 	$(call COMPARE,finals-cifar10,$(CIFAR10))
@@ -56,6 +57,7 @@ experiments: $(VENV)/installed
 	$(call COMPARE,variants-cifar10,$(CIFAR10))
 	$(call COMPARE,finals-camvid,$(CAMVID))
 	$(if $(wildcard $(TINY_IMAGENET)),$(call COMPARE,tiny-imagenet,$(TINY_IMAGENET)))
+	$(if $(wildcard $(TINY_IMAGENET)),$(call COMPARE,equal-time-tiny-imagenet,$(TINY_IMAGENET)))
 	$(BIN)/python experiments/report.py
 
 docs: $(VENV)/installed

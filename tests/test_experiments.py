@@ -137,6 +137,7 @@ def test_a_table_of_gains_by_hand(report: ModuleType, tmp_path: Path, monkeypatc
         ("finals-cifar10", 5, {"pce_nano", "dense_nano_position", "dense_nano"}),
         ("variants-cifar10", 3, {"candidate", "experts_16"}),
         ("equal-time-cifar10", 3, {"dense_nano"}),
+        ("equal-time-tiny-imagenet", 3, {"dense_nano"}),
         ("finals-camvid", 3, {"pce_unet_nano", "dense_unet_nano_position", "dense_unet_nano"}),
         (
             "tiny-imagenet",
@@ -163,6 +164,15 @@ def test_the_recipes_are_valid_and_so_many_seeds_of_each_network(name: str, seed
     config = CompareConfig(**own, recipe=TrainConfig(**values))
     assert [(run.label, run.seed) for run in config.runs] == [(m, s) for s in range(seeds) for m in own["models"]]
     assert set(own["models"]) == networks
+
+
+def test_results_name_no_folder_of_the_machine_that_made_them() -> None:
+    paths = [
+        path for path in (ROOT / "experiments" / "results").rglob("*") if path.name in ("metrics.json", "config.yaml")
+    ]
+    assert len(paths) > 100
+    named = [path for path in paths if Path(yaml.safe_load(path.read_text(encoding="utf-8"))["data"]).is_absolute()]
+    assert not named
 
 
 def test_what_is_held_out_for_choices_is_of_the_training_images_and_takes_its_mask_along(tmp_path: Path) -> None:

@@ -180,7 +180,9 @@ def test_a_faulty_file_of_class_names_is_refused(tmp_path: Path, content: bytes,
 
 
 def test_a_set_that_cannot_be_opened(scene: Path) -> None:
-    with pytest.raises(DataError, match=r"split must be one of train, val, test, all, not 'vall'; did you mean 'val'\?"):
+    with pytest.raises(
+        DataError, match=r"split must be one of train, val, test, all, not 'vall'; did you mean 'val'\?"
+    ):
         open_segmentation_source(scene, "vall")
     with pytest.raises(
         DataError, match=r"'scens' does not exist: it must be scenes, or the path of a folder, \.zip or \.csv"
