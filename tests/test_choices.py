@@ -5,7 +5,7 @@ import sys
 from typing import get_args
 
 import pcenet.data
-from pcenet.choices import Augment, Split, did_you_mean
+from pcenet.choices import Augment, Part, Split, did_you_mean
 from pcenet.runs.config import EvalConfig, TrainConfig
 from pcenet.runs.options import options_of
 
@@ -24,8 +24,10 @@ def test_on_request_only_a_similar_one_is_named():
 
 def test_training_offers_what_data_understands():
     assert options_of(TrainConfig)["augment"][0] is pcenet.data.Augment is Augment
-    assert options_of(EvalConfig)["split"][0] is pcenet.data.Split is Split
+    assert options_of(EvalConfig)["split"][0] is Part
+    assert pcenet.data.Split is Split
     assert get_args(Split) == ("train", "val", "test")
+    assert get_args(Part) == (*get_args(Split), "all")
 
 
 def test_the_command_line_gets_them_without_torch():

@@ -16,10 +16,10 @@ from pcenet.comparison.config import CompareConfig, PlannedRun
 from pcenet.comparison.report import Report, make_report, write_report
 from pcenet.comparison.results import finished, rows_file
 from pcenet.comparison.tables import Sheet, sheets, warnings
-from pcenet.data.fingerprint import Fingerprint, difference, fingerprint
 from pcenet.models import twin_of
 from pcenet.reporting.tables import console
 from pcenet.runs.config import TrainConfig
+from pcenet.runs.fingerprint import Fingerprint, difference, fingerprint
 from pcenet.runs.folder import RunFolder, check_same
 from pcenet.runs.locks import is_locked, locked
 from pcenet.runs.records import fingerprint_of, read_rows

@@ -36,7 +36,7 @@ BEFORE: dict[str, Any] = {"load": [NUMBER], "entropy": NUMBER, "max_min": or_non
 HEALTH = {**BEFORE, "dead": COUNT, "dead_experts": [COUNT]}
 
 
-FINGERPRINT = Each(  # see pcenet.data.fingerprint
+FINGERPRINT = Each(  # see pcenet.runs.fingerprint
     Rule(
         "a number of images and a digest",
         lambda value: isinstance(value, list) and len(value) == 2 and COUNT.holds(value[0]) and TEXT.holds(value[1]),

@@ -11,11 +11,11 @@ from typing import Any, get_args
 
 import pcenet.data as data
 from pcenet.choices import Part, TaskName
-from pcenet.data.fingerprint import difference, fingerprint
 from pcenet.models import SavableModel, load_model
 from pcenet.models.preprocessing import image_size
 from pcenet.runs.config import EvalConfig
 from pcenet.runs.finding import find_model
+from pcenet.runs.fingerprint import difference, fingerprint
 from pcenet.runs.folder import RunFolder
 from pcenet.runs.health import complaint
 from pcenet.runs.records import fingerprint_of, read_record

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 
 import pcenet.data as data
 from pcenet import ops
-from pcenet.data.fingerprint import Fingerprint, fingerprint
 from pcenet.models import SavableModel
 from pcenet.models.preprocessing import cost_of
 from pcenet.ops.build import find_compiler
 from pcenet.runs.config import DEFAULT_BATCH_SIZE, TrainConfig
+from pcenet.runs.fingerprint import Fingerprint, fingerprint
 from pcenet.runs.folder import RunFolder, images_per_step
 from pcenet.runtime.device import resolve_precision, resolve_workers, set_precision
 from pcenet.runtime.launcher import Ranks, ranks_of_environment

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from pcenet.data.fingerprint import Fingerprint, difference
 from pcenet.runs.config import TrainConfig
+from pcenet.runs.fingerprint import Fingerprint, difference
 from pcenet.runs.folder import ELSEWHERE, RunFolder, check_same, differences, saved_config
 from pcenet.tasks import get_task
 from pcenet.tasks.classes import check_same_classes

@@ -18,12 +18,12 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 import pcenet.data as data
 from pcenet import ops
-from pcenet.data.fingerprint import fingerprint
 from pcenet.models import SavableModel, TimmNet
 from pcenet.ops.library import REFERENCE_COST
 from pcenet.reporting.plots import drawing, pictures_of, png_of
 from pcenet.reporting.tables import console, router_table, training_table
 from pcenet.runs.config import TrainConfig
+from pcenet.runs.fingerprint import fingerprint
 from pcenet.runs.folder import RunFolder, images_per_step
 from pcenet.runs.health import EVALUATED, TRAINED, complaint, training_of
 from pcenet.runs.records import fingerprint_of

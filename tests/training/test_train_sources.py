@@ -13,9 +13,9 @@ from pcenet import cli
 from pcenet.app.config import AppConfig
 from pcenet.app.server import open_samples
 from pcenet.data import open_source
-from pcenet.data.fingerprint import fingerprint
 from pcenet.models import load_model
 from pcenet.runs.config import TrainConfig
+from pcenet.runs.fingerprint import fingerprint
 from pcenet.runs.folder import RunFolder
 from pcenet.training.run import train
 
