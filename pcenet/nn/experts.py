@@ -218,9 +218,11 @@ class ConvExperts(nn.Module):
         try:
             own.load_state_dict(theirs)
         except RuntimeError as error:
+            why = " ".join(str(error).split())
             raise ValueError(
-                f"block does not fit expert {expert}; build it like to_sequential({expert}): {error}"
+                f"block does not fit expert {expert}; build it like to_sequential({expert}): {why}"
             ) from error
+        theirs = own.state_dict()  # whole: of counts of batches, which a block may lack, the expert's own
         for conv in (self.conv1, self.conv2):
             check_stored(conv, "difference" if isinstance(conv, SharedConv2d) else "weight")
         for norm in (self.norm1, self.norm2):

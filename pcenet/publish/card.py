@@ -54,7 +54,12 @@ def by_label(metrics: Values, evaluations: Sequence[Values]) -> dict[str, Values
         metrics: the run's ``metrics.json``.
         evaluations: its ``eval-*.json``.
     """
-    own = {"data": data_of(metrics), "split": "val", "router": recorded_health(metrics)[0]} | dict(metrics["val"])
+    own = {
+        "data": data_of(metrics),
+        "source": metrics["data"],
+        "split": "val",
+        "router": recorded_health(metrics)[0],
+    } | dict(metrics["val"])
     known = metrics.get("fingerprint", {}).get("val")
     again = [each for each in evaluations if is_again(each, own, known)]
     found: dict[str, Values] = {}
@@ -66,8 +71,11 @@ def by_label(metrics: Values, evaluations: Sequence[Values]) -> dict[str, Values
 
 
 def is_again(evaluation: Values, own: Values, known: Any) -> bool:
-    """Whether an evaluation is of the validation images of training: by their number alone where no more is noted."""
+    """Whether an evaluation is of the validation images of training: by their number alone where no more is noted.
+    Those of another path, which may be copies of other content, are not."""
     if (evaluation["data"], evaluation["split"]) != (own["data"], "val") or evaluation.get("tta", False):
+        return False
+    if evaluation.get("source", own["source"]) != own["source"]:
         return False
     images = evaluation.get("fingerprint", {}).get("val")
     return bool(images == known if images and known else evaluation["images"] == own["images"])

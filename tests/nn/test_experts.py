@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from pcenet.nn import ConvExperts, Grid, PatchExtractor, PCELayer, route
@@ -164,6 +165,20 @@ def test_from_sequential_takes_a_block_into_one_expert() -> None:
     with torch.no_grad():
         other[0].weight.zero_()
     assert experts.conv1.weight[2].abs().min() > 0, "taken by value"
+
+
+def test_from_sequential_takes_a_block_that_counts_no_batches() -> None:
+    """As torchvision's FrozenBatchNorm2d, whose state lacks ``num_batches_tracked``."""
+    experts = ConvExperts(3, 4, 2)
+    experts.norm1.num_batches_tracked[1] = 7
+    block = experts.to_sequential(0)
+    for place in (1, 5):
+        block[place] = torchvision.ops.FrozenBatchNorm2d(4)
+    block[1].running_mean.fill_(2.0)
+    experts.from_sequential(1, block)
+    assert torch.equal(experts.conv1()[1], block[0].weight)
+    assert experts.norm1.running_mean[1].tolist() == [2.0] * 4
+    assert experts.norm1.num_batches_tracked[1] == 7
 
 
 def test_from_sequential_converts_the_dtype() -> None:

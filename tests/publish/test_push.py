@@ -166,7 +166,9 @@ def test_other_images_of_the_same_name_have_a_row_of_their_own() -> None:
     rows = [line for line in score_section(metrics, (other,), None).splitlines() if ", val" in line]
     assert [row.split("|")[1:3] for row in rows] == [[" d, val ", " 24 "], [" d (2), val ", " 24 "]]
     assert ["100" in row for row in rows] == [True, False]
-    again = other | {"top1": 0.5, "fingerprint": {"val": [24, "x"]}}
+    copies = other | {"source": "elsewhere/d", "fingerprint": {"val": [24, "x"]}}
+    assert "d (2), val" in score_section(metrics, (copies,), None), "of the same names, elsewhere"
+    again = other | {"source": "a/d", "top1": 0.5, "fingerprint": {"val": [24, "x"]}}
     rows = [line for line in score_section(metrics, (other, again), None).splitlines() if ", val" in line]
     assert ["50" in row for row in rows] == [True, False], "what was measured again stands for the run's own"
 
